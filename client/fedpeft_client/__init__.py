@@ -1,0 +1,1 @@
+"""The agent that trains beside the data and sends updates."""

@@ -1,0 +1,158 @@
+"""The command line. Heavy libraries are imported by the commands that need them, so that help is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedpeft import __version__
+from fedpeft.errors import FedPEFTError, RunFileError, UsageError
+
+# Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
+for _name, _value in {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
+}.items():
+    os.environ.setdefault(_name, _value)
+
+app = typer.Typer(
+    name="fedpeft",
+    help="Fine-tune a large pretrained model together without sharing data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunFile = Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file; without one, the embedded demo.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file, e.g. training.lr=1e-4.")
+]
+
+
+@app.command()
+def simulate(
+    run_file: RunFile = None,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/NAME].")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that is already in --out.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0: one per core. The result is the same.")] = 0,
+    engine: Annotated[str, typer.Option(help="local, or ray for Flower's simulation engine.")] = "local",
+    baselines: Annotated[
+        bool | None, typer.Option("--baselines/--no-baselines", help="Compare with zero-shot, clients alone and pooled data.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, for machines.")] = False,
+) -> None:
+    """Fine-tune across simulated clients on this machine; out come an adapter and a report."""
+    from fedpeft.commands.simulate import simulate_command
+
+    overrides = list(set_ or [])
+    if baselines is not None:
+        overrides.append(f"evaluation.baselines={str(baselines).lower()}")
+    if quiet and json_:
+        raise UsageError("--quiet and --json exclude each other; give one")
+    simulate_command(
+        run_file,
+        overrides,
+        out=out,
+        resume=resume,
+        force=force,
+        workers=workers or _cores(),
+        engine=engine,
+        progress="quiet" if quiet else "json" if json_ else "rich",
+    )
+
+
+@app.command()
+def plan(
+    run_file: RunFile = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a run would cost and what would be refused, without training."""
+    from fedpeft.commands.plan import plan_command
+
+    plan_command(run_file, list(set_ or []), as_json=json_)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
+    run_file: Annotated[Path | None, typer.Option("--run", help="Run file with model and data [default: the adapter's run].")] = None,
+    set_: Overrides = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure an adapter on a run's test set."""
+    from fedpeft.commands.evaluate import evaluate_command
+
+    evaluate_command(adapter, run_file, list(set_ or []), as_json=json_)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base and write a full model.")] = False,
+    run_file: Annotated[Path | None, typer.Option("--run", help="Run file with the model [default: the adapter's run].")] = None,
+    set_: Overrides = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Write an adapter, or base and adapter merged, to a folder of its own."""
+    from fedpeft.commands.export import export_command
+
+    export_command(adapter, out, merge=merge, run_file=run_file, overrides=list(set_ or []), force=force)
+
+
+@app.command()
+def methods(
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List what a run file can name: PEFT methods, strategies, stages, metrics and the rest."""
+    from fedpeft.commands.methods import methods_command
+
+    methods_command(as_json=json_)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedpeft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point: errors of ours become lines on stderr and their own exit code; Ctrl-C ends with 130."""
+    try:
+        return app(arguments, standalone_mode=True)
+    except RunFileError as error:
+        for problem in error.problems:
+            typer.echo(f"error: {error.source}: {problem}", err=True)
+        sys.exit(error.exit_code)
+    except FedPEFTError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; go on with: fedpeft simulate --resume DIR", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

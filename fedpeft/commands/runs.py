@@ -1,0 +1,37 @@
+"""Run files and adapters as commands take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import UsageError
+from fedpeft.ledger.run_folder import ADAPTER, RUN_FILE
+from fedpeft.runfile import load_run
+
+
+def demo_file() -> Path:
+    """The run file of the embedded demo."""
+    return Path(str(files("fedpeft.presets") / "demo.toml"))
+
+
+def run_of(run_file: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """The run that a command means; without a file, the demo."""
+    return load_run(run_file or demo_file(), overrides)
+
+
+def adapter_and_run(adapter: Path, run_file: Path | None, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
+    """An adapter folder and the run it belongs to: the run file beside it, unless another is given.
+
+    Raises:
+        UsageError: no adapter there, or no run file to go with it.
+    """
+    folder = adapter / ADAPTER if (adapter / ADAPTER).is_dir() else adapter
+    if not folder.is_dir():
+        raise UsageError(f"{adapter} is no adapter folder and holds none; give the folder that a run wrote")
+    beside = folder.parent / RUN_FILE
+    if run_file is None and not beside.is_file():
+        raise UsageError(f"{folder} has no {RUN_FILE} beside it; say which model and data with --run RUN.toml")
+    return folder, load_run(run_file or beside, overrides)

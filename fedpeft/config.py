@@ -1,0 +1,244 @@
+"""The run file: one frozen model per section, every key with its unit and its default.
+
+A run file is TOML; `load_run` (in `fedpeft.runfile`) reads it into a `RunConfig`. Names of methods, strategies, stages
+and the like are checked against their tables when the run is prepared, since a table may need heavy imports;
+everything that can be known from the file alone is checked here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen table of the run file that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class OpenSection(BaseModel):
+    """A frozen table whose further keys belong to what `kind` or `method` names; the table of those checks them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys beyond the declared ones."""
+        return dict(self.model_extra or {})
+
+
+def _kind_table(value: object) -> object:
+    """Let a bare name stand for a table with only `kind`: strategy = "fedavg"."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+class RunSection(Section):
+    """Who the run is: its name, its seed and how many rounds it lasts."""
+
+    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rounds: Count
+
+
+class ModelSection(Section):
+    """The frozen base model that every client holds."""
+
+    path: Annotated[str, Field(min_length=1)] = "embedded"  # a folder, a hub name, or the model that ships with us
+    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
+    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; trained parameters are float32
+
+
+class PeftSection(OpenSection):
+    """The PEFT method and its own options, by the names `peft` gives them."""
+
+    method: str = "lora"
+
+
+class PartitionerSection(Section):
+    """How the rows of one data set are dealt to clients.
+
+    iid, size-skewed kinds (linear, square, exponential), dirichlet(alpha, by), pathological(classes_per_client, by),
+    shard(by, shards_per_client), natural(by): one client per value of a column; files: one file, one client.
+    """
+
+    kind: Literal[
+        "iid", "linear", "square", "exponential", "dirichlet", "pathological", "shard", "natural", "files"
+    ] = "iid"
+    clients: Count | None = None  # natural and files: at most so many, the largest first; default all
+    by: str | None = None
+    alpha: PositiveFloat | None = None
+    classes_per_client: Count | None = None
+    shards_per_client: Count | None = None
+    min_rows: Count = 1  # fewest rows a client may hold
+    exclude: tuple[str | int, ...] = ()  # values of `by` that are no client (a published test split, say)
+
+    @model_validator(mode="after")
+    def _complete(self) -> PartitionerSection:
+        needs: dict[str, tuple[str, ...]] = {
+            "iid": ("clients",),
+            "linear": ("clients",),
+            "square": ("clients",),
+            "exponential": ("clients",),
+            "dirichlet": ("clients", "by", "alpha"),
+            "pathological": ("clients", "by", "classes_per_client"),
+            "shard": ("clients", "by", "shards_per_client"),
+            "natural": ("by",),
+            "files": (),
+        }
+        missing = [key for key in needs[self.kind] if getattr(self, key) is None]
+        if missing:
+            raise ValueError(f"partitioner '{self.kind}' needs {', '.join(missing)}")
+        return self
+
+
+class DataSection(Section):
+    """Where the rows come from, how a row becomes text, and who holds which rows.
+
+    Causal language models take `prompt` and `answer` templates (loss on the answer only) or `text` (loss on all of it);
+    classifiers take `text` and `label`. Templates are `str.format` style over the row's fields: "{instruction}\\n".
+    """
+
+    train: str | tuple[str, ...] = "embedded"  # file, folder/glob, "datasets:NAME[/CONFIG][:SPLIT]", or "embedded"
+    test: str | tuple[str, ...] | None = None  # global test set, same forms; none: the clients' held-out rows
+    prompt: str | None = None
+    answer: str | None = None
+    text: str | None = None
+    label: str | None = None  # name of the label field
+    labels: tuple[str | int, ...] | dict[str, int] | None = None  # label map; default: the sorted distinct values
+    filter: dict[str, str | int | float | bool] | None = None  # keep rows whose fields equal these
+    explode: str | None = None  # a field that holds a list: one row per item; before `filter` and `limit`
+    limit: Count | None = None  # at most so many training rows, the first ones
+    test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
+    test_limit: Count | None = None
+    max_length: Annotated[int, Field(ge=2)] = 512  # tokens; longer rows are cut and the number of cut rows reported
+    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # share of each client's rows kept for its own evaluation
+    partitioner: PartitionerSection = PartitionerSection(kind="iid", clients=8)
+
+
+class TrainingSection(Section):
+    """What a client does with its rows between two messages."""
+
+    kind: Literal["first-order", "none"] = "first-order"  # none: send back what came, to measure the plumbing
+    optimizer: str = "adamw"
+    lr: PositiveFloat = 1e-3
+    schedule: str = "constant"  # constant, linear, cosine, over the round's local steps
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd only
+    steps: Count | None = None  # local steps per round; takes precedence over epochs
+    epochs: PositiveFloat = 1.0
+    batch_size: Count = 16
+    gradient_accumulation: Count = 1
+    gradient_checkpointing: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass
+    max_grad_norm: PositiveFloat | None = None  # per step, over the whole batch's gradient
+
+
+class SpaceSection(OpenSection):
+    """How a local change is expressed."""
+
+    kind: str = "adapter-delta"
+
+
+class StageSection(OpenSection):
+    """One step on the way from client to server."""
+
+    kind: str
+
+
+class SamplingSection(Section):
+    """Who is asked each round: a fixed share, a fixed number, or each client by its own coin (Poisson)."""
+
+    kind: Literal["all", "fraction", "fixed", "poisson"] = "all"
+    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    cohort: Count | None = None
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> SamplingSection:
+        needed = {"all": None, "fraction": "fraction", "fixed": "cohort", "poisson": "rate"}[self.kind]
+        for key in ("fraction", "cohort", "rate"):
+            given = getattr(self, key) is not None
+            if given != (key == needed):
+                raise ValueError(
+                    f"sampling '{self.kind}' needs {needed or 'no further key'}; {key} was "
+                    + ("given" if given else "not given")
+                )
+        return self
+
+
+class StrategySection(OpenSection):
+    """A Flower strategy by name, with its own options (eta, beta_1, num_malicious_nodes ...)."""
+
+    kind: str = "fedavg"
+
+
+class ClockSection(Section):
+    """The virtual clock of a simulation: how fast clients are and how often they are away.
+
+    A client's speed is drawn once per run, lognormal around `examples_per_s` with spread `speed_sigma` (0: all
+    equal); its upload takes payload bytes over `bytes_per_s`. Each round it is away with `1 - availability` and
+    vanishes after being asked with `dropout`.
+    """
+
+    examples_per_s: PositiveFloat = 100.0
+    speed_sigma: NonNegativeFloat = 0.0
+    bytes_per_s: PositiveFloat = 1e6
+    latency_s: NonNegativeFloat = 0.1
+    availability: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+class FederationSection(Section):
+    """Cohort, deadline and how replies become one change."""
+
+    strategy: Annotated[StrategySection, BeforeValidator(_kind_table)] = StrategySection()
+    sampling: Annotated[SamplingSection, BeforeValidator(_kind_table)] = SamplingSection()
+    weighting: Literal["examples", "uniform"] = "examples"
+    quorum: Fraction = 0.5  # share of the asked clients that must answer, else the run stops
+    over_selection: NonNegativeFloat = 0.0  # ask (1 + this) times the cohort, keep the first to answer
+    deadline_s: PositiveFloat | None = None  # of one round; virtual seconds in simulation
+    clock: ClockSection | None = None
+    quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
+
+
+class EvaluationSection(Section):
+    """What is measured, on what and how often."""
+
+    metrics: tuple[str, ...] = ()  # default by task: exact-match for prompts with answers, accuracy for classifiers
+    every: Count = 1  # rounds
+    batch_size: Count = 32
+    max_new_tokens: Count = 64  # for metrics that need generated text
+    max_examples: Count | None = None  # per evaluation set, the first ones
+    baselines: bool = False  # zero-shot, each client alone, pooled data, each with the same budget
+    bootstrap: Count = 1000  # resamples for the 95% intervals
+
+
+class OutputSection(Section):
+    """Beside the standard files: extra sinks."""
+
+    tensorboard: bool = False
+    keep_checkpoints: Count | None = None  # default: one per round
+
+
+class RunConfig(Section):
+    """A whole run file. Also a run's identity: `fedpeft.runfile.run_digest` hashes it."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    peft: PeftSection = PeftSection()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    space: Annotated[SpaceSection, BeforeValidator(_kind_table)] = SpaceSection()
+    stages: tuple[StageSection, ...] = ()
+    federation: FederationSection = FederationSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    output: OutputSection = OutputSection()

@@ -1,0 +1,1 @@
+"""From files to token rows that clients hold: readers, templates, labels, partitioners, encoding, batches."""

@@ -1,0 +1,129 @@
+"""The rows of a federation as tokens.
+
+Two steps, because a classifier's number of labels is needed before its model, and with it the tokenizer, is
+loaded: `read_tables` needs no tokenizer, `encode` does the rest. `load_federated` is both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import DataSection
+from fedpeft.data.encoded import Encoded, Task
+from fedpeft.data.tables import ClientRows, RawFederated, read_client_table, read_tables
+from fedpeft.data.tokenize import Tokenizer, tokenize
+from fedpeft.errors import DataError
+
+__all__ = [
+    "ClientRows",
+    "FederatedData",
+    "RawFederated",
+    "encode",
+    "load_client",
+    "load_federated",
+    "read_tables",
+]
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Rows as tokens, dealt to clients.
+
+    Attributes:
+        rows: what the clients hold; `ClientRows` index it.
+        clients: in natural order of their names.
+        test: the global test set; without `data.test` the clients' held-out rows, client by client; empty
+            when `data.heldout` is 0 as well.
+        num_labels: number of classes; None for language models.
+        label_names: by class id, empty for language models.
+        cut_rows: rows, test set included, that were longer than `data.max_length` tokens and cut.
+        dropped_rows: rows, test set included, without a single token to learn or score.
+        unused_rows: training rows that no client holds.
+        unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
+    """
+
+    rows: Encoded
+    clients: tuple[ClientRows, ...]
+    test: Encoded
+    num_labels: int | None
+    label_names: tuple[str, ...]
+    cut_rows: int
+    dropped_rows: int
+    unused_rows: int
+    unused_clients: int
+
+
+def load_federated(section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int) -> FederatedData:
+    """`read_tables`, then `encode`; raises what they raise."""
+    return encode(read_tables(section, task, seed), tokenizer, section, task)
+
+
+def load_client(
+    section: DataSection, path: Path, *, task: Task, tokenizer: Tokenizer, seed: int, name: str
+) -> FederatedData:
+    """The local file (or folder) of one client that shares a run with others.
+
+    Templates, explode, filter, limit, label map, held-out share and length limit are the run's; its own
+    sources and its partitioner play no part. Which rows are held out depends on `seed`, `name` and the number
+    of rows.
+
+    Raises:
+        DataError: as `load_federated`; also a classifier's run without `data.labels`, since one client's rows
+            do not tell which classes the others have.
+    """
+    return encode(read_client_table(section, path, task, seed, name), tokenizer, section, task)
+
+
+def encode(raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: Task) -> FederatedData:
+    """Tokenise what `read_tables` read.
+
+    Rows that leave nothing to learn (no token that the loss counts) are dropped and counted.
+
+    Raises:
+        DataError: a client is left without training rows, or the test set without rows.
+    """
+    tokenized = tokenize(raw.rows, tokenizer, section.max_length)
+    useful = _useful(tokenized.rows, task)
+    clients = tuple(_keep(client, useful) for client in raw.clients)
+    cut, dropped = tokenized.cut, int(np.sum(~useful))
+    if raw.test is None:
+        test = tokenized.rows.take(np.concatenate([client.heldout for client in clients]))
+    else:
+        tested = tokenize(raw.test, tokenizer, section.max_length)
+        useful = _useful(tested.rows, task)
+        test = tested.rows.take(np.flatnonzero(useful))
+        cut, dropped = cut + tested.cut, dropped + int(np.sum(~useful))
+        if len(test) == 0:
+            raise DataError(
+                "data.test has no row with a token to score; its texts are empty, name another file"
+            )
+    return FederatedData(
+        rows=tokenized.rows,
+        clients=clients,
+        test=test,
+        num_labels=raw.num_labels,
+        label_names=raw.label_names,
+        cut_rows=cut,
+        dropped_rows=dropped,
+        unused_rows=raw.unused_rows,
+        unused_clients=raw.unused_clients,
+    )
+
+
+def _useful(rows: Encoded, task: Task) -> NDArray[np.bool_]:
+    counted = rows.loss_tokens if task == "causal-lm" else rows.lengths
+    return counted > 0
+
+
+def _keep(client: ClientRows, useful: NDArray[np.bool_]) -> ClientRows:
+    train = client.train[useful[client.train]]
+    if len(train) == 0:
+        raise DataError(
+            f"client {client.name} has no row with a token to learn; its texts are empty or one token long, "
+            "mend or remove them"
+        )
+    return ClientRows(client.name, train, client.heldout[useful[client.heldout]])

@@ -1,0 +1,186 @@
+"""From streams of rows to texts and labels: explode, filter, limit, templates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import DataSection
+from fedpeft.data.describe import listed, shown
+from fedpeft.data.encoded import Indices, Texts, TextsBuilder
+from fedpeft.data.labels import LabelMap, plain_value
+from fedpeft.data.sources import Part
+from fedpeft.data.templates import Template
+from fedpeft.errors import DataError
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: which part it comes from, its number there, its fields."""
+
+    part: int
+    source: str
+    number: int
+    fields: Mapping[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The place, as a message begins."""
+        return f"{self.source}: row {self.number}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row becomes text.
+
+    Attributes:
+        prompt: what comes before the answer; without `answer`, the whole text.
+        answer: what the loss is on; None for plain text and for classifiers.
+        label: field of a classifier's label; None for language models.
+        by: field that tells clients or classes apart for the partitioner; None where it needs none.
+    """
+
+    prompt: Template
+    answer: Template | None = None
+    label: str | None = None
+    by: str | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows count: one row per item of a list, then those whose fields equal these, then the first."""
+
+    explode: str | None = None
+    filter: Mapping[str, Scalar] | None = None
+    limit: int | None = None
+
+    @classmethod
+    def of_training(cls, section: DataSection) -> Selection:
+        """For `data.train`."""
+        return cls(section.explode, section.filter, section.limit)
+
+    @classmethod
+    def of_test(cls, section: DataSection) -> Selection:
+        """For `data.test`."""
+        return cls(section.explode, section.test_filter, section.test_limit)
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows as text; `answers` is None for plain text, `labels` (int64[N]) for language models."""
+
+    prompts: Texts
+    answers: Texts | None
+    labels: NDArray[np.int64] | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, indices: Indices) -> RowSet:
+        """The rows at `indices`, in that order."""
+        return RowSet(
+            self.prompts.take(indices),
+            None if self.answers is None else self.answers.take(indices),
+            None if self.labels is None else self.labels[indices],
+        )
+
+
+@dataclass
+class Collected:
+    """What one pass over a source leaves, row by row."""
+
+    prompts: TextsBuilder = field(default_factory=TextsBuilder)
+    answers: TextsBuilder = field(default_factory=TextsBuilder)
+    labels: list[str | int] = field(default_factory=list)
+    by: list[str | int] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+
+
+def read_parts(parts: Iterable[Part]) -> Iterator[Record]:
+    """The rows of all parts, one part after the other."""
+    for index, part in enumerate(parts):
+        for number, fields in part.rows():
+            yield Record(index, part.source, number, fields)
+
+
+def collect(
+    records: Iterable[Record], layout: Layout, selection: Selection, labels: LabelMap | None
+) -> Collected:
+    """Read, select and render.
+
+    Args:
+        records: the stream.
+        layout: templates and columns.
+        selection: which rows count.
+        labels: a known label map turns labels into class ids at once; without one they are kept as they are.
+
+    Raises:
+        DataError: a row lacks a field, or its label is outside the map.
+    """
+    out = Collected()
+    for record in select(records, selection):
+        out.parts.append(record.part)
+        out.prompts.add(layout.prompt.render(record.fields, record.where))
+        if layout.answer is not None:
+            out.answers.add(layout.answer.render(record.fields, record.where))
+        if layout.label is not None:
+            label = plain_value(record.fields.get(layout.label), layout.label, record.where)
+            out.labels.append(label if labels is None else labels.class_id(label, layout.label, record.where))
+        if layout.by is not None:
+            out.by.append(plain_value(record.fields.get(layout.by), layout.by, record.where))
+    return out
+
+
+def row_set(collected: Collected, layout: Layout, class_ids: Sequence[int] | None) -> RowSet:
+    """The collected texts, packed, with class ids where there are any."""
+    return RowSet(
+        prompts=collected.prompts.build(),
+        answers=None if layout.answer is None else collected.answers.build(),
+        labels=None if class_ids is None else np.array(class_ids, dtype=np.int64),
+    )
+
+
+def select(records: Iterable[Record], selection: Selection) -> Iterator[Record]:
+    """The records that count.
+
+    Raises:
+        DataError: a row lacks a field that the selection needs.
+    """
+    wanted = selection.filter or {}
+    matching = (record for record in _exploded(records, selection.explode) if _matches(record, wanted))
+    return islice(matching, selection.limit)
+
+
+def _exploded(records: Iterable[Record], name: str | None) -> Iterator[Record]:
+    if name is None:
+        yield from records
+        return
+    for record in records:
+        items = record.fields.get(name)
+        if not isinstance(items, list):
+            raise DataError(
+                f"{record.where}: field '{name}', which data.explode names, is {shown(items)}; needs a list"
+            )
+        for item in items:
+            yield Record(record.part, record.source, record.number, {**record.fields, name: item})
+
+
+def _matches(record: Record, wanted: Mapping[str, Scalar]) -> bool:
+    for name, value in wanted.items():
+        if name not in record.fields:
+            raise DataError(
+                f"{record.where}: has no field '{name}', which the run file filters by; "
+                f"it has {listed(record.fields)}"
+            )
+        found = record.fields[name]
+        # Values of CSV files are text; the run file's 3 means their "3".
+        if found != value and not (isinstance(found, str) and found == str(value)):
+            return False
+    return True

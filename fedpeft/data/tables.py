@@ -1,0 +1,187 @@
+"""The rows of a federation as text: read, labelled, dealt to clients, split into training and held out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedpeft.config import DataSection, PartitionerSection
+from fedpeft.data.describe import listed
+from fedpeft.data.embedded_source import embedded_parts
+from fedpeft.data.encoded import Indices, Task
+from fedpeft.data.heldout import split_heldout
+from fedpeft.data.labels import LabelMap, label_map, sorted_label_map
+from fedpeft.data.layout import BY_COLUMN, EMBEDDED, make_layout, section_problems
+from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
+from fedpeft.data.records import Collected, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.sources import Part, find_parts
+from fedpeft.errors import DataError
+
+
+@dataclass(frozen=True)
+class ClientRows:
+    """One client's share, as sorted int64 indices into the rows of its federation; `train` is never empty."""
+
+    name: str
+    train: Indices
+    heldout: Indices
+
+
+@dataclass(frozen=True)
+class RawFederated:
+    """Rows as text, dealt to clients.
+
+    Attributes:
+        rows: what the clients hold.
+        clients: in natural order of their names.
+        test: the global test set; None stands for the clients' held-out rows together.
+        label_names: by class id, empty for language models.
+        unused_rows: training rows that no client holds (excluded, of small clients, or left by a
+            partitioner).
+        unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
+    """
+
+    rows: RowSet
+    clients: tuple[ClientRows, ...]
+    test: RowSet | None
+    label_names: tuple[str, ...]
+    unused_rows: int
+    unused_clients: int
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes; None for language models."""
+        return len(self.label_names) or None
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Training rows, the label map they are under, and what tells their clients apart."""
+
+    rows: RowSet
+    labels: LabelMap | None
+    collected: Collected
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self.labels.names if self.labels else ()
+
+
+def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
+    """Read all rows, map labels and deal rows to clients.
+
+    Args:
+        section: the run file's `data`.
+        task: of the model.
+        seed: the run's; decides who gets which rows and which are held out.
+
+    Raises:
+        DataError: anything wrong with the section, a file, a row, a label or the partition.
+    """
+    _refuse_problems(section, task)
+    if section.train == EMBEDDED:
+        return _read_embedded(section, task, seed)
+    parts = find_parts(section.train)
+    training = _training_rows(section, task, parts)
+    dealt = _deal(section.partitioner, training.collected, parts, seed)
+    test = None
+    if section.test is not None:
+        test = _test_rows(section, task, find_parts(section.test), training.labels)
+    return _split(training, dealt, test, section.heldout, seed)
+
+
+def read_client_table(section: DataSection, path: Path, task: Task, seed: int, name: str) -> RawFederated:
+    """Read the file (or folder) of the one client `name`; see `fedpeft.data.federated.load_client`.
+
+    Raises:
+        DataError: as `read_tables`; also a classifier's run without `data.labels`.
+    """
+    if task == "sequence-classification" and section.labels is None:
+        raise DataError(
+            "data.labels is not set, and one client's file cannot tell all classes; "
+            "list them in the run file, in order"
+        )
+    own = {"train": str(path), "test": None, "partitioner": PartitionerSection(kind="files")}
+    local = section.model_copy(update=own)
+    _refuse_problems(local, task)
+    training = _training_rows(local, task, find_parts(str(path)))
+    count = len(training.rows)
+    if count == 0:
+        raise DataError(f"{path}: client {name} has no rows after data.filter; needs at least one")
+    everything = Dealt(((name, np.arange(count, dtype=np.int64)),))
+    return _split(training, everything, None, section.heldout, seed)
+
+
+def _refuse_problems(section: DataSection, task: Task) -> None:
+    problems = section_problems(section, task)
+    if problems:
+        raise DataError("; ".join(problems))
+
+
+def _training_rows(section: DataSection, task: Task, parts: Sequence[Part]) -> _Labelled:
+    """Read the training rows; without `data.labels`, a classifier's label map comes from them."""
+    layout = make_layout(section, task)
+    given = None if layout.label is None or section.labels is None else label_map(section.labels)
+    collected = collect(read_parts(parts), layout, Selection.of_training(section), given)
+    if layout.label is None:
+        return _Labelled(row_set(collected, layout, None), None, collected)
+    labels = given or sorted_label_map(collected.labels)
+    ids = collected.labels if given else [labels.ids[str(label)] for label in collected.labels]
+    return _Labelled(row_set(collected, layout, [int(label) for label in ids]), labels, collected)
+
+
+def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: LabelMap | None) -> RowSet:
+    layout = replace(make_layout(section, task), by=None)
+    collected = collect(read_parts(parts), layout, Selection.of_test(section), labels)
+    rows = row_set(collected, layout, None if labels is None else [int(label) for label in collected.labels])
+    if len(rows) == 0:
+        raise DataError(
+            f"{listed(part.source for part in parts)}: no test rows are left; "
+            "check data.test_filter and data.test_limit"
+        )
+    return rows
+
+
+def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part], seed: int) -> Dealt:
+    if spec.kind == "files":
+        return deal_by_file(collected.parts, [part.name for part in parts], spec)
+    if spec.kind in BY_COLUMN:
+        return deal_by_column(collected.by, spec, seed)
+    return deal_evenly(len(collected.parts), spec, seed)
+
+
+def _split(training: _Labelled, dealt: Dealt, test: RowSet | None, heldout: float, seed: int) -> RawFederated:
+    """Split every client's rows and leave behind the rows that nobody holds."""
+    rows = training.rows
+    held = np.sort(np.concatenate([indices for _, indices in dealt.groups]))
+    clients = tuple(
+        ClientRows(name, *split_heldout(np.searchsorted(held, indices), heldout, seed, name))
+        for name, indices in dealt.groups
+    )
+    return RawFederated(
+        rows=rows if len(held) == len(rows) else rows.take(held),
+        clients=clients,
+        test=test,
+        label_names=training.label_names,
+        unused_rows=len(rows) - len(held),
+        unused_clients=dealt.left_out,
+    )
+
+
+def _read_embedded(section: DataSection, task: Task, seed: int) -> RawFederated:
+    """The generator deals its rows itself and says which are held out: two parts per client."""
+    parts = embedded_parts(section, seed)
+    # The generator has heeded the limit already, evenly for all clients.
+    training = _training_rows(section.model_copy(update={"limit": None}), task, parts)
+    of = np.asarray(training.collected.parts, dtype=np.int64)
+    clients = tuple(
+        ClientRows(part.name, np.flatnonzero(of == 2 * index), np.flatnonzero(of == 2 * index + 1))
+        for index, part in enumerate(parts[::2])
+    )
+    for client in clients:
+        if len(client.train) == 0:
+            raise DataError(f"client {client.name} has no embedded rows after data.filter; change the filter")
+    return RawFederated(training.rows, clients, None, training.label_names, 0, 0)

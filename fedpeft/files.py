@@ -1,0 +1,113 @@
+"""Files that are either whole or not there: written beside their place, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedpeft.errors import FedPEFTError, StorageError
+
+_TEMPORARY = ".partial-"
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """An operating-system error as one line with a remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"{path}: no disk space is left; free some and resume the run, nothing is half-written")
+    return StorageError(f"{path}: {error.strerror or error}; check the path and its permissions")
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Turn every `OSError` inside into a `StorageError` that names `path`."""
+    try:
+        yield
+    except FedPEFTError:
+        raise
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`; a crash leaves either the old file or the new one.
+
+    Raises:
+        StorageError: the disk is full or the folder can't be written.
+    """
+    with storage(path):
+        handle, name = tempfile.mkstemp(prefix=_TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """Fill a new folder, then put it in the place of `path` (which is removed if it is there).
+
+    Raises:
+        StorageError: the disk is full or the parent can't be written.
+    """
+    with storage(path):
+        fresh = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=path.parent))
+        try:
+            yield fresh
+            for file in fresh.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            fresh.chmod(0o755)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(fresh, path)
+        except BaseException:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and flush it to the disk.
+
+    Raises:
+        StorageError: the disk is full or the file can't be written.
+    """
+    with storage(path), path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a crash left half-written in `folder`."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())

@@ -1,0 +1,176 @@
+"""Our in-process `Grid`: clients run in this process or in workers forked from it, sharing one base model."""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.tasks import ERROR_CODE
+from fedpeft.workers import Shared, Workers, result_of
+
+CLIENT_APP = "fedpeft.flower.client_app:app"
+
+
+class LocalGrid(Grid):
+    """Nodes 1 to N stand for clients 0 to N - 1.
+
+    Messages wait in a queue; `pull_messages` keeps as many in flight as there are workers (and one more, so that none
+    idles), and blocks until at least one reply is there. So memory holds replies in flight, never a whole cohort.
+    One content object that several messages share is sent to each worker once.
+
+    Args:
+        clients: N.
+        workers: where client functions run.
+        client_app: ``module:attribute`` of a `ClientApp`; a name, since workers look it up themselves.
+    """
+
+    def __init__(self, clients: int, workers: Workers, client_app: str = CLIENT_APP) -> None:
+        ensure_identity()
+        self._clients = clients
+        self._workers = workers
+        self._app = client_app
+        self._queue: deque[tuple[str, Message]] = deque()
+        self._running: dict[Future[Any], tuple[str, Message]] = {}
+        self._shared: tuple[RecordDict, Shared] | None = None
+        self._count = 0
+        self.states: dict[int, RecordDict] = {}  # what clients remember between rounds, by node
+
+    def set_run(self, run: Any) -> None:
+        """Flower's runtimes call this; there is nothing to set here."""
+
+    @property
+    def run(self) -> Any:
+        """There is no Flower run behind this grid."""
+        raise NotImplementedError("LocalGrid is not bound to a Flower run")
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """1 to N."""
+        return range(1, self._clients + 1)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queue messages; returns their ids."""
+        ids = []
+        for message in messages:
+            self._count += 1
+            ids.append(str(self._count))
+            self._queue.append((ids[-1], message))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are ready, in any order; blocks for the first. Empty when nothing is under way."""
+        wanted = set(message_ids)
+        self._fill()
+        if not self._running:
+            return []
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        replies = []
+        for future in done:
+            message_id, message = self._running.pop(future)
+            reply = self._reply(future, message)
+            if message_id in wanted:
+                replies.append(reply)
+        if self._workers.width > 1:  # keep the processes busy while the caller folds
+            self._fill()
+        return replies
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Forget messages that have not been started (late ones, whose round is over)."""
+        unwanted = set(message_ids)
+        self._queue = deque(entry for entry in self._queue if entry[0] not in unwanted)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """All replies, in any order. There is no timeout in process: a simulation's deadlines are virtual."""
+        ids = list(self.push_messages(messages))
+        replies: list[Message] = []
+        while len(replies) < len(ids):
+            replies.extend(self.pull_messages(ids))
+        return replies
+
+    def memory(self) -> dict[str, NDArray[Any]]:
+        """What clients remember, as ``"<node>/<array>"`` to array."""
+        return {
+            f"{node}/{name}": array.numpy()
+            for node, state in sorted(self.states.items())
+            for name, array in state.array_records.get("memory", {}).items()
+        }
+
+    def restore_memory(self, memory: Mapping[str, NDArray[Any]]) -> None:
+        """Inverse of `memory`; clients that it doesn't name remember nothing."""
+        by_node: dict[int, dict[str, NDArray[Any]]] = {}
+        for key, array in memory.items():
+            node, _, name = key.partition("/")
+            by_node.setdefault(int(node), {})[name] = array
+        self.states = {node: RecordDict({"memory": ArrayRecord(arrays)}) for node, arrays in by_node.items()}
+
+    def _fill(self) -> None:
+        while self._queue and len(self._running) <= self._workers.width:
+            message_id, message = self._queue.popleft()
+            node = message.metadata.dst_node_id
+            future = self._workers.submit(
+                _execute,
+                self._app,
+                (node, self._clients, message.metadata.message_type, message.metadata.group_id),
+                self._share(message.content),
+                self.states.get(node),
+            )
+            self._running[future] = (message_id, message)
+            if future.done():  # an inline worker: hand the reply over before the next client starts
+                return
+
+    def _share(self, content: RecordDict) -> Shared:
+        if self._shared is None or self._shared[0] is not content:
+            self._shared = (content, self._workers.share(content))
+        return self._shared[1]
+
+    def _reply(self, future: Future[Any], message: Message) -> Message:
+        content, state = result_of(future)
+        if state is not None:
+            self.states[message.metadata.dst_node_id] = state
+        if isinstance(content, str):
+            return Message(Error(code=ERROR_CODE, reason=content), reply_to=message)
+        return Message(content, reply_to=message)
+
+
+def _execute(
+    app: str, address: Sequence[Any], content: Shared, state: RecordDict | None
+) -> tuple[RecordDict | str, RecordDict | None]:
+    """Run one client function; its reply's content (an error as text) and the client's state if it has one."""
+    ensure_identity()
+    node, clients, message_type, group = address
+    message = Message(content.get(), node, message_type, group_id=group)
+    context = Context(
+        run_id=1,
+        node_id=node,
+        node_config={"partition-id": node - 1, "num-partitions": clients},
+        state=state if state is not None else RecordDict(),
+        run_config={},
+    )
+    try:
+        reply = _client_app(app)(message, context)
+    except Exception as error:  # whatever a client does, the round goes on
+        return f"{type(error).__name__}: {error}", None
+    kept = context.state if len(context.state) else None
+    return (reply.error.reason if reply.has_error() else reply.content), kept
+
+
+def _client_app(name: str) -> ClientApp:
+    module, _, attribute = name.partition(":")
+    app = getattr(importlib.import_module(module), attribute)
+    if not isinstance(app, ClientApp):
+        raise TypeError(f"{name} is {type(app).__name__}, a ClientApp is needed")
+    return app

@@ -1,0 +1,99 @@
+"""Roll call: which client sits at which node, and whether all hold the same base model."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedpeft.errors import FederationError
+from fedpeft.flower.exchange import exchange
+from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client: the node that speaks for it and its number of training rows."""
+
+    node_id: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All clients of a run by name, and the base model that they agree on."""
+
+    members: Mapping[str, Member]
+    base_digest: str
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted names."""
+        return sorted(self.members)
+
+
+def roll_call(grid: Grid, task: Task, *, expected: int, timeout_s: float = 300.0) -> Roster:
+    """Wait for `expected` nodes, then ask each who it is.
+
+    Args:
+        task: the run that the nodes should load; its round and state aren't used.
+
+    Raises:
+        FederationError: too few nodes in time, two nodes with one name, or base models that differ.
+        FedPEFTError: what a client replied, if none could load the run.
+    """
+    nodes = _wait_for_nodes(grid, expected, timeout_s)
+    content = task_content(task)
+    messages = [Message(content, node, HELLO, group_id="0") for node in nodes]
+    greetings: dict[int, Hello] = {}
+    failures = []
+    for reply in exchange(grid, messages, timeout_s=timeout_s):
+        try:
+            greetings[reply.metadata.src_node_id] = read_hello(reply)
+        except Exception as error:  # kept: raised below unless somebody could answer
+            failures.append(error)
+    if not greetings:
+        raise failures[0] if failures else FederationError(f"none of {len(nodes)} nodes answered the roll call")
+    _check_names(greetings)
+    digest = _common_digest(greetings)
+    members = {hello.client: Member(node, hello.examples) for node, hello in sorted(greetings.items())}
+    return Roster(members, digest)
+
+
+def _wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:
+    """Nodes may register late: poll."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if len(nodes) >= expected:
+            return nodes
+        if time.monotonic() > deadline:
+            raise FederationError(
+                f"{len(nodes)} nodes are connected after {timeout_s:g} s and {expected} are needed; start the others"
+            )
+        time.sleep(POLL_S)
+
+
+def _check_names(greetings: Mapping[int, Hello]) -> None:
+    counts = Counter(hello.client for hello in greetings.values())
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise FederationError(f"{counts[twice[0]]} nodes call themselves {twice[0]!r}; give each its own name or partition")
+
+
+def _common_digest(greetings: Mapping[int, Hello]) -> str:
+    counts = Counter(hello.base_digest for hello in greetings.values())
+    digest, _ = counts.most_common(1)[0]
+    others = sorted(hello.client for hello in greetings.values() if hello.base_digest != digest)
+    if others:
+        raise FederationError(
+            f"base models differ: {len(others)} of {len(greetings)} clients ({', '.join(others[:3])}) hold another one than"
+            f" {digest[:12]}; all need the same files, versions and quantisation"
+        )
+    return digest

@@ -1,0 +1,105 @@
+"""One round, whole, in one file: the state, what strategy and clients remember, and the round's row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedpeft.errors import StateError
+from fedpeft.files import storage, write_atomically
+from fedpeft.records import Round
+from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+
+VERSION = 1
+_PARTS = ("state", "strategy", "client")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that the next round depends on.
+
+    Attributes:
+        run_digest: the run it belongs to.
+        round: the last finished round; 0 before the first.
+        state: the global state after it.
+        strategy: what the server's strategy remembers.
+        clients: what clients remember, ``"<client>/<array>"`` to array.
+        row: the round's record.
+    """
+
+    run_digest: str
+    round: int
+    state: Arrays
+    row: Round
+    strategy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    clients: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write it as safetensors, atomically; arrays and row are covered by a digest in the header.
+
+    Raises:
+        StorageError: the disk is full or the folder can't be written.
+    """
+    tensors: dict[str, NDArray[Any]] = {}
+    for part, arrays in zip(_PARTS, (checkpoint.state, checkpoint.strategy, checkpoint.clients), strict=True):
+        tensors.update({f"{part}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()})
+    row = checkpoint.row.model_dump_json()
+    header = {
+        "fedpeft": str(VERSION),
+        "run": checkpoint.run_digest,
+        "round": str(checkpoint.round),
+        "row": row,
+        "digest": _digest(tensors, row, checkpoint.run_digest, checkpoint.round),
+    }
+    write_atomically(path, save(tensors, metadata=header))
+
+
+def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        StateError: it is corrupt, of another version, or of another run.
+        StorageError: it cannot be read.
+    """
+    with storage(path):
+        content = path.read_bytes()
+    try:
+        tensors = load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        version, came_from = int(header["fedpeft"]), header["run"]
+        round_, row, digest = int(header["round"]), header["row"], header["digest"]
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise _corrupt(path) from error
+    if version != VERSION:
+        raise StateError(f"{path}: checkpoint version {version} came, {VERSION} is read here; resume with the fedpeft that wrote it")
+    if came_from != run_digest:
+        raise StateError(
+            f"{path}: this checkpoint is of run {came_from[:12]}, the run file is {run_digest[:12]}; use the run file"
+            " beside it, or another --out"
+        )
+    if _digest(tensors, row, run_digest, round_) != digest:
+        raise _corrupt(path)
+    parts: dict[str, dict[str, NDArray[Any]]] = {part: {} for part in _PARTS}
+    for key, array in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = array
+    state, strategy, clients = (frozen_arrays(parts[part]) for part in _PARTS)
+    return Checkpoint(run_digest, round_, state, Round.model_validate_json(row), strategy, clients)
+
+
+def _digest(tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int) -> str:
+    return arrays_digest({**tensors, "": np.frombuffer(f"{run_digest}\0{round_}\0{row}".encode(), dtype=np.uint8)})
+
+
+def _corrupt(path: Path) -> StateError:
+    return StateError(f"{path}: the checkpoint is corrupt; delete it, and the run resumes from the one before")

@@ -1,0 +1,193 @@
+"""The frozen base model and its tokenizer: from a folder, the hub, or what ships with the package."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from fedpeft.config import ModelSection
+from fedpeft.errors import MissingExtraError, ModelError
+from fedpeft.models.quiet import one_line, quiet
+
+__all__ = [
+    "HEAD_NAMES",
+    "Tokenizer",
+    "head_modules",
+    "load_base",
+    "load_tokenizer",
+    "model_path",
+    "new_modules",
+]
+
+HEAD_NAMES = ("classifier", "score")
+"""Attribute names under which transformers keeps a classification head; `peft` trains and saves these."""
+
+_AUTO_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "sequence-classification": AutoModelForSequenceClassification,
+}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NEW_MODULES = "fedpeft_new_modules"
+
+
+def model_path(section: ModelSection) -> str:
+    """Return the folder or hub name that the section means; "embedded" is the folder inside this package.
+
+    Raises:
+        ModelError: `path` is neither an existing folder nor written like a hub name.
+    """
+    if section.path == "embedded":
+        # Imported here because only this name needs the embedded files.
+        from fedpeft.data.embedded import model_folder
+
+        return str(model_folder())
+    folder = Path(section.path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or not _HUB_NAME.fullmatch(section.path):
+        raise ModelError(
+            f"model.path '{section.path}' is not a folder; give a Hugging Face model folder, a hub name "
+            "(owner/name) or 'embedded'"
+        )
+    return section.path
+
+
+def load_tokenizer(section: ModelSection) -> Tokenizer:
+    """Load the tokenizer of the section's model, with a padding token in every case.
+
+    A tokenizer without a padding token pads with its end-of-sequence token, else with its unknown token.
+
+    Raises:
+        ModelError: no tokenizer there, or none of the three tokens.
+    """
+    path = model_path(section)
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+        except Exception as error:  # tokenizers raise bare Exception on broken files
+            raise ModelError(_unloadable("tokenizer", section, path, error)) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            f"the tokenizer of model.path '{section.path}' has no padding, end-of-sequence or unknown token; "
+            "add a pad_token to its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int = 0) -> nn.Module:
+    """Load the base model in evaluation mode with every parameter frozen.
+
+    Weights that the task needs and the files lack (a new classification head, with BERT's pooler where that
+    is missing) are drawn from `seed`, the same for every client; the global generator is left as it was. The
+    padding token id is set in the config. Nothing is fetched unless `path` is a hub name, and code that comes
+    with a model is never run.
+
+    Args:
+        section: path, task, quantisation (int8, nf4, fp4; 4 bits with double quantisation) and dtype.
+        num_labels: number of classes; needed for sequence classification, and only there.
+        seed: of the new weights.
+
+    Raises:
+        ModelError: missing folder, broken files, an architecture without the task's model class, or weights
+            missing outside the head.
+        MissingExtraError: quantisation without `bitsandbytes`.
+    """
+    if (section.task == "sequence-classification") != (num_labels is not None):
+        raise ModelError(
+            f"num_labels is {num_labels} for task '{section.task}'; only classifiers take it, and must"
+        )
+    path = model_path(section)
+    options: dict[str, Any] = {"dtype": _DTYPES[section.dtype], "local_files_only": Path(path).is_dir()}
+    if num_labels is not None:
+        options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    if section.quantization != "none":
+        options["quantization_config"] = _quantization(section)
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model, report = _AUTO_CLASSES[section.task].from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **options
+            )
+        except Exception as error:  # torch, safetensors and json each raise their own kind on broken files
+            raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
+    _note_new_modules(model, report, section)
+    model.requires_grad_(False)
+    if section.task == "sequence-classification" or model.config.pad_token_id is None:
+        model.config.pad_token_id = load_tokenizer(section).pad_token_id
+    base: nn.Module = model.eval()
+    return base
+
+
+def new_modules(base: nn.Module) -> tuple[str, ...]:
+    """Return the dotted names of the modules that `load_base` drew because the files lack them, sorted."""
+    return tuple(getattr(base, _NEW_MODULES, ()))
+
+
+def head_modules(base: nn.Module) -> tuple[str, ...]:
+    """Return the names of the classification head and of the other newly drawn modules, sorted."""
+    heads = {name for name in HEAD_NAMES if isinstance(getattr(base, name, None), nn.Module)}
+    return tuple(sorted(heads | set(new_modules(base))))
+
+
+def _note_new_modules(model: nn.Module, report: dict[str, Any], section: ModelSection) -> None:
+    """Record which modules were drawn; refuse a model whose body is incomplete."""
+    absent = [str(key) for key in report.get("missing_keys", ())]
+    absent += [str(row[0]) for row in report.get("mismatched_keys", ())]
+    if not absent:
+        return
+    names = sorted({_owner(key) for key in absent})
+    body = [name for name in names if name.rpartition(".")[0] and name.split(".")[0] not in HEAD_NAMES]
+    strangers = [name for name in body if "pooler" not in name]
+    if section.task == "causal-lm" or strangers:
+        listed = ", ".join((strangers or names)[:3])
+        raise ModelError(
+            f"model.path '{section.path}' lacks weights that a {section.task} model needs ({listed}); "
+            "give the folder of a model trained for this task"
+        )
+    setattr(model, _NEW_MODULES, tuple(names))
+
+
+def _owner(key: str) -> str:
+    """Name the module that is drawn as a whole: the head for anything inside it, else the parameter's own."""
+    first = key.split(".")[0]
+    return first if first in HEAD_NAMES else key.rpartition(".")[0]
+
+
+def _quantization(section: ModelSection) -> BitsAndBytesConfig:
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            f"model.quantization '{section.quantization}' needs bitsandbytes; install the extra: "
+            "pip install 'fedpeft[quant]'"
+        )
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES[section.dtype],
+    )
+
+
+def _unloadable(what: str, section: ModelSection, path: str, error: BaseException) -> str:
+    if isinstance(error, OSError) and not Path(path).is_dir():
+        return (
+            f"model.path '{section.path}' is no folder here and could not be fetched from the hub; check the "
+            "name and the network, or give a folder"
+        )
+    return f"no {what} can be loaded from model.path '{section.path}': {one_line(error)}"

@@ -1,0 +1,129 @@
+"""The wire state of a model: its trainable parameters by name, and a digest of everything else."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpeft.errors import ModelError
+
+_CHUNK_BYTES = 1 << 24
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that require gradients, by full name, names sorted; a shared one appears once."""
+    return dict(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad))
+
+
+def get_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+    """Return copies of the trainable parameters as float32 arrays, names sorted."""
+    return {
+        name: p.detach().to(device="cpu", dtype=torch.float32, copy=True).numpy()
+        for name, p in trainable_parameters(model).items()
+    }
+
+
+def set_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy `arrays` into the trainable parameters in place; names and shapes must match exactly.
+
+    Nothing is written unless everything fits.
+
+    Raises:
+        ModelError: a name is missing or unknown, or a shape differs.
+    """
+    parameters = trainable_parameters(model)
+    for name in sorted(parameters.keys() ^ arrays.keys()):
+        kind = "misses" if name in parameters else "has an unknown"
+        raise ModelError(
+            f"the state {kind} array '{name}'; it must come from the same model and [peft] section"
+        )
+    for name, parameter in parameters.items():
+        if tuple(parameter.shape) != arrays[name].shape:
+            raise ModelError(
+                f"array '{name}' has shape {arrays[name].shape}, the model needs {tuple(parameter.shape)}; "
+                "it must come from the same model and [peft] section"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            source = np.ascontiguousarray(arrays[name], dtype=np.float32)
+            # A read-only array (a memory map, say) cannot back a tensor without a warning.
+            parameter.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (trainable, all) parameters; a packed 4-bit weight counts its logical elements."""
+    sizes = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """Return the SHA-256 (hex) over all frozen parameters and persistent buffers.
+
+    Each tensor enters with its name, dtype, shape and bytes, in the order of names. The scales of quantised
+    weights are included, and so is every other tensor that a tuner keeps (drawn matrices, positions, masks), saved
+    or not; the base's non-persistent buffers (rotary tables, position ids) are recomputed on each machine and are
+    not.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_frozen_tensors(model), key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        for chunk in _chunks(tensor):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield dot + name, parameter.detach()
+            yield from _quantisation_state(dot + name, parameter)
+        tuner = hasattr(module, "adapter_layer_names") or type(module).__name__ == "BufferDict"
+        for name, buffer in module.named_buffers(recurse=False):
+            if tuner or name not in module._non_persistent_buffers_set:
+                yield dot + name, buffer.detach()
+        if tuner:
+            yield from _plain_tensors(dot, module)
+
+
+def _plain_tensors(dot: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a tuner's layer keeps outside of parameters and buffers, alone or by adapter."""
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield dot + name, value
+        elif isinstance(value, dict) and not name.startswith("_"):
+            for key, item in value.items():
+                if isinstance(item, torch.Tensor):
+                    yield f"{dot}{name}.{key}", item
+
+
+def _quantisation_state(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the scales that bitsandbytes keeps beside a packed weight."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        for key, value in state.as_dict(packed=True).items():
+            yield f"{name}.{key}", value.detach()
+    scales = getattr(parameter, "SCB", None)
+    if isinstance(scales, torch.Tensor):
+        yield f"{name}.SCB", scales.detach()
+
+
+def _logical_size(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)
+    shape = getattr(state, "shape", None)
+    return int(torch.Size(shape).numel()) if shape is not None else parameter.numel()
+
+
+def _chunks(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in pieces, row-major, without copying what is contiguous already."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0).byte()
+    for start in range(0, flat.numel(), _CHUNK_BYTES):
+        yield flat[start : start + _CHUNK_BYTES].cpu().numpy().data

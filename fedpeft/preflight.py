@@ -1,0 +1,72 @@
+"""What would be refused, found before anything large is loaded: every problem of a run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import FedPEFTError, RunFileError
+from fedpeft.evaluation.metrics import metrics_of
+from fedpeft.flower.strategies import strategy_problems
+from fedpeft.models.options import peft_problems
+from fedpeft.sampling import cohort_size
+from fedpeft.spaces import build_space
+from fedpeft.stages import build_stages
+from fedpeft.training.optimizers import check_names
+
+
+def problems_of(run: RunConfig) -> list[str]:
+    """One line per problem that can be known from the run file and the tables."""
+    problems: list[str] = []
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: _refuse(peft_problems(run.peft, run.model.task)),
+        lambda: check_names(run.training),
+        lambda: build_space(run.space),
+        lambda: build_stages(run),
+        lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
+    )
+    for check in checks:
+        try:
+            check()
+        except RunFileError as error:
+            problems.extend(error.problems)
+        except FedPEFTError as error:
+            problems.append(str(error))
+    clients = run.data.partitioner.clients
+    problems.extend(_federation_problems(run, clients))
+    return problems
+
+
+def has_answers(run: RunConfig) -> bool:
+    """Rows have a prompt and an answer, which metrics can compare."""
+    return run.data.train == "embedded" or (run.data.prompt is not None and run.data.answer is not None)
+
+
+def refuse_problems(run: RunConfig, *, source: str) -> None:
+    """Raise all problems of a run at once.
+
+    Raises:
+        RunFileError: if there is any.
+    """
+    problems = problems_of(run)
+    if problems:
+        raise RunFileError(source, problems)
+
+
+def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
+    """Cohort and strategy, as far as the number of clients is known before the rows are read."""
+    federation = run.federation
+    problems = []
+    if federation.over_selection and federation.clock is None:
+        problems.append("federation.over_selection: needs a virtual clock ([federation.clock]) to tell who answers first")
+    if clients is None:
+        return problems + strategy_problems(federation.strategy, cohort=10**9)
+    try:
+        return problems + strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
+    except FedPEFTError as error:
+        return [*problems, str(error)]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise RunFileError("run file", problems)

@@ -1,0 +1,1 @@
+"""Run files that ship with the package."""

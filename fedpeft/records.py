@@ -1,0 +1,122 @@
+"""What a run leaves behind, as frozen records: the rows of `metrics.jsonl`, one JSON object a line.
+
+Every row carries `event`; `parse_row` reads a line back. Wall times are the only fields that differ between two runs of
+one seed, and they are all named `wall_s`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+
+class Record(BaseModel):
+    """A frozen row or a part of one; unknown keys are refused so that a foreign file is noticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Score(Record):
+    """A metric over `count` examples with its 95% percentile-bootstrap interval (low = high = value at count 1)."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+class Evaluation(Record):
+    """One model on one test set.
+
+    `scores` is over all examples; `clients` holds, per metric, each client's own value on its own held-out rows.
+    """
+
+    scores: dict[str, Score]
+    clients: dict[str, dict[str, float]] = {}  # metric -> client -> value
+
+
+class ClientOutcome(Record):
+    """What became of one asked client in one round. Bytes are of the serialised update, not of frames."""
+
+    client: str
+    status: Literal["folded", "unavailable", "dropped", "late", "refused", "failed"]
+    reason: str = ""
+    examples: int = 0
+    steps: int = 0
+    loss: float | None = None  # mean training loss over the round's local steps
+    bytes_up: int = 0
+    bytes_down: int = 0
+    update_norm: float | None = None  # L2 over the whole update, after the client's stages
+    virtual_s: float | None = None  # when its answer arrived on the virtual clock, from the round's start
+
+
+class Started(Record):
+    """First row: what the run is."""
+
+    event: Literal["started"] = "started"
+    run_name: str
+    run_digest: str
+    seed: int
+    rounds: int
+    engine: str
+    clients: dict[str, int]  # name -> training rows
+    test_examples: int
+    trainable_parameters: int
+    total_parameters: int
+    base_digest: str
+    cut_rows: int
+    primary_metric: str
+    higher_is_better: dict[str, bool]  # for every metric of the run
+    versions: dict[str, str]
+
+
+class Round(Record):
+    """One finished round. Round 0 is the start: no training, only the evaluation."""
+
+    event: Literal["round"] = "round"
+    round: int
+    outcomes: tuple[ClientOutcome, ...] = ()
+    train_loss: float | None = None  # weighted as the updates are
+    state_norm_change: float | None = None  # L2 of the change applied to the global state
+    evaluation: Evaluation | None = None
+    virtual_s: float | None = None  # length of the round on the virtual clock
+    notes: tuple[str, ...] = ()
+    wall_s: float = 0.0
+
+
+class Baseline(Record):
+    """A model that was trained otherwise, on the same test set and with the same budget.
+
+    `local` has one evaluation per client that trained alone; the others have one.
+    """
+
+    event: Literal["baseline"] = "baseline"
+    name: Literal["zero-shot", "local", "pooled"]
+    evaluations: dict[str, Evaluation]  # client -> evaluation; the single key of the others is their name
+    wall_s: float = 0.0
+
+
+class Finished(Record):
+    """Last row: how the run ended."""
+
+    event: Literal["finished"] = "finished"
+    rounds: int
+    adapter_digest: str
+    bytes_up_per_client: float  # mean over clients that were asked at least once, all rounds
+    bytes_down_per_client: float
+    peak_rss_mib: float | None = None  # largest worker or parent process; a measurement, not reproducible
+    wall_s: float = 0.0
+
+
+Row = Annotated[Started | Round | Baseline | Finished, Field(discriminator="event")]
+_ROW: TypeAdapter[Started | Round | Baseline | Finished] = TypeAdapter(Row)
+
+
+def parse_row(line: str | bytes) -> Started | Round | Baseline | Finished:
+    """One line of `metrics.jsonl` as its record.
+
+    Raises:
+        pydantic.ValidationError: the line is no row of this version.
+    """
+    return _ROW.validate_json(line)

@@ -1,0 +1,41 @@
+"""The lines that load a finished run's adapter with `peft`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
+
+def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
+    """Python that loads base model and adapter, from the tables of a resolved run file.
+
+    Args:
+        run: the run file as nested tables; a missing key counts as its default.
+        adapter: path of the adapter folder as the reader will type it.
+    """
+    model = run.get("model", {})
+    path, auto = model.get("path", "embedded"), _AUTO_CLASSES.get(model.get("task", "causal-lm"), "AutoModel")
+    labels = run.get("data", {}).get("labels") if model.get("task") == "sequence-classification" else None
+    extra = f", num_labels={_label_count(labels)}" if labels else ""
+    lines = ["from peft import PeftModel", f"from transformers import {auto}"]
+    base = repr(path)
+    if path == "embedded":
+        lines.insert(0, "from importlib.resources import files")
+        base = 'str(files("fedpeft.data.embedded") / "model")'
+    return "\n".join(
+        [
+            *lines,
+            f"base = {auto}.from_pretrained({base}{extra})",
+            f"model = PeftModel.from_pretrained(base, {adapter!r})",
+        ]
+    )
+
+
+def _label_count(labels: Any) -> int:
+    """A list names the labels in order; a table gives each value its number, several values may share one."""
+    return len(set(labels.values())) if isinstance(labels, dict) else len(labels)

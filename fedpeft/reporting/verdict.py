@@ -1,0 +1,61 @@
+"""One or two sentences that say how a run came out, computed from its summary."""
+
+from __future__ import annotations
+
+from fedpeft.records import Score
+from fedpeft.reporting.summary import LineKey, Summary, higher_is_better
+from fedpeft.reporting.text import counted, metric_difference, metric_name, metric_value
+
+# Whom the federated model is compared with, and what that model is called within a sentence.
+_RIVALS: tuple[tuple[LineKey, str], ...] = (
+    ("alone-mean", "the mean client that trained alone"),
+    ("pooled", "one model trained on the pooled data"),
+)
+_STARTS: tuple[tuple[LineKey, str], ...] = (
+    ("zero-shot", "of the base model"),
+    ("start", "before training"),
+)
+
+
+def verdict(summary: Summary) -> str:
+    """How the run came out, in words.
+
+    A difference counts as clear only if the two 95% intervals do not overlap, which is stricter than a test
+    of the difference; the words "within the intervals" mark the others.
+    """
+    federated, planned = summary.score("federated"), summary.started.rounds
+    if federated is None:
+        return f"No training round has been evaluated yet ({summary.rounds_done} of {planned} rounds done)."
+    name, value = metric_name(summary.primary), metric_value(summary.primary, federated.value)
+    clients = counted(len(summary.started.clients), "client")
+    sentences = [f"Federated training of {clients} reached {value} {name}{_start(summary)}."]
+    compared = [text for key, rival in _RIVALS if (text := _compared(summary, federated, key, rival))]
+    if compared:
+        sentences.append(f"It is {' and '.join(compared)}.")
+    if summary.finished is None:
+        sentences.append(f"The run is not finished: {summary.rounds_done} of {planned} rounds done.")
+    return " ".join(sentences)
+
+
+def _start(summary: Summary) -> str:
+    """Where the base model stood."""
+    for key, text in _STARTS:
+        score = summary.score(key)
+        if score is not None:
+            return f", from {metric_value(summary.primary, score.value)} {text}"
+    return ""
+
+
+def _compared(summary: Summary, federated: Score, key: LineKey, rival: str) -> str | None:
+    other = summary.score(key)
+    if other is None:
+        return None
+    higher = higher_is_better(summary.started, summary.primary)
+    gain = (federated.value - other.value) * (1 if higher else -1)
+    size = metric_difference(summary.primary, gain)
+    if gain == 0:
+        return f"level with {rival}"
+    clear = federated.low > other.high or federated.high < other.low
+    return f"{size} {'better' if gain > 0 else 'worse'} than {rival}" + (
+        "" if clear else " (within the intervals)"
+    )

@@ -1,0 +1,161 @@
+"""Reading, overriding, resolving and identifying run files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import RunFileError, UsageError
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file, lay `--set` overrides over it and check it.
+
+    Relative data and model paths are resolved against the run file's folder when they exist there.
+
+    Args:
+        path: a TOML file.
+        overrides: items like ``training.lr=1e-4``; values are TOML, bare words are strings.
+
+    Raises:
+        RunFileError: with every problem of the file at once.
+        UsageError: an override that is not ``key=value``.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunFileError(str(path), [f"cannot be read ({error.strerror}); give the path of a TOML run file"]) from error
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RunFileError(str(path), [f"is not TOML: {error}"]) from error
+    return build_run(table, overrides, source=str(path), folder=path.parent)
+
+
+def build_run(
+    table: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str, folder: Path | None = None
+) -> RunConfig:
+    """Check a run given as nested tables; see `load_run`."""
+    merged = json.loads(json.dumps(table, default=str))
+    for item in overrides:
+        _set(merged, item)
+    if folder is not None:
+        _resolve_paths(merged, folder)
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise RunFileError(source, [_problem(detail) for detail in error.errors()]) from error
+
+
+def run_digest(run: RunConfig) -> str:
+    """SHA-256 (hex) of the resolved run: equal digests mean the same run."""
+    return hashlib.sha256(run_json(run).encode()).hexdigest()
+
+
+def run_json(run: RunConfig) -> str:
+    """The resolved run as canonical JSON, for messages and for hashing."""
+    return json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def run_from_json(text: str) -> RunConfig:
+    """Inverse of `run_json`."""
+    return build_run(json.loads(text), source="run in message")
+
+
+def run_toml(run: RunConfig) -> str:
+    """The resolved run as TOML, every default written out (keys without a value are left out)."""
+    return tomli_w.dumps(_without_none(run.model_dump(mode="json")))
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _set(table: dict[str, Any], item: str) -> None:
+    """Apply one ``a.b.c=value`` to nested tables; a list of tables is addressed by index (``stages.0.density=0.1``)."""
+    dotted, sep, raw = item.partition("=")
+    keys = dotted.strip().split(".")
+    if not sep or not all(keys):
+        raise UsageError(f"--set {item!r}: needs KEY=VALUE with a dotted key, such as training.lr=1e-4")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    node: Any = table
+    for key in keys[:-1]:
+        node = _child(node, key, item)
+    last = keys[-1]
+    if isinstance(node, list):
+        node[_index(node, last, item)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UsageError(f"--set {item!r}: {'.'.join(keys[:-1])} is a value, not a table")
+
+
+def _child(node: Any, key: str, item: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, item)]
+    if not isinstance(node, dict):
+        raise UsageError(f"--set {item!r}: {key!r} is inside a value, not a table")
+    child = node.setdefault(key, {})
+    if isinstance(child, str):  # a bare name stands for a table with `kind`
+        child = node[key] = {"kind": child}
+    return child
+
+
+def _index(node: list[Any], key: str, item: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UsageError(f"--set {item!r}: {key!r} is no index of a list of {len(node)}")
+    return int(key)
+
+
+def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
+    """Make paths relative to the run file absolute where such a file or folder exists."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [resolved(item) for item in value]
+        if not isinstance(value, str) or Path(value).is_absolute():
+            return value
+        pattern = any(mark in value for mark in "*?[")
+        found = any(folder.glob(value)) if pattern else (folder / value).exists()
+        return str((folder / value).resolve()) if found and not pattern else str(folder.resolve() / value) if found else value
+
+    for section, keys in (("model", ("path",)), ("data", ("train", "test"))):
+        part = table.get(section)
+        if isinstance(part, dict):
+            for key in keys:
+                if key in part and part[key] != "embedded":
+                    part[key] = resolved(part[key])
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    """One pydantic error as one line: where, what is wrong, what came."""
+    where = ".".join(_locations(detail["loc"])) or "run file"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key; remove it or check its spelling"
+    if detail["type"] == "missing":
+        return f"{where}: is needed and missing"
+    if detail["type"] == "value_error":
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {detail['input']!r}"
+
+
+def _locations(loc: Iterable[Any]) -> list[str]:
+    """Location parts without the names of union members, which mean nothing to a reader."""
+    noise = ("function-", "tuple[", "dict[", "constrained-", "str", "int", "float", "bool")
+    return [str(part) for part in loc if isinstance(part, int) or not str(part).startswith(noise) or part in ("strategy",)]

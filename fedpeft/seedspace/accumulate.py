@@ -1,0 +1,30 @@
+"""Accumulate: the exact integer sum of signed directions over a range of coordinates."""
+
+import torch
+
+from fedpeft.seedspace.backends import kernels_for
+from fedpeft.seedspace.bounds import check_amounts
+from fedpeft.seedspace.layout import Span, Stream
+
+
+def accumulate(
+    stream: Stream,
+    span: Span,
+    directions: torch.Tensor,
+    amounts: torch.Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    threads: int = 1,
+) -> torch.Tensor:
+    """int64 [span.size] on `device`: sum_k amounts[k] * z_k.
+
+    `directions` and `amounts` are int64 [K] on the CPU. Zero amounts cost nothing. The result is the same for
+    any order of the pairs, any threads, any backend, and any cut of a tensor into spans.
+
+    Raises: UpdateError when shapes or types are wrong or sum |amounts| reaches 2^53.
+    """
+    check_amounts(directions, amounts)
+    where = torch.device(device)
+    kernels = kernels_for(where, backend)
+    return kernels.accumulate(stream, span, directions.contiguous(), amounts.contiguous(), where, threads)

@@ -1,0 +1,41 @@
+"""The compiled CPU kernels behind torch tensors."""
+
+import torch
+
+from fedpeft.seedspace import numba_accumulate, numba_perturb, numba_project
+from fedpeft.seedspace.layout import Span, Stream
+
+
+def accumulate(
+    stream: Stream,
+    span: Span,
+    directions: torch.Tensor,
+    amounts: torch.Tensor,
+    device: torch.device,
+    threads: int,
+) -> torch.Tensor:
+    """int64 [span.size]: sum_k amounts[k] * z_k."""
+    sums = numba_accumulate.accumulate(stream, span, directions.numpy(), amounts.numpy(), threads)
+    return torch.from_numpy(sums).to(device)
+
+
+def project(
+    stream: Stream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
+) -> torch.Tensor:
+    """int64 [K]: <delta, z_k> over the span."""
+    return torch.from_numpy(
+        numba_project.project(stream, span, directions.numpy(), delta.cpu().numpy(), threads)
+    )
+
+
+def perturb(
+    stream: Stream,
+    tensor_id: int,
+    direction: int,
+    source: torch.Tensor,
+    starts: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Writes source + scale * z to `out`, both float32 or float64 [pieces, length]."""
+    numba_perturb.perturb(stream, tensor_id, direction, source.numpy(), starts.numpy(), scale, out.numpy())

@@ -1,0 +1,109 @@
+"""What the federation is compared with: no training, each client alone, and all rows in one place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpeft.evaluation.evaluate import summarise
+from fedpeft.randomness import stream
+from fedpeft.records import Baseline, Evaluation, Round
+from fedpeft.resident import resident_for
+from fedpeft.simulation.scoring import TEST, Scorer, batches_of, rows_of
+from fedpeft.training.steps import local_steps
+from fedpeft.update import Arrays
+from fedpeft.workers import Shared, result_of
+
+MOST_ALONE = 32  # clients trained alone; of more, an even sample
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Optimiser steps that equal what the federation did.
+
+    Attributes:
+        alone: per client, the steps that it made in the rounds that counted it.
+        pooled: steps over the pooled rows that read as many rows as all counted clients did together.
+    """
+
+    alone: Mapping[str, int]
+    pooled: int
+
+
+def budgets(scorer: Scorer, rounds: Sequence[Round]) -> Budgets:
+    """Budgets from what the rounds did. A client that was never counted gets one round's steps."""
+    section = scorer.resident.run.training
+    steps: dict[str, int] = {}
+    examples = 0
+    for row in rounds:
+        for outcome in row.outcomes:
+            if outcome.status == "folded":
+                steps[outcome.client] = steps.get(outcome.client, 0) + outcome.steps
+                examples += outcome.examples
+    alone = {
+        client.name: steps.get(client.name) or local_steps(section, len(client.train))
+        for client in scorer.resident.data.clients
+    }
+    per_step = section.batch_size * section.gradient_accumulation
+    return Budgets(alone, max(1, round(examples / per_step)))
+
+
+def run_baselines(
+    scorer: Scorer,
+    start: Arrays,
+    rounds: Sequence[Round],
+    done: Sequence[Baseline],
+    progress: Callable[[str, int, int], None],
+) -> Iterator[Baseline]:
+    """Train and evaluate the baselines that are not `done`, in parallel; yields each when it is complete."""
+    names = {row.name for row in done}
+    first = rounds[0].evaluation
+    if "zero-shot" not in names and first is not None:
+        yield Baseline(name="zero-shot", evaluations={"zero-shot": first})
+    started = time.monotonic()
+    budget = budgets(scorer, rounds)
+    shared = scorer.workers.share(dict(start))
+    jobs: dict[Future[Evaluation], tuple[str, str]] = {}
+    if "pooled" not in names:  # the longest job first
+        jobs[_submit(scorer, "pooled", None, budget.pooled, shared)] = ("pooled", "pooled")
+    if "local" not in names:
+        for name in _sampled(sorted(budget.alone)):
+            jobs[_submit(scorer, f"local/{name}", name, budget.alone[name], shared)] = ("local", name)
+    results: dict[str, dict[str, Evaluation]] = {"local": {}, "pooled": {}}
+    wanted = {kind: sum(job[0] == kind for job in jobs.values()) for kind in results}
+    for future in as_completed(jobs):
+        kind, name = jobs[future]
+        results[kind][name] = result_of(future)
+        progress(kind, len(results[kind]), wanted[kind])
+        if len(results[kind]) == wanted[kind]:
+            evaluations = dict(sorted(results[kind].items()))
+            yield Baseline(name=kind, evaluations=evaluations, wall_s=time.monotonic() - started)  # type: ignore[arg-type]
+
+
+def _submit(scorer: Scorer, name: str, client: str | None, steps: int, start: Shared) -> Future[Evaluation]:
+    return scorer.workers.submit(train_and_score, scorer.resident.run_digest, name, client, steps, start, scorer.metrics)
+
+
+def train_and_score(
+    run_digest: str, name: str, client: str | None, steps: int, start: Shared, metrics: Sequence[str]
+) -> Evaluation:
+    """One baseline: train on one client's rows (or everyone's) from the start, then score on the test set."""
+    resident = resident_for(run_digest)
+    clients = resident.data.clients
+    own = [c.train for c in clients if client is None or c.name == client]
+    state = resident.train_alone(np.concatenate(own), start.get(), steps=steps, name=name)
+    encoded, _ = rows_of(resident, TEST)
+    columns = resident.score(encoded, batches_of(resident, TEST), state, metrics)
+    section = resident.run.evaluation
+    rng = stream(resident.run.run.seed, "bootstrap")
+    return summarise(columns, metrics, clients={}, resamples=section.bootstrap, rng=rng)
+
+
+def _sampled(names: Sequence[str]) -> Sequence[str]:
+    if len(names) <= MOST_ALONE:
+        return names
+    return [names[round(place)] for place in np.linspace(0, len(names) - 1, MOST_ALONE)]

@@ -1,0 +1,273 @@
+"""`fedpeft simulate`: set up, hold the rounds, compare, export, report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import resource
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import FederationError, UsageError
+from fedpeft.evaluation.metrics import METRICS, metrics_of
+from fedpeft.files import folder_atomically, write_atomically
+from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.ray_engine import run_on_ray
+from fedpeft.flower.round_loop import ClientMemory, Federation, initial_checkpoint, run_rounds
+from fedpeft.flower.roster import roll_call
+from fedpeft.flower.tasks import Task
+from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.models.base import model_path
+from fedpeft.models.export import adapter_digest, export_adapter
+from fedpeft.models.trainable import count_parameters
+from fedpeft.preflight import has_answers
+from fedpeft.records import ClientOutcome, Finished, Round, Started
+from fedpeft.reporting.html import write_report
+from fedpeft.reporting.progress import Progress
+from fedpeft.reporting.sinks import MetricSink, open_sink
+from fedpeft.reporting.snippet import load_snippet
+from fedpeft.reporting.summary import Summary, build_summary, summary_json
+from fedpeft.resident import Resident, install_resident, load_resident
+from fedpeft.runfile import run_json, run_toml
+from fedpeft.simulation.baselines import run_baselines
+from fedpeft.simulation.scoring import TEST, Scorer, rows_of
+from fedpeft.workers import Workers, open_workers
+
+ENGINES = ("local", "ray")
+_VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: where it lies and what came out."""
+
+    folder: Path
+    summary: Summary
+    snippet: str
+
+    @property
+    def paths(self) -> Mapping[str, Path]:
+        """What a person looks for first."""
+        return {"adapter": self.folder / "adapter", "report": self.folder / "report.html"}
+
+
+def simulate(folder: RunFolder, *, workers: int, engine: str, progress: Progress) -> RunResult:
+    """Run, or go on with, the run of an open folder.
+
+    Args:
+        folder: new (`RunFolder.create`) or begun (`RunFolder.resume`).
+        workers: processes that train and evaluate; the result doesn't depend on it.
+        engine: "local", or "ray" for Flower's simulation engine.
+
+    Raises:
+        FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
+    finished = folder.finished()
+    if finished is not None:
+        progress.note(f"{folder.path} is finished already; nothing to do")
+        return _result(folder)
+    return _Simulation(folder, engine, progress).run(workers)
+
+
+class _Simulation:
+    """One process's work on one run folder."""
+
+    def __init__(self, folder: RunFolder, engine: str, progress: Progress) -> None:
+        self._folder = folder
+        self._run = folder.run
+        self._engine = engine
+        self._progress = progress
+        self._began = time.monotonic()
+        self._resident = self._load()
+        self._metrics = run_metrics(self._run)
+        self._sinks: list[MetricSink] = []
+
+    def run(self, workers: int) -> RunResult:
+        last = self._folder.latest()
+        self._folder.realign(last)
+        with ExitStack() as stack:
+            self._progress.setup("starting worker processes")
+            pool = stack.enter_context(open_workers(min(workers, max(2, len(self._resident.data.clients)))))
+            self._sinks = [stack.enter_context(closing(sink)) for sink in self._open_sinks(last)]
+            scorer = Scorer(self._resident, self._metrics, pool)
+            final = self._rounds(scorer, pool, last)
+            rounds = [row for row in self._folder.rows() if isinstance(row, Round)]
+            if self._run.evaluation.baselines:
+                self._baselines(scorer, rounds)
+        self._finish(final, rounds)
+        return _result(self._folder)
+
+    def _open_sinks(self, last: Checkpoint | None) -> list[MetricSink]:
+        names = ["tensorboard"] if self._run.output.tensorboard else []
+        return [open_sink(name, self._folder.path, 0 if last is None else last.round + 1) for name in names]
+
+    def _load(self) -> Resident:
+        torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
+        self._progress.setup("loading rows and model")
+        resident = load_resident(self._run)
+        install_resident(resident)
+        return resident
+
+    def _rounds(self, scorer: Scorer, pool: Workers, last: Checkpoint | None) -> Checkpoint:
+        """The rounds on the chosen engine; returns the final checkpoint."""
+        rounds = self._run.run.rounds
+        if last is not None and last.round >= rounds:
+            self._announce()
+            return last
+        clients = len(self._resident.data.clients)
+        if self._engine == "ray":
+            self._progress.setup("starting Flower's simulation engine")
+            return run_on_ray(lambda grid: self._hold(grid, scorer, last, None), clients, pool.width)
+        grid = LocalGrid(clients, pool)
+        return self._hold(grid, scorer, last, grid)
+
+    def _hold(self, grid: Grid, scorer: Scorer, last: Checkpoint | None, memory: ClientMemory | None) -> Checkpoint:
+        resident = self._resident
+        text = run_json(self._run) if memory is None else ""  # other processes than ours must load the run themselves
+        self._progress.setup("roll call")
+        clients = len(resident.data.clients)
+        roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=clients)
+        if len(roster.members) < clients:
+            raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
+        if roster.base_digest != resident.base_digest:
+            raise FederationError("the clients hold another base model than the server; all need the same files and versions")
+        self._announce()
+        federation = Federation(
+            run=self._run,
+            digest=resident.run_digest,
+            grid=grid,
+            roster=roster,
+            space=resident.space,
+            stages=resident.stages,
+            journal=self._folder,
+            observer=_Observer(self._progress, self._sinks),
+            evaluate=scorer.evaluate,
+            run_json=text,
+            memory=memory,
+        )
+        start = last or initial_checkpoint(federation, resident.space.initial_state(resident.model))
+        return run_rounds(federation, start)
+
+    def _announce(self) -> None:
+        """Write the first row once, and tell people in any case."""
+        row = self._folder.started()
+        if row is None:
+            row = started_row(self._resident, self._metrics, self._engine)
+            self._folder.append(row)
+        for sink in self._sinks:
+            sink.write(row)
+        self._progress.started(row)
+
+    def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:
+        start = self._resident.space.initial_state(self._resident.model)
+        done = self._folder.baselines()
+        for row in done:
+            self._progress.baseline_done(row)
+        for row in run_baselines(scorer, start, rounds, done, self._progress.baseline_progress):
+            self._folder.append(row)
+            for sink in self._sinks:
+                sink.write(row)
+            self._progress.baseline_done(row)
+
+    def _finish(self, final: Checkpoint, rounds: list[Round]) -> None:
+        """Adapter, last row, report: in this order, so that the last one there means all are."""
+        resident, folder = self._resident, self._folder
+        self._progress.setup("writing adapter and report")
+        resident.space.enter(resident.model, final.state)
+        with folder_atomically(folder.adapter) as fresh:
+            export_adapter(resident.model, fresh, base_name=model_path(self._run.model))
+        if not any(isinstance(row, Finished) for row in folder.rows()):
+            up, down = _bytes_per_client(rounds)
+            row = Finished(
+                rounds=final.round,
+                adapter_digest=adapter_digest(folder.adapter),
+                bytes_up_per_client=up,
+                bytes_down_per_client=down,
+                peak_rss_mib=_peak_rss_mib(),
+                wall_s=time.monotonic() - self._began,
+            )
+            folder.append(row)
+            self._progress.finished(row)
+        rows = folder.rows()
+        text = json.dumps(summary_json(build_summary(rows)), indent=2) + "\n"
+        write_atomically(folder.path / "summary.json", text.encode())
+        write_report(folder.path, run_toml(self._run), rows)
+
+
+class _Observer:
+    """Tells the progress display and the sinks."""
+
+    def __init__(self, progress: Progress, sinks: Sequence[MetricSink]) -> None:
+        self._progress, self._sinks = progress, sinks
+
+    def round_started(self, number: int, asked: int) -> None:
+        self._progress.round_started(number, asked)
+
+    def client_done(self, outcome: ClientOutcome) -> None:
+        self._progress.client_done(outcome)
+
+    def round_done(self, row: Round) -> None:
+        for sink in self._sinks:
+            sink.write(row)
+        self._progress.round_done(row)
+
+
+def run_metrics(run: RunConfig) -> tuple[str, ...]:
+    """The run's metrics, the primary one first; see `metrics_of`."""
+    return metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
+
+
+def started_row(resident: Resident, metrics: tuple[str, ...], engine: str) -> Started:
+    """What a run says of itself before it begins."""
+    run, data = resident.run, resident.data
+    trainable, total = count_parameters(resident.model)
+    return Started(
+        run_name=run.run.name,
+        run_digest=resident.run_digest,
+        seed=run.run.seed,
+        rounds=run.run.rounds,
+        engine=engine,
+        clients={client.name: len(client.train) for client in data.clients},
+        test_examples=len(rows_of(resident, TEST)[1]),
+        trainable_parameters=trainable,
+        total_parameters=total,
+        base_digest=resident.base_digest,
+        cut_rows=data.cut_rows,
+        primary_metric=metrics[0],
+        higher_is_better={name: METRICS[name].higher_is_better for name in metrics},
+        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _VERSIONS},
+    )
+
+
+def _result(folder: RunFolder) -> RunResult:
+    snippet = load_snippet(tomllib.loads(run_toml(folder.run)), str(folder.adapter))
+    return RunResult(folder.path, build_summary(folder.rows()), snippet)
+
+
+def _bytes_per_client(rounds: Sequence[Round]) -> tuple[float, float]:
+    """Mean bytes up and down over the clients that exchanged any."""
+    up: dict[str, int] = {}
+    down: dict[str, int] = {}
+    for row in rounds:
+        for outcome in row.outcomes:
+            if outcome.bytes_down:
+                up[outcome.client] = up.get(outcome.client, 0) + outcome.bytes_up
+                down[outcome.client] = down.get(outcome.client, 0) + outcome.bytes_down
+    return (sum(up.values()) / len(up), sum(down.values()) / len(down)) if up else (0.0, 0.0)
+
+
+def _peak_rss_mib() -> float:
+    """The largest resident size that any of our processes had; Linux counts in KiB, macOS in bytes."""
+    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return largest / (1024 if platform.system() == "Linux" else 1024 * 1024)

@@ -1,0 +1,106 @@
+"""Evaluating a state with all workers: test rows are dealt out in fixed batches, so the result doesn't depend on how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import RunConfig
+from fedpeft.data.encoded import Encoded
+from fedpeft.evaluation.evaluate import join, summarise
+from fedpeft.evaluation.metrics import Column
+from fedpeft.randomness import stream
+from fedpeft.records import Evaluation
+from fedpeft.resident import Resident, resident_for
+from fedpeft.update import Arrays
+from fedpeft.workers import Shared, Workers, result_of
+
+TEST, HELD_OUT = "test", "held-out"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Evaluates states on the global test set and on each client's held-out rows.
+
+    Without a test set of its own a run's test set is the clients' held-out rows, and each row is scored once.
+    """
+
+    resident: Resident
+    metrics: tuple[str, ...]
+    workers: Workers
+
+    def evaluate(self, state: Arrays) -> Evaluation | None:
+        """Scores with intervals, and per client; None if there is no row to score."""
+        data, section = self.resident.data, self.resident.run.evaluation
+        if not len(data.test):
+            return None
+        rng = stream(self.resident.run.run.seed, "bootstrap")
+        columns = self._columns(TEST, state)
+        if own_test_set(self.resident.run):
+            held = self._columns(HELD_OUT, state) if any(len(c.heldout) for c in data.clients) else None
+            places = _places({c.name: c.heldout for c in data.clients}, held["index"] if held else np.zeros(0))
+            return summarise(
+                columns, self.metrics, clients=places, client_columns=held, resamples=section.bootstrap, rng=rng
+            )
+        places = _places(test_rows_of_clients(self.resident), columns["index"])
+        return summarise(columns, self.metrics, clients=places, resamples=section.bootstrap, rng=rng)
+
+    def _columns(self, which: str, state: Arrays) -> dict[str, Column]:
+        count = len(batches_of(self.resident, which))
+        width = min(self.workers.width * 4, count)  # a few shards per worker, so that none waits long for the last
+        shared = self.workers.share(dict(state))
+        futures = [
+            self.workers.submit(score_shard, self.resident.run_digest, which, shard, width, shared, self.metrics)
+            for shard in range(width)
+        ]
+        return join([result_of(future) for future in futures])
+
+
+def own_test_set(run: RunConfig) -> bool:
+    """Whether the run names a test set beside the clients' rows."""
+    return run.data.test is not None
+
+
+def score_shard(
+    run_digest: str, which: str, shard: int, shards: int, state: Shared, metrics: Sequence[str]
+) -> dict[str, Column]:
+    """One worker's share of the batches."""
+    resident = resident_for(run_digest)
+    encoded = rows_of(resident, which)[0]
+    return resident.score(encoded, batches_of(resident, which)[shard::shards], state.get(), metrics)
+
+
+def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]:
+    """The rows of an evaluation set, at most `evaluation.max_examples` of them."""
+    data, limit = resident.data, resident.run.evaluation.max_examples
+    if which == TEST:
+        return data.test, np.arange(len(data.test), dtype=np.int64)[:limit]
+    parts = [client.heldout for client in data.clients]
+    return data.rows, np.concatenate(parts)[:limit] if parts else np.zeros(0, dtype=np.int64)
+
+
+def batches_of(resident: Resident, which: str) -> list[NDArray[np.int64]]:
+    """Its batches."""
+    return resident.batches(*rows_of(resident, which))
+
+
+def test_rows_of_clients(resident: Resident) -> dict[str, NDArray[np.int64]]:
+    """Which rows of a test set that is made of held-out rows are whose: they lie client by client."""
+    sizes = [len(client.heldout) for client in resident.data.clients]
+    ends = np.cumsum([0, *sizes])
+    return {
+        client.name: np.arange(start, end, dtype=np.int64)
+        for client, start, end in zip(resident.data.clients, ends[:-1], ends[1:], strict=True)
+    }
+
+
+def _places(rows: dict[str, NDArray[np.int64]], index: Column) -> dict[str, NDArray[np.int64]]:
+    """Positions of each client's rows in columns whose row numbers are `index`."""
+    position = {int(row): place for place, row in enumerate(index)}
+    return {
+        name: np.array([position[int(row)] for row in mine if int(row) in position], dtype=np.int64)
+        for name, mine in rows.items()
+    }

@@ -1,0 +1,38 @@
+"""Bounding how far one client can move the model."""
+
+from __future__ import annotations
+
+from fedpeft.config import PositiveFloat, Section
+from fedpeft.errors import UpdateError
+from fedpeft.stages.base import StageContext
+from fedpeft.update import Update
+
+ROUNDING = 1e-5  # float32 scaling of d entries moves the norm by far less than this share
+
+
+class Clip(Section):
+    """Scale an update whose L2 norm exceeds `clip_norm` down to it (McMahan et al. 2018, algorithm 1, flat clipping).
+
+    An all-zero update stays zero. The server clips again, so that a client that didn't can't exceed the bound by more
+    than float rounding.
+    """
+
+    clip_norm: PositiveFloat
+
+    def on_client(self, update: Update, context: StageContext) -> Update:
+        """Clip to `clip_norm`."""
+        return self._clipped(update)
+
+    def on_server(self, update: Update, context: StageContext) -> Update:
+        """Clip what was not clipped.
+
+        Raises:
+            UpdateError: a norm that is not finite.
+        """
+        if not update.is_finite():
+            raise UpdateError("an update with NaN or infinity came; a finite one is needed")
+        return self._clipped(update) if update.global_norm() > self.clip_norm * (1 + ROUNDING) else update
+
+    def _clipped(self, update: Update) -> Update:
+        norm = update.global_norm()
+        return update.scale(self.clip_norm / norm) if norm > self.clip_norm else update

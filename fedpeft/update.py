@@ -1,0 +1,124 @@
+"""The element that travels: named arrays with a weight, and the vector space they form.
+
+Laws (property-tested): for updates u, v, w of one layout, ``u + v == v + u``; ``(u + v) + w`` equals ``u + (v + w)`` up to
+float rounding (exactly for integers); ``u.scale(1) == u``; ``(u + v).weight == u.weight + v.weight``;
+``u.scale(a).global_norm() == |a| * u.global_norm()`` up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.errors import UpdateError
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def frozen_arrays(arrays: Arrays) -> Arrays:
+    """A read-only mapping of read-only arrays, sorted by name. Views are marked read-only, the data isn't copied."""
+    result: dict[str, NDArray[Any]] = {}
+    for name in sorted(arrays):
+        view = np.asarray(arrays[name]).view()
+        view.flags.writeable = False
+        result[name] = view
+    return MappingProxyType(result)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client contributes: arrays by name, and the weight with which they count.
+
+    Attributes:
+        arrays: parameter (or scalar-vector) name to array; floats are float32, exact quantities int64.
+        weight: how much it counts in a weighted mean; rows of training data, or 1 under uniform weighting.
+        metrics: numbers that accompany it (loss, steps, examples); never aggregated into the state.
+    """
+
+    arrays: Arrays
+    weight: int = 1
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
+        object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+
+    def __add__(self, other: Update) -> Update:
+        """Sum of arrays and weights; metrics are dropped, since they mean nothing for a sum."""
+        check_layout(other.arrays, layout_of(self.arrays), who="the second update")
+        arrays = {name: self.arrays[name] + other.arrays[name] for name in self.arrays}
+        return Update(arrays, self.weight + other.weight)
+
+    def scale(self, factor: float) -> Update:
+        """Every float array times `factor`, the weight unchanged.
+
+        Raises:
+            UpdateError: integer arrays, whose scaling would leave the integers.
+        """
+        integral = [name for name, array in self.arrays.items() if array.dtype.kind in "iu"]
+        if integral:
+            raise UpdateError(f"cannot scale integer array {integral[0]!r}: integers are only added")
+        return self.map(lambda _, array: (array * np.asarray(factor, dtype=array.dtype)))
+
+    def map(self, function: Callable[[str, NDArray[Any]], NDArray[Any]]) -> Update:
+        """The update with every array replaced by ``function(name, array)``."""
+        return replace(self, arrays={name: function(name, array) for name, array in self.arrays.items()})
+
+    def global_norm(self) -> float:
+        """L2 norm over all entries, accumulated in float64."""
+        return math.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in self.arrays.values()))
+
+    def is_finite(self) -> bool:
+        """Whether no entry is NaN or infinite."""
+        return all(bool(np.isfinite(array).all()) for array in self.arrays.values() if array.dtype.kind == "f")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+
+Layout = Mapping[str, tuple[tuple[int, ...], str]]
+
+
+def layout_of(arrays: Arrays) -> Layout:
+    """Name to (shape, dtype name): what two sets of arrays must share to be added."""
+    return {name: (tuple(array.shape), array.dtype.name) for name, array in sorted(arrays.items())}
+
+
+def check_layout(arrays: Arrays, layout: Layout, *, who: str) -> None:
+    """Refuse arrays whose names, shapes or dtypes differ from `layout`.
+
+    Raises:
+        UpdateError: naming the first difference and `who` sent it.
+    """
+    came = layout_of(arrays)
+    missing = sorted(set(layout) - set(came))
+    unknown = sorted(set(came) - set(layout))
+    if missing or unknown:
+        detail = f"lacks {missing[0]!r}" if missing else f"has the unknown array {unknown[0]!r}"
+        raise UpdateError(f"{who} {detail}: {len(layout)} arrays are expected and {len(came)} came")
+    for name, expected in layout.items():
+        if came[name] != expected:
+            raise UpdateError(f"{who}: array {name!r} is {_describe(came[name])}, expected {_describe(expected)}")
+
+
+def _describe(entry: tuple[tuple[int, ...], str]) -> str:
+    shape, dtype = entry
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def arrays_digest(arrays: Arrays) -> str:
+    """SHA-256 (hex) of names, dtypes, shapes and little-endian bytes, names sorted: a state's fingerprint."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
+        digest.update(memoryview(little).cast("B") if little.size else b"")
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The daemon that runs federations for agents which dial in."""

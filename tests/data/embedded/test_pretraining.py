@@ -1,0 +1,93 @@
+"""The committed pretraining script, on a twin small enough to train in a test."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedpeft.data.embedded import Row, pretraining_rows, verified_folder
+from simulations.pretrain_embedded import (
+    IGNORED,
+    PretrainSettings,
+    batches,
+    byte_tokenizer,
+    collate,
+    encode,
+    exact_match,
+    lr_factor,
+    new_model,
+    pretrain,
+)
+
+TINY = PretrainSettings(steps=3, hidden=32, layers=1, batch_size=4, threads=1)
+
+
+def test_only_the_answer_and_the_end_token_carry_labels() -> None:
+    tokenizer = byte_tokenizer()
+    ids, labels = collate(encode(tokenizer, [Row("ab=>", "c", "x", -1), Row("a\n", "bcd", "x", -1)]))
+    assert tokenizer.batch_decode(ids) == ["<s>ab=>c</s>", "<s>a\nbcd</s>"]
+    marked = [tokenizer.decode(row[row != IGNORED]) for row in labels]
+    assert marked == ["c</s>", "bcd</s>"]
+
+
+def test_batches_are_counted_and_repeatable() -> None:
+    first, second = (list(batches(byte_tokenizer(), TINY)) for _ in range(2))
+    assert len(first) == TINY.steps
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_new_weights_leave_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    a, b = (new_model(TINY, 259).state_dict() for _ in range(2))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    factors = [lr_factor(step, 100) for step in range(100)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert all(later <= earlier for earlier, later in pairwise(factors[4:]))
+    assert 0 < factors[-1] < 0.001
+
+
+def test_exact_match_agrees_with_step_by_step_decoding() -> None:
+    tokenizer, model = byte_tokenizer(), new_model(TINY, 259).eval()
+    prompt = "ab"
+    ids = tokenizer(prompt)["input_ids"]
+    with torch.no_grad():
+        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        after = int(model(torch.tensor([[*ids, token]])).logits[0, -1].argmax())
+    said = tokenizer.decode([token])
+    assert exact_match(model, tokenizer, [Row(prompt, said, "x", -1)]) == {"x": float(after == 2)}
+    model.lm_head.weight.data[2] = 0
+    model.lm_head.weight.data[3:] = 0
+    model.lm_head.weight.data[:2] = 0
+    # All logits are equal now and the first id wins: never the end token.
+    assert exact_match(model, tokenizer, [Row(prompt, said, "x", -1)]) == {"x": 0.0}
+
+
+@pytest.mark.slow
+def test_a_small_twin_learns_and_its_folder_loads(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        report = pretrain(
+            tmp_path / "twin",
+            PretrainSettings(steps=400, hidden=64, layers=2, batch_size=32, threads=1),
+            lambda _: None,
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert report.last_loss < 0.6 * report.first_loss
+    assert max(report.exact_match.values()) > 0
+    folder = verified_folder(tmp_path / "twin")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    fresh = pretraining_rows(np.random.default_rng((0, 1)), 1000)
+    assert exact_match(model, tokenizer, fresh) == report.exact_match
