@@ -1,7 +1,8 @@
 """Sums that do not depend on the order in which they are made.
 
-Float addition is not associative, and replies arrive in any order. So updates are folded into int64 multiples of a power
-of two, the quantum, and converted once when the round closes: the same replies give the same bits, whoever came first.
+Float addition is not associative, and replies arrive in any order. So updates are folded into int64 multiples
+of a power of two, the quantum, and converted once when the round closes: the same replies give the same bits,
+whoever came first.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ HEADROOM_BITS = 62  # of int64's 63: one bit stays free so that the sum of all b
 class ExactSum:
     """The weighted sum of updates of one layout, exact in units of ``2**quantum_exponent``.
 
-    Every update may use an equal share of the integer range, ``2**62 / capacity``; one that needs more is refused, so
-    `capacity` updates can never overflow whatever they hold. With the default quantum of 2**-36 and a cohort of 1,000,
-    weight times entry may reach 67,000.
+    Every update may use an equal share of the integer range, ``2**62 / capacity``; one that needs more is
+    refused, so `capacity` updates can never overflow whatever they hold. With the default quantum of 2**-36
+    and a cohort of 1,000, weight times entry may reach 67,000.
 
     Args:
-        layout: names, shapes and dtypes of the arrays (float32, or int64 for exact quantities, whose quantum is 1).
+        layout: names, shapes and dtypes of the arrays (float32, or int64 for exact quantities, whose quantum
+            is 1).
         quantum_exponent: log2 of the unit in which float entries are counted.
         capacity: the most updates that will be folded.
     """
@@ -44,7 +46,8 @@ class ExactSum:
         """Add one update, all of it or nothing.
 
         Raises:
-            UpdateError: wrong layout, a weight below 1, NaN or infinity, or an entry too large for the exact sum.
+            UpdateError: wrong layout, a weight below 1, NaN or infinity, or an entry too large for the exact
+                sum.
         """
         check_layout(update.arrays, self._layout, who=who)
         if update.weight < 1:
@@ -59,7 +62,7 @@ class ExactSum:
         self.count += 1
 
     def _term(self, name: str, array: NDArray[Any], weight: int, who: str) -> NDArray[np.int64]:
-        """weight * round(array / quantum) as int64, after the bound was checked."""
+        """Weight * round(array / quantum) as int64, after the bound was checked."""
         if array.dtype.kind in "iu":
             largest = int(np.abs(array.astype(object)).max()) if array.size else 0
             self._check(largest * weight, name, who)
@@ -78,8 +81,10 @@ class ExactSum:
     def _check(self, magnitude: int, name: str, who: str) -> None:
         if magnitude > self._bound:
             raise UpdateError(
-                f"{who}: array {name!r} times its weight reaches 2^{math.log2(magnitude):.1f} quanta, the exact sum has"
-                f" room for 2^{math.log2(self._bound):.1f}; clip the update or raise federation.quantum_exponent"
+                f"{who}: array {name!r} times its weight reaches 2^{math.log2(magnitude):.1f} quanta, the"
+                " exact sum has"
+                f" room for 2^{math.log2(self._bound):.1f}; clip the update or raise"
+                " federation.quantum_exponent"
             )
 
     def sums(self) -> Arrays:

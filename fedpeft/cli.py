@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +31,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RunFile = Annotated[Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file; without one, the embedded demo.")]
+RunFile = Annotated[
+    Path | None, typer.Argument(metavar="[RUN.toml]", help="Run file; without one, the embedded demo.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file, e.g. training.lr=1e-4.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file, e.g. training.lr=1e-4."),
 ]
 
 
@@ -43,13 +47,20 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/NAME].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is already in --out.")] = False,
-    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0: one per core. The result is the same.")] = 0,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Worker processes; 0: one per core. The result is the same.")
+    ] = 0,
     engine: Annotated[str, typer.Option(help="local, or ray for Flower's simulation engine.")] = "local",
     baselines: Annotated[
-        bool | None, typer.Option("--baselines/--no-baselines", help="Compare with zero-shot, clients alone and pooled data.")
+        bool | None,
+        typer.Option(
+            "--baselines/--no-baselines", help="Compare with zero-shot, clients alone and pooled data."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per line, for machines.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per line, for machines.")
+    ] = False,
 ) -> None:
     """Fine-tune across simulated clients on this machine; out come an adapter and a report."""
     from fedpeft.commands.simulate import simulate_command
@@ -86,7 +97,9 @@ def plan(
 @app.command()
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
-    run_file: Annotated[Path | None, typer.Option("--run", help="Run file with model and data [default: the adapter's run].")] = None,
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="Run file with model and data [default: the adapter's run].")
+    ] = None,
     set_: Overrides = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -100,8 +113,12 @@ def evaluate(
 def export(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the base and write a full model.")] = False,
-    run_file: Annotated[Path | None, typer.Option("--run", help="Run file with the model [default: the adapter's run].")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the base and write a full model.")
+    ] = False,
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="Run file with the model [default: the adapter's run].")
+    ] = None,
     set_: Overrides = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
 ) -> None:
@@ -129,8 +146,15 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
+
+
+def _terminate(signum: int, frame: object) -> None:
+    """End by an exception, so that the terminal is put back and worker processes are ended."""
+    sys.exit(128 + signum)
 
 
 def _cores() -> int:
@@ -140,6 +164,7 @@ def _cores() -> int:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: errors of ours become lines on stderr and their own exit code; Ctrl-C ends with 130."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return app(arguments, standalone_mode=True)
     except RunFileError as error:

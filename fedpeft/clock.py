@@ -14,7 +14,8 @@ class Fate:
     """What the clock has in store for one asked client in one round.
 
     Attributes:
-        arrives_s: virtual seconds from the round's start until its answer is complete; infinite if it vanishes.
+        arrives_s: virtual seconds from the round's start until its answer is complete; infinite if it
+            vanishes.
     """
 
     arrives_s: float
@@ -39,7 +40,9 @@ class VirtualClock:
     def examples_per_s(self, client: str) -> float:
         """The client's speed for the whole run: lognormal with median `examples_per_s`."""
         sigma = self._section.speed_sigma
-        return self._section.examples_per_s * math.exp(sigma * float(stream(self._seed, "speed", client).standard_normal()))
+        return self._section.examples_per_s * math.exp(
+            sigma * float(stream(self._seed, "speed", client).standard_normal())
+        )
 
     def fate(self, client: str, round_: int, *, examples: int, bytes_down: int, bytes_up: int) -> Fate:
         """When the client's answer arrives: latency, transfer both ways, and training."""

@@ -1,8 +1,8 @@
 """The run file: one frozen model per section, every key with its unit and its default.
 
-A run file is TOML; `load_run` (in `fedpeft.runfile`) reads it into a `RunConfig`. Names of methods, strategies, stages
-and the like are checked against their tables when the run is prepared, since a table may need heavy imports;
-everything that can be known from the file alone is checked here.
+A run file is TOML; `load_run` (in `fedpeft.runfile`) reads it into a `RunConfig`. Names of methods,
+strategies, stages and the like are checked against their tables when the run is prepared, since a table may
+need heavy imports; everything that can be known from the file alone is checked here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Section(BaseModel):
 
 
 class OpenSection(BaseModel):
-    """A frozen table whose further keys belong to what `kind` or `method` names; the table of those checks them."""
+    """A frozen table whose further keys belong to what `kind` or `method` names, and are checked there."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
@@ -50,7 +50,9 @@ class RunSection(Section):
 class ModelSection(Section):
     """The frozen base model that every client holds."""
 
-    path: Annotated[str, Field(min_length=1)] = "embedded"  # a folder, a hub name, or the model that ships with us
+    path: Annotated[str, Field(min_length=1)] = (
+        "embedded"  # a folder, a hub name, or the model that ships with us
+    )
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
     quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; trained parameters are float32
@@ -65,8 +67,9 @@ class PeftSection(OpenSection):
 class PartitionerSection(Section):
     """How the rows of one data set are dealt to clients.
 
-    iid, size-skewed kinds (linear, square, exponential), dirichlet(alpha, by), pathological(classes_per_client, by),
-    shard(by, shards_per_client), natural(by): one client per value of a column; files: one file, one client.
+    iid, size-skewed kinds (linear, square, exponential), dirichlet(alpha, by),
+    pathological(classes_per_client, by), shard(by, shards_per_client), natural(by): one client per value of a
+    column; files: one file, one client.
     """
 
     kind: Literal[
@@ -100,26 +103,35 @@ class PartitionerSection(Section):
 
 
 class DataSection(Section):
-    """Where the rows come from, how a row becomes text, and who holds which rows.
+    r"""Where the rows come from, how a row becomes text, and who holds which rows.
 
-    Causal language models take `prompt` and `answer` templates (loss on the answer only) or `text` (loss on all of it);
-    classifiers take `text` and `label`. Templates are `str.format` style over the row's fields: "{instruction}\\n".
+    Causal language models take `prompt` and `answer` templates (loss on the answer only) or `text` (loss on
+    all of it); classifiers take `text` and `label`. Templates are `str.format` style over the row's fields:
+    "{instruction}\\n".
     """
 
-    train: str | tuple[str, ...] = "embedded"  # file, folder/glob, "datasets:NAME[/CONFIG][:SPLIT]", or "embedded"
+    train: str | tuple[str, ...] = (
+        "embedded"  # file, folder/glob, "datasets:NAME[/CONFIG][:SPLIT]", or "embedded"
+    )
     test: str | tuple[str, ...] | None = None  # global test set, same forms; none: the clients' held-out rows
     prompt: str | None = None
     answer: str | None = None
     text: str | None = None
     label: str | None = None  # name of the label field
-    labels: tuple[str | int, ...] | dict[str, int] | None = None  # label map; default: the sorted distinct values
+    labels: tuple[str | int, ...] | dict[str, int] | None = (
+        None  # label map; default: the sorted distinct values
+    )
     filter: dict[str, str | int | float | bool] | None = None  # keep rows whose fields equal these
     explode: str | None = None  # a field that holds a list: one row per item; before `filter` and `limit`
     limit: Count | None = None  # at most so many training rows, the first ones
     test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
     test_limit: Count | None = None
-    max_length: Annotated[int, Field(ge=2)] = 512  # tokens; longer rows are cut and the number of cut rows reported
-    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1  # share of each client's rows kept for its own evaluation
+    max_length: Annotated[int, Field(ge=2)] = (
+        512  # tokens; longer rows are cut and the number of cut rows reported
+    )
+    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = (
+        0.1  # share of each client's rows kept for its own evaluation
+    )
     partitioner: PartitionerSection = PartitionerSection(kind="iid", clients=8)
 
 
@@ -184,9 +196,9 @@ class StrategySection(OpenSection):
 class ClockSection(Section):
     """The virtual clock of a simulation: how fast clients are and how often they are away.
 
-    A client's speed is drawn once per run, lognormal around `examples_per_s` with spread `speed_sigma` (0: all
-    equal); its upload takes payload bytes over `bytes_per_s`. Each round it is away with `1 - availability` and
-    vanishes after being asked with `dropout`.
+    A client's speed is drawn once per run, lognormal around `examples_per_s` with spread `speed_sigma` (0:
+    all equal); its upload takes payload bytes over `bytes_per_s`. Each round it is away with `1 -
+    availability` and vanishes after being asked with `dropout`.
     """
 
     examples_per_s: PositiveFloat = 100.0
@@ -213,7 +225,9 @@ class FederationSection(Section):
 class EvaluationSection(Section):
     """What is measured, on what and how often."""
 
-    metrics: tuple[str, ...] = ()  # default by task: exact-match for prompts with answers, accuracy for classifiers
+    metrics: tuple[
+        str, ...
+    ] = ()  # default by task: exact-match for prompts with answers, accuracy for classifiers
     every: Count = 1  # rounds
     batch_size: Count = 32
     max_new_tokens: Count = 64  # for metrics that need generated text

@@ -18,7 +18,9 @@ _TEMPORARY = ".partial-"
 def storage_error(path: Path, error: OSError) -> StorageError:
     """An operating-system error as one line with a remedy."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"{path}: no disk space is left; free some and resume the run, nothing is half-written")
+        return StorageError(
+            f"{path}: no disk space is left; free some and resume the run, nothing is half-written"
+        )
     return StorageError(f"{path}: {error.strerror or error}; check the path and its permissions")
 
 

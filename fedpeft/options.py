@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from fedpeft.errors import RunFileError
-
-Built = TypeVar("Built", bound=BaseModel)
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
@@ -21,7 +19,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     return f"{what}: unknown kind {name!r}{hint} Known: {', '.join(names)}"
 
 
-def build_option(where: str, table: Mapping[str, type[Built]], name: str, options: Mapping[str, Any]) -> Built:
+def build_option(where: str, table: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> Any:
     """Look `name` up in `table` and build it with `options`.
 
     Args:
@@ -38,7 +36,11 @@ def build_option(where: str, table: Mapping[str, type[Built]], name: str, option
         problems = []
         for detail in error.errors():
             key = ".".join(str(part) for part in detail["loc"])
-            message = "unknown option" if detail["type"] == "extra_forbidden" else f"{detail['msg']}, got {detail['input']!r}"
+            message = (
+                "unknown option"
+                if detail["type"] == "extra_forbidden"
+                else f"{detail['msg']}, got {detail['input']!r}"
+            )
             if detail["type"] == "missing":
                 message = "is needed and missing"
             problems.append(f"{where}.{key} ({name}): {message}")

@@ -58,7 +58,9 @@ def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
     federation = run.federation
     problems = []
     if federation.over_selection and federation.clock is None:
-        problems.append("federation.over_selection: needs a virtual clock ([federation.clock]) to tell who answers first")
+        problems.append(
+            "federation.over_selection: needs a virtual clock ([federation.clock]) to tell who answers first"
+        )
     if clients is None:
         return problems + strategy_problems(federation.strategy, cohort=10**9)
     try:

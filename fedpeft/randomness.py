@@ -1,7 +1,7 @@
 """Randomness that is passed in: one independent stream per purpose, derived from the run's seed.
 
-A stream is named by what it is for ("cohort", round 3; "batches", round 3, client "hospital-2"), so it doesn't depend on how
-many streams were drawn before it, on the order of clients, or on the number of workers.
+A stream is named by what it is for ("cohort", round 3; "batches", round 3, client "hospital-2"), so it
+doesn't depend on how many streams were drawn before it, on the order of clients, or on the number of workers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def derive_seed(seed: int, *name: str | int) -> int:
-    """A 63-bit seed for the stream `name` of a run: the leading bits of SHA-256 over the seed and the name."""
+    """A 63-bit seed for the stream `name` of a run: bits of SHA-256 over the seed and the name."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, *name))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 

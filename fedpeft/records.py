@@ -1,7 +1,7 @@
 """What a run leaves behind, as frozen records: the rows of `metrics.jsonl`, one JSON object a line.
 
-Every row carries `event`; `parse_row` reads a line back. Wall times are the only fields that differ between two runs of
-one seed, and they are all named `wall_s`.
+Every row carries `event`; `parse_row` reads a line back. Wall times are the only fields that differ between
+two runs of one seed, and they are all named `wall_s`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 class Record(BaseModel):
     """A frozen row or a part of one; unknown keys are refused so that a foreign file is noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
 class Score(Record):
-    """A metric over `count` examples with its 95% percentile-bootstrap interval (low = high = value at count 1)."""
+    """A metric over `count` examples and its 95% bootstrap interval (low = high = value for one example)."""
 
     value: float
     low: float
@@ -29,7 +29,8 @@ class Score(Record):
 class Evaluation(Record):
     """One model on one test set.
 
-    `scores` is over all examples; `clients` holds, per metric, each client's own value on its own held-out rows.
+    `scores` is over all examples; `clients` holds, per metric, each client's own value on its own held-out
+    rows.
     """
 
     scores: dict[str, Score]
@@ -66,6 +67,7 @@ class Started(Record):
     total_parameters: int
     base_digest: str
     cut_rows: int
+    labels: tuple[str, ...] = ()  # of a classifier, by class number
     primary_metric: str
     higher_is_better: dict[str, bool]  # for every metric of the run
     versions: dict[str, str]

@@ -66,7 +66,9 @@ class Resident:
                 return index
         raise FederationError(f"there is no client {name!r}; the run has {len(self.data.clients)} clients")
 
-    def train_client(self, index: int, round_: int, state: Arrays, *, proximal_mu: float) -> tuple[Update, TrainingReport]:
+    def train_client(
+        self, index: int, round_: int, state: Arrays, *, proximal_mu: float
+    ) -> tuple[Update, TrainingReport]:
         """One client's part of a round: enter the state, train on its rows, express the change."""
         client, section = self.data.clients[index], self.run.training
         self.space.enter(self.model, state)
@@ -90,7 +92,14 @@ class Resident:
         """A baseline: one training run over `indices` from `state`; the state it ends in."""
         self.space.enter(self.model, state)
         rng = stream(self.run.run.seed, "baseline", name)
-        train(self.model, self.parameters, self.rows(self.data.rows, indices), self.run.training, steps=steps, rng=rng)
+        train(
+            self.model,
+            self.parameters,
+            self.rows(self.data.rows, indices),
+            self.run.training,
+            steps=steps,
+            rng=rng,
+        )
         return self.space.initial_state(self.model)
 
     def batches(self, encoded: Encoded, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
@@ -141,7 +150,9 @@ def resident_for(digest: str, run: RunConfig | None = None) -> Resident:
     """
     if digest not in _RESIDENTS:
         if run is None:
-            raise FederationError(f"run {digest[:12]} is not loaded in this process and no run file came with the task")
+            raise FederationError(
+                f"run {digest[:12]} is not loaded in this process and no run file came with the task"
+            )
         install_resident(load_resident(run))
     return _RESIDENTS[digest]
 

@@ -32,7 +32,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise RunFileError(str(path), [f"cannot be read ({error.strerror}); give the path of a TOML run file"]) from error
+        raise RunFileError(
+            str(path), [f"cannot be read ({error.strerror}); give the path of a TOML run file"]
+        ) from error
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -84,7 +86,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _set(table: dict[str, Any], item: str) -> None:
-    """Apply one ``a.b.c=value`` to nested tables; a list of tables is addressed by index (``stages.0.density=0.1``)."""
+    """Apply one ``a.b.c=value`` to nested tables; lists are addressed by index (``stages.0.density``)."""
     dotted, sep, raw = item.partition("=")
     keys = dotted.strip().split(".")
     if not sep or not all(keys):
@@ -132,7 +134,13 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
             return value
         pattern = any(mark in value for mark in "*?[")
         found = any(folder.glob(value)) if pattern else (folder / value).exists()
-        return str((folder / value).resolve()) if found and not pattern else str(folder.resolve() / value) if found else value
+        return (
+            str((folder / value).resolve())
+            if found and not pattern
+            else str(folder.resolve() / value)
+            if found
+            else value
+        )
 
     for section, keys in (("model", ("path",)), ("data", ("train", "test"))):
         part = table.get(section)
@@ -158,4 +166,8 @@ def _problem(detail: Mapping[str, Any]) -> str:
 def _locations(loc: Iterable[Any]) -> list[str]:
     """Location parts without the names of union members, which mean nothing to a reader."""
     noise = ("function-", "tuple[", "dict[", "constrained-", "str", "int", "float", "bool")
-    return [str(part) for part in loc if isinstance(part, int) or not str(part).startswith(noise) or part in ("strategy",)]
+    return [
+        str(part)
+        for part in loc
+        if isinstance(part, int) or not str(part).startswith(noise) or part in ("strategy",)
+    ]

@@ -30,7 +30,11 @@ def cohort_size(section: SamplingSection, clients: int) -> int:
 
 
 def sample_cohort(
-    section: SamplingSection, available: Sequence[str], total: int, rng: np.random.Generator, over_selection: float = 0.0
+    section: SamplingSection,
+    available: Sequence[str],
+    total: int,
+    rng: np.random.Generator,
+    over_selection: float = 0.0,
 ) -> list[str]:
     """Draw the clients to ask, in sorted order.
 
@@ -38,7 +42,8 @@ def sample_cohort(
         available: names that can be asked now.
         total: all clients of the run, which shares and rates refer to.
         rng: this round's stream.
-        over_selection: ask ``ceil((1 + over_selection) * cohort)`` clients, as far as there are so many. Poisson
+        over_selection: ask ``ceil((1 + over_selection) * cohort)`` clients, as far as there are so many.
+            Poisson
             sampling takes none: privacy amplification needs each client's own coin.
 
     Returns:

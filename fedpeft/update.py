@@ -1,8 +1,8 @@
 """The element that travels: named arrays with a weight, and the vector space they form.
 
-Laws (property-tested): for updates u, v, w of one layout, ``u + v == v + u``; ``(u + v) + w`` equals ``u + (v + w)`` up to
-float rounding (exactly for integers); ``u.scale(1) == u``; ``(u + v).weight == u.weight + v.weight``;
-``u.scale(a).global_norm() == |a| * u.global_norm()`` up to rounding.
+Laws (property-tested): for updates u, v, w of one layout, ``u + v == v + u``; ``(u + v) + w`` equals ``u + (v
++ w)`` up to float rounding (exactly for integers); ``u.scale(1) == u``; ``(u + v).weight == u.weight +
+v.weight``; ``u.scale(a).global_norm() == |a| * u.global_norm()`` up to rounding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def frozen_arrays(arrays: Arrays) -> Arrays:
-    """A read-only mapping of read-only arrays, sorted by name. Views are marked read-only, the data isn't copied."""
+    """A read-only mapping of read-only views, sorted by name; no data is copied."""
     result: dict[str, NDArray[Any]] = {}
     for name in sorted(arrays):
         view = np.asarray(arrays[name]).view()
@@ -65,7 +65,7 @@ class Update:
         integral = [name for name, array in self.arrays.items() if array.dtype.kind in "iu"]
         if integral:
             raise UpdateError(f"cannot scale integer array {integral[0]!r}: integers are only added")
-        return self.map(lambda _, array: (array * np.asarray(factor, dtype=array.dtype)))
+        return self.map(lambda _, array: array * np.asarray(factor, dtype=array.dtype))
 
     def map(self, function: Callable[[str, NDArray[Any]], NDArray[Any]]) -> Update:
         """The update with every array replaced by ``function(name, array)``."""
@@ -77,7 +77,9 @@ class Update:
 
     def is_finite(self) -> bool:
         """Whether no entry is NaN or infinite."""
-        return all(bool(np.isfinite(array).all()) for array in self.arrays.values() if array.dtype.kind == "f")
+        return all(
+            bool(np.isfinite(array).all()) for array in self.arrays.values() if array.dtype.kind == "f"
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
@@ -105,7 +107,9 @@ def check_layout(arrays: Arrays, layout: Layout, *, who: str) -> None:
         raise UpdateError(f"{who} {detail}: {len(layout)} arrays are expected and {len(came)} came")
     for name, expected in layout.items():
         if came[name] != expected:
-            raise UpdateError(f"{who}: array {name!r} is {_describe(came[name])}, expected {_describe(expected)}")
+            raise UpdateError(
+                f"{who}: array {name!r} is {_describe(came[name])}, expected {_describe(expected)}"
+            )
 
 
 def _describe(entry: tuple[tuple[int, ...], str]) -> str:
@@ -120,5 +124,5 @@ def arrays_digest(arrays: Arrays) -> str:
         array = np.ascontiguousarray(arrays[name])
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
         digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(memoryview(little).cast("B") if little.size else b"")
+        digest.update(memoryview(little.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]  # an array is a buffer
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """Where work is done: in this process, or in worker processes forked from it.
 
-Forked workers share the pages of whatever the parent loaded before (the base model, the rows). Every worker computes with
-one torch thread, so results don't depend on how many there are.
+Forked workers share the pages of whatever the parent loaded before (the base model, the rows). Every worker
+computes with one torch thread, so results don't depend on how many there are.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class InlineWorkers:
 
 
 class _Filed:
-    """A shared value in a file of the pool's own folder, which only this user can write; read once per process."""
+    """A shared value in a file of the pool's own folder; read once per process."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -109,11 +109,13 @@ class _Filed:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str) -> Any:
-    return pickle.loads(Path(path).read_bytes())  # written by this run's parent process into a folder of mode 0700
+    return pickle.loads(
+        Path(path).read_bytes()
+    )  # written by this run's parent process into a folder of mode 0700
 
 
 class ProcessWorkers:
-    """Worker processes. Create it after everything that they should share is loaded, before any thread is started."""
+    """Worker processes. Create them after what they should share is loaded, before any thread starts."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -124,7 +126,9 @@ class ProcessWorkers:
         gc.freeze()  # the collector's own writes would copy the shared pages
         method = "fork" if sys.platform == "linux" else "spawn"
         context = multiprocessing.get_context(method)
-        self._pool = ProcessPoolExecutor(width, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
+        self._pool = ProcessPoolExecutor(
+            width, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
+        )
         self.submit(os.getpid).result()  # starts the processes now
 
     def share(self, value: Any) -> Shared:
@@ -139,13 +143,14 @@ class ProcessWorkers:
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(
-                f"{self._folder}: {len(pickled)} bytes cannot be written ({error.strerror}); free space or set TMPDIR"
+                f"{self._folder}: {len(pickled)} bytes cannot be written ({error.strerror}); free space or"
+                " set TMPDIR"
             ) from error
         self._files.append(path)
         return _Filed(str(path))
 
     def forget(self, keep: int = 4) -> None:
-        """Delete all but the newest shared values; call it when no task that takes an older one is under way."""
+        """Delete all but the newest shared values; no task under way may take an older one."""
         while len(self._files) > keep:
             self._files.pop(0).unlink(missing_ok=True)
 
@@ -169,7 +174,8 @@ class ProcessWorkers:
 def worker_died() -> FederationError:
     """The error for a worker process that ended by itself."""
     return FederationError(
-        "a worker process died (killed, or out of memory); resume the run with fewer --workers or a smaller training.batch_size"
+        "a worker process died (killed, or out of memory); resume the run with fewer --workers or a"
+        " smaller training.batch_size"
     )
 
 
@@ -194,7 +200,9 @@ class open_workers:  # noqa: N801 - reads as the function that it is
     def __enter__(self) -> Workers:
         return self._workers
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._workers.close()
 
 

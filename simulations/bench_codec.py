@@ -8,14 +8,17 @@ entropy bound, smaller than zlib level 6 and no slower.
 Timed on one thread, as the best of several runs of process time, over synthetic normal deltas of one large
 tensor. MB are 10^6 bytes of fp32 delta; every key below is that of the worst density.
 
-- `encode_mb_per_s`: fp32 delta to bytes. Top-k selection, standard deviation, signs, position coding, checksum.
-- `decode_mb_per_s`: bytes to a new fp32 array. Checksum, position decoding, bounds checks, scaling.
+- `encode_mb_per_s`: fp32 delta to bytes. Top-k selection, standard deviation, signs, position coding,
+checksum. - `decode_mb_per_s`: bytes to a new fp32 array. Checksum, position decoding, bounds checks, scaling.
 - `bits_over_entropy_max`: (all bytes of the coded tensor, header and checksum included) over the entropy of
   independent ternary symbols, minus 1.
-- `speed_vs_zlib`, `size_vs_zlib`: the same int8 ternary array by `encode` of an already ternary tensor, and by
-  `zlib.compress(.., 6)`. Speed is zlib's time over ours (1 and more: we are no slower); size is our bytes over
-  zlib's (below 1: we are smaller). `decode_speed_vs_zlib` is the same for the way back to the int8 array.
-- `speed_vs_python_golomb`: time of a plain Golomb-Rice coder in pure Python (below, on a list of integers) over
+- `speed_vs_zlib`, `size_vs_zlib`: the same int8 ternary array by `encode` of an already ternary tensor, and
+by
+  `zlib.compress(.., 6)`. Speed is zlib's time over ours (1 and more: we are no slower); size is our bytes
+  over zlib's (below 1: we are smaller). `decode_speed_vs_zlib` is the same for the way back to the int8
+  array.
+- `speed_vs_python_golomb`: time of a plain Golomb-Rice coder in pure Python (below, on a list of integers)
+over
   ours on the same entries with the coder `golomb`, so both do the same work; the smaller of both directions.
 - `coders`: each position coder at each density, alone.
 
@@ -50,7 +53,7 @@ from fedpeft.errors import MissingExtraError
 
 DENSITIES = (0.01, 0.05, 0.1, 0.2, 0.3, 0.5)
 SEED = 0
-PYTHON_ENTRIES = 200_000
+PYTHON_ENTRIES = 1_000_000
 
 Result = TypeVar("Result")
 
@@ -159,7 +162,7 @@ def against_python(delta: npt.NDArray[np.float32], repeats: int) -> float:
         )
         if back != trits:
             raise SystemExit("the pure-Python coder does not give back what it encoded")
-        fast_encode_s, fast_decode_s = time_ours(ternary, 20 * repeats)
+        fast_encode_s, fast_decode_s = time_ours(ternary, 4 * repeats)
         ratios.append(min(slow_encode_s / fast_encode_s, slow_decode_s / fast_decode_s))
     return min(ratios)
 

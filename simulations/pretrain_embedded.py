@@ -6,10 +6,14 @@ Command (two threads):
 
 It writes a folder that `transformers` loads: config.json, generation_config.json, tokenizer.json,
 tokenizer_config.json, model.safetensors (fp32) and digest.json (sha256 of the weights). The last line printed
-is JSON: settings, run time and exact match per skill on fresh public rows. The weights depend on the seed, the
-number of threads, the processor and the versions of torch and numpy; the digest pins the ones that are shipped.
+is JSON: settings, run time and exact match per skill on fresh public rows.
 
-EXPECTED
+The seed is 0. The weights depend on it, and also on the number of threads, the processor and the versions
+of torch and numpy, so another machine gives equally good but other bytes; the digest pins those shipped.
+
+Expected: 837,120 parameters; the answer loss falls from 3.1 (first 5% of the steps) to less than 0.001 nats
+per token; exact match of at least 0.95 on every skill (measured: 0.99 on lists of words, 1.00 elsewhere).
+Run time: 7 minutes on two cores (431 s measured).
 """
 
 from __future__ import annotations
@@ -40,6 +44,8 @@ BLOCK = 16
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Token ids and labels, int64, both [rows, longest]; padding is at the end, ignored labels are -100."""
+RowSource = Callable[[np.random.Generator, int], list[Row]]
+"""Draws that many rows."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +158,12 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
     return ids, labels
 
 
-def batches(tokenizer: Any, settings: PretrainSettings) -> Iterator[Batch]:
-    """`settings.steps` batches of fresh public rows of like length."""
+def batches(tokenizer: Any, settings: PretrainSettings, draw: RowSource) -> Iterator[Batch]:
+    """`settings.steps` batches of fresh rows of like length."""
     rng = np.random.default_rng(settings.seed)
     done = 0
     while done < settings.steps:
-        pairs = encode(tokenizer, pretraining_rows(rng, BLOCK * settings.batch_size))
+        pairs = encode(tokenizer, draw(rng, BLOCK * settings.batch_size))
         pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         order = rng.permutation(BLOCK)[: settings.steps - done]
         for start in (int(index) * settings.batch_size for index in order):
@@ -234,16 +240,18 @@ def write_digest(folder: Path) -> None:
     (folder / DIGEST_FILE).write_text(json.dumps({WEIGHTS_FILE: digest}, indent=2) + "\n", encoding="utf-8")
 
 
-def pretrain(out: Path, settings: PretrainSettings, say: Callable[[str], None] = print) -> PretrainReport:
-    """Pretrain, measure on fresh public rows and write the folder `out`."""
+def pretrain(
+    out: Path, settings: PretrainSettings, say: Callable[[str], None] = print, draw: RowSource = pretraining_rows
+) -> PretrainReport:
+    """Pretrain on the rows that `draw` gives, measure on fresh ones and write the folder `out`."""
     began = time.monotonic()
     torch.set_num_threads(settings.threads)
     tokenizer = byte_tokenizer()
     model = new_model(settings, len(tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{parameters} parameters, {settings.steps} steps of {settings.batch_size} rows")
-    losses = train(model, batches(tokenizer, settings), settings, say)
-    fresh = pretraining_rows(np.random.default_rng((settings.seed, 1)), 1000)
+    losses = train(model, batches(tokenizer, settings, draw), settings, say)
+    fresh = draw(np.random.default_rng((settings.seed, 1)), 1000)
     found = exact_match(model.eval(), tokenizer, fresh)
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=48, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS

@@ -22,10 +22,10 @@ def element_count(shape: Shape) -> int:
     """Number of elements of `shape`, 1 for a 0-d tensor. Raises UpdateError outside the codec's bounds."""
     if len(shape) > MAX_DIMENSIONS or any(side < 0 for side in shape):
         raise UpdateError(f"tensor shape {shape}: needs at most {MAX_DIMENSIONS} dimensions, none negative")
-    count = math.prod(shape)
-    if count > MAX_ELEMENTS:
-        raise UpdateError(f"tensor shape {shape} has {count} elements: split it, {MAX_ELEMENTS} is the most")
-    return count
+    # Without its zeros: an empty tensor with huge other sides cannot be built either.
+    if math.prod(max(1, side) for side in shape) > MAX_ELEMENTS:
+        raise UpdateError(f"tensor shape {shape}: split it, {MAX_ELEMENTS} elements are the most")
+    return math.prod(shape)
 
 
 def flat_float32(delta: npt.NDArray[np.floating]) -> Float32Array:
@@ -58,7 +58,12 @@ def float32_scalar(value: float, what: str) -> float:
 
 
 def frozen(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """A read-only contiguous view (or copy) of `array`; the caller's own array stays writable."""
-    view = (array if array.flags.c_contiguous else array.copy(order="C")).view()
+    """A read-only contiguous view of `array`, copied only if it is not contiguous.
+
+    The caller's own array stays writable: whoever hands one over leaves it alone from then on.
+    """
+    # `asarray` for NumPy scalars, which arithmetic on 0-d arrays gives; `copy` keeps 0-d shapes.
+    whole = np.asarray(array)
+    view = (whole if whole.flags.c_contiguous else whole.copy(order="C")).view()
     view.flags.writeable = False
     return view

@@ -46,8 +46,8 @@ class Expert:
 class ReadBounds:
     """What a reader accepts: bytes of the file, and elements of all tensors together."""
 
-    max_bytes: int = 2**32
-    max_elements: int = 2**31 - 1
+    max_bytes: int = 2**31
+    max_elements: int = 2**28
 
 
 def write_expert(path: Path, expert: Expert, coder: str = DEFAULT_CODER) -> int:

@@ -45,7 +45,10 @@ def tensor_stream(name: str) -> int:
 
 @dataclass(frozen=True)
 class RandomKMask:
-    """Exactly `count` positions, each set equally likely: those with the smallest words."""
+    """Exactly `count` positions, each set equally likely: those with the smallest words.
+
+    Computing them takes some 17 bytes of memory per entry of the tensor.
+    """
 
     source: PublicSource
     count: int

@@ -122,7 +122,7 @@ class TernaryTensor:
 
     def dense(self) -> Float32Array:
         """The scale times trits, exact: each entry is -scale, +0 or scale."""
-        return np.multiply(self.trits, np.float32(self.scale), dtype=np.float32)
+        return np.multiply(self.trits, np.float32(self.scale), out=np.empty(self.shape, dtype=np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +171,7 @@ class QuantisedTensor:
         """The codes times their scales, one float32 rounding per entry."""
         scales = along_axis(self.scales, self.codes.ndim, self.channel_axis)
         with np.errstate(over="ignore"):
-            dense = np.multiply(self.codes, scales, dtype=np.float32)
+            dense = np.multiply(self.codes, scales, out=np.empty(self.shape, dtype=np.float32))
         _require(
             bool(np.isfinite(dense).all()), "quantised codes times scales exceed float32: send smaller scales"
         )

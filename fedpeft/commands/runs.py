@@ -33,5 +33,7 @@ def adapter_and_run(adapter: Path, run_file: Path | None, overrides: Sequence[st
         raise UsageError(f"{adapter} is no adapter folder and holds none; give the folder that a run wrote")
     beside = folder.parent / RUN_FILE
     if run_file is None and not beside.is_file():
-        raise UsageError(f"{folder} has no {RUN_FILE} beside it; say which model and data with --run RUN.toml")
+        raise UsageError(
+            f"{folder} has no {RUN_FILE} beside it; say which model and data with --run RUN.toml"
+        )
     return folder, load_run(run_file or beside, overrides)

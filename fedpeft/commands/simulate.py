@@ -31,7 +31,10 @@ def simulate_command(
     """
     if resume is not None:
         if run_file is not None or overrides or out is not None or force:
-            raise UsageError("--resume DIR takes the run file in DIR; leave out RUN.toml, --set, --out, --force and --baselines")
+            raise UsageError(
+                "--resume DIR takes the run file in DIR; leave out RUN.toml, --set, --out, --force and"
+                " --baselines"
+            )
         folder = RunFolder.resume(resume)
     else:
         run = run_of(run_file, overrides)

@@ -60,13 +60,25 @@ def _load(name: str, config: str | None, split: str) -> Any:
     shown_bars = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        try:
-            return datasets.load_dataset(name, config, split=split)
-        except (FileNotFoundError, ConnectionError):
-            parent, _, last = name.rpartition("/")
-            if config is not None or not parent or Path(name).is_dir():
-                raise
-            return datasets.load_dataset(parent, last, split=split)
+        return _load_either(datasets, name, config, split)
     finally:
         if shown_bars:
             datasets.enable_progress_bars()
+
+
+def _load_either(datasets: Any, name: str, config: str | None, split: str) -> Any:
+    """Owner and name first; then, where there is no such data set, name and configuration."""
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        parent, _, last = name.rpartition("/")
+        ambiguous = config is None and parent and not Path(name).is_dir()
+        # Without a network a second try would only wait as long again, unless we are told to look no further
+        # than the cache.
+        unreachable = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
+        if not ambiguous or unreachable:
+            raise
+        try:
+            return datasets.load_dataset(parent, last, split=split)
+        except (FileNotFoundError, ConnectionError):
+            raise error from None

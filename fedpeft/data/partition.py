@@ -126,6 +126,11 @@ def _run_partitioner(spec: PartitionerSection, seed: int, rows: Indices, codes: 
         raise DataError(
             "no training rows are left to deal to clients; check data.filter, data.limit and exclude"
         )
+    if spec.kind != "natural" and len(rows) < (spec.clients or 0) * spec.min_rows:
+        raise DataError(
+            f"{len(rows)} training rows are too few for {spec.clients} clients of at least {spec.min_rows}; "
+            "take fewer clients, or check data.filter, data.limit and exclude"
+        )
     order = np.random.default_rng([seed, 0]).permutation(len(rows))
     table = datasets.Dataset.from_dict({ROW: rows[order], CODE: codes[order]})
     # They write a progress bar to stderr and warn about repeated draws, which our checks after them cover.
@@ -139,11 +144,16 @@ def _run_partitioner(spec: PartitionerSection, seed: int, rows: Indices, codes: 
                 np.sort(np.array(partitioner.load_partition(i)[ROW], dtype=np.int64)) for i in range(count)
             ]
         except (ValueError, ZeroDivisionError, IndexError) as error:
-            reason = (str(error).splitlines() or ["no reason given"])[0].strip()
             raise DataError(
                 f"partitioner '{spec.kind}' cannot deal {len(rows)} rows to {spec.clients} clients "
-                f"({reason}); change its options, or take fewer clients or more rows"
+                f"({_first_sentence(error)}); change its options, or take fewer clients or more rows"
             ) from error
+
+
+def _first_sentence(error: Exception) -> str:
+    if isinstance(error, ZeroDivisionError):
+        return "fewer rows than shards"
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
 def _partitioners() -> Mapping[str, Callable[[PartitionerSection, int], Any]]:

@@ -13,7 +13,7 @@ from fedpeft.data.encoded import Encoded, Texts, offsets_of
 from fedpeft.data.records import RowSet
 from fedpeft.errors import DataError
 
-CHUNK = 1024  # texts per call of the tokenizer: enough for its threads, little memory
+CHUNK = 256  # texts per call of the tokenizer: enough for its threads, little memory
 PROMPT_SHARE = 4  # a row's prompt keeps at least max_length // this many tokens however long the answer is
 
 

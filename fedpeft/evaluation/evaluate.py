@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.evaluation.metrics import Columns, interval, value
+from fedpeft.evaluation.metrics import Column, Columns, interval, value
 from fedpeft.records import Evaluation, Score
 
 
-def join(shards: Sequence[Columns]) -> dict[str, NDArray[np.float64]]:
+def join(shards: Sequence[Mapping[str, Column]]) -> dict[str, NDArray[np.float64]]:
     """Shards of columns as one, ordered by row number, whoever computed which."""
     joined = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
     order = np.argsort(joined["index"], kind="stable")
@@ -27,7 +27,7 @@ def summarise(
     resamples: int,
     rng: np.random.Generator,
 ) -> Evaluation:
-    """Scores over all of `columns`; per client over its positions in `client_columns` (default: the same columns)."""
+    """Scores over all of `columns`; per client over its places in `client_columns` (default: the same)."""
     count = len(columns["nll"])
     scores = {}
     for metric in metrics:
@@ -35,6 +35,7 @@ def summarise(
         scores[metric] = Score(value=value(metric, columns), low=low, high=high, count=count)
     own = columns if client_columns is None else client_columns
     per_client = {
-        metric: {name: value(metric, own, rows) for name, rows in clients.items() if len(rows)} for metric in metrics
+        metric: {name: value(metric, own, rows) for name, rows in clients.items() if len(rows)}
+        for metric in metrics
     }
     return Evaluation(scores=scores, clients=per_client if clients else {})

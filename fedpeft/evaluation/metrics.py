@@ -1,7 +1,7 @@
 """Metrics as sums over examples: each is a pair of per-example columns whose totals are divided.
 
-So that a metric of any subset (a client, a bootstrap resample) is one division, and shards computed by different workers
-join by concatenation.
+So that a metric of any subset (a client, a bootstrap resample) is one division, and shards computed by
+different workers join by concatenation.
 """
 
 from __future__ import annotations
@@ -50,12 +50,18 @@ def _perplexity(loss: Any) -> Any:
 
 
 METRICS: dict[str, Metric] = {
-    "loss": Metric("nll", "tokens", TASKS, False, "mean negative log-likelihood, nats per scored token or class"),
+    "loss": Metric(
+        "nll", "tokens", TASKS, False, "mean negative log-likelihood, nats per scored token or class"
+    ),
     "perplexity": Metric("nll", "tokens", TASKS[:1], False, "exponential of the loss", finish=_perplexity),
     "accuracy": Metric("correct", "one", TASKS[1:], True, "share of examples whose class is right"),
     "token-accuracy": Metric("correct", "tokens", TASKS[:1], True, "share of answer tokens predicted right"),
-    "exact-match": Metric("exact", "one", TASKS[:1], True, "share of answers that greedy decoding gets right to the last token"),
-    "rouge-l": Metric("rouge_l", "one", TASKS[:1], True, "ROUGE-L F1 of the generated answer", generates=True),
+    "exact-match": Metric(
+        "exact", "one", TASKS[:1], True, "share of answers that greedy decoding gets right to the last token"
+    ),
+    "rouge-l": Metric(
+        "rouge_l", "one", TASKS[:1], True, "ROUGE-L F1 of the generated answer", generates=True
+    ),
 }
 
 
@@ -73,12 +79,18 @@ def metrics_of(task: str, asked: Sequence[str], *, answers: bool) -> tuple[str, 
         if name not in METRICS:
             problems.append(unknown_name("evaluation.metrics", name, METRICS))
         elif task not in METRICS[name].tasks:
-            problems.append(f"evaluation.metrics: {name!r} is for {' or '.join(METRICS[name].tasks)}, the task is {task}")
+            problems.append(
+                f"evaluation.metrics: {name!r} is for {' or '.join(METRICS[name].tasks)}, the task is {task}"
+            )
         elif name in ("exact-match", "rouge-l") and not answers:
-            problems.append(f"evaluation.metrics: {name!r} compares answers; give data.prompt and data.answer")
+            problems.append(
+                f"evaluation.metrics: {name!r} compares answers; give data.prompt and data.answer"
+            )
     if problems:
         raise RunFileError("run file", problems)
-    default = {"sequence-classification": ("accuracy",)}.get(task, ("exact-match",) if answers else ("perplexity",))
+    default = {"sequence-classification": ("accuracy",)}.get(
+        task, ("exact-match",) if answers else ("perplexity",)
+    )
     return tuple(dict.fromkeys((*(asked or default), "loss")))
 
 
@@ -100,7 +112,9 @@ def _column(columns: Columns, name: str) -> Column:
     return np.ones(len(columns["nll"])) if name == "one" else columns[name]
 
 
-def interval(metric: str, columns: Columns, *, resamples: int, rng: np.random.Generator) -> tuple[float, float]:
+def interval(
+    metric: str, columns: Columns, *, resamples: int, rng: np.random.Generator
+) -> tuple[float, float]:
     """95% percentile-bootstrap interval over examples (Efron 1979), the ratio recomputed in each resample."""
     spec = METRICS[metric]
     numerator, denominator = _column(columns, spec.numerator), _column(columns, spec.denominator)

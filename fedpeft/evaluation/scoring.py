@@ -31,8 +31,8 @@ def score(
 ) -> dict[str, Column]:
     """Columns over the rows of `batches`, in their order.
 
-    `exact` needs no generation: greedy decoding yields the answer if and only if, fed the answer itself, the model's
-    argmax at every position is the next answer token. (A tie in the argmax is broken alike in both.)
+    `exact` needs no generation: greedy decoding yields the answer if and only if, fed the answer itself, the
+    model's argmax at every position is the next answer token. (A tie in the argmax is broken alike in both.)
 
     Returns:
         float64[N] columns: index (row number), nll, tokens, correct, exact, and rouge_l where asked.
@@ -44,7 +44,9 @@ def score(
         parts["rouge_l"] = []
     for indices in batches:
         batch = collate(rows.encoded, indices, rows.pad_id, task=rows.task)
-        logits = model(input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)).logits
+        logits = model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
+        ).logits
         scores = SCORES[rows.task](logits, batch.labels.to(device))
         parts["index"].append(indices.astype(np.float64))
         parts["nll"].append(scores.nll.numpy())
@@ -84,4 +86,6 @@ def _rouge_l(rows: Rows, indices: NDArray[np.int64], texts: Sequence[str]) -> Co
     scorer = RougeScorer(["rougeL"])
     answers = rows.encoded.answers
     references = [answers[int(index)] if answers is not None else "" for index in indices]
-    return np.array([scorer.score(ref, text)["rougeL"].fmeasure for ref, text in zip(references, texts, strict=True)])
+    return np.array(
+        [scorer.score(ref, text)["rougeL"].fmeasure for ref, text in zip(references, texts, strict=True)]
+    )

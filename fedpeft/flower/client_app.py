@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
-from fedpeft.errors import FedPEFTError, FederationError
+from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
 from fedpeft.randomness import stream
@@ -82,7 +84,9 @@ def _partition(context: Context, resident: Resident) -> int:
         return resident.client_index(str(name))
     index, count = int(context.node_config.get("partition-id", -1)), len(resident.data.clients)
     if not 0 <= index < count:
-        raise FederationError(f"this node has partition-id {index} and the run has {count} clients, numbered from 0")
+        raise FederationError(
+            f"this node has partition-id {index} and the run has {count} clients, numbered from 0"
+        )
     return index
 
 
@@ -93,16 +97,18 @@ def _state(payload: bytes, run_digest: str) -> tuple[Arrays, str]:
     digest = arrays_digest(envelope.arrays)
     if digest != envelope.state_digest or envelope.run_digest != run_digest:
         raise FederationError(
-            f"the state that came has fingerprint {digest[:12]} and {envelope.state_digest[:12]} was announced; nothing was trained"
+            f"the state that came has fingerprint {digest[:12]} and {envelope.state_digest[:12]} was"
+            " announced;"
+            " nothing was trained"
         )
     return envelope.arrays, digest
 
 
-def _memory(context: Context) -> dict[str, object]:
+def _memory(context: Context) -> dict[str, NDArray[Any]]:
     record = context.state.array_records.get("memory")
     return {} if record is None else {name: array.numpy() for name, array in record.items()}
 
 
-def _remember(context: Context, memory: dict[str, object]) -> None:
+def _remember(context: Context, memory: dict[str, NDArray[Any]]) -> None:
     if memory:
-        context.state["memory"] = ArrayRecord(memory)  # type: ignore[arg-type]
+        context.state["memory"] = ArrayRecord(memory)

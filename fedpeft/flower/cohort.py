@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedpeft.clock import VirtualClock
 from fedpeft.config import RunConfig
 from fedpeft.flower.roster import Roster
 from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome
 from fedpeft.sampling import cohort_size, sample_cohort
-from fedpeft.clock import VirtualClock
 from fedpeft.training.steps import examples_per_round
 
 
@@ -22,7 +22,8 @@ class Cohort:
     Attributes:
         asked: everyone who was sampled.
         working: those whose answer will count, with their arrival in virtual seconds (0 without a clock).
-        lost: outcomes of the others: vanished, or later than the deadline or the quickest of an over-selected cohort.
+        lost: outcomes of the others: vanished, or later than the deadline or the quickest of an over-selected
+            cohort.
         virtual_s: when the round closes on the virtual clock; None without one.
     """
 
@@ -35,8 +36,8 @@ class Cohort:
 def draw_cohort(run: RunConfig, roster: Roster, round_: int, *, bytes_down: int, bytes_up: int) -> Cohort:
     """Sample a round's cohort from the run's seed; with a virtual clock, decide who answers in time.
 
-    Late clients don't train: nothing of what they would compute is used. `bytes_up` is what an update is expected to
-    weigh, since its true size is known only after training.
+    Late clients don't train: nothing of what they would compute is used. `bytes_up` is what an update is
+    expected to weigh, since its true size is known only after training.
     """
     federation, seed, names = run.federation, run.run.seed, roster.names
     rng = stream(seed, "cohort", round_)
@@ -61,15 +62,23 @@ def _close(run: RunConfig, total: int, asked: tuple[str, ...], arrivals: Mapping
     order = sorted(asked, key=lambda name: (arrivals[name], name))
     intime = [name for name in order if arrivals[name] <= deadline and not math.isinf(arrivals[name])]
     poisson = federation.sampling.kind == "poisson"
-    wanted = len(asked) if poisson or not federation.over_selection else cohort_size(federation.sampling, total)
+    wanted = (
+        len(asked) if poisson or not federation.over_selection else cohort_size(federation.sampling, total)
+    )
     kept = intime[:wanted]
     lost = [
         ClientOutcome(client=name, status="dropped", reason="vanished after it was asked")
         if math.isinf(arrivals[name])
-        else ClientOutcome(client=name, status="late", reason="after the round had closed", virtual_s=arrivals[name])
+        else ClientOutcome(
+            client=name, status="late", reason="after the round had closed", virtual_s=arrivals[name]
+        )
         for name in order
         if name not in kept
     ]
     last = max((arrivals[name] for name in kept), default=0.0)
-    waits = len(kept) < wanted and not math.isinf(deadline)  # someone is missing: the server waits until the deadline
-    return Cohort(asked, {name: arrivals[name] for name in sorted(kept)}, tuple(lost), deadline if waits else last)
+    waits = len(kept) < wanted and not math.isinf(
+        deadline
+    )  # someone is missing: the server waits until the deadline
+    return Cohort(
+        asked, {name: arrivals[name] for name in sorted(kept)}, tuple(lost), deadline if waits else last
+    )

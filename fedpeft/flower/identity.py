@@ -1,8 +1,8 @@
 """The one place that touches Flower beyond its public packages.
 
-`flwr.app.Message` stamps every new message with process-wide identity, which only Flower's own runtimes set. A grid of ours
-must set it too, before the first message is made. The values mean nothing to us: messages are routed by grid, node id
-and group id, since several runs in one process would overwrite each other's.
+`flwr.app.Message` stamps every new message with process-wide identity, which only Flower's own runtimes set.
+A grid of ours must set it too, before the first message is made. The values mean nothing to us: messages are
+routed by grid, node id and group id, since several runs in one process would overwrite each other's.
 """
 
 from __future__ import annotations

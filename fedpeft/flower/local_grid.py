@@ -23,9 +23,9 @@ CLIENT_APP = "fedpeft.flower.client_app:app"
 class LocalGrid(Grid):
     """Nodes 1 to N stand for clients 0 to N - 1.
 
-    Messages wait in a queue; `pull_messages` keeps as many in flight as there are workers (and one more, so that none
-    idles), and blocks until at least one reply is there. So memory holds replies in flight, never a whole cohort.
-    One content object that several messages share is sent to each worker once.
+    Messages wait in a queue; `pull_messages` keeps as many in flight as there are workers (and one more, so
+    that none idles), and blocks until at least one reply is there. So memory holds replies in flight, never a
+    whole cohort. One content object that several messages share is sent to each worker once.
 
     Args:
         clients: N.
@@ -53,7 +53,12 @@ class LocalGrid(Grid):
         raise NotImplementedError("LocalGrid is not bound to a Flower run")
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """A message to one node."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -93,7 +98,9 @@ class LocalGrid(Grid):
         unwanted = set(message_ids)
         self._queue = deque(entry for entry in self._queue if entry[0] not in unwanted)
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         """All replies, in any order. There is no timeout in process: a simulation's deadlines are virtual."""
         ids = list(self.push_messages(messages))
         replies: list[Message] = []
@@ -149,7 +156,7 @@ class LocalGrid(Grid):
 def _execute(
     app: str, address: Sequence[Any], content: Shared, state: RecordDict | None
 ) -> tuple[RecordDict | str, RecordDict | None]:
-    """Run one client function; its reply's content (an error as text) and the client's state if it has one."""
+    """Run one client function; its reply's content (an error as text) and the client's state, if any."""
     ensure_identity()
     node, clients, message_type, group = address
     message = Message(content.get(), node, message_type, group_id=group)
@@ -165,7 +172,7 @@ def _execute(
     except Exception as error:  # whatever a client does, the round goes on
         return f"{type(error).__name__}: {error}", None
     kept = context.state if len(context.state) else None
-    return (reply.error.reason if reply.has_error() else reply.content), kept
+    return (reply.error.reason or "" if reply.has_error() else reply.content), kept
 
 
 def _client_app(name: str) -> ClientApp:

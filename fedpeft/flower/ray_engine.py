@@ -28,7 +28,9 @@ def run_on_ray(hold: Callable[[Grid], Result], clients: int, workers: int) -> Re
         FedPEFTError: what `hold` raises.
     """
     if importlib.util.find_spec("ray") is None:
-        raise MissingExtraError("--engine ray needs the package ray; install it with: pip install 'fedpeft[ray]'")
+        raise MissingExtraError(
+            "--engine ray needs the package ray; install it with: pip install 'fedpeft[ray]'"
+        )
     from flwr.simulation import run_simulation
 
     from fedpeft.flower.client_app import app as client_app

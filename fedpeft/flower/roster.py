@@ -59,7 +59,9 @@ def roll_call(grid: Grid, task: Task, *, expected: int, timeout_s: float = 300.0
         except Exception as error:  # kept: raised below unless somebody could answer
             failures.append(error)
     if not greetings:
-        raise failures[0] if failures else FederationError(f"none of {len(nodes)} nodes answered the roll call")
+        raise (
+            failures[0] if failures else FederationError(f"none of {len(nodes)} nodes answered the roll call")
+        )
     _check_names(greetings)
     digest = _common_digest(greetings)
     members = {hello.client: Member(node, hello.examples) for node, hello in sorted(greetings.items())}
@@ -75,7 +77,8 @@ def _wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:
             return nodes
         if time.monotonic() > deadline:
             raise FederationError(
-                f"{len(nodes)} nodes are connected after {timeout_s:g} s and {expected} are needed; start the others"
+                f"{len(nodes)} nodes are connected after {timeout_s:g} s and {expected} are needed; start"
+                " the others"
             )
         time.sleep(POLL_S)
 
@@ -84,7 +87,9 @@ def _check_names(greetings: Mapping[int, Hello]) -> None:
     counts = Counter(hello.client for hello in greetings.values())
     twice = [name for name, count in counts.items() if count > 1]
     if twice:
-        raise FederationError(f"{counts[twice[0]]} nodes call themselves {twice[0]!r}; give each its own name or partition")
+        raise FederationError(
+            f"{counts[twice[0]]} nodes call themselves {twice[0]!r}; give each its own name or partition"
+        )
 
 
 def _common_digest(greetings: Mapping[int, Hello]) -> str:
@@ -93,7 +98,8 @@ def _common_digest(greetings: Mapping[int, Hello]) -> str:
     others = sorted(hello.client for hello in greetings.values() if hello.base_digest != digest)
     if others:
         raise FederationError(
-            f"base models differ: {len(others)} of {len(greetings)} clients ({', '.join(others[:3])}) hold another one than"
+            f"base models differ: {len(others)} of {len(greetings)} clients ({', '.join(others[:3])}) hold"
+            " another one than"
             f" {digest[:12]}; all need the same files, versions and quantisation"
         )
     return digest

@@ -41,19 +41,29 @@ class Journal(Protocol):
 class Observer(Protocol):
     """Who is told how the rounds go."""
 
-    def round_started(self, number: int, asked: int) -> None: ...
+    def round_started(self, number: int, asked: int) -> None:
+        """A round begins with so many asked clients."""
+        ...
 
-    def client_done(self, outcome: ClientOutcome) -> None: ...
+    def client_done(self, outcome: ClientOutcome) -> None:
+        """One asked client is done, whatever became of it."""
+        ...
 
-    def round_done(self, row: Round) -> None: ...
+    def round_done(self, row: Round) -> None:
+        """The round is committed."""
+        ...
 
 
 class ClientMemory(Protocol):
     """What simulated clients remember between rounds; real agents keep theirs themselves."""
 
-    def memory(self) -> dict[str, NDArray[Any]]: ...
+    def memory(self) -> dict[str, NDArray[Any]]:
+        """All of it, by ``"<node>/<array>"``."""
+        ...
 
-    def restore_memory(self, memory: Mapping[str, NDArray[Any]]) -> None: ...
+    def restore_memory(self, memory: Mapping[str, NDArray[Any]]) -> None:
+        """Put it back after a restart."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,11 @@ def _round(federation: Federation, strategy: StrategyRunner, before: Checkpoint)
     state_digest = arrays_digest(before.state)
     payload = _state_payload(federation, before, number, state_digest)
     cohort = draw_cohort(
-        federation.run, federation.roster, number, bytes_down=len(payload), bytes_up=_expected_bytes(before, payload)
+        federation.run,
+        federation.roster,
+        number,
+        bytes_down=len(payload),
+        bytes_up=_expected_bytes(before, payload),
     )
     federation.observer.round_started(number, len(cohort.asked))
     aggregator = strategy.begin(number, capacity=max(1, len(cohort.working)))
@@ -171,7 +185,12 @@ def _expected_bytes(before: Checkpoint, payload: bytes) -> int:
 
 
 def _collect(
-    federation: Federation, aggregator: Aggregator, cohort: Cohort, number: int, payload: bytes, state_digest: str
+    federation: Federation,
+    aggregator: Aggregator,
+    cohort: Cohort,
+    number: int,
+    payload: bytes,
+    state_digest: str,
 ) -> _Collected:
     """Send the tasks and fold the replies as they arrive."""
     content = task_content(
@@ -195,7 +214,11 @@ def _collect(
             outcome = outcome.model_copy(update={"virtual_s": cohort.working[name]})
         _note(federation, collected, outcome)
     for name in silent.values():
-        _note(federation, collected, ClientOutcome(client=name, status="late", reason=f"no answer in {timeout_s:g} s"))
+        _note(
+            federation,
+            collected,
+            ClientOutcome(client=name, status="late", reason=f"no answer in {timeout_s:g} s"),
+        )
     return collected
 
 
@@ -220,13 +243,19 @@ def _count(
         payload = read_update(reply)
         envelope = _checked(federation, payload, name, number, state_digest, aggregator)
         context = StageContext(number, name, stream(federation.run.run.seed, "stages", name, number))
-        update = on_server(federation.stages, Update(envelope.arrays, envelope.weight, envelope.metrics), context)
+        update = on_server(
+            federation.stages, Update(envelope.arrays, envelope.weight, envelope.metrics), context
+        )
         aggregator.fold(name, update)
     except FedPEFTError as error:
         collected.errors.append(error)
         status = "refused" if payload else "failed"
         return ClientOutcome(
-            client=name, status=status, reason=str(error), bytes_up=len(payload), bytes_down=bytes_down  # type: ignore[arg-type]
+            client=name,
+            status=status,
+            reason=str(error),
+            bytes_up=len(payload),
+            bytes_down=bytes_down,
         )
     loss = envelope.metrics.get("loss", math.nan)
     collected.losses.append((update.weight, loss))
@@ -256,12 +285,14 @@ def _checked(
     }
     for what, (came, wanted) in expected.items():
         if came != wanted:
-            raise UpdateError(f"{name}: an update of {what} {str(came)[:20]!r} came, {str(wanted)[:20]!r} was asked for")
+            raise UpdateError(
+                f"{name}: an update of {what} {str(came)[:20]!r} came, {str(wanted)[:20]!r} was asked for"
+            )
     return envelope
 
 
 def _check_quorum(federation: Federation, cohort: Cohort, collected: _Collected, number: int) -> None:
-    """Stop the run when too few of the asked clients counted; the first client's own error says why, if there is one."""
+    """Stop the run when too few of the asked clients counted, with the first client's own error."""
     needed = math.ceil(federation.run.federation.quorum * len(cohort.asked))
     folded = sum(outcome.status == "folded" for outcome in collected.outcomes)
     if folded >= needed:
@@ -269,10 +300,14 @@ def _check_quorum(federation: Federation, cohort: Cohort, collected: _Collected,
     outcomes = (*collected.outcomes, *cohort.lost)
     summary = f"round {number}: {folded} of {len(cohort.asked)} clients counted, the quorum is {needed}"
     if collected.errors:
-        first = min((o for o in outcomes if o.status in ("failed", "refused")), key=lambda outcome: outcome.client)
+        first = min(
+            (o for o in outcomes if o.status in ("failed", "refused")), key=lambda outcome: outcome.client
+        )
         kind = type(collected.errors[0])
         raise kind(f"{summary}; {first.client}: {first.reason}")
-    raise FederationError(f"{summary}; raise federation.deadline_s or over_selection, or lower federation.quorum")
+    raise FederationError(
+        f"{summary}; raise federation.deadline_s or over_selection, or lower federation.quorum"
+    )
 
 
 def _weighted_mean(losses: list[tuple[int, float]]) -> float | None:

@@ -1,11 +1,12 @@
 """Flower's strategies by name, called from our own round loop on deltas.
 
-Flower's `Strategy.start` replaces the weights by the aggregate and can't be resumed. So each round anchors the strategy
-at zero: `configure_train` is told that the current arrays are zeros, the replies are deltas, and what `aggregate_train`
-returns is the change to apply. This equals the strategy's own arithmetic on weights up to float rounding.
+Flower's `Strategy.start` replaces the weights by the aggregate and can't be resumed. So each round anchors
+the strategy at zero: `configure_train` is told that the current arrays are zeros, the replies are deltas, and
+what `aggregate_train` returns is the change to apply. This equals the strategy's own arithmetic on weights up
+to float rounding.
 
-Rules of the mean type get one reply, the exact mean of all (`ExactSum`), and need memory for one update; the others get
-every reply, sorted by client and copied, since several of them empty the records they are given.
+Rules of the mean type get one reply, the exact mean of all (`ExactSum`), and need memory for one update; the
+others get every reply, sorted by client and copied, since several of them empty the records they are given.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Rule:
     Attributes:
         build: the strategy's class.
         folds: it is a function of the weighted mean alone, so replies can be folded as they arrive.
-        memory: attributes that it keeps from round to round, as dicts or lists of arrays; part of a checkpoint.
+        memory: attributes that it keeps from round to round, as dicts or lists of arrays; part of a
+            checkpoint.
         needs: fewest replies for its guarantee to hold, given its options.
         summary: one line for people.
     """
@@ -59,19 +61,34 @@ def _malicious(options: Mapping[str, Any]) -> int:
 
 RULES: dict[str, Rule] = {
     "fedavg": Rule(flower.FedAvg, True, "weighted mean (McMahan et al. 2017)"),
-    "fedprox": Rule(flower.FedProx, True, "weighted mean, clients pulled to the global state (Li et al. 2020)"),
-    "fedavgm": Rule(flower.FedAvgM, True, "weighted mean with server momentum (Hsu et al. 2019)", ("momentum_vector",)),
+    "fedprox": Rule(
+        flower.FedProx, True, "weighted mean, clients pulled to the global state (Li et al. 2020)"
+    ),
+    "fedavgm": Rule(
+        flower.FedAvgM, True, "weighted mean with server momentum (Hsu et al. 2019)", ("momentum_vector",)
+    ),
     "fedadam": Rule(flower.FedAdam, True, "Adam on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
     "fedyogi": Rule(flower.FedYogi, True, "Yogi on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
-    "fedadagrad": Rule(flower.FedAdagrad, True, "Adagrad on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
+    "fedadagrad": Rule(
+        flower.FedAdagrad, True, "Adagrad on the mean change (Reddi et al. 2021)", ("m_t", "v_t")
+    ),
     "krum": Rule(
-        flower.Krum, False, "the update nearest to its neighbours (Blanchard et al. 2017)", needs=lambda o: 2 * _malicious(o) + 3
+        flower.Krum,
+        False,
+        "the update nearest to its neighbours (Blanchard et al. 2017)",
+        needs=lambda o: 2 * _malicious(o) + 3,
     ),
     "multikrum": Rule(
-        flower.MultiKrum, False, "mean of the best Krum scores (Blanchard et al. 2017)", needs=lambda o: 2 * _malicious(o) + 3
+        flower.MultiKrum,
+        False,
+        "mean of the best Krum scores (Blanchard et al. 2017)",
+        needs=lambda o: 2 * _malicious(o) + 3,
     ),
     "bulyan": Rule(
-        flower.Bulyan, False, "trimmed mean of Krum selections (El Mhamdi et al. 2018)", needs=lambda o: 4 * _malicious(o) + 3
+        flower.Bulyan,
+        False,
+        "trimmed mean of Krum selections (El Mhamdi et al. 2018)",
+        needs=lambda o: 4 * _malicious(o) + 3,
     ),
     "fedmedian": Rule(flower.FedMedian, False, "coordinate-wise median (Yin et al. 2018)"),
     "fedtrimmedavg": Rule(flower.FedTrimmedAvg, False, "coordinate-wise trimmed mean (Yin et al. 2018)"),
@@ -88,7 +105,8 @@ def strategy_problems(section: StrategySection, cohort: int) -> list[str]:
         return [unknown_name("federation.strategy", section.kind, RULES)]
     known = set(inspect.signature(rule.build.__init__).parameters) - _PLUMBING
     problems = [
-        f"federation.strategy.{key}: {section.kind} has no such option; it takes {', '.join(sorted(known)) or 'none'}"
+        f"federation.strategy.{key}: {section.kind} has no such option;"
+        f" it takes {', '.join(sorted(known)) or 'none'}"
         for key in section.options
         if key not in known
     ]
@@ -97,7 +115,8 @@ def strategy_problems(section: StrategySection, cohort: int) -> list[str]:
             problems.append(f"federation.strategy.{key}: a number is needed, got {value!r}")
     if not problems and cohort < rule.needs(section.options):
         problems.append(
-            f"federation.strategy: {section.kind} with num_malicious_nodes = {_malicious(section.options)} needs"
+            f"federation.strategy: {section.kind} with num_malicious_nodes = {_malicious(section.options)}"
+            " needs"
             f" {rule.needs(section.options)} clients a round, the cohort is {cohort}"
         )
     return problems
@@ -160,7 +179,9 @@ class StrategyRunner:
         exact = ExactSum(self.layout, quantum_exponent=self._quantum, capacity=capacity)
         return _Folding(self, round_, exact) if self.rule.folds else _Gathering(self, round_, exact)
 
-    def aggregate(self, round_: int, replies: Sequence[tuple[Arrays, int, float]]) -> dict[str, NDArray[np.float64]]:
+    def aggregate(
+        self, round_: int, replies: Sequence[tuple[Arrays, int, float]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Call the strategy, anchored at zero; see the module.
 
         Args:
@@ -169,7 +190,8 @@ class StrategyRunner:
         needed = self.rule.needs(self._options)
         if not self.rule.folds and len(replies) < needed:
             raise FederationError(
-                f"round {round_}: {self._name} needs {needed} updates and {len(replies)} came; lower num_malicious_nodes,"
+                f"round {round_}: {self._name} needs {needed} updates and {len(replies)} came; lower"
+                " num_malicious_nodes,"
                 " or ask more clients"
             )
         zeros = {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self.layout.items()}
@@ -187,14 +209,20 @@ class StrategyRunner:
         for attribute in self.rule.memory:
             value = getattr(self._strategy, attribute)
             if value is not None:
-                named = value.items() if isinstance(value, dict) else zip(sorted(self.layout), value, strict=True)
+                named = (
+                    value.items() if isinstance(value, dict) else zip(sorted(self.layout), value, strict=True)
+                )
                 kept.update({f"{attribute}/{name}": np.asarray(array) for name, array in named})
         return kept
 
     def restore(self, memory: Mapping[str, NDArray[Any]]) -> None:
         """Inverse of `memory`, after a restart."""
         for attribute in self.rule.memory:
-            named = {name: memory[f"{attribute}/{name}"] for name in sorted(self.layout) if f"{attribute}/{name}" in memory}
+            named = {
+                name: memory[f"{attribute}/{name}"]
+                for name in sorted(self.layout)
+                if f"{attribute}/{name}" in memory
+            }
             if named:
                 listed = attribute == "momentum_vector"
                 setattr(self._strategy, attribute, list(named.values()) if listed else named)
@@ -215,7 +243,7 @@ class _Folding:
 
 
 class _Gathering:
-    """Rules that compare updates: all of them, in client order. The exact sum only checks them on the way in."""
+    """Rules that compare updates: all of them, in client order; the exact sum only checks them."""
 
     def __init__(self, runner: StrategyRunner, round_: int, checks: ExactSum) -> None:
         self._runner, self._round, self._checks = runner, round_, checks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.app import ConfigRecord, ConfigRecordValues, Error, Message, RecordDict
 
 from fedpeft import errors
-from fedpeft.errors import FedPEFTError, FederationError
+from fedpeft.errors import FederationError, FedPEFTError
 
 TRAIN, HELLO = "train", "query.hello"
 ERROR_CODE = 1000  # ours, beyond the codes that Flower's runtimes use
@@ -18,7 +18,8 @@ class Task:
     """One round's work for one client.
 
     Attributes:
-        run_digest: which run; the run itself is in `run_json` where the receiver may not hold it yet (else empty).
+        run_digest: which run; the run itself is in `run_json` where the receiver may not hold it yet (else
+            empty).
         state: the global state as `fedpeft.wire` bytes.
         proximal_mu: FedProx's pull towards the state.
     """
@@ -41,7 +42,7 @@ class Hello:
 
 def task_content(task: Task) -> RecordDict:
     """A task as message content; one content object serves all clients of a round."""
-    config: dict[str, str | int | float | bytes] = {
+    config: dict[str, ConfigRecordValues] = {
         "run-digest": task.run_digest,
         "round": task.round,
         "proximal-mu": task.proximal_mu,
@@ -60,7 +61,9 @@ def read_task(message: Message) -> Task:
     """
     record = message.content.config_records.get("task")
     if record is None:
-        raise FederationError("a message without a task came; server and client must run the same version of fedpeft")
+        raise FederationError(
+            "a message without a task came; server and client must run the same version of fedpeft"
+        )
     return Task(
         run_digest=str(record["run-digest"]),
         round=int(record["round"]),  # type: ignore[arg-type]
@@ -86,18 +89,20 @@ def read_update(reply: Message) -> bytes:
         raise client_error(reply.error)
     record = reply.content.config_records.get("update")
     if record is None or not isinstance(record.get("payload"), bytes):
-        raise FederationError("a reply without an update came; server and client must run the same version of fedpeft")
+        raise FederationError(
+            "a reply without an update came; server and client must run the same version of fedpeft"
+        )
     return bytes(record["payload"])  # type: ignore[arg-type]
 
 
 def hello_reply(hello: Hello, message: Message) -> Message:
     """A roll call's reply."""
-    config: dict[str, str | int | float] = {
+    config: dict[str, ConfigRecordValues] = {
         "client": hello.client,
         "examples": hello.examples,
         "base-digest": hello.base_digest,
     }
-    return Message(RecordDict({"hello": ConfigRecord(config)}), reply_to=message)  # type: ignore[arg-type]
+    return Message(RecordDict({"hello": ConfigRecord(config)}), reply_to=message)
 
 
 def read_hello(reply: Message) -> Hello:
@@ -106,7 +111,9 @@ def read_hello(reply: Message) -> Hello:
         raise client_error(reply.error)
     record = reply.content.config_records.get("hello")
     if record is None:
-        raise FederationError("a reply without a greeting came; server and client must run the same version of fedpeft")
+        raise FederationError(
+            "a reply without a greeting came; server and client must run the same version of fedpeft"
+        )
     return Hello(str(record["client"]), int(record["examples"]), str(record["base-digest"]))  # type: ignore[arg-type]
 
 

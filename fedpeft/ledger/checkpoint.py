@@ -81,10 +81,14 @@ def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
     except (SafetensorError, ValueError, KeyError) as error:
         raise _corrupt(path) from error
     if version != VERSION:
-        raise StateError(f"{path}: checkpoint version {version} came, {VERSION} is read here; resume with the fedpeft that wrote it")
+        raise StateError(
+            f"{path}: checkpoint version {version} came, {VERSION} is read here; resume with the fedpeft"
+            " that wrote it"
+        )
     if came_from != run_digest:
         raise StateError(
-            f"{path}: this checkpoint is of run {came_from[:12]}, the run file is {run_digest[:12]}; use the run file"
+            f"{path}: this checkpoint is of run {came_from[:12]}, the run file is {run_digest[:12]}; use"
+            " the run file"
             " beside it, or another --out"
         )
     if _digest(tensors, row, run_digest, round_) != digest:
@@ -98,8 +102,12 @@ def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int) -> str:
-    return arrays_digest({**tensors, "": np.frombuffer(f"{run_digest}\0{round_}\0{row}".encode(), dtype=np.uint8)})
+    return arrays_digest(
+        {**tensors, "": np.frombuffer(f"{run_digest}\0{round_}\0{row}".encode(), dtype=np.uint8)}
+    )
 
 
 def _corrupt(path: Path) -> StateError:
-    return StateError(f"{path}: the checkpoint is corrupt; delete it, and the run resumes from the one before")
+    return StateError(
+        f"{path}: the checkpoint is corrupt; delete it, and the run resumes from the one before"
+    )

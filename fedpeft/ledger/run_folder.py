@@ -1,7 +1,7 @@
 """The folder of one simulated run: run file, rows, checkpoints, adapter, report.
 
-The checkpoint of a round is its transaction. `metrics.jsonl` is rebuilt from the checkpoints when a run is resumed, so
-a crash between the two is no loss.
+The checkpoint of a round is its transaction. `metrics.jsonl` is rebuilt from the checkpoints when a run is
+resumed, so a crash between the two is no loss.
 """
 
 from __future__ import annotations
@@ -30,7 +30,15 @@ RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK = (
     "report.html",
     ".lock",
 )
-_OURS = (ROWS, CHECKPOINTS, ADAPTER, REPORT, "summary.json", "tensorboard", RUN_FILE)  # the run file last: it marks a run
+_OURS = (
+    ROWS,
+    CHECKPOINTS,
+    ADAPTER,
+    REPORT,
+    "summary.json",
+    "tensorboard",
+    RUN_FILE,
+)  # the run file last: it marks a run
 
 
 class RunFolder:
@@ -61,7 +69,8 @@ class RunFolder:
             if (path / RUN_FILE).exists():
                 if not force:
                     raise RunExistsError(
-                        f"{path} already holds a run; continue it with --resume {path}, replace it with --force,"
+                        f"{path} already holds a run; continue it with --resume {path}, replace it with"
+                        " --force,"
                         " or choose another --out"
                     )
                 _clear(path)
@@ -83,7 +92,9 @@ class RunFolder:
             RunFileError: its run file was changed into something unusable.
         """
         if not (path / RUN_FILE).is_file():
-            raise StateError(f"{path} holds no run (no {RUN_FILE}); start one with: fedpeft simulate RUN.toml --out {path}")
+            raise StateError(
+                f"{path} holds no run (no {RUN_FILE}); start one with: fedpeft simulate RUN.toml --out {path}"
+            )
         lock = _locked(path)
         try:
             run = load_run(path / RUN_FILE)
@@ -99,7 +110,9 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         os.close(self._lock)
 
     @property
@@ -127,7 +140,9 @@ class RunFolder:
             except ValidationError as error:
                 if number == len(lines):  # no newline after it: the write was cut short
                     break
-                raise StateError(f"{path}: line {number} is no row of this version; restore the file or start anew") from error
+                raise StateError(
+                    f"{path}: line {number} is no row of this version; restore the file or start anew"
+                ) from error
         return rows
 
     def append(self, row: Row) -> None:
@@ -135,7 +150,7 @@ class RunFolder:
         append_line(self.path / ROWS, row.model_dump_json())
 
     def commit(self, checkpoint: Checkpoint) -> None:
-        """Make a round durable: its checkpoint first, its row after; old checkpoints go as the run file says."""
+        """Make a round durable: its checkpoint, then its row; old checkpoints go as the run file says."""
         write_checkpoint(self._checkpoint_path(checkpoint.round), checkpoint)
         self.append(checkpoint.row)
         keep = self.run.output.keep_checkpoints
@@ -153,7 +168,7 @@ class RunFolder:
         return read_checkpoint(paths[-1], self.digest) if paths else None
 
     def realign(self, checkpoint: Checkpoint | None) -> None:
-        """Make `metrics.jsonl` say what the checkpoints say: no row of a round that was not committed, none missing."""
+        """Make `metrics.jsonl` say what the checkpoints say: every committed round and no other."""
         rows = self.rows()
         last = -1 if checkpoint is None else checkpoint.round
         kept = [row for row in rows if _belongs(row, last, self.run.run.rounds)]
@@ -191,7 +206,7 @@ class RunFolder:
 
 
 def _belongs(row: Row, last: int, rounds: int) -> bool:
-    """Whether a row is backed by the newest checkpoint; baselines follow the last round; the end is written anew."""
+    """Whether the newest checkpoint backs a row; baselines follow the last round, the end is written anew."""
     if row.event == "round":
         return row.round <= last
     if row.event == "baseline":
@@ -206,7 +221,9 @@ def _locked(path: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise StateError(f"{path} is in use by another fedpeft process; wait for it or choose another --out") from error
+        raise StateError(
+            f"{path} is in use by another fedpeft process; wait for it or choose another --out"
+        ) from error
     return lock
 
 

@@ -18,6 +18,9 @@ from fedpeft.models.targets import check_targets, default_targets, fitted_option
 
 _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
+# The default said aloud: torch warns once about leaving it unsaid when a sparse update (SHiRA's) is multiplied.
+torch.sparse.check_sparse_tensor_invariants.disable()
+
 
 def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn.Module:
     """Wrap `base` (changed in place) in the method of the section; return it in evaluation mode.
@@ -116,7 +119,15 @@ def _check_base(method: Method, base: nn.Module, task: str) -> None:
         raise ModelError(
             f"peft.method '{method.name}' trains biases, and this model has none; choose another method"
         )
-    low = {str(p.dtype) for p in base.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    low = {
+        str(p.dtype).removeprefix("torch.")
+        for p in base.parameters()
+        if p.dtype in (torch.bfloat16, torch.float16)
+    }
+    if kind != "none" and low and not method.quantized_bfloat16:
+        raise ModelError(
+            f"peft.method '{method.name}' mixes dtypes on a {kind} base in {min(low)}; set model.dtype 'float32'"
+        )
     if method.trains_base_tensors and low:
         raise ModelError(
             f"peft.method '{method.name}' trains the base's own weights, which are {min(low)} here; "

@@ -126,6 +126,7 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
         except Exception as error:  # torch, safetensors and json each raise their own kind on broken files
             raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
     _note_new_modules(model, report, section)
+    _keep_codes(model)
     model.requires_grad_(False)
     if section.task == "sequence-classification" or model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(section).pad_token_id
@@ -182,6 +183,17 @@ def _quantization(section: ModelSection) -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_DTYPES[section.dtype],
     )
+
+
+def _keep_codes(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking themselves at their first evaluation on some CPUs.
+
+    bitsandbytes does that for its AVX512-BF16 kernel, for good: scales lose bits, double quantisation is undone, and
+    the frozen digest would depend on the machine and on what ran before.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _unloadable(what: str, section: ModelSection, path: str, error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,8 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
     Raises:
         StorageError: the folder cannot be written.
     """
-    with quiet(), torch.no_grad():
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    tensors = {
-        # Cloned: safetensors refuses tensors that share memory, as tied ones do.
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in sorted(state.items())
-        if ".original_module." not in name
-    }
+    # Cloned: safetensors refuses tensors that share memory, as tied ones do.
+    tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _adapter_state(model).items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -67,7 +62,9 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
         with quiet(), torch.random.fork_rng(devices=[]):
             model = peft.PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
             float_heads(model)
-            set_peft_model_state_dict(model, load_file(folder / WEIGHTS_FILE))
+            state = load_file(folder / WEIGHTS_FILE)
+            _check_names(_adapter_state(model).keys(), state.keys(), folder)
+            set_peft_model_state_dict(model, state)
     except ModelError:
         raise
     except Exception as error:  # peft, torch and json each raise their own kind on files that do not fit
@@ -121,6 +118,24 @@ def adapter_digest(folder: Path) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what an adapter file holds, by the names it has there, sorted."""
+    with quiet(), torch.no_grad():
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    # Frozen originals of saved modules belong to the base; bias="all" would sweep their biases in.
+    return {name: t.detach() for name, t in sorted(state.items()) if ".original_module." not in name}
+
+
+def _check_names(needed: AbstractSet[str], found: AbstractSet[str], folder: Path) -> None:
+    """Refuse a file that lacks tensors or has strange ones; `peft` would go on with what it drew."""
+    for name in sorted(needed ^ found):
+        what = "lacks" if name in needed else "has a strange"
+        raise ModelError(
+            f"the adapter in '{folder}' does not fit this base model: its file {what} tensor '{name}'; give the "
+            "base model and the whole folder of one run"
+        )
 
 
 def _config(model: nn.Module) -> Any:

@@ -59,6 +59,7 @@ class Method:
         mergeable: can be folded into the base's weights.
         trains_base_tensors: trains copies of the base's own tensors, so these must be float32.
         gradient_checkpointing: works with it.
+        quantized_bfloat16: works on a quantised base whose other weights are bfloat16.
         refused_quantization: quantisation -> why the method cannot work on such a base.
     """
 
@@ -81,6 +82,7 @@ class Method:
     mergeable: bool = True
     trains_base_tensors: bool = False
     gradient_checkpointing: bool = True
+    quantized_bfloat16: bool = True
     refused_quantization: Mapping[str, str] = field(default_factory=_none)
 
 
@@ -144,6 +146,7 @@ _TABLE = (
         summary="trained scales on keys, values and the inner feed-forward activations",
         source="Liu et al. 2022, arXiv 2205.05638",
         config="IA3Config",
+        quantized_bfloat16=False,
         targets="ia3",
         linear_in_trained=True,
     ),
@@ -194,6 +197,7 @@ _TABLE = (
         summary="full-rank sums of random bases with trained scales",
         source="Albert et al. 2025, arXiv 2502.00987",
         config="RandLoraConfig",
+        quantized_bfloat16=False,
         draws_frozen_tensors=True,
     ),
     Method(
@@ -283,6 +287,7 @@ _TABLE = (
         config="C3AConfig",
         defaults={"init_weights": True},
         fit="c3a",
+        refused_quantization=_NO_INT8,
         linear_in_trained=True,
     ),
     Method(
@@ -290,6 +295,7 @@ _TABLE = (
         summary="LoRA with normalised factors and one trained strength per layer",
         source="Bini, Girrbach, Akata 2025, arXiv 2503.18225",
         config="DeloraConfig",
+        refused_quantization=_UNPACKED,
     ),
     Method(
         name="gralora",
@@ -297,6 +303,7 @@ _TABLE = (
         source="Jung et al. 2025, arXiv 2505.20355",
         config="GraloraConfig",
         defaults={"r": 8, "alpha": 16},
+        refused_quantization=_NO_INT8,
     ),
     Method(
         name="hira",
@@ -330,6 +337,7 @@ _TABLE = (
         summary="pairs of output features turned and scaled",
         source="Liao, Monz 2024, arXiv 2409.00119",
         config="RoadConfig",
+        quantized_bfloat16=False,
         fit="road",
     ),
     Method(

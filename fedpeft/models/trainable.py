@@ -85,7 +85,7 @@ def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 continue
             seen.add(id(parameter))
             yield dot + name, parameter.detach()
-            yield from _quantisation_state(dot + name, parameter)
+            yield from _quantisation_state(dot + name, module, parameter)
         tuner = hasattr(module, "adapter_layer_names") or type(module).__name__ == "BufferDict"
         for name, buffer in module.named_buffers(recurse=False):
             if tuner or name not in module._non_persistent_buffers_set:
@@ -105,13 +105,17 @@ def _plain_tensors(dot: str, module: nn.Module) -> Iterator[tuple[str, torch.Ten
                     yield f"{dot}{name}.{key}", item
 
 
-def _quantisation_state(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the scales that bitsandbytes keeps beside a packed weight."""
+def _quantisation_state(
+    name: str, module: nn.Module, parameter: nn.Parameter
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the scales that bitsandbytes keeps beside a packed weight; 8-bit ones move to the layer at its first use."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         for key, value in state.as_dict(packed=True).items():
             yield f"{name}.{key}", value.detach()
     scales = getattr(parameter, "SCB", None)
+    if scales is None and name.endswith("weight"):
+        scales = getattr(getattr(module, "state", None), "SCB", None)
     if isinstance(scales, torch.Tensor):
         yield f"{name}.SCB", scales.detach()
 

@@ -148,7 +148,8 @@ def _gain(summary: Summary, compared: Sequence[ClientRow]) -> str:
         return ""
     sign = 1 if higher_is_better(summary.started, summary.primary) else -1
     better = sum(sign * ((row.federated or 0.0) - (row.alone or 0.0)) > 0 for row in compared)
-    return f"The federated model is the better one for {better:,} of {counted(len(compared), 'client')}, on their own rows."
+    clients = counted(len(compared), "client")
+    return f"On their own rows the federated model is the better one for {better:,} of {clients}."
 
 
 def _finite(value: float | None) -> float | None:

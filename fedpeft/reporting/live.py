@@ -14,6 +14,7 @@ from rich.file_proxy import FileProxy
 from rich.progress import (
     BarColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -133,6 +134,10 @@ class LiveProgress:
     def result(self, summary: Summary, paths: Mapping[str, Path], snippet: str) -> None:
         """Print table, paths and snippet."""
         print_result(self._console, summary, paths, snippet)
+
+    def tasks(self) -> list[Task]:
+        """The bars that are shown now."""
+        return list(self._bars.tasks)
 
     def _advance(self, name: str, text: str, done: float, total: float, count: str) -> None:
         """Move a bar, making it where it starts: a jump to the first position must not count as speed."""

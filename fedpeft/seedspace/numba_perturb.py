@@ -7,19 +7,39 @@ from fedpeft.seedspace.jit import compiled
 from fedpeft.seedspace.layout import BLOCK, Stream
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 
-TILE_BLOCKS = 32  # 4096 signed scales: 16 KB in float32, first-level cache
+TILE_BLOCKS = 64  # one kilobyte of packed signs
+
+_ONE = np.uint64(1)
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
 @compiled
-def _expand(words: Words, target: Floats, scale: np.float32 | np.float64) -> None:
-    """target[128 b + i] = +scale where bit i of word b is set, -scale elsewhere."""
-    for b in range(words.shape[0]):
-        word = words[b]
-        part = target[BLOCK * b : BLOCK * b + 64]
+def _add_blocks(
+    low: Words, high: Words, before: Floats, after: Floats, scale: np.float32 | np.float64
+) -> None:
+    """after = before +- scale over whole blocks; the loops of fixed length become vector code."""
+    for b in range(low.shape[0]):
+        word = low[b]
+        source, target = before[BLOCK * b : BLOCK * b + 64], after[BLOCK * b : BLOCK * b + 64]
         for i in range(64):
-            part[i] = scale if (word >> np.uint64(i)) & np.uint64(1) else -scale
+            target[i] = source[i] + (scale if (word >> np.uint64(i)) & _ONE else -scale)
+        word = high[b]
+        source, target = before[BLOCK * b + 64 : BLOCK * b + BLOCK], after[BLOCK * b + 64 : BLOCK * b + BLOCK]
+        for i in range(64):
+            target[i] = source[i] + (scale if (word >> np.uint64(i)) & _ONE else -scale)
+
+
+@compiled
+def _add_partly(
+    low: np.uint64, high: np.uint64, offset: int, before: Floats, after: Floats,
+    scale: np.float32 | np.float64,
+) -> None:  # fmt: skip
+    """after = before +- scale over coordinates offset, offset + 1, ... of one block."""
+    for i in range(before.shape[0]):
+        place = offset + i
+        bit = low >> np.uint64(place) if place < 64 else high >> np.uint64(place - 64)
+        after[i] = before[i] + (scale if bit & _ONE else -scale)
 
 
 @compiled
@@ -35,23 +55,22 @@ def _pieces(
     """out[p, i] = source[p, i] + scale * z[starts[p] + i]."""
     low = np.empty(TILE_BLOCKS, dtype=np.uint64)
     high = np.empty(TILE_BLOCKS, dtype=np.uint64)
-    signed = np.empty(TILE_BLOCKS * BLOCK, dtype=source.dtype)
     length = source.shape[1]
     for piece in range(starts.shape[0]):
         done = 0
         while done < length:
+            before, after = source[piece, done:], out[piece, done:]
             position = starts[piece] + done
-            first = position // BLOCK
-            offset = position - first * BLOCK
-            blocks = min(TILE_BLOCKS, (offset + length - done + BLOCK - 1) // BLOCK)
-            fill_signs(low, high, blocks, np.uint64(first), tail, direction, key)
-            _expand(low[:blocks], signed, scale)
-            _expand(high[:blocks], signed[64:], scale)
-            step = min(blocks * BLOCK - offset, length - done)
-            before = source[piece, done : done + step]
-            after = out[piece, done : done + step]
-            for i in range(step):
-                after[i] = before[i] + signed[offset + i]
+            offset = position % BLOCK
+            whole = 0 if offset else min(TILE_BLOCKS, (length - done) // BLOCK)
+            first = np.uint64(position // BLOCK)
+            fill_signs(low, high, max(1, whole), first, tail, direction, key)
+            if whole:
+                step = whole * BLOCK
+                _add_blocks(low[:whole], high[:whole], before[:step], after[:step], scale)
+            else:
+                step = min(BLOCK - offset, length - done)
+                _add_partly(low[0], high[0], offset, before[:step], after[:step], scale)
             done += step
 
 

@@ -13,7 +13,7 @@ from fedpeft.evaluation.evaluate import summarise
 from fedpeft.randomness import stream
 from fedpeft.records import Baseline, Evaluation, Round
 from fedpeft.resident import resident_for
-from fedpeft.simulation.scoring import TEST, Scorer, batches_of, rows_of
+from fedpeft.simulation.scoring import TEST, Scorer, batches_of, own_test_set, places_of, rows_of, test_rows_of_clients
 from fedpeft.training.steps import local_steps
 from fedpeft.update import Arrays
 from fedpeft.workers import Shared, result_of
@@ -81,11 +81,13 @@ def run_baselines(
         progress(kind, len(results[kind]), wanted[kind])
         if len(results[kind]) == wanted[kind]:
             evaluations = dict(sorted(results[kind].items()))
-            yield Baseline(name=kind, evaluations=evaluations, wall_s=time.monotonic() - started)  # type: ignore[arg-type]
+            yield Baseline(name=kind, evaluations=evaluations, wall_s=time.monotonic() - started)
 
 
 def _submit(scorer: Scorer, name: str, client: str | None, steps: int, start: Shared) -> Future[Evaluation]:
-    return scorer.workers.submit(train_and_score, scorer.resident.run_digest, name, client, steps, start, scorer.metrics)
+    return scorer.workers.submit(
+        train_and_score, scorer.resident.run_digest, name, client, steps, start, scorer.metrics
+    )
 
 
 def train_and_score(
@@ -100,7 +102,8 @@ def train_and_score(
     columns = resident.score(encoded, batches_of(resident, TEST), state, metrics)
     section = resident.run.evaluation
     rng = stream(resident.run.run.seed, "bootstrap")
-    return summarise(columns, metrics, clients={}, resamples=section.bootstrap, rng=rng)
+    places = {} if own_test_set(resident.run) else places_of(test_rows_of_clients(resident), columns["index"])
+    return summarise(columns, metrics, clients=places, resamples=section.bootstrap, rng=rng)
 
 
 def _sampled(names: Sequence[str]) -> Sequence[str]:

@@ -22,8 +22,8 @@ from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.round_loop import ClientMemory, Federation, initial_checkpoint, run_rounds
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_loop import ClientMemory, Federation, initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.models.base import model_path
@@ -132,16 +132,22 @@ class _Simulation:
         grid = LocalGrid(clients, pool)
         return self._hold(grid, scorer, last, grid)
 
-    def _hold(self, grid: Grid, scorer: Scorer, last: Checkpoint | None, memory: ClientMemory | None) -> Checkpoint:
+    def _hold(
+        self, grid: Grid, scorer: Scorer, last: Checkpoint | None, memory: ClientMemory | None
+    ) -> Checkpoint:
         resident = self._resident
-        text = run_json(self._run) if memory is None else ""  # other processes than ours must load the run themselves
+        text = (
+            run_json(self._run) if memory is None else ""
+        )  # other processes than ours must load the run themselves
         self._progress.setup("roll call")
         clients = len(resident.data.clients)
         roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=clients)
         if len(roster.members) < clients:
             raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
         if roster.base_digest != resident.base_digest:
-            raise FederationError("the clients hold another base model than the server; all need the same files and versions")
+            raise FederationError(
+                "the clients hold another base model than the server; all need the same files and versions"
+            )
         self._announce()
         federation = Federation(
             run=self._run,
@@ -202,7 +208,7 @@ class _Simulation:
         rows = folder.rows()
         text = json.dumps(summary_json(build_summary(rows)), indent=2) + "\n"
         write_atomically(folder.path / "summary.json", text.encode())
-        write_report(folder.path, run_toml(self._run), rows)
+        write_report(folder.path, run_toml(self._run), rows, _snippet(folder, "adapter"))
 
 
 class _Observer:
@@ -244,15 +250,25 @@ def started_row(resident: Resident, metrics: tuple[str, ...], engine: str) -> St
         total_parameters=total,
         base_digest=resident.base_digest,
         cut_rows=data.cut_rows,
+        labels=data.label_names,
         primary_metric=metrics[0],
         higher_is_better={name: METRICS[name].higher_is_better for name in metrics},
-        versions={"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in _VERSIONS},
+        versions={"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in _VERSIONS},
     )
 
 
 def _result(folder: RunFolder) -> RunResult:
-    snippet = load_snippet(tomllib.loads(run_toml(folder.run)), str(folder.adapter))
-    return RunResult(folder.path, build_summary(folder.rows()), snippet)
+    return RunResult(folder.path, build_summary(folder.rows()), _snippet(folder, str(folder.adapter)))
+
+
+def _snippet(folder: RunFolder, adapter: str) -> str:
+    """The lines that load the adapter; a classifier's labels come from the rows if the run file doesn't list
+    them."""
+    tables, started = tomllib.loads(run_toml(folder.run)), folder.started()
+    if started is not None and started.labels:
+        tables["data"]["labels"] = list(started.labels)
+    return load_snippet(tables, adapter)
 
 
 def _bytes_per_client(rounds: Sequence[Round]) -> tuple[float, float]:
@@ -269,5 +285,7 @@ def _bytes_per_client(rounds: Sequence[Round]) -> tuple[float, float]:
 
 def _peak_rss_mib() -> float:
     """The largest resident size that any of our processes had; Linux counts in KiB, macOS in bytes."""
-    largest = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    largest = max(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     return largest / (1024 if platform.system() == "Linux" else 1024 * 1024)

@@ -1,4 +1,7 @@
-"""Evaluating a state with all workers: test rows are dealt out in fixed batches, so the result doesn't depend on how many."""
+"""Evaluating a state with all workers.
+
+Test rows are dealt out in fixed batches, so the result doesn't depend on how many workers there are.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +44,30 @@ class Scorer:
         columns = self._columns(TEST, state)
         if own_test_set(self.resident.run):
             held = self._columns(HELD_OUT, state) if any(len(c.heldout) for c in data.clients) else None
-            places = _places({c.name: c.heldout for c in data.clients}, held["index"] if held else np.zeros(0))
-            return summarise(
-                columns, self.metrics, clients=places, client_columns=held, resamples=section.bootstrap, rng=rng
+            places = places_of(
+                {c.name: c.heldout for c in data.clients}, held["index"] if held else np.zeros(0)
             )
-        places = _places(test_rows_of_clients(self.resident), columns["index"])
+            return summarise(
+                columns,
+                self.metrics,
+                clients=places,
+                client_columns=held,
+                resamples=section.bootstrap,
+                rng=rng,
+            )
+        places = places_of(test_rows_of_clients(self.resident), columns["index"])
         return summarise(columns, self.metrics, clients=places, resamples=section.bootstrap, rng=rng)
 
     def _columns(self, which: str, state: Arrays) -> dict[str, Column]:
         count = len(batches_of(self.resident, which))
-        width = min(self.workers.width * 4, count)  # a few shards per worker, so that none waits long for the last
+        width = min(
+            self.workers.width * 4, count
+        )  # a few shards per worker, so that none waits long for the last
         shared = self.workers.share(dict(state))
         futures = [
-            self.workers.submit(score_shard, self.resident.run_digest, which, shard, width, shared, self.metrics)
+            self.workers.submit(
+                score_shard, self.resident.run_digest, which, shard, width, shared, self.metrics
+            )
             for shard in range(width)
         ]
         return join([result_of(future) for future in futures])
@@ -97,7 +111,7 @@ def test_rows_of_clients(resident: Resident) -> dict[str, NDArray[np.int64]]:
     }
 
 
-def _places(rows: dict[str, NDArray[np.int64]], index: Column) -> dict[str, NDArray[np.int64]]:
+def places_of(rows: dict[str, NDArray[np.int64]], index: Column) -> dict[str, NDArray[np.int64]]:
     """Positions of each client's rows in columns whose row numbers are `index`."""
     position = {int(row): place for place, row in enumerate(index)}
     return {

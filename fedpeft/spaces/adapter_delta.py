@@ -15,10 +15,10 @@ from fedpeft.update import Arrays, Layout, frozen_arrays
 
 
 class AdapterDelta(Section):
-    """State: every trainable parameter, float32. Update: parameter after local training minus the state, float32.
+    """State: every trainable parameter. Update: parameter after training minus the state. Both float32.
 
-    Deltas rather than parameters travel, because clipping, noise and compression act on what a client learned, and
-    not on where the model stood.
+    Deltas rather than parameters travel, because clipping, noise and compression act on what a client
+    learned, and not on where the model stood.
     """
 
     kind: ClassVar[str] = "adapter-delta"
@@ -42,5 +42,8 @@ class AdapterDelta(Section):
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""
         return frozen_arrays(
-            {name: (array.astype(np.float64) + change[name]).astype(np.float32) for name, array in state.items()}
+            {
+                name: (array.astype(np.float64) + change[name]).astype(np.float32)
+                for name, array in state.items()
+            }
         )

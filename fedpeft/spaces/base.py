@@ -15,8 +15,8 @@ from fedpeft.update import Arrays, Layout
 class Space(Protocol):
     """A way to express changes of a model's trainable parameters.
 
-    The *state* is what the server keeps and broadcasts, as named arrays; an *update* is what one client sends.
-    The server aggregates updates and need not know what they mean; only `apply` does.
+    The *state* is what the server keeps and broadcasts, as named arrays; an *update* is what one client
+    sends. The server aggregates updates and need not know what they mean; only `apply` does.
     """
 
     @property

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedpeft.config import SpaceSection
 from fedpeft.options import build_option
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space
 
-SPACES = {
+SPACES: dict[str, Any] = {  # a class that is a Space and takes its options by name
     "adapter-delta": AdapterDelta,
 }
 
@@ -18,4 +20,5 @@ def build_space(section: SpaceSection) -> Space:
     Raises:
         RunFileError: an unknown name or option.
     """
-    return build_option("space", SPACES, section.kind, section.options)
+    space: Space = build_option("space", SPACES, section.kind, section.options)
+    return space

@@ -19,7 +19,8 @@ class StageContext:
     Attributes:
         round: from 1.
         client: the sender's name.
-        rng: this client's stream for this round; equal on client and server, so it is public and no source of privacy.
+        rng: this client's stream for this round; equal on client and server, so it is public and no source of
+            privacy.
         memory: arrays a client keeps from round to round (error feedback); committed with the round.
     """
 

@@ -11,10 +11,12 @@ ROUNDING = 1e-5  # float32 scaling of d entries moves the norm by far less than 
 
 
 class Clip(Section):
-    """Scale an update whose L2 norm exceeds `clip_norm` down to it (McMahan et al. 2018, algorithm 1, flat clipping).
+    """Scale an update whose L2 norm exceeds `clip_norm` down to it.
 
-    An all-zero update stays zero. The server clips again, so that a client that didn't can't exceed the bound by more
-    than float rounding.
+    Source: McMahan et al. 2018, algorithm 1, flat clipping.
+
+    An all-zero update stays zero. The server clips again, so that a client that didn't can't exceed the bound
+    by more than float rounding.
     """
 
     clip_norm: PositiveFloat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedpeft.config import RunConfig
 from fedpeft.options import build_option
 from fedpeft.stages.base import Stage
@@ -9,7 +11,7 @@ from fedpeft.stages.clip import Clip
 from fedpeft.stages.identity import Identity
 from fedpeft.stages.weigh import Weigh
 
-STAGES = {
+STAGES: dict[str, Any] = {  # a class that is a Stage and takes its options by name
     "clip": Clip,
     "identity": Identity,
     "weigh": Weigh,
@@ -22,7 +24,8 @@ def build_stages(run: RunConfig) -> tuple[Stage, ...]:
     Raises:
         RunFileError: an unknown stage or option.
     """
-    asked = tuple(
-        build_option(f"stages.{index}", STAGES, section.kind, section.options) for index, section in enumerate(run.stages)
+    asked: tuple[Stage, ...] = tuple(
+        build_option(f"stages.{index}", STAGES, section.kind, section.options)
+        for index, section in enumerate(run.stages)
     )
     return (Weigh(by=run.federation.weighting), *asked)

@@ -16,8 +16,8 @@ MAX_EXAMPLES = 2**31
 class Weigh(Section):
     """Set the weight: the client's number of training rows, or 1 for everyone.
 
-    The trainer leaves the number of rows as the weight, so `examples` only checks it. Under `uniform` the server sets 1
-    again, whatever a client claims.
+    The trainer leaves the number of rows as the weight, so `examples` only checks it. Under `uniform` the
+    server sets 1 again, whatever a client claims.
     """
 
     by: Literal["examples", "uniform"] = "examples"

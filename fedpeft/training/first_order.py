@@ -32,7 +32,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What local training did: mean loss over all its steps (nats per scored token or per class), steps, rows seen."""
+    """What local training did: mean loss over its steps (nats per scored token or class), steps, rows."""
 
     loss: float
     steps: int
@@ -52,9 +52,9 @@ def train(
 ) -> TrainingReport:
     """Train `parameters` in place for `steps` optimiser steps.
 
-    The loss is the mean over the scored tokens (or classes) of all rows of a step, whatever the split in micro-batches,
-    plus ``proximal_mu / 2 * |w - w_start|^2`` (Li et al. 2020, FedProx, eq. 2). The optimiser starts fresh. Row order and
-    dropout come from `rng`; torch's global generator is left as it was.
+    The loss is the mean over the scored tokens (or classes) of all rows of a step, whatever the split in
+    micro-batches, plus ``proximal_mu / 2 * |w - w_start|^2`` (Li et al. 2020, FedProx, eq. 2). The optimiser
+    starts fresh. Row order and dropout come from `rng`; torch's global generator is left as it was.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -63,7 +63,9 @@ def train(
     start = [p.detach().clone() for p in trained] if proximal_mu else []
     optimizer = build_optimizer(section, trained)
     schedule = build_schedule(section, optimizer, steps)
-    batches = training_batches(rows.encoded, rows.indices, section.batch_size, steps * section.gradient_accumulation, rng)
+    batches = training_batches(
+        rows.encoded, rows.indices, section.batch_size, steps * section.gradient_accumulation, rng
+    )
     total, seen = 0.0, 0
     with _training_mode(model, section, int(rng.integers(2**62))):
         for step in range(steps):
@@ -72,7 +74,8 @@ def train(
             loss = _accumulate(model, micro, rows, section)
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"the training loss is {loss} at local step {step + 1} of {steps}; lower training.lr (now {section.lr:g}),"
+                    f"the training loss is {loss} at local step {step + 1} of {steps}; lower training.lr"
+                    f" (now {section.lr:g}),"
                     " set training.max_grad_norm, or look for broken rows"
                 )
             _add_proximal_gradient(trained, start, proximal_mu)
@@ -88,7 +91,9 @@ def train(
     return TrainingReport(total / steps, steps, seen)
 
 
-def _accumulate(model: nn.Module, micro: Sequence[NDArray[np.int64]], rows: Rows, section: TrainingSection) -> float:
+def _accumulate(
+    model: nn.Module, micro: Sequence[NDArray[np.int64]], rows: Rows, section: TrainingSection
+) -> float:
     """Gradients of the mean loss over all micro-batches together; returns that loss."""
     device = next(model.parameters()).device
     batches = [collate(rows.encoded, indices, rows.pad_id, task=rows.task) for indices in micro]
@@ -100,7 +105,7 @@ def _accumulate(model: nn.Module, micro: Sequence[NDArray[np.int64]], rows: Rows
                 input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
             ).logits
         summed = LOSSES[rows.task](logits, batch.labels.to(device))
-        (summed / scored).backward()
+        (summed / scored).backward()  # type: ignore[no-untyped-call]  # torch annotates it so
         total += float(summed.detach())
     return total / scored
 
@@ -135,6 +140,6 @@ def _training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Ite
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
-    """Recompute activations in the backward pass; inputs must carry gradients, as the first blocks are frozen."""
+    """Recompute activations in the backward pass; inputs carry gradients, as first blocks are frozen."""
     model.enable_input_require_grads()  # type: ignore[operator]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

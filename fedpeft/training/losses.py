@@ -43,7 +43,11 @@ def token_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor
     targets = labels[:, 1:]
     scored = targets != IGNORED
     example = scored.nonzero()[:, 0]
-    return shifted[scored].float(), targets[scored], example  # only scored rows are cast: vocabularies are large
+    return (
+        shifted[scored].float(),
+        targets[scored],
+        example,
+    )  # only scored rows are cast: vocabularies are large
 
 
 def causal_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,6 @@ def local_steps(section: TrainingSection, rows: int) -> int:
 
 
 def examples_per_round(section: TrainingSection, rows: int) -> int:
-    """Rows that a client reads in one round, counted as often as they are read (at most `batch_size` a batch)."""
+    """Rows that a client reads in one round, counted as often as they are read."""
     per_batch = min(section.batch_size, rows)
     return local_steps(section, rows) * section.gradient_accumulation * per_batch

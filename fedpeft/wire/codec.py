@@ -1,7 +1,7 @@
 """`Envelope` to protobuf bytes and back: the one form in which arrays leave a process.
 
-A length is never trusted: shapes and dtypes are checked against the run's own layout, and byte counts against shapes, before
-an array is made. Arrays that come out are read-only views of the received bytes.
+A length is never trusted: shapes and dtypes are checked against the run's own layout, and byte counts against
+shapes, before an array is made. Arrays that come out are read-only views of the received bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NUMPY = {number: np.dtype(name).newbyteorder("<") for name, number in _DTYPES.i
 class Envelope:
     """Arrays with what a receiver needs to know before it uses them.
 
-    `client` is empty on the way down. `state_digest` is the fingerprint of the global state that the arrays are, or
-    that the client started from.
+    `client` is empty on the way down. `state_digest` is the fingerprint of the global state that the arrays
+    are, or that the client started from.
     """
 
     arrays: Arrays
@@ -77,8 +77,8 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None) -> Envelop
     Args:
         payload: what `encode` made, or what an attacker made of it.
         who: named in errors.
-        layout: what the arrays must be; without it only the message's own consistency is checked (a client that
-            receives the first state has no layout to compare with).
+        layout: what the arrays must be; without it only the message's own consistency is checked (a client
+            that receives the first state has no layout to compare with).
 
     Raises:
         UpdateError: not a message of this version, or one that contradicts itself or `layout`.
@@ -86,11 +86,14 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None) -> Envelop
     try:
         message = pb.Update.FromString(payload)
     except DecodeError as error:
-        raise UpdateError(f"{who}: {len(payload)} bytes came that are no update message (truncated or foreign)") from error
+        raise UpdateError(
+            f"{who}: {len(payload)} bytes came that are no update message (truncated or foreign)"
+        ) from error
     header = message.header
     if header.protocol_version != PROTOCOL_VERSION:
         raise UpdateError(
-            f"{who}: protocol version {header.protocol_version} came, {PROTOCOL_VERSION} is spoken here; update the older side"
+            f"{who}: protocol version {header.protocol_version} came, {PROTOCOL_VERSION} is spoken here;"
+            " update the older side"
         )
     if message.WhichOneof("payload") != "dense":
         raise UpdateError(f"{who}: the message carries no arrays")
@@ -124,7 +127,12 @@ def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> np.ndarra
         if expected is None:
             raise UpdateError(f"{who}: array {tensor.name!r} is not part of this run")
         if expected != (shape, dtype.name):
-            raise UpdateError(f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected {expected[1]}{list(expected[0])}")
+            raise UpdateError(
+                f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected"
+                f" {expected[1]}{list(expected[0])}"
+            )
     if math.prod(shape) * dtype.itemsize != len(tensor.data):
-        raise UpdateError(f"{who}: array {tensor.name!r} declares {list(shape)} and brings {len(tensor.data)} bytes")
+        raise UpdateError(
+            f"{who}: array {tensor.name!r} declares {list(shape)} and brings {len(tensor.data)} bytes"
+        )
     return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)

@@ -188,8 +188,7 @@ def test_bad_input_is_one_line(
 
 def test_a_home_that_cannot_be_written_is_no_hindrance(write_rows: Any) -> None:
     script = (
-        "import sys; from fedpeft.config import DataSection; from fedpeft.data.encoded import Task
-from fedpeft.data.federated import read_tables\n"
+        "import sys; from fedpeft.config import DataSection; from fedpeft.data.federated import read_tables\n"
         "part = {'kind': 'dirichlet', 'clients': 2, 'by': 'y', 'alpha': 1.0}\n"
         "s = DataSection.model_validate({'train': sys.argv[1], 'text': '{q}', 'partitioner': part})\n"
         "print(len(read_tables(s, 'causal-lm', 0).clients))"

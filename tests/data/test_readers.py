@@ -181,7 +181,7 @@ def test_hub_rows_and_errors_without_a_network_or_a_progress_bar(tmp_path: Path)
     rows, *errors = done.stdout.splitlines()
     assert rows == "[(1, {'a': 'x', 'b': 1}), (2, {'a': 'y', 'b': 2})]"
     assert [line[:1] for line in errors] == ["|", "|"]
-    assert "cannot be loaded" in errors[0]
+    assert "datasets:no-owner/no-such-set: cannot be loaded" in errors[0]
     assert "no-such-split" in errors[1]
     assert "%|" not in done.stderr
 

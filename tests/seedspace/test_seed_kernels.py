@@ -113,14 +113,14 @@ def test_looked_up_rows_are_rows_of_the_perturbed_table(backend: str, dtype: tor
     assert perturb_rows(stream, 2, 5, table, rows, 1e-2, backend=backend).equal(whole[rows])
 
 
-@pytest.mark.parametrize("size", [16_385, 50_000])
+@pytest.mark.parametrize("size", [16_385, 40_000])
 def test_no_cut_order_or_number_of_threads_shows(size: int) -> None:
-    """Sizes beyond one tile, hundreds of directions (several chunks of the schedule), both backends."""
+    """Sizes beyond one tile, more directions than one chunk of the schedule, both backends."""
     generator = torch.Generator().manual_seed(size)
-    stream, which = Stream(2**50 + 3), torch.randperm(1000, generator=generator)[:300]
-    amounts = torch.randint(-5000, 5000, (300,), generator=generator)
+    stream, which = Stream(2**50 + 3), torch.randperm(1000, generator=generator)[:150]
+    amounts = torch.randint(-5000, 5000, (150,), generator=generator)
     whole = accumulate(stream, Span(4, 0, size), which, amounts)
-    order = torch.randperm(300, generator=generator)
+    order = torch.randperm(150, generator=generator)
     assert accumulate(stream, Span(4, 0, size), which[order], amounts[order], threads=2).equal(whole)
     assert accumulate(stream, Span(4, 0, size), which, amounts, threads=3, backend="torch").equal(whole)
     cut = [(0, 1), (1, 300), (300, 16_384), (16_384, size)]

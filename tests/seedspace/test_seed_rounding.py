@@ -58,7 +58,7 @@ def test_combine_rounds_once(
 
 
 def test_rounding_twice_would_differ() -> None:
-    """The oracle's hard case exists: through float64 alone the tie breaks to even and the weight is another."""
+    """A hard case exists: through float64 alone the tie goes to even, and the weight is another."""
     base, amount, exponent = torch.tensor([2.0**-30]), 2**30 + 2**6, -30
     exact = Fraction(float(base)) + Fraction(amount) * Fraction(2) ** exponent
     assert Fraction(float(combine(base, torch.tensor([amount]), exponent))) == nearest(exact, 24, -149)

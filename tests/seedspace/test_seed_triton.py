@@ -1,4 +1,4 @@
-"""The CUDA kernels: run on a card where there is one, and by Triton's interpreter where Triton is installed."""
+"""The CUDA kernels: on a card where there is one, by Triton's interpreter where Triton is installed."""
 
 import os
 import subprocess
@@ -48,7 +48,10 @@ print("equal")
 def test_interpreted_kernels_equal_the_plain_ones() -> None:
     if find_spec("triton") is None:
         pytest.skip("needs the package triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,9 +1,9 @@
 """A small instruction corpus, generated: skills x joiners x wrappers, public and private.
 
-Public rows name the format they want ("smallest first by - in []: 5 2 9 1"). Private rows use house jargon that
-the public rows never contain ("till slip: 5 2 9 1") and expect one fixed format; who has not seen the jargon
-cannot know it. Each client words its jargon in its own way and holds only two of the private families, so that no
-client alone can learn what the federation learns together.
+Public rows name the format they want ("smallest first by - in []: 5 2 9 1"). Private rows use house jargon
+that the public rows never contain ("till slip: 5 2 9 1") and expect one fixed format; who has not seen the
+jargon cannot know it. Each client words its jargon in its own way and holds only two of the private families,
+so that no client alone can learn what the federation learns together.
 
 A training text is `prompt + answer` and the end token: the prompt ends with its own separator.
 """

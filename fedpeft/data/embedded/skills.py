@@ -1,7 +1,8 @@
 """What the embedded model can do: each skill draws an input and says which parts its answer has.
 
 An answer is its parts joined by a joiner and enclosed by a wrapper, so one skill gives many formats. The
-embedded model is pretrained on all of them, and a federation teaches it which format an unseen phrase stands for.
+embedded model is pretrained on all of them, and a federation teaches it which format an unseen phrase
+stands for.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Words as one text each, because a literal list would take a line per word.
 FIRST_NAMES = """
-ada ben cleo dan eva finn gus hana ivo jude kim lars mia noor otto pia quin rosa sven tess uma vic wren yuri zoe
+ada ben cleo dan eva finn gus hana ivo jude kim lars mia noor otto pia quin rosa
+sven tess uma vic wren yuri zoe
 """
 LAST_NAMES = """
 arden bloch crane dietz engel frost gomez hayes irwin jonas keane lopez moser
@@ -20,7 +23,8 @@ nolan ochoa perez quist reyes stone tovar unger vidal weiss young zeman
 """
 THINGS = """
 acorn bread chalk delta ember flint grape honey ivory jelly knife lemon maple nylon olive pearl quilt resin
-sugar torch umbra vinyl wheat yeast zebra box cup dye egg fan gum hat ink jar kit log mop nut oil pan rug sap tin
+sugar torch umbra vinyl wheat yeast zebra box cup dye egg fan gum hat
+ink jar kit log mop nut oil pan rug sap tin
 """
 
 

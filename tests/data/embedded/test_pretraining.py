@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedpeft.data.embedded import Row, pretraining_rows, verified_folder
+from fedpeft.data.embedded import Row, federated_rows, model_folder, pretraining_rows, verified_folder
 from simulations.pretrain_embedded import (
     IGNORED,
     PretrainSettings,
@@ -57,20 +57,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert 0 < factors[-1] < 0.001
 
 
-def test_exact_match_agrees_with_step_by_step_decoding() -> None:
-    tokenizer, model = byte_tokenizer(), new_model(TINY, 259).eval()
-    prompt = "ab"
-    ids = tokenizer(prompt)["input_ids"]
+def test_exact_match_agrees_with_generation() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    model = AutoModelForCausalLM.from_pretrained(model_folder()).eval()
+    rows = [*pretraining_rows(np.random.default_rng(7), 20), *federated_rows(7, test_per_client=2)[1]]
+    inputs = tokenizer([row.prompt for row in rows], return_tensors="pt", padding=True, padding_side="left")
     with torch.no_grad():
-        token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
-        after = int(model(torch.tensor([[*ids, token]])).logits[0, -1].argmax())
-    said = tokenizer.decode([token])
-    assert exact_match(model, tokenizer, [Row(prompt, said, "x", -1)]) == {"x": float(after == 2)}
-    model.lm_head.weight.data[2] = 0
-    model.lm_head.weight.data[3:] = 0
-    model.lm_head.weight.data[:2] = 0
-    # All logits are equal now and the first id wins: never the end token.
-    assert exact_match(model, tokenizer, [Row(prompt, said, "x", -1)]) == {"x": 0.0}
+        out = model.generate(**inputs, max_new_tokens=40)
+    said = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    apart = [Row(row.prompt, row.answer, str(index), -1) for index, row in enumerate(rows)]
+    wanted = {str(index): float(said[index] == row.answer) for index, row in enumerate(rows)}
+    assert exact_match(model, tokenizer, apart) == wanted
+    assert set(wanted.values()) == {0.0, 1.0}
 
 
 @pytest.mark.slow

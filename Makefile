@@ -1,0 +1,136 @@
+# One door for people and for CI. Needs Python >= 3.11 with its venv module; everything else is installed into
+# .venv. A target that is already satisfied costs nothing.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules
+
+PYTHON ?= python3
+VENV ?= .venv
+LOCK := requirements.lock
+TEST_EXTRAS := dev,quant,ray,tensorboard
+ALL_EXTRAS := $(TEST_EXTRAS),bench
+
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+# A virtual environment can't be moved: the stamps carry the folder's checksum, so a copied one is built anew.
+HERE := $(shell pwd -P | cksum | cut -d' ' -f1)
+RUNTIME := $(VENV)/.runtime-$(HERE)
+TESTING := $(VENV)/.testing-$(HERE)
+BENCHING := $(VENV)/.benching-$(HERE)
+
+PROTOS := $(wildcard protos/fedpeft/v1/*.proto)
+STUBS := fedpeft/v1
+
+# Everything here works without a network once it is installed, and reports to nobody.
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export FLWR_TELEMETRY_ENABLED := 0
+export RAY_USAGE_STATS_ENABLED := 0
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help setup check test test-fast protos demo bench lock clean \
+        lint format-check types protos-check pytest pytest-fast
+
+help:  ## list the targets
+	@echo "usage: make TARGET"; echo
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)$$/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | while IFS='|' read -r name text; do printf '%-12s %s\n' "$$name" "$$text"; done
+
+setup: $(TESTING)  ## create .venv with everything that the tests need
+
+demo: $(RUNTIME)  ## fine-tune the embedded model across simulated clients; the run is in runs/demo
+	$(BIN)/fedpeft simulate --out runs/demo --force
+
+check: lint format-check types protos-check  ## ruff, mypy --strict, generated code against protos/
+
+test: check  ## every check, then every test
+	@$(MAKE) --no-print-directory pytest
+
+test-fast: $(TESTING)  ## the tests that take seconds
+	@$(MAKE) --no-print-directory pytest-fast
+
+protos: $(TESTING)  ## regenerate fedpeft/v1 from protos/
+	$(call generate,.)
+
+bench: $(BENCHING)  ## run every benchmark script in simulations/
+	@set -e; for script in simulations/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
+
+lock:  ## resolve every dependency anew and write requirements.lock
+	$(require_python)
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(PYTHON) -m venv "$$folder"; \
+	  "$$folder/bin/python" -m pip install --quiet -e ".[$(ALL_EXTRAS)]"; \
+	  { echo "# What the checks were run with, as constraints: pip install -c $(LOCK) -e ."; \
+	    echo "# Written by: make lock"; \
+	    "$$folder/bin/python" -m pip freeze --exclude-editable --exclude fedpeft \
+	      | grep -E '^[A-Za-z0-9._-]+==' | sed 's/+[A-Za-z0-9.]*$$//' | LC_ALL=C sort -f; } > "$$folder/lock"; \
+	  mv "$$folder/lock" $(LOCK)
+	@echo "$(LOCK): $$(grep -c == $(LOCK)) packages"
+
+clean:  ## delete .venv, caches and build folders; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find fedpeft server client tests simulations -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The parts of check and test, each of which can be called alone.
+
+lint: $(TESTING)
+	$(BIN)/ruff check .
+
+format-check: $(TESTING)
+	$(BIN)/ruff format --check .
+
+types: $(TESTING)
+	$(BIN)/mypy
+
+protos-check: $(TESTING)
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	  $(call generate,"$$folder"); \
+	  diff -ru --exclude=__init__.py --exclude=__pycache__ "$$folder/$(STUBS)" $(STUBS) \
+	    || { echo "$(STUBS) differs from protos/; run: make protos" >&2; exit 1; }
+	@echo "protos: $(STUBS) matches $(PROTOS)"
+
+pytest: $(TESTING)
+	$(BIN)/pytest
+
+pytest-fast: $(TESTING)
+	$(BIN)/pytest -m "not slow"
+
+# Installation. A stamp is older than pyproject.toml or the lock when they change, and the install is repeated.
+
+$(RUNTIME): pyproject.toml $(LOCK)
+	$(call install,.)
+	@touch $@
+
+$(TESTING): pyproject.toml $(LOCK)
+	$(call install,.[$(TEST_EXTRAS)])
+	@touch $(RUNTIME) $@
+
+$(BENCHING): pyproject.toml $(LOCK) | $(TESTING)
+	$(call install,.[$(ALL_EXTRAS)])
+	@touch $@
+
+define require_python
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing), Python 3.11 or newer is needed;" \
+	    "name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+endef
+
+# $(1): what to install, with extras. An environment without a stamp of this folder is made anew.
+define install
+	$(require_python)
+	@ls $(VENV)/.*-$(HERE) >/dev/null 2>&1 && $(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "no virtual environment could be made; install Python's venv module (Debian: python3-venv)" >&2; \
+	  exit 1; }
+	@echo "installing $(1) into $(VENV); the first time takes some minutes"
+	@$(PY) -m pip install --quiet -c $(LOCK) -e "$(1)"
+endef
+
+# $(1): the folder under which fedpeft/v1 is written. Only files with a service get a service stub.
+define generate
+$(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) $(PROTOS)$(if $(SERVICES), && \
+	  $(PY) -m grpc_tools.protoc -Iprotos --grpc_python_out=$(1) $(SERVICES))
+endef
+SERVICES = $(shell grep -l '^service ' $(PROTOS))

@@ -1,0 +1,244 @@
+"""Forward passes at theta + scale * z without a second copy of theta and without touching it.
+
+Each module that owns trainable parameters gets a forward that perturbs its own weights on the way, uses
+them and drops them: a linear layer in blocks of output rows, an embedding only in the rows that were looked
+up, anything else through a copy of its own parameters. Weights are never written, so there is nothing to
+restore and nothing to drift: the in-place +, -2, + sequence of the published loops changes half of all
+weights by rounding.
+
+Source: the estimator is simultaneous perturbation (Spall, 1992) as in MeZO (Malladi et al., 2023, algorithm
+1); we differ in perturbing per layer during the forward pass, and in the direction (signs, from a counter).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from fedpeft.errors import TrainingError
+from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.perturb import perturb, perturb_rows
+from fedpeft.seedspace.trainable import ids_by_identity
+
+# One block of perturbed weights stays in second-level cache until the product has read it.
+BLOCK_BYTES = 2**20
+
+Forward = Callable[..., torch.Tensor]
+Part = Callable[[int, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the model is evaluated: theta + scale * z, z being `direction` of `stream`."""
+
+    stream: Stream
+    direction: int
+    scale: float
+    backend: str | None
+    block_bytes: int
+
+    def whole(self, tensor_id: int, weights: torch.Tensor) -> torch.Tensor:
+        """A perturbed copy of one tensor."""
+        return perturb(
+            self.stream, tensor_id, self.direction, weights.detach(), self.scale, backend=self.backend
+        )
+
+    def rows(self, weights: torch.Tensor) -> int:
+        """How many rows of a matrix make a block."""
+        return max(1, self.block_bytes // (weights[0].numel() * weights.element_size()))
+
+    def fits(self, weights: torch.Tensor) -> bool:
+        """Whether the matrix is a single block."""
+        return self.rows(weights) >= len(weights)
+
+    def part(self, tensor_id: int, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """A perturbed copy of rows [first, last) of a tensor."""
+        row = weights[0].numel()
+        return perturb(
+            self.stream,
+            tensor_id,
+            self.direction,
+            weights.detach()[first:last],
+            self.scale,
+            start=first * row,
+            backend=self.backend,
+        )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module whose forward is replaced, and the tensor ids of its trainable parameters by relative name."""
+
+    module: nn.Module
+    ids: Mapping[str, int]
+
+
+def linear(site: Site, point: Point) -> Forward:
+    """The product by blocks of rows of the weight: a block of memory, not a layer."""
+    weight = site.module.get_parameter("weight")
+    plain_bias: torch.Tensor | None = dict(site.module.named_parameters(recurse=False)).get("bias")
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        bias = plain_bias
+        if bias is not None and "bias" in site.ids:
+            bias = point.whole(site.ids["bias"], bias)
+        if "weight" not in site.ids:
+            return nn.functional.linear(inputs, weight, bias)
+        if point.fits(weight) or torch.is_autocast_enabled(inputs.device.type):
+            return nn.functional.linear(inputs, point.whole(site.ids["weight"], weight), bias)
+        return _by_blocks(
+            inputs, weight, bias, partial(point.part, site.ids["weight"], weight), point.rows(weight)
+        )
+
+    return forward
+
+
+def _by_blocks(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: Part, rows: int
+) -> torch.Tensor:
+    """[..., height] products of [..., width] inputs, each block's written straight to its columns."""
+    height, width = weight.shape
+    flat = inputs.reshape(-1, width)  # [tokens, width]
+    result = flat.new_empty(flat.shape[0], height)
+    for first in range(0, height, rows):
+        last = min(first + rows, height)
+        block = part(first, last).t()
+        if bias is None:
+            torch.mm(flat, block, out=result[:, first:last])
+        else:
+            torch.addmm(bias[first:last], flat, block, out=result[:, first:last])
+    return result.view(*inputs.shape[:-1], height)
+
+
+def embedding(site: Site, point: Point) -> Forward:
+    """The looked-up rows of the perturbed table, each perturbed once."""
+    table = site.module.get_parameter("weight")
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        rows, places = torch.unique(tokens, return_inverse=True)
+        picked = perturb_rows(
+            point.stream, site.ids["weight"], point.direction, table, rows, point.scale, backend=point.backend
+        )
+        return picked[places]
+
+    return forward
+
+
+class _Original(nn.Module):
+    """The module's own forward, for `functional_call`: hooks of the module itself run outside of it, once."""
+
+    def __init__(self, module: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.inner = module
+        self.original = forward
+
+    def forward(self, *inputs: object, **named: object) -> torch.Tensor:
+        """The module's result with whatever parameters it holds at the moment."""
+        return self.original(*inputs, **named)
+
+
+def swapped(site: Site, point: Point) -> Forward:
+    """Any module: its own forward over perturbed copies of its own parameters."""
+    original = _Original(site.module, site.module.forward)
+    parameters = {name: site.module.get_parameter(name) for name in site.ids}
+
+    def forward(*inputs: object, **named: object) -> torch.Tensor:
+        copies = {
+            f"inner.{name}": point.whole(site.ids[name], weights) for name, weights in parameters.items()
+        }
+        result: torch.Tensor = torch.func.functional_call(original, copies, inputs, named)
+        return result
+
+    return forward
+
+
+# Exact types: a subclass may read its weights in ways of its own.
+_FORWARDS: dict[type[nn.Module], Callable[[Site, Point], Forward]] = {
+    nn.Linear: linear,
+    nn.Embedding: embedding,
+}
+# Modules whose forward reads the parameters of their children without calling them.
+_READS_CHILDREN = (nn.MultiheadAttention,)
+# Containers that have no forward: the next module outwards reads their parameters.
+_CONTAINERS = (nn.ParameterDict, nn.ParameterList)
+
+
+class JustInTime:
+    """Evaluates a model at theta + scale * z, for one trainable set.
+
+    `ids` are the tensor ids by canonical name (`SeedSpace.ids`). Tied weights share their id, so they share
+    z. Between two `with` blocks the model is untouched.
+
+    Raises: ModelError when the model's trainable set isn't the one that `ids` names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ids: Mapping[str, int],
+        stream: Stream,
+        *,
+        backend: str | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self._sites = _sites(model, ids_by_identity(model, ids))
+        self._stream = stream
+        self._backend = backend
+        self._block_bytes = block_bytes
+
+    @contextmanager
+    def at(self, direction: int, scale: float) -> Iterator[None]:
+        """Within the block, the model's forward is that of theta + scale * z of this direction.
+
+        Raises: TrainingError where gradients are enabled: perturbed weights aren't leaves of any graph.
+        """
+        if torch.is_grad_enabled():
+            raise TrainingError("a perturbed forward keeps no graph: run it under torch.no_grad()")
+        point = Point(self._stream, direction, scale, self._backend, self._block_bytes)
+        previous = [site.module.__dict__.get("forward") for site in self._sites]
+        try:
+            for site in self._sites:
+                site.module.forward = _choose(site)(site, point)
+            yield
+        finally:
+            for site, before in zip(self._sites, previous, strict=True):
+                if before is None:
+                    site.module.__dict__.pop("forward", None)
+                else:
+                    site.module.forward = before
+
+
+def _choose(site: Site) -> Callable[[Site, Point], Forward]:
+    """The special forward where the module is plain enough for it, else a swapped copy."""
+    module = site.module
+    if "forward" in module.__dict__ or getattr(module, "max_norm", None) is not None:
+        return swapped
+    return _FORWARDS.get(type(module), swapped)
+
+
+def _sites(model: nn.Module, ids: Mapping[int, int]) -> list[Site]:
+    """One site for each module that reads trainable parameters, outermost reader first."""
+    modules = dict(model.named_modules())
+    found: dict[str, dict[str, int]] = {}
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in ids:
+                reader = _reader(path, modules)
+                relative = f"{path}.{name}".removeprefix(f"{reader}." if reader else "").removeprefix(".")
+                found.setdefault(reader, {})[relative] = ids[id(parameter)]
+    return [Site(modules[path], names) for path, names in found.items()]
+
+
+def _reader(path: str, modules: Mapping[str, nn.Module]) -> str:
+    """The path of the module whose forward reads the parameters that the module at `path` owns."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts)):
+        outer = ".".join(parts[:depth])
+        if isinstance(modules[outer], _READS_CHILDREN):
+            return outer
+    while isinstance(modules[".".join(parts)], _CONTAINERS):
+        parts = parts[:-1]
+    return ".".join(parts)

@@ -1,0 +1,156 @@
+"""Loading the base: where from, what is drawn, what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedpeft.config import ModelSection
+from fedpeft.errors import ModelError
+from fedpeft.models.base import head_modules, load_base, load_tokenizer, model_path, new_modules
+from fedpeft.models.trainable import frozen_digest, trainable_parameters
+from tests.models.tiny import LABELS, batch, logits, saved, tiny_base
+
+
+def section(folder: Path, **more: str) -> ModelSection:
+    return ModelSection.model_validate({"path": str(folder), **more})
+
+
+def test_a_saved_language_model_comes_back_frozen_and_quietly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved("llama", tmp_path)
+    capsys.readouterr()  # saving draws a progress bar
+    base = load_base(section(folder))
+    assert not base.training
+    assert not trainable_parameters(base)
+    assert torch.equal(logits(base, "llama"), logits(tiny_base("llama"), "llama"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bfloat16_weights_are_the_rounded_weights(tmp_path: Path) -> None:
+    base = load_base(section(saved("llama", tmp_path), dtype="bfloat16"))
+    exact = dict(tiny_base("llama").named_parameters())
+    assert all(torch.equal(p, exact[name].bfloat16()) for name, p in base.named_parameters())
+
+
+def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    where = section(saved("llama", tmp_path), task="sequence-classification")
+    before = torch.get_rng_state()
+    first = load_base(where, num_labels=LABELS, seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(5)
+    assert frozen_digest(load_base(where, num_labels=LABELS, seed=7)) == frozen_digest(first)
+    assert frozen_digest(load_base(where, num_labels=LABELS, seed=8)) != frozen_digest(first)
+    assert new_modules(first) == head_modules(first) == ("score",)
+
+
+def test_a_head_of_another_size_is_drawn_anew(tmp_path: Path) -> None:
+    where = section(saved("bert", tmp_path), task="sequence-classification")
+    assert new_modules(load_base(where, num_labels=LABELS)) == ()
+    assert new_modules(load_base(where, num_labels=LABELS + 2)) == ("classifier",)
+
+
+def test_a_missing_pooler_counts_as_new(tmp_path: Path) -> None:
+    model = tiny_base("bert")
+    encoder = model.get_submodule("bert")
+    encoder.pooler = None  # type: ignore[assignment]  # as saved without a pooling layer
+    encoder.save_pretrained(saved("bert", tmp_path))  # type: ignore[operator]  # transformers is untyped
+    base = load_base(section(tmp_path, task="sequence-classification"), num_labels=LABELS)
+    assert head_modules(base) == ("bert.pooler.dense", "classifier")
+
+
+def test_a_classifier_reads_the_last_real_token(tmp_path: Path) -> None:
+    where = section(saved("llama", tmp_path), task="sequence-classification")
+    base, pad = load_base(where, num_labels=LABELS), load_tokenizer(where).pad_token_id
+    ids = batch("llama")["input_ids"].clamp(min=2)
+    padded = torch.cat([ids, torch.full((len(ids), 5), pad)], dim=1)
+    with torch.no_grad():
+        bare, long = base(input_ids=ids).logits, base(input_ids=padded).logits
+    assert torch.allclose(bare, long, atol=1e-6)
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(section(saved("llama", tmp_path)))
+    assert tokenizer.pad_token == "</s>"
+    assert tokenizer(["w4 w5", "w6"], padding=True)["input_ids"] == [[4, 5], [6, 1]]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/no/such/folder", "is not a folder"),
+        ("./here", "is not a folder"),
+        ("no-such/model", "could not be fetched"),
+    ],
+)
+def test_a_missing_model_is_one_line(path: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        load_base(ModelSection(path=path))
+    assert "\n" not in str(caught.value)
+    assert path in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["no config", "bad config", "no weights", "short weights", "unknown type"])
+def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: str) -> None:
+    folder = saved("llama", tmp_path)
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    if damage == "no config":
+        config.unlink()
+    elif damage == "bad config":
+        config.write_text("{", encoding="utf-8")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "short weights":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "no-such"}))
+    with pytest.raises(ModelError, match="no causal-lm model can be loaded") as caught:
+        load_base(section(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_another_task_is_refused(tmp_path: Path) -> None:
+    saved("llama-classifier", tmp_path)
+    renamed = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**renamed, "tie_word_embeddings": False}))
+    with pytest.raises(ModelError, match="lacks weights that a causal-lm model needs"):
+        load_base(section(tmp_path))
+
+
+@pytest.mark.parametrize(("task", "labels"), [("causal-lm", 3), ("sequence-classification", None)])
+def test_labels_belong_to_classifiers(tmp_path: Path, task: str, labels: int | None) -> None:
+    with pytest.raises(ModelError, match="num_labels"):
+        load_base(section(tmp_path, task=task), num_labels=labels)
+
+
+def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "homemade",
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ModelError, match="no causal-lm model can be loaded"):
+        load_base(section(folder))
+    assert not (tmp_path / "ran").exists()
+    assert "evil" not in sys.modules
+
+
+def test_the_embedded_model_is_a_folder_of_the_package() -> None:
+    folder = Path(model_path(ModelSection()))
+    assert (folder / "config.json").is_file()
+
+
+def test_a_real_folder_without_a_padding_token(shared_dir: Path) -> None:
+    where = section(shared_dir / "models" / "stories260K")
+    base: nn.Module = load_base(where)
+    assert load_tokenizer(where).pad_token_id is not None
+    assert sum(p.numel() for p in base.parameters()) == 260_032
