@@ -231,7 +231,7 @@ class EvaluationSection(Section):
     every: Count = 1  # rounds
     batch_size: Count = 32
     max_new_tokens: Count = 64  # for metrics that need generated text
-    max_examples: Count | None = None  # per evaluation set, the first ones
+    max_examples: Count | None = None  # of the test set, and of each client's held-out rows; the first ones
     baselines: bool = False  # zero-shot, each client alone, pooled data, each with the same budget
     bootstrap: Count = 1000  # resamples for the 95% intervals
 

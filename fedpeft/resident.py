@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Resident:
     stages: tuple[Stage, ...]
     base_digest: str
 
-    @property
+    @functools.cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by canonical name."""
         return trainable_parameters(self.model)
@@ -71,7 +72,7 @@ class Resident:
     ) -> tuple[Update, TrainingReport]:
         """One client's part of a round: enter the state, train on its rows, express the change."""
         client, section = self.data.clients[index], self.run.training
-        self.space.enter(self.model, state)
+        self.space.enter(self.parameters, state)
         if section.kind == "none":
             report = TrainingReport(0.0, 0, 0)
         else:
@@ -84,13 +85,13 @@ class Resident:
                 rng=stream(self.run.run.seed, "train", client.name, round_),
                 proximal_mu=proximal_mu,
             )
-        arrays = self.space.express(self.model, state)
+        arrays = self.space.express(self.parameters, state)
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
         return Update(arrays, len(client.train), metrics), report
 
     def train_alone(self, indices: NDArray[np.int64], state: Arrays, *, steps: int, name: str) -> Arrays:
         """A baseline: one training run over `indices` from `state`; the state it ends in."""
-        self.space.enter(self.model, state)
+        self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "baseline", name)
         train(
             self.model,
@@ -100,7 +101,7 @@ class Resident:
             steps=steps,
             rng=rng,
         )
-        return self.space.initial_state(self.model)
+        return self.space.initial_state(self.parameters)
 
     def batches(self, encoded: Encoded, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Evaluation batches; their composition depends on the run only."""
@@ -110,7 +111,7 @@ class Resident:
         self, encoded: Encoded, batches: Sequence[NDArray[np.int64]], state: Arrays, metrics: Sequence[str]
     ) -> dict[str, Column]:
         """Per-example columns of `state` on some batches."""
-        self.space.enter(self.model, state)
+        self.space.enter(self.parameters, state)
         rows = self.rows(encoded, np.zeros(0, dtype=np.int64))
         new_tokens = self.run.evaluation.max_new_tokens
         return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)

@@ -89,8 +89,8 @@ Layout = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 def layout_of(arrays: Arrays) -> Layout:
-    """Name to (shape, dtype name): what two sets of arrays must share to be added."""
-    return {name: (tuple(array.shape), array.dtype.name) for name, array in sorted(arrays.items())}
+    """Name to (shape, dtype as NumPy's type string): what two sets of arrays must share to be added."""
+    return {name: (array.shape, array.dtype.str) for name, array in sorted(arrays.items())}
 
 
 def check_layout(arrays: Arrays, layout: Layout, *, who: str) -> None:
@@ -99,22 +99,20 @@ def check_layout(arrays: Arrays, layout: Layout, *, who: str) -> None:
     Raises:
         UpdateError: naming the first difference and `who` sent it.
     """
-    came = layout_of(arrays)
-    missing = sorted(set(layout) - set(came))
-    unknown = sorted(set(came) - set(layout))
-    if missing or unknown:
+    if arrays.keys() != layout.keys():
+        missing, unknown = sorted(layout.keys() - arrays.keys()), sorted(arrays.keys() - layout.keys())
         detail = f"lacks {missing[0]!r}" if missing else f"has the unknown array {unknown[0]!r}"
-        raise UpdateError(f"{who} {detail}: {len(layout)} arrays are expected and {len(came)} came")
-    for name, expected in layout.items():
-        if came[name] != expected:
-            raise UpdateError(
-                f"{who}: array {name!r} is {_describe(came[name])}, expected {_describe(expected)}"
-            )
+        raise UpdateError(f"{who} {detail}: {len(layout)} arrays are expected and {len(arrays)} came")
+    for name, (shape, dtype) in layout.items():
+        array = arrays[name]
+        if array.shape != shape or array.dtype.str != dtype:
+            came = _describe((array.shape, array.dtype.str))
+            raise UpdateError(f"{who}: array {name!r} is {came}, expected {_describe((shape, dtype))}")
 
 
 def _describe(entry: tuple[tuple[int, ...], str]) -> str:
     shape, dtype = entry
-    return f"{dtype}[{', '.join(map(str, shape))}]"
+    return f"{np.dtype(dtype).name}[{', '.join(map(str, shape))}]"
 
 
 def arrays_digest(arrays: Arrays) -> str:

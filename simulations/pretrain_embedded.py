@@ -241,7 +241,10 @@ def write_digest(folder: Path) -> None:
 
 
 def pretrain(
-    out: Path, settings: PretrainSettings, say: Callable[[str], None] = print, draw: RowSource = pretraining_rows
+    out: Path,
+    settings: PretrainSettings,
+    say: Callable[[str], None] = print,
+    draw: RowSource = pretraining_rows,
 ) -> PretrainReport:
     """Pretrain on the rows that `draw` gives, measure on fresh ones and write the folder `out`."""
     began = time.monotonic()

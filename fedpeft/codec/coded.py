@@ -134,9 +134,10 @@ def _body(tensor: Encoded, coder: str) -> bytes:
 def _ternary_body(tensor: TernaryTensor, coder: str) -> bytes:
     flat = tensor.trits.reshape(-1)
     indices = _non_zeros(flat)
-    signs = np.packbits(flat[indices] < 0, bitorder="little").tobytes()
+    packed = np.zeros((indices.size + 7) // 8, dtype=np.uint8)
+    _pack_signs(flat, indices, packed)
     positions = coder_named(coder).encode(indices, flat.size)
-    return _coder_head(coder, indices.size) + struct.pack("<f", tensor.scale) + signs + positions
+    return _coder_head(coder, indices.size) + struct.pack("<f", tensor.scale) + packed.tobytes() + positions
 
 
 def _coder_head(coder: str, count: int) -> bytes:
@@ -252,3 +253,10 @@ def _place_signs(indices: Int32Array, packed: Uint8Array, trits: Int8Array) -> N
     for i in range(indices.size):
         negative = (packed[i >> 3] >> (i & 7)) & 1
         trits[indices[i]] = 1 - 2 * np.int8(negative)
+
+
+@kernel
+def _pack_signs(flat: Int8Array, indices: Int32Array, packed: Uint8Array) -> None:
+    for i in range(indices.size):
+        # The top bit of a negative int8.
+        packed[i >> 3] |= np.uint8(np.uint8(flat[indices[i]]) >> 7) << (i & 7)

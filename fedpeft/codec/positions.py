@@ -28,7 +28,7 @@ CODERS: dict[str, PositionCoder] = {
 }
 CODER_BYTES: dict[str, int] = {"rans": 1, "golomb": 2, "constriction": 3}
 DEFAULT_CODER = "rans"
-"""Smallest and fastest of the three in `simulations/bench_codec.py`, with decoding in integers only."""
+"""In `simulations/bench_codec.py` the fastest there and back, and within 0.04% of the smallest."""
 
 
 def coder_named(name: str) -> PositionCoder:

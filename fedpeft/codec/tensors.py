@@ -23,6 +23,8 @@ from fedpeft.codec.arrays import (
 from fedpeft.codec.masks import PublicMask
 from fedpeft.errors import UpdateError
 
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
 
 class EncodedTensor(Protocol):
     """A compressed tensor: its dense shape, and the way back."""
@@ -159,6 +161,11 @@ class QuantisedTensor:
             bool(np.isfinite(self.scales).all()) and not bool(np.signbit(self.scales).any()),
             "quantisation scales must be finite and not negative",
         )
+        peak = float(self.scales.max(initial=0.0)) * largest
+        _require(
+            peak <= _LARGEST_FLOAT32,
+            f"quantised values reach {peak:g}: float32 is needed, send smaller scales",
+        )
         object.__setattr__(self, "codes", frozen(self.codes).reshape(self.codes.shape))
         object.__setattr__(self, "scales", frozen(self.scales))
 
@@ -170,12 +177,7 @@ class QuantisedTensor:
     def dense(self) -> Float32Array:
         """The codes times their scales, one float32 rounding per entry."""
         scales = along_axis(self.scales, self.codes.ndim, self.channel_axis)
-        with np.errstate(over="ignore"):
-            dense = np.multiply(self.codes, scales, out=np.empty(self.shape, dtype=np.float32))
-        _require(
-            bool(np.isfinite(dense).all()), "quantised codes times scales exceed float32: send smaller scales"
-        )
-        return dense
+        return np.multiply(self.codes, scales, out=np.empty(self.shape, dtype=np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -230,6 +232,10 @@ class MaskedTensor:
         )
         _require(self.values.size <= size, f"{self.values.size} masked values for {size} entries: too many")
         object.__setattr__(self, "gain", _scale(self.gain, "gain of a masked tensor"))
+        peak = float(np.abs(self.values).max(initial=0.0)) * self.gain
+        _require(
+            peak <= _LARGEST_FLOAT32, f"masked values times gain reach {peak:g}: float32 is needed, send less"
+        )
         object.__setattr__(self, "values", frozen(self.values))
 
     def dense(self) -> Float32Array:
@@ -241,11 +247,7 @@ class MaskedTensor:
             f"{self.values.size} masked values came, the public mask keeps {indices.size}: the seeds differ",
         )
         flat = np.zeros(size, dtype=np.float32)
-        with np.errstate(over="ignore"):
-            flat[indices] = self.values * np.float32(self.gain)
-        _require(
-            bool(np.isfinite(flat).all()), "masked values times gain exceed float32: send smaller values"
-        )
+        flat[indices] = self.values * np.float32(self.gain)
         return flat.reshape(self.shape)
 
 

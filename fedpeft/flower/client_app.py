@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
-from fedpeft.randomness import stream
 from fedpeft.resident import Resident, resident_for
 from fedpeft.runfile import run_from_json
 from fedpeft.stages import StageContext, on_client
@@ -52,9 +51,9 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
     update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu)
     name = resident.data.clients[index].name
     stage_context = StageContext(
+        seed=resident.run.run.seed,
         round=task.round,
         client=name,
-        rng=stream(resident.run.run.seed, "stages", name, task.round),
         memory=_memory(context),
     )
     update = on_client(resident.stages, update, stage_context)

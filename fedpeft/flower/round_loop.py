@@ -21,7 +21,6 @@ from fedpeft.flower.roster import Roster
 from fedpeft.flower.strategies import Aggregator, StrategyRunner, proximal_mu
 from fedpeft.flower.tasks import TRAIN, Task, read_update, task_content
 from fedpeft.ledger import Checkpoint
-from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome, Evaluation, Round
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space
@@ -242,11 +241,11 @@ def _count(
     try:
         payload = read_update(reply)
         envelope = _checked(federation, payload, name, number, state_digest, aggregator)
-        context = StageContext(number, name, stream(federation.run.run.seed, "stages", name, number))
+        context = StageContext(federation.run.run.seed, number, name)
         update = on_server(
             federation.stages, Update(envelope.arrays, envelope.weight, envelope.metrics), context
         )
-        aggregator.fold(name, update)
+        norm = aggregator.fold(name, update)
     except FedPEFTError as error:
         collected.errors.append(error)
         status = "refused" if payload else "failed"
@@ -267,7 +266,7 @@ def _count(
         loss=loss if math.isfinite(loss) else None,
         bytes_up=len(payload),
         bytes_down=bytes_down,
-        update_norm=Update(envelope.arrays).global_norm(),
+        update_norm=norm,
     )
 
 

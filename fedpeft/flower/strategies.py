@@ -135,8 +135,8 @@ class Aggregator(Protocol):
         """What an update must look like."""
         ...
 
-    def fold(self, client: str, update: Update) -> None:
-        """Count one update.
+    def fold(self, client: str, update: Update) -> float:
+        """Count one update; returns its L2 norm.
 
         Raises:
             UpdateError: it must not be counted; nothing of it was.
@@ -235,8 +235,8 @@ class _Folding:
         self._runner, self._round, self._sum = runner, round_, sum_
         self.layout = runner.layout
 
-    def fold(self, client: str, update: Update) -> None:
-        self._sum.fold(update, who=client)
+    def fold(self, client: str, update: Update) -> float:
+        return self._sum.fold(update, who=client)
 
     def close(self) -> dict[str, NDArray[np.float64]]:
         return self._runner.aggregate(self._round, [(self._sum.mean(), self._sum.total_weight, 0.0)])
@@ -250,9 +250,10 @@ class _Gathering:
         self.layout = runner.layout
         self._updates: dict[str, Update] = {}
 
-    def fold(self, client: str, update: Update) -> None:
-        self._checks.fold(update, who=client)
+    def fold(self, client: str, update: Update) -> float:
+        norm = self._checks.fold(update, who=client)
         self._updates[client] = update
+        return norm
 
     def close(self) -> dict[str, NDArray[np.float64]]:
         ordered = [self._updates[client] for client in sorted(self._updates)]

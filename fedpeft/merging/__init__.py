@@ -4,6 +4,7 @@ from fedpeft.merging.breadcrumbs import Breadcrumbs
 from fedpeft.merging.dare import Dare
 from fedpeft.merging.linear import Average, TaskArithmetic
 from fedpeft.merging.lines import Lines, scale_blocks
+from fedpeft.merging.lora_names import LoraArrays, put_together, take_apart
 from fedpeft.merging.lowrank import (
     LoraFactors,
     ProductSvd,
@@ -27,6 +28,7 @@ __all__ = [
     "Breadcrumbs",
     "Dare",
     "Lines",
+    "LoraArrays",
     "LoraFactors",
     "Merger",
     "Pcb",
@@ -40,8 +42,10 @@ __all__ = [
     "merger_named",
     "product_norm",
     "product_svd",
+    "put_together",
     "relative_aggregation_error",
     "scale_blocks",
     "stacked",
+    "take_apart",
     "truncated",
 ]

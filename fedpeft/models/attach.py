@@ -18,8 +18,8 @@ from fedpeft.models.targets import check_targets, default_targets, fitted_option
 
 _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
-# The default said aloud: torch warns once about leaving it unsaid when a sparse update (SHiRA's) is multiplied.
-torch.sparse.check_sparse_tensor_invariants.disable()
+# The default said aloud: left unsaid, torch warns once when a sparse update (SHiRA's) is multiplied.
+torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
 
 
 def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn.Module:
@@ -126,7 +126,8 @@ def _check_base(method: Method, base: nn.Module, task: str) -> None:
     }
     if kind != "none" and low and not method.quantized_bfloat16:
         raise ModelError(
-            f"peft.method '{method.name}' mixes dtypes on a {kind} base in {min(low)}; set model.dtype 'float32'"
+            f"peft.method '{method.name}' mixes dtypes on a {kind} base in {min(low)}; "
+            "set model.dtype 'float32'"
         )
     if method.trains_base_tensors and low:
         raise ModelError(

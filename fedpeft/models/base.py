@@ -40,15 +40,20 @@ _AUTO_CLASSES = {
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_PACKAGE = "package:"
 _NEW_MODULES = "fedpeft_new_modules"
 
 
 def model_path(section: ModelSection) -> str:
-    """Return the folder or hub name that the section means; "embedded" is the folder inside this package.
+    """Return the folder or hub name that the section means.
+
+    "embedded" is the folder inside this package; "package:NAME/FOLDER" is a folder inside an installed package.
 
     Raises:
-        ModelError: `path` is neither an existing folder nor written like a hub name.
+        ModelError: `path` is neither an existing folder nor written like a hub name, or the package is missing.
     """
+    if section.path.startswith(_PACKAGE):
+        return _package_folder(section.path)
     if section.path == "embedded":
         # Imported here because only this name needs the embedded files.
         from fedpeft.data.embedded import model_folder
@@ -63,6 +68,18 @@ def model_path(section: ModelSection) -> str:
             "(owner/name) or 'embedded'"
         )
     return section.path
+
+
+def _package_folder(path: str) -> str:
+    """Return a folder inside an installed package, without importing the package."""
+    name, _, inside = path.removeprefix(_PACKAGE).partition("/")
+    found = find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(f"model.path '{path}' needs the Python package '{name}', which is not installed")
+    folder = Path(found.submodule_search_locations[0]) / inside
+    if not folder.is_dir():
+        raise ModelError(f"model.path '{path}': the package has no folder '{inside}'")
+    return str(folder)
 
 
 def load_tokenizer(section: ModelSection) -> Tokenizer:
@@ -188,10 +205,11 @@ def _quantization(section: ModelSection) -> BitsAndBytesConfig:
 def _keep_codes(model: nn.Module) -> None:
     """Keep 4-bit layers from repacking themselves at their first evaluation on some CPUs.
 
-    bitsandbytes does that for its AVX512-BF16 kernel, for good: scales lose bits, double quantisation is undone, and
-    the frozen digest would depend on the machine and on what ran before.
+    bitsandbytes does that for its AVX512-BF16 kernel, for good: scales lose bits, double quantisation is
+    undone, and the frozen digest would depend on the machine and on what ran before.
     """
-    for module in model.modules():
+    layers: list[Any] = list(model.modules())
+    for module in layers:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 

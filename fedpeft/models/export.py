@@ -133,8 +133,8 @@ def _check_names(needed: AbstractSet[str], found: AbstractSet[str], folder: Path
     for name in sorted(needed ^ found):
         what = "lacks" if name in needed else "has a strange"
         raise ModelError(
-            f"the adapter in '{folder}' does not fit this base model: its file {what} tensor '{name}'; give the "
-            "base model and the whole folder of one run"
+            f"the adapter in '{folder}' does not fit this base model: its file {what} tensor '{name}'; "
+            "give the base model and the whole folder of one run"
         )
 
 

@@ -16,10 +16,10 @@ from fedpeft.errors import ModelError
 Targets = Literal["linear", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"]
 """Which modules a method wraps when the run file names none:
 
-linear: all linear layers but the head; ia3: keys, values and the second feed-forward layer; norm: norm layers;
-block-output: the layers that end an attention or a feed-forward block; every-leaf: every module that holds
-weights; head: the language-model head (a classification head is trained beside every method); first-linear: one
-linear layer, for a carrier that leaves it alone; none: nothing is wrapped.
+linear: all linear layers but the head; ia3: keys, values and the second feed-forward layer; norm: norm
+layers; block-output: the layers that end an attention or a feed-forward block; every-leaf: every module that
+holds weights; head: the language-model head (a classification head is trained beside every method);
+first-linear: one linear layer, for a carrier that leaves it alone; none: nothing is wrapped.
 """
 
 Trained = Literal["adapter", "not-a", "biases"]

@@ -21,28 +21,44 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def get_arrays(model: nn.Module) -> dict[str, np.ndarray]:
     """Return copies of the trainable parameters as float32 arrays, names sorted."""
-    return {
-        name: p.detach().to(device="cpu", dtype=torch.float32, copy=True).numpy()
-        for name, p in trainable_parameters(model).items()
-    }
+    return read_parameters(trainable_parameters(model))
+
+
+def read_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, np.ndarray]:
+    """Return copies of `parameters` as float32 arrays.
+
+    Walking a model for its parameters takes longer than copying a small adapter, so who exchanges often looks
+    them up once.
+    """
+    return {name: host_array(parameter).copy() for name, parameter in parameters.items()}
+
+
+def host_array(parameter: nn.Parameter) -> np.ndarray:
+    """Return the parameter as a float32 array; a view of it where it lies on the CPU in that type."""
+    array: np.ndarray = parameter.detach().to(device="cpu", dtype=torch.float32).numpy()
+    return array
 
 
 def set_arrays(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy `arrays` into the trainable parameters in place; names and shapes must match exactly.
+    """Copy `arrays` into the trainable parameters in place; see `write_parameters`."""
+    write_parameters(trainable_parameters(model), arrays)
+
+
+def write_parameters(parameters: Mapping[str, nn.Parameter], arrays: Mapping[str, np.ndarray]) -> None:
+    """Copy `arrays` into `parameters` in place; names and shapes must match exactly.
 
     Nothing is written unless everything fits.
 
     Raises:
         ModelError: a name is missing or unknown, or a shape differs.
     """
-    parameters = trainable_parameters(model)
     for name in sorted(parameters.keys() ^ arrays.keys()):
         kind = "misses" if name in parameters else "has an unknown"
         raise ModelError(
             f"the state {kind} array '{name}'; it must come from the same model and [peft] section"
         )
     for name, parameter in parameters.items():
-        if tuple(parameter.shape) != arrays[name].shape:
+        if parameter.shape != arrays[name].shape:
             raise ModelError(
                 f"array '{name}' has shape {arrays[name].shape}, the model needs {tuple(parameter.shape)}; "
                 "it must come from the same model and [peft] section"
@@ -64,9 +80,9 @@ def frozen_digest(model: nn.Module) -> str:
     """Return the SHA-256 (hex) over all frozen parameters and persistent buffers.
 
     Each tensor enters with its name, dtype, shape and bytes, in the order of names. The scales of quantised
-    weights are included, and so is every other tensor that a tuner keeps (drawn matrices, positions, masks), saved
-    or not; the base's non-persistent buffers (rotary tables, position ids) are recomputed on each machine and are
-    not.
+    weights are included, and so is every other tensor that a tuner keeps (drawn matrices, positions, masks),
+    saved or not; the base's non-persistent buffers (rotary tables, position ids) are recomputed on each
+    machine and are not.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(_frozen_tensors(model), key=lambda item: item[0]):
@@ -108,7 +124,7 @@ def _plain_tensors(dot: str, module: nn.Module) -> Iterator[tuple[str, torch.Ten
 def _quantisation_state(
     name: str, module: nn.Module, parameter: nn.Parameter
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the scales that bitsandbytes keeps beside a packed weight; 8-bit ones move to the layer at its first use."""
+    """Yield the scales beside a packed weight; bitsandbytes moves 8-bit ones to the layer when used."""
     state = getattr(parameter, "quant_state", None)
     if state is not None:
         for key, value in state.as_dict(packed=True).items():

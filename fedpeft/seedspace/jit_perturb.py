@@ -24,7 +24,7 @@ from fedpeft.seedspace.perturb import perturb, perturb_rows
 from fedpeft.seedspace.trainable import ids_by_identity
 
 # One block of perturbed weights stays in second-level cache until the product has read it.
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**21
 
 Forward = Callable[..., torch.Tensor]
 Part = Callable[[int, int], torch.Tensor]

@@ -18,7 +18,7 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 def _add_blocks(
     low: Words, high: Words, before: Floats, after: Floats, scale: np.float32 | np.float64
 ) -> None:
-    """after = before +- scale over whole blocks; the loops of fixed length become vector code."""
+    """Writes before +- scale to after, over whole blocks; the loops of fixed length become vector code."""
     for b in range(low.shape[0]):
         word = low[b]
         source, target = before[BLOCK * b : BLOCK * b + 64], after[BLOCK * b : BLOCK * b + 64]
@@ -35,7 +35,7 @@ def _add_partly(
     low: np.uint64, high: np.uint64, offset: int, before: Floats, after: Floats,
     scale: np.float32 | np.float64,
 ) -> None:  # fmt: skip
-    """after = before +- scale over coordinates offset, offset + 1, ... of one block."""
+    """Writes before +- scale to after, over coordinates offset, offset + 1, ... of one block."""
     for i in range(before.shape[0]):
         place = offset + i
         bit = low >> np.uint64(place) if place < 64 else high >> np.uint64(place - 64)

@@ -9,6 +9,8 @@ Source: Boldo and Melquiond, "When double rounding is odd" (2005); the rounding 
 TwoSum. Only IEEE additions, conversions and integer operations occur, so CPU and GPU agree.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from fedpeft.errors import ModelError
@@ -25,12 +27,28 @@ def combine(base: torch.Tensor, sums: torch.Tensor, exponent: int) -> torch.Tens
     """
     if not base.is_floating_point():
         raise ModelError(f"weights are {base.dtype}: seed space moves floating-point tensors only")
+    if base.dtype != torch.float64 and base.device.type == "cpu" and find_spec("numba"):
+        result = _in_one_pass(base, sums, exponent)
+        if result is not None:
+            return result
     step = sums.to(torch.float64).mul_(2.0**exponent)
     exact = base.to(torch.float64)
     if base.dtype == torch.float64:
         return exact + step
     total = _odd_sum(exact, step)
     return total.to(base.dtype) if base.dtype not in _THROUGH_FLOAT32 else _odd_float32(total).to(base.dtype)
+
+
+def _in_one_pass(base: torch.Tensor, sums: torch.Tensor, exponent: int) -> torch.Tensor | None:
+    """The usual case by compiled code; None where some sum isn't exact in float64, so that care is needed."""
+    from fedpeft.seedspace.numba_round import add_exactly, add_to_odd
+
+    kernel = add_exactly if base.dtype == torch.float32 else add_to_odd
+    wide = base.detach().float().reshape(-1)
+    result = torch.empty_like(wide)
+    whole = sums.reshape(-1).to(torch.int64)
+    inexact = kernel(wide.numpy(), whole.numpy(), 2.0**exponent, result.numpy())
+    return None if inexact else result.view(base.shape).to(base.dtype)
 
 
 def _odd_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

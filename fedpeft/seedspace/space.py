@@ -12,8 +12,14 @@ from fedpeft.seedspace.layout import MAX_DIRECTION, Span, Stream, tensor_ids
 from fedpeft.seedspace.project import MAX_EXPONENT, MIN_EXPONENT, project
 from fedpeft.seedspace.rounding import combine
 
-# Sums of this many coordinates exist at a time: 2 MB of int64, whatever the model's size.
-CHUNK = 2**18
+# Sums of this many coordinates exist at a time, whatever the model's size: 2 MB of int64 on a CPU; a card
+# needs thousands of programs at once to be busy.
+_CPU_CHUNK, _CARD_CHUNK = 2**18, 2**24
+
+
+def chunk_of(device: torch.device) -> int:
+    """How many coordinates are summed and rounded at a time on a device; no result depends on it."""
+    return _CPU_CHUNK if device.type == "cpu" else _CARD_CHUNK
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class SeedSpace:
         """Writes theta_0 + quantum * sum_k amounts[k] z_k into the tensors `into`, `base` itself if wished.
 
         `base` holds theta_0 by canonical name, `amounts` is int64 [K]. Each weight is rounded once, whatever
-        history led to the amounts. At most CHUNK sums exist at a time.
+        history led to the amounts. Sums exist for one chunk at a time.
 
         Raises: ModelError when a tensor is missing or has another shape; UpdateError for unusable amounts.
         """
@@ -90,8 +96,9 @@ class SeedSpace:
         used = amounts.nonzero().flatten()
         for name in sorted(self.shapes):
             source, target = self._flat(base, name), self._flat(into, name)
-            for start in range(0, self.size(name), CHUNK):
-                stop = min(start + CHUNK, self.size(name))
+            chunk = chunk_of(source.device)
+            for start in range(0, self.size(name), chunk):
+                stop = min(start + chunk, self.size(name))
                 sums = accumulate(
                     self.stream,
                     Span(self.ids[name], start, stop),

@@ -9,7 +9,7 @@ from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.layout import Span
 from fedpeft.seedspace.rounding import combine
-from fedpeft.seedspace.space import CHUNK, SeedSpace
+from fedpeft.seedspace.space import SeedSpace, chunk_of
 
 MAX_INT32 = 2**31 - 1
 
@@ -43,8 +43,9 @@ class SeedState:
             raise UpdateError("amounts add up to more than 2^31 - 1: use a coarser quantum or a new base")
         changed = difference.nonzero().flatten()
         for name, sums in self._sums.items():
-            for start in range(0, len(sums), CHUNK):
-                part = sums[start : start + CHUNK]
+            chunk = chunk_of(sums.device)
+            for start in range(0, len(sums), chunk):
+                part = sums[start : start + chunk]
                 span = Span(self.space.ids[name], start, start + len(part))
                 part += accumulate(
                     self.space.stream,
@@ -61,8 +62,9 @@ class SeedState:
         """Writes theta = theta_0 + quantum * S into the tensors of these names."""
         for name, base in self.base.items():
             target, flat, sums = into[name].detach().view(-1), base.view(-1), self._sums[name]
-            for start in range(0, len(sums), CHUNK):
-                window = slice(start, start + CHUNK)
+            chunk = chunk_of(sums.device)
+            for start in range(0, len(sums), chunk):
+                window = slice(start, start + chunk)
                 target[window] = combine(flat[window], sums[window], self.space.exponent)
 
     def fingerprint(self) -> str:

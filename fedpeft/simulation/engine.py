@@ -162,7 +162,7 @@ class _Simulation:
             run_json=text,
             memory=memory,
         )
-        start = last or initial_checkpoint(federation, resident.space.initial_state(resident.model))
+        start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
         return run_rounds(federation, start)
 
     def _announce(self) -> None:
@@ -176,7 +176,7 @@ class _Simulation:
         self._progress.started(row)
 
     def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:
-        start = self._resident.space.initial_state(self._resident.model)
+        start = self._resident.space.initial_state(self._resident.parameters)
         done = self._folder.baselines()
         for row in done:
             self._progress.baseline_done(row)
@@ -190,7 +190,7 @@ class _Simulation:
         """Adapter, last row, report: in this order, so that the last one there means all are."""
         resident, folder = self._resident, self._folder
         self._progress.setup("writing adapter and report")
-        resident.space.enter(resident.model, final.state)
+        resident.space.enter(resident.parameters, final.state)
         with folder_atomically(folder.adapter) as fresh:
             export_adapter(resident.model, fresh, base_name=model_path(self._run.model))
         if not any(isinstance(row, Finished) for row in folder.rows()):

@@ -88,12 +88,11 @@ def score_shard(
 
 
 def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]:
-    """The rows of an evaluation set, at most `evaluation.max_examples` of them."""
+    """The rows of an evaluation set, at most `evaluation.max_examples` of the test set and of each client."""
     data, limit = resident.data, resident.run.evaluation.max_examples
     if which == TEST:
         return data.test, np.arange(len(data.test), dtype=np.int64)[:limit]
-    parts = [client.heldout for client in data.clients]
-    return data.rows, np.concatenate(parts)[:limit] if parts else np.zeros(0, dtype=np.int64)
+    return data.rows, np.concatenate([client.heldout[:limit] for client in data.clients])
 
 
 def batches_of(resident: Resident, which: str) -> list[NDArray[np.int64]]:

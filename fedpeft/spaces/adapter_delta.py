@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedpeft.config import Section
-from fedpeft.models.trainable import get_arrays, set_arrays
+from fedpeft.models.trainable import host_array, read_parameters, write_parameters
+from fedpeft.spaces.base import Parameters
 from fedpeft.update import Arrays, Layout, frozen_arrays
 
 
@@ -23,17 +23,17 @@ class AdapterDelta(Section):
 
     kind: ClassVar[str] = "adapter-delta"
 
-    def initial_state(self, model: nn.Module) -> Arrays:
+    def initial_state(self, parameters: Parameters) -> Arrays:
         """Copies of the trainable parameters."""
-        return frozen_arrays(get_arrays(model))
+        return frozen_arrays(read_parameters(parameters))
 
-    def enter(self, model: nn.Module, state: Arrays) -> None:
+    def enter(self, parameters: Parameters, state: Arrays) -> None:
         """Copy the state into the trainable parameters."""
-        set_arrays(model, state)
+        write_parameters(parameters, state)
 
-    def express(self, model: nn.Module, state: Arrays) -> Arrays:
+    def express(self, parameters: Parameters, state: Arrays) -> Arrays:
         """Parameter minus state, one float32 rounding per entry."""
-        return {name: array - state[name] for name, array in get_arrays(model).items()}
+        return {name: host_array(parameter) - state[name] for name, parameter in parameters.items()}
 
     def update_layout(self, state: Layout) -> Layout:
         """The state's own layout."""

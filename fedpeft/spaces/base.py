@@ -11,6 +11,9 @@ from torch import nn
 
 from fedpeft.update import Arrays, Layout
 
+Parameters = Mapping[str, nn.Parameter]
+"""A model's trainable parameters by canonical name, sorted."""
+
 
 class Space(Protocol):
     """A way to express changes of a model's trainable parameters.
@@ -24,20 +27,20 @@ class Space(Protocol):
         """Name in the run file."""
         ...
 
-    def initial_state(self, model: nn.Module) -> Arrays:
-        """The state that stands for the model as it is now."""
+    def initial_state(self, parameters: Parameters) -> Arrays:
+        """The state that stands for the parameters as they are now."""
         ...
 
-    def enter(self, model: nn.Module, state: Arrays) -> None:
-        """Put the model's trainable parameters where `state` says.
+    def enter(self, parameters: Parameters, state: Arrays) -> None:
+        """Put the parameters where `state` says.
 
         Raises:
             ModelError: the state doesn't fit the model.
         """
         ...
 
-    def express(self, model: nn.Module, state: Arrays) -> Arrays:
-        """The change from `state` to where local training has left the model."""
+    def express(self, parameters: Parameters, state: Arrays) -> Arrays:
+        """The change from `state` to where local training has left the parameters."""
         ...
 
     def update_layout(self, state: Layout) -> Layout:

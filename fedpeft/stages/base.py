@@ -9,25 +9,29 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.randomness import stream
 from fedpeft.update import Update
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage may know: the round, whose update it is, a stream of randomness, and a memory.
+    """What a stage may know: the round, whose update it is, randomness, and a memory.
 
     Attributes:
+        seed: the run's.
         round: from 1.
         client: the sender's name.
-        rng: this client's stream for this round; equal on client and server, so it is public and no source of
-            privacy.
         memory: arrays a client keeps from round to round (error feedback); committed with the round.
     """
 
+    seed: int
     round: int
     client: str
-    rng: np.random.Generator
     memory: MutableMapping[str, NDArray[Any]] = field(default_factory=dict)
+
+    def rng(self, stage: str) -> np.random.Generator:
+        """This client's stream for this round: the same on client and server, so no source of privacy."""
+        return stream(self.seed, "stages", stage, self.client, self.round)
 
 
 class Stage(Protocol):

@@ -135,11 +135,12 @@ def _training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Ite
             yield
         finally:
             if section.gradient_checkpointing:
-                model.gradient_checkpointing_disable()  # type: ignore[operator]
+                model.activation_checkpointing_disable()  # type: ignore[operator]
+                model.disable_input_require_grads()  # type: ignore[operator]
             model.eval()
 
 
 def _enable_checkpointing(model: nn.Module) -> None:
     """Recompute activations in the backward pass; inputs carry gradients, as first blocks are frozen."""
     model.enable_input_require_grads()  # type: ignore[operator]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]

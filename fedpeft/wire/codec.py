@@ -19,8 +19,8 @@ from fedpeft.v1 import update_pb2 as pb
 
 PROTOCOL_VERSION = 1
 
-_DTYPES = {"float32": pb.DTYPE_FLOAT32, "int64": pb.DTYPE_INT64}
-_NUMPY = {number: np.dtype(name).newbyteorder("<") for name, number in _DTYPES.items()}
+_DTYPES = {"<f4": pb.DTYPE_FLOAT32, "<i8": pb.DTYPE_INT64}
+_NUMPY = {number: np.dtype(name) for name, number in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -50,24 +50,23 @@ def encode(envelope: Envelope) -> bytes:
     Raises:
         UpdateError: an array whose dtype has no place in the schema.
     """
-    tensors = []
+    message = pb.Update()
+    tensors = message.dense.tensors  # filled in place: messages passed to constructors are copied
     for name, array in envelope.arrays.items():
-        number = _DTYPES.get(array.dtype.name)
+        number = _DTYPES.get(array.dtype.newbyteorder("<").str)
         if number is None:
-            raise UpdateError(f"array {name!r} is {array.dtype.name}; only {', '.join(_DTYPES)} can be sent")
-        little = np.ascontiguousarray(array, dtype=_NUMPY[number])
-        tensors.append(pb.DenseTensor(name=name, dtype=number, shape=array.shape, data=little.tobytes()))
-    header = pb.Header(
-        protocol_version=PROTOCOL_VERSION,
-        run_digest=envelope.run_digest,
-        round=envelope.round,
-        client=envelope.client,
-        state_digest=envelope.state_digest,
-        space=envelope.space,
-        weight=envelope.weight,
-        metrics=dict(sorted(envelope.metrics.items())),
-    )
-    message = pb.Update(header=header, dense=pb.Dense(tensors=tensors))
+            raise UpdateError(f"array {name!r} is {array.dtype.name}; only float32 and int64 can be sent")
+        little = array.astype(_NUMPY[number], copy=False)
+        tensors.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
+    header = message.header
+    header.protocol_version = PROTOCOL_VERSION
+    header.run_digest = envelope.run_digest
+    header.round = envelope.round
+    header.client = envelope.client
+    header.state_digest = envelope.state_digest
+    header.space = envelope.space
+    header.weight = envelope.weight
+    header.metrics.update(envelope.metrics)
     return message.SerializeToString(deterministic=True)
 
 
@@ -126,10 +125,10 @@ def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> np.ndarra
         expected = layout.get(tensor.name)
         if expected is None:
             raise UpdateError(f"{who}: array {tensor.name!r} is not part of this run")
-        if expected != (shape, dtype.name):
+        if expected != (shape, dtype.str):
             raise UpdateError(
                 f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected"
-                f" {expected[1]}{list(expected[0])}"
+                f" {np.dtype(expected[1]).name}{list(expected[0])}"
             )
     if math.prod(shape) * dtype.itemsize != len(tensor.data):
         raise UpdateError(

@@ -207,6 +207,11 @@ def test_each_refusal_says_what_is_wrong(body: bytes, message: str) -> None:
         (lambda: QuantisedTensor(np.array([8], np.int8), np.ones(1, np.float32), 4, None), "at most 7"),
         (lambda: QuantisedTensor(np.array([-8], np.int8), np.ones(1, np.float32), 4, None), "at most 7"),
         (lambda: QuantisedTensor(np.ones((2, 3), np.int8), np.ones(2, np.float32), 4, 1), "3 channels"),
+        (
+            lambda: QuantisedTensor(np.ones(1, np.int8), np.array([1e38], np.float32), 4, None),
+            r"reach 7e\+38",
+        ),
+        (lambda: dare(np.full(64, 3e38, np.float32), 0.5, SOURCE), r"reach 6e\+38"),
         (lambda: SignTensor((9,), np.zeros(1, np.uint8), 1.0), "2 are needed"),
         (lambda: DenseTensor(np.array([np.inf], np.float32)), "infinity"),
     ],

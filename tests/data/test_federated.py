@@ -113,6 +113,25 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted(write_rows: Any, tok
     assert len(data.test) == 0
 
 
+def test_cut_and_dropped_test_rows_count_too(write_rows: Any, tokenizer: Any) -> None:
+    train = str(write_rows("t.jsonl", [{"t": "abc", "who": "a"}] * 4))
+    test = str(write_rows("e.jsonl", [{"t": "x" * 30}, {"t": ""}, {"t": "ok"}]))
+    data = load_federated(
+        section(train=train, test=test, text="{t}", max_length=8), task=LM, tokenizer=tokenizer, seed=0
+    )
+    assert (data.cut_rows, data.dropped_rows, data.test.lengths.tolist()) == (1, 1, [8, 3])
+
+
+def test_empty_held_out_rows_are_dropped(write_rows: Any, tokenizer: Any) -> None:
+    rows = [{"t": "abc" if i % 2 else "", "who": "a"} for i in range(20)]
+    keys = section(train=str(write_rows("t.jsonl", rows)), text="{t}", heldout=0.5)
+    data = load_federated(keys, task=LM, tokenizer=tokenizer, seed=0)
+    (client,) = data.clients
+    assert all(i % 2 for i in [*client.train, *client.heldout])
+    assert len(client.train) + len(client.heldout) == 10
+    assert len(data.test) == len(client.heldout) > 0
+
+
 def test_each_file_is_a_client_and_a_device_splits_it_alike(
     write_rows: Any, tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def test_hub_rows_and_errors_without_a_network_or_a_progress_bar(tmp_path: Path)
     assert [line[:1] for line in errors] == ["|", "|"]
     assert "datasets:no-owner/no-such-set: cannot be loaded" in errors[0]
     assert "no-such-split" in errors[1]
+    assert "examples" not in done.stderr
     assert "%|" not in done.stderr
 
 

@@ -84,10 +84,9 @@ def test_balanced_factors_share_the_singular_values() -> None:
 
 
 def test_signs_of_singular_vectors_are_fixed() -> None:
-    one = adapter(np.random.default_rng(1), 6, 8, 3)
-    flipped = LoraFactors(-one.a, -one.b, one.scaling)
-    assert np.allclose(product_svd(one).vt, product_svd(flipped).vt)
-    assert np.allclose(product_svd(one).u, product_svd(flipped).u)
+    for seed in range(5):
+        vt = product_svd(adapter(np.random.default_rng(seed), 6, 8, 3)).vt
+        assert (vt.max(axis=1) == np.abs(vt).max(axis=1)).all()
 
 
 def test_a_hidden_size_equal_to_the_rank_is_not_ambiguous() -> None:

@@ -146,7 +146,9 @@ def test_absent_targets_list_what_is_there() -> None:
 
 @pytest.mark.parametrize("key", ["modules_to_save", "exclude_modules"])
 def test_other_module_names_are_checked_too(key: str) -> None:
-    assert f"peft.{key} names 'nowhere'" in refused("llama", method="lora", **{key: ["nowhere"]})
+    assert f"peft.{key} names 'nowhere'" in refused(
+        "llama", method="lora", **dict[str, Any]({key: ["nowhere"]})
+    )
 
 
 @pytest.mark.parametrize("targets", [[], [3], 7, {"q_proj": 1}])

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -184,3 +185,32 @@ def test_what_a_method_draws_or_rewrites_is_declared(name: str) -> None:
         if plain in base and not p.requires_grad and not torch.equal(p, base[plain])
     ]
     assert bool(rewritten) == method.changes_base_at_init
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(METHODS))
+def test_gradient_checkpointing_gives_the_same_gradients_where_the_table_allows_it(name: str) -> None:
+    kind = "bert" if METHODS[name].needs_bias else "llama"
+
+    def gradients(checkpointed: bool) -> dict[str, torch.Tensor | None]:
+        base: Any = tiny_base(kind)
+        if checkpointed:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+            base.config.use_cache = False
+        model = attach(base, PeftSection(method=name), task=TASKS[kind], seed=5).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(**batch(kind)).loss.backward()
+        return {key: p.grad for key, p in trainable_parameters(model).items()}
+
+    if not METHODS[name].gradient_checkpointing:
+        with pytest.raises(ModelError, match="cannot be attached"):
+            gradients(checkpointed=True)
+        return
+    plain, cheap = gradients(checkpointed=False), gradients(checkpointed=True)
+    for key, gradient in plain.items():
+        other = cheap[key]
+        assert gradient is not None
+        assert other is not None
+        assert torch.equal(gradient, other)

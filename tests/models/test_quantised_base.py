@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_the_digest_sees_the_scales(folder: Path) -> None:
     for kind, scale in (("nf4", "absmax"), ("int8", "SCB")):
         base = quantised(folder, kind)
         digest = frozen_digest(base)
-        weight = base.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight")
+        weight: Any = base.get_submodule("model.layers.0.mlp.up_proj").get_parameter("weight")
         holder = weight.quant_state if kind == "nf4" else weight
         scales = getattr(holder, scale)
         scales[-1] += 1
@@ -87,18 +88,19 @@ def test_a_method_that_needs_plain_weights_is_refused(folder: Path, kind: str, n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), [("nf4", "float32"), ("nf4", "bfloat16"), ("int8", "float32")])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_works_on_a_quantised_base_or_is_refused(
     folder: Path, name: str, kind: str, dtype: str, tmp_path: Path
 ) -> None:
     base = quantised(folder, kind, dtype)
-    try:
-        model = attach(base, PeftSection(method=name), task="causal-lm", seed=1)
-    except ModelError as error:
-        assert kind in str(error) or "set model.dtype 'float32'" in str(error) or "has none" in str(error)
+    method = METHODS[name]
+    mixed = dtype == "bfloat16" and (method.trains_base_tensors or not method.quantized_bfloat16)
+    if method.needs_bias or mixed or kind in method.refused_quantization:
+        with pytest.raises(ModelError):
+            attach(base, PeftSection(method=name), task="causal-lm", seed=1)
         return
+    model = attach(base, PeftSection(method=name), task="causal-lm", seed=1)
     digest = frozen_digest(model)
     model.train()
     model(**batch("llama")).loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -72,7 +73,7 @@ def test_bfloat16_layers_stay_bfloat16_outside() -> None:
 
 
 @pytest.mark.parametrize("values", [{"bottleneck_size": 0}, {"non_linearity": "step"}])
-def test_a_bottleneck_that_cannot_be(values: dict[str, object]) -> None:
+def test_a_bottleneck_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must be"):
         BottleneckConfig(**values)
 

@@ -26,7 +26,7 @@ TASKS = {
 
 
 def tiny_base(kind: str, seed: int = 0) -> nn.Module:
-    """Build a frozen two-layer model in evaluation mode: "llama" (tied, no biases), "bert" or "llama-classifier"."""
+    """Build a frozen two-layer model: "llama" (tied, no biases), "llama-classifier" or "bert"."""
     llama = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,

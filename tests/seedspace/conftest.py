@@ -1,8 +1,9 @@
 """A pure-Python oracle for signs, written from the specification with unbounded integers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
+import torch
 
 SignsOf = Callable[[int, int, int, int, int, Iterable[int]], list[int]]
 
@@ -43,3 +44,12 @@ def philox_of() -> Callable[..., tuple[int, ...]]:
 def signs_of() -> SignsOf:
     """signs_of(seed, purpose, step, tensor_id, direction, positions) -> list of +1 and -1."""
     return signs
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Small operations on several threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

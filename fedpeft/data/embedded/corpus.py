@@ -133,7 +133,7 @@ def private_prompt(family: PrivateFamily, client: int, text: str) -> str:
 
 
 def client_families(client: int) -> tuple[PrivateFamily, PrivateFamily]:
-    """The main and the second family of `client`; clients next to each other share neither."""
+    """The main and the second family of `client`, never the same one."""
     turn, main = divmod(client, len(PRIVATE_FAMILIES))
     second = main + SECOND_FAMILY_OFFSETS[turn % len(SECOND_FAMILY_OFFSETS)]
     return PRIVATE_FAMILIES[main], PRIVATE_FAMILIES[second % len(PRIVATE_FAMILIES)]

@@ -25,8 +25,8 @@ OWN_CONFIGS: Mapping[str, type[Any]] = {"BottleneckConfig": BottleneckConfig, "S
 def _register() -> None:
     """Enter our types in the tables of `peft`.
 
-    `peft.utils.register_peft_method` takes members of a closed enumeration only; the tables themselves are keyed
-    by the type's string.
+    `peft.utils.register_peft_method` takes members of a closed enumeration only; the tables themselves are
+    keyed by the type's string.
     """
     for config, model in ((BottleneckConfig, BottleneckModel), (SSFConfig, SSFModel)):
         PEFT_TYPE_TO_CONFIG_MAPPING[config.TYPE] = config

@@ -1,9 +1,9 @@
 """Bottleneck adapters: y = h + up(act(down(h))) with h = layer(x), after the layers that end a block.
 
-Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1 and figure 2: two per
-transformer layer, each after the projection that ends the block and before the residual sum. The paper starts
-near the identity; we start at it, with the up-projection at zero. Layer norms stay frozen here; the paper trains
-them.
+Source: Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP", section 2.1 and figure 2: two
+per transformer layer, each after the projection that ends the block and before the residual sum. The paper
+starts near the identity; we start at it, with the up-projection at zero. Layer norms stay frozen here; the
+paper trains them.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft 
     base_layer: Any
     active_adapters: Any
     disable_adapters: Any
+    enable_adapters: Any
     get_base_layer: Any
     set_adapter: Any
     _cast_input_dtype: Any

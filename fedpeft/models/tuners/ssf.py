@@ -2,8 +2,8 @@
 
 Source: Lian, Zhou, Feng, Wang 2022, "Scaling & Shifting Your Features" (SSF), equation 3; the feature-wise
 affine map is FiLM of Perez et al. 2017, equation 1, with constants for its generator. We start at gamma = 1,
-beta = 0, where SSF draws around these, so that a fresh adapter computes what the base computes; and we scale the
-outputs of linear layers alone, where SSF scales those of norms too.
+beta = 0, where SSF draws around these, so that a fresh adapter computes what the base computes; and we scale
+the outputs of linear layers alone, where SSF scales those of norms too.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class SSFLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is unty
     base_layer: Any
     active_adapters: Any
     disable_adapters: Any
+    enable_adapters: Any
     get_base_layer: Any
     set_adapter: Any
     merged: Any

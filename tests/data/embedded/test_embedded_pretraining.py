@@ -36,7 +36,7 @@ def test_only_the_answer_and_the_end_token_carry_labels() -> None:
 
 
 def test_batches_are_counted_and_repeatable() -> None:
-    first, second = (list(batches(byte_tokenizer(), TINY)) for _ in range(2))
+    first, second = (list(batches(byte_tokenizer(), TINY, pretraining_rows)) for _ in range(2))
     assert len(first) == TINY.steps
     assert all(
         torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, second, strict=True)
@@ -71,21 +71,27 @@ def test_exact_match_agrees_with_generation() -> None:
     assert set(wanted.values()) == {0.0, 1.0}
 
 
+def half_easy_rows(rng: np.random.Generator, count: int) -> list[Row]:
+    """Public rows, and as many of a skill so easy that a very small model learns it in seconds."""
+    numbers = rng.integers(10, 100, size=count // 2)
+    easy = [Row(f"say {number}\n", str(number), "say", -1) for number in numbers]
+    return [*pretraining_rows(rng, count - len(easy)), *easy]
+
+
 @pytest.mark.slow
 def test_a_small_twin_learns_and_its_folder_loads(tmp_path: Path) -> None:
+    size = PretrainSettings(steps=300, hidden=64, layers=2, batch_size=32, threads=1)
     threads = torch.get_num_threads()
     try:
-        report = pretrain(
-            tmp_path / "twin",
-            PretrainSettings(steps=400, hidden=64, layers=2, batch_size=32, threads=1),
-            lambda _: None,
-        )
+        report = pretrain(tmp_path / "twin", size, lambda _: None, half_easy_rows)
     finally:
         torch.set_num_threads(threads)
+    fresh = half_easy_rows(np.random.default_rng((size.seed, 1)), 1000)
+    tokenizer = AutoTokenizer.from_pretrained(verified_folder(tmp_path / "twin"))
+
+    # Log 259 = 5.6 nats is chance; both seeds that were tried fell from 4.8 to below 1.7.
     assert report.last_loss < 0.6 * report.first_loss
-    assert max(report.exact_match.values()) > 0
-    folder = verified_folder(tmp_path / "twin")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    fresh = pretraining_rows(np.random.default_rng((0, 1)), 1000)
+    assert exact_match(new_model(size, len(tokenizer)).eval(), tokenizer, fresh)["say"] == 0.0
+    assert report.exact_match["say"] >= 0.5
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "twin").eval()
     assert exact_match(model, tokenizer, fresh) == report.exact_match

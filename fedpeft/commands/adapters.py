@@ -1,0 +1,74 @@
+"""Finding an adapter folder and putting it on its base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from fedpeft.config import RunConfig
+from fedpeft.data.federated import encode, read_tables
+from fedpeft.data.labels import label_map
+from fedpeft.errors import UsageError
+from fedpeft.ledger.run_folder import ADAPTER
+from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.export import adapter_digest, load_adapter
+from fedpeft.models.trainable import frozen_digest
+from fedpeft.randomness import derive_seed
+from fedpeft.resident import Resident
+from fedpeft.spaces.adapter_delta import AdapterDelta
+
+
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder that `path` is, or that the run folder `path` holds.
+
+    Raises:
+        UsageError: neither.
+    """
+    folder = path / ADAPTER if (path / ADAPTER).is_dir() else path
+    if not folder.is_dir():
+        raise UsageError(f"{path} is no adapter folder and holds none; give the folder that a run wrote")
+    return folder
+
+
+def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
+    """The run's rows and its base model with a finished adapter on it, which has nothing left to train.
+
+    Its state, in the adapter-delta space, is therefore empty: evaluate it with ``{}``. It goes by the
+    adapter's digest instead of the run's, so that it is never taken for the run itself.
+
+    Raises:
+        DataError, ModelError: what cannot be read, loaded or attached.
+    """
+    raw = read_tables(run.data, run.model.task, run.run.seed)
+    tokenizer = load_tokenizer(run.model)
+    data = encode(raw, tokenizer, run.data, run.model.task)
+    model = _base_with_adapter(run, adapter, data.num_labels)
+    return Resident(
+        run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), frozen_digest(model)
+    )
+
+
+def model_with_adapter(run: RunConfig, adapter: Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """The base model with a finished adapter on it, and the names of the classes (none for language models).
+
+    Rows are read only where they alone tell how many classes there are.
+
+    Raises:
+        DataError, ModelError: what cannot be read, loaded or attached.
+    """
+    names = _label_names(run)
+    return _base_with_adapter(run, adapter, len(names) or None), names
+
+
+def _label_names(run: RunConfig) -> tuple[str, ...]:
+    if run.model.task != "sequence-classification":
+        return ()
+    if run.data.labels is not None:
+        return label_map(run.data.labels).names
+    return read_tables(run.data, run.model.task, run.run.seed).label_names
+
+
+def _base_with_adapter(run: RunConfig, adapter: Path, num_labels: int | None) -> nn.Module:
+    base = load_base(run.model, num_labels=num_labels, seed=derive_seed(run.run.seed, "head"))
+    return load_adapter(base, adapter)

@@ -1,0 +1,104 @@
+"""`fedpeft export`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fedpeft.commands.adapters import adapter_folder, model_with_adapter
+from fedpeft.commands.runs import adapter_and_run
+from fedpeft.config import RunConfig
+from fedpeft.errors import StateError, StorageError
+from fedpeft.files import folder_atomically, storage
+from fedpeft.models.base import load_tokenizer
+from fedpeft.models.export import CONFIG_FILE, adapter_digest, merge_adapter
+from fedpeft.models.quiet import one_line, quiet
+
+_MARKS = (CONFIG_FILE, "config.json")  # an adapter's and a model's own file: what an export writes
+
+
+def export_command(
+    adapter: Path, out: Path, *, merge: bool, run_file: Path | None, overrides: Sequence[str], force: bool
+) -> None:
+    """Write an adapter, or base and adapter merged with the tokenizer, to `out`; whole or not at all.
+
+    Args:
+        adapter: an adapter folder or a run folder with one.
+        out: the folder to write.
+        merge: write the merged model; `run_file` and `overrides` say which base, else the run beside the
+            adapter does.
+        force: replace an earlier export in `out`.
+
+    Raises:
+        StateError: `out` is in the way.
+        ModelError: no adapter there, one that does not fit, or one that cannot be merged.
+        FedPEFTError: what else keeps the model from being loaded or written.
+    """
+    folder = adapter_folder(adapter)
+    digest = adapter_digest(folder)
+    _check_out(out, folder, force=force)
+    if merge:
+        folder, run = adapter_and_run(adapter, run_file, overrides)
+        _write_merged(run, folder, out)
+        print(f"merged model  {out}")
+        return
+    with storage(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomically(out) as fresh:
+        shutil.copytree(folder, fresh, dirs_exist_ok=True)
+    print(f"adapter  {out}\nsha256   {digest}")
+
+
+def _check_out(out: Path, adapter: Path, *, force: bool) -> None:
+    """Refuse to write over anything but an earlier export, and that only with `force`.
+
+    Raises:
+        StateError: saying what is in the way.
+    """
+    source, target = adapter.resolve(), out.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise StateError(f"--out {out} holds the adapter itself, or lies in it; choose a folder elsewhere")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise StateError(f"--out {out} is a file; choose a folder")
+    names = _names(out.iterdir())
+    if not names:
+        return
+    if not names & set(_MARKS):
+        raise StateError(f"--out {out} holds other files than an export; choose an empty or a new folder")
+    if not force:
+        raise StateError(f"--out {out} already holds a model; replace it with --force, or choose another")
+
+
+def _names(paths: Iterable[Path]) -> set[str]:
+    return {path.name for path in paths}
+
+
+def _write_merged(run: RunConfig, folder: Path, out: Path) -> None:
+    """Load, merge and write a folder that `transformers` loads by itself.
+
+    Raises:
+        StorageError: it cannot be written.
+        FedPEFTError: it cannot be loaded or merged.
+    """
+    tokenizer = load_tokenizer(run.model)
+    model, labels = model_with_adapter(run, folder)
+    merged = merge_adapter(model)
+    if labels:
+        config = merged.config
+        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]  # a transformers config
+        config.label2id = {label: index for index, label in enumerate(labels)}  # type: ignore[union-attr]
+    with storage(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomically(out) as fresh, quiet():
+        try:
+            merged.save_pretrained(fresh)  # type: ignore[operator]  # a transformers model
+            tokenizer.save_pretrained(fresh)
+        except SafetensorError as error:
+            raise StorageError(
+                f"{out}: the model cannot be written ({one_line(error)}); free disk space and try again"
+            ) from error

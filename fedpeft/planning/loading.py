@@ -1,0 +1,73 @@
+"""Loading what can be loaded, and noting every reason why something cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from fedpeft.config import RunConfig
+from fedpeft.data.federated import FederatedData, encode, read_tables
+from fedpeft.errors import FedPEFTError, RunFileError
+from fedpeft.models.attach import attach
+from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.randomness import derive_seed
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Rows as tokens, and the base model with the adapter attached."""
+
+    data: FederatedData
+    model: nn.Module
+
+
+class Problems:
+    """Problems as they are found, each once and on one line."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, None] = {}
+
+    def add(self, *lines: str) -> None:
+        """Note some."""
+        self._lines.update(dict.fromkeys(" ".join(line.split()) for line in lines))
+
+    def attempt(self, step: Callable[[], Result]) -> Result | None:
+        """The step's result; None if it failed with an error of ours, which is noted."""
+        try:
+            return step()
+        except RunFileError as error:
+            self.add(*error.problems)
+        except FedPEFTError as error:
+            self.add(str(error))
+        return None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of them, in the order they were found."""
+        return tuple(self._lines)
+
+
+def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.Module | None]:
+    """Rows and model of a run, each None if it cannot be had; what `fedpeft.resident.load_resident` loads.
+
+    The model of a classifier needs the labels, so without its rows it is not tried.
+    """
+    task, seed = run.model.task, run.run.seed
+    raw = problems.attempt(lambda: read_tables(run.data, task, seed))
+    tokenizer = problems.attempt(lambda: load_tokenizer(run.model))
+    data = None
+    if raw is not None and tokenizer is not None:
+        data = problems.attempt(lambda: encode(raw, tokenizer, run.data, task))
+    if task == "sequence-classification" and raw is None:
+        return data, None
+    labels = raw.num_labels if raw is not None else None
+    base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=derive_seed(seed, "head")))
+    if base is None:
+        return data, None
+    model = problems.attempt(lambda: attach(base, run.peft, task=task, seed=derive_seed(seed, "adapter")))
+    return data, model

@@ -1,0 +1,197 @@
+"""The plan of a run: everything that can be known of it before it trains."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from torch import nn
+
+from fedpeft.config import RunConfig
+from fedpeft.data.federated import FederatedData
+from fedpeft.errors import RunFileError
+from fedpeft.evaluation.metrics import metrics_of
+from fedpeft.flower.strategies import strategy_problems
+from fedpeft.models.methods import METHODS
+from fedpeft.models.trainable import count_parameters
+from fedpeft.planning.draws import RoundsPlan, draw_rounds
+from fedpeft.planning.loading import Loaded, Problems, load
+from fedpeft.planning.memory import OPTIMIZER_NUMBERS, Memory, estimate_memory
+from fedpeft.planning.traffic import Sizes, measure_sizes
+from fedpeft.preflight import has_answers, problems_of
+from fedpeft.runfile import run_digest
+from fedpeft.sampling import cohort_size
+from fedpeft.spaces import build_space
+from fedpeft.stages import build_stages
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Base model and PEFT method. `linear` tells whether averaging parameters averages models."""
+
+    path: str
+    task: str
+    quantization: str
+    dtype: str
+    method: str
+    linear: bool
+    trained: int
+    total: int
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """Rows. Training rows per client are the least, the median and the most; see `FederatedData`."""
+
+    clients: int
+    rows: int
+    rows_least: int
+    rows_median: float
+    rows_most: int
+    heldout_rows: int
+    test_rows: int
+    longest_row: int
+    max_length: int
+    cut_rows: int
+    dropped_rows: int
+    unused_rows: int
+    unused_clients: int
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Serialised bytes: per client and round, per client over the run (mean), and of all clients in all."""
+
+    down_per_round: int
+    up_per_round: int
+    up_per_round_if_zero: int
+    down_per_client: int
+    up_per_client: int
+    down_total: int
+    up_total: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would cost; a part that cannot be known is None, and `problems` says why."""
+
+    run: str
+    run_digest: str | None
+    seed: int | None
+    model: ModelPlan | None
+    data: DataPlan | None
+    rounds: RoundsPlan | None
+    traffic: Traffic | None
+    memory: Memory | None
+    problems: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Nested tables of plain values; byte counts are integers, times are seconds."""
+        return asdict(self)
+
+
+def refused_plan(error: RunFileError) -> Plan:
+    """The plan of a run file that cannot be read as one: its problems."""
+    return Plan(error.source, None, None, None, None, None, None, None, error.problems)
+
+
+def make_plan(run: RunConfig) -> Plan:
+    """Load rows and model, measure and add up; every problem on the way is noted and passed over."""
+    problems = Problems()
+    problems.add(*problems_of(run))
+    data, model = load(run, problems)
+    sizes = rounds = memory = None
+    if data is not None:
+        problems.add(*_cohort_problems(run, len(data.clients)))
+    if data is not None and model is not None:
+        sizes = _sizes(run, Loaded(data, model), problems)
+        memory = _memory(run, model, data)
+    if data is not None:
+        rounds = _rounds(run, data, sizes, problems)
+    return Plan(
+        run=run.run.name,
+        run_digest=run_digest(run),
+        seed=run.run.seed,
+        model=None if model is None else _model(run, model),
+        data=None if data is None else _data(run, data),
+        rounds=rounds,
+        traffic=_traffic(sizes, rounds),
+        memory=memory,
+        problems=problems.lines,
+    )
+
+
+def _model(run: RunConfig, model: nn.Module) -> ModelPlan:
+    trained, total = count_parameters(model)
+    section, method = run.model, run.peft.method
+    linear = METHODS[method].linear_in_trained
+    return ModelPlan(
+        section.path, section.task, section.quantization, section.dtype, method, linear, trained, total
+    )
+
+
+def _data(run: RunConfig, data: FederatedData) -> DataPlan:
+    rows = [len(client.train) for client in data.clients]
+    return DataPlan(
+        clients=len(rows),
+        rows=sum(rows),
+        rows_least=min(rows),
+        rows_median=median(rows),
+        rows_most=max(rows),
+        heldout_rows=sum(len(client.heldout) for client in data.clients),
+        test_rows=len(data.test),
+        longest_row=int(data.rows.lengths.max()),
+        max_length=run.data.max_length,
+        cut_rows=data.cut_rows,
+        dropped_rows=data.dropped_rows,
+        unused_rows=data.unused_rows,
+        unused_clients=data.unused_clients,
+    )
+
+
+def _cohort_problems(run: RunConfig, clients: int) -> list[str]:
+    """What is wrong with cohort and strategy, now that the number of clients is known."""
+    problems = Problems()
+    federation = run.federation
+    problems.attempt(
+        lambda: problems.add(
+            *strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
+        )
+    )
+    return list(problems.lines)
+
+
+def _sizes(run: RunConfig, loaded: Loaded, problems: Problems) -> Sizes | None:
+    return problems.attempt(lambda: measure_sizes(run, loaded, build_space(run.space), build_stages(run)))
+
+
+def _memory(run: RunConfig, model: nn.Module, data: FederatedData) -> Memory | None:
+    """None if the optimiser or a metric is unknown, which the problems say already."""
+    if run.training.optimizer not in OPTIMIZER_NUMBERS:
+        return None
+    ignored = Problems()
+    metrics = ignored.attempt(
+        lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
+    )
+    return None if metrics is None else ignored.attempt(lambda: estimate_memory(run, model, data, metrics))
+
+
+def _rounds(
+    run: RunConfig, data: FederatedData, sizes: Sizes | None, problems: Problems
+) -> RoundsPlan | None:
+    rows = {client.name: len(client.train) for client in data.clients}
+    down, up = (sizes.down, sizes.up) if sizes is not None else (0, 0)
+    drawn = problems.attempt(lambda: draw_rounds(run, rows, bytes_down=down, bytes_up=up))
+    if drawn is None:
+        return None
+    problems.add(*drawn[1])
+    return drawn[0]
+
+
+def _traffic(sizes: Sizes | None, rounds: RoundsPlan | None) -> Traffic | None:
+    if sizes is None or rounds is None:
+        return None
+    down, up = sizes.down * rounds.exchanges, sizes.up * rounds.exchanges
+    each = rounds.clients
+    return Traffic(sizes.down, sizes.up, sizes.up_zero, round(down / each), round(up / each), down, up)

@@ -1,0 +1,125 @@
+"""A plan in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft.planning.draws import RoundsPlan, Spread
+from fedpeft.planning.memory import Memory
+from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, Traffic
+from fedpeft.reporting.text import byte_size, counted, duration, printable
+
+Line = tuple[str, str, str]  # what, how much, detail
+
+
+def show_plan(console: Console, plan: Plan) -> None:
+    """Print the plan as a table, then what would be refused. Names go in as `Text`, never read as markup."""
+    sections = [
+        list(_model_lines(plan.model)) if plan.model else [],
+        list(_data_lines(plan.data)) if plan.data else [],
+        list(_round_lines(plan.rounds)) if plan.rounds else [],
+        list(_traffic_lines(plan.traffic)) if plan.traffic else [],
+        list(_memory_lines(plan.memory)) if plan.memory else [],
+    ]
+    if any(sections):
+        console.print(_table(plan, [lines for lines in sections if lines]))
+    if not plan.problems:
+        console.print(Text("would be refused: nothing"))
+        return
+    console.print(Text("would be refused:", style="bold red"))
+    for problem in plan.problems:
+        console.print(Text(f"  {printable(problem)}"), soft_wrap=True)
+
+
+def _table(plan: Plan, sections: list[list[Line]]) -> Table:
+    title = Text(f"{printable(plan.run)} · plan, nothing is trained · seed {plan.seed}", style="bold")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column(style="dim")
+    for lines in sections:
+        for what, amount, detail in lines:
+            table.add_row(Text(what), Text(amount), Text(detail))
+        table.add_section()
+    return table
+
+
+def _model_lines(model: ModelPlan) -> Iterator[Line]:
+    held = model.dtype if model.quantization == "none" else model.quantization
+    yield "base model", held, printable(f"{model.path}, {model.task}")
+    yield "method", model.method, "averaging it averages models exactly" if model.linear else ""
+    share = f"{100 * model.trained / model.total:.2f}% of {model.total:,}"
+    yield "trained parameters", f"{model.trained:,}", share
+
+
+def _data_lines(data: DataPlan) -> Iterator[Line]:
+    spread = f"rows {data.rows_least:,} / {data.rows_median:,.0f} / {data.rows_most:,}"
+    yield "clients", f"{data.clients:,}", f"{spread} (min, median, max)"
+    yield "training rows", f"{data.rows:,}", f"{data.heldout_rows:,} more held out"
+    yield "test rows", f"{data.test_rows:,}", "" if data.test_rows else "nothing will be evaluated"
+    limit = f"over {data.max_length} tokens; longest row: {data.longest_row:,}"
+    yield "cut rows", f"{data.cut_rows:,}", limit
+    if data.dropped_rows:
+        yield "dropped rows", f"{data.dropped_rows:,}", "without a token to learn or score"
+    if data.unused_rows or data.unused_clients:
+        left = counted(data.unused_clients, "client")
+        yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"
+
+
+def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
+    partly = f"from the first {rounds.drawn_rounds:,} rounds" if rounds.drawn_rounds < rounds.rounds else ""
+    yield "rounds", f"{rounds.rounds:,}", partly
+    yield "clients asked per round", f"{rounds.asked_per_round.mean:,.4g}", _range(rounds.asked_per_round)
+    turns = rounds.participations_per_client
+    yield "participations per client", f"{turns.mean:,.4g}", _range(turns)
+    each = rounds.steps_per_client_round
+    yield "local steps", f"{rounds.steps:,}", f"{each.mean:,.4g} per client and round{_range(each, ', ')}"
+    yield "examples read", f"{rounds.examples:,}", "all clients, all rounds"
+    if rounds.round_s is not None and rounds.run_s is not None:
+        low, high = duration(rounds.round_s.least), duration(rounds.round_s.most)
+        yield "round, virtual clock", duration(rounds.round_s.mean), f"{low} to {high}"
+        yield (
+            "run, virtual clock",
+            duration(rounds.run_s),
+            f"{100 * rounds.lost:.1f}% of answers lost or late",
+        )
+
+
+def _traffic_lines(traffic: Traffic) -> Iterator[Line]:
+    zero = ""
+    if traffic.up_per_round_if_zero != traffic.up_per_round:
+        zero = f"; depends on the values, all zero: {byte_size(traffic.up_per_round_if_zero)}"
+    for label, each, client, total, more in (
+        ("bytes up", traffic.up_per_round, traffic.up_per_client, traffic.up_total, zero),
+        ("bytes down", traffic.down_per_round, traffic.down_per_client, traffic.down_total, ""),
+    ):
+        detail = f"{byte_size(client)} per client, {byte_size(total)} in all{more}"
+        yield f"{label}, client and round", byte_size(each), detail
+
+
+def _memory_lines(memory: Memory) -> Iterator[Line]:
+    own = memory.peak - memory.base
+    yield "peak memory, one worker", byte_size(memory.peak), "an estimate; libraries and rows on top"
+    yield "  base model", byte_size(memory.base), "shared by all worker processes"
+    yield "  beyond it", byte_size(own), "the adapter and the largest phase below"
+    for what, size, detail in (
+        ("adapter, twice", memory.adapter + memory.state, "parameters, and the state that came"),
+        ("training", memory.phases[0], ""),
+        ("  activations", memory.activations, "of the longest batch there can be"),
+        ("  gradients", memory.gradients + memory.proximal, ""),
+        ("  optimiser", memory.optimizer, ""),
+        ("exchange", memory.exchange, ""),
+        ("evaluation", memory.evaluation, ""),
+        ("allocator", memory.allocator, "freed blocks that the C library keeps"),
+    ):
+        yield f"    {what}", byte_size(size), detail
+
+
+
+def _range(spread: Spread, before: str = "") -> str:
+    return "" if spread.least == spread.most else f"{before}{spread.least:,.4g} to {spread.most:,.4g}"

@@ -1,0 +1,97 @@
+"""Bytes of a round, measured: the run's own stages and wire format on the run's own arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.config import RunConfig
+from fedpeft.models.trainable import trainable_parameters
+from fedpeft.planning.loading import Loaded
+from fedpeft.randomness import stream
+from fedpeft.runfile import run_digest
+from fedpeft.spaces import Space
+from fedpeft.stages import Stage, StageContext, on_client
+from fedpeft.training.steps import examples_per_round, local_steps
+from fedpeft.update import Arrays, Update, arrays_digest, layout_of
+from fedpeft.wire.codec import Envelope, encode
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Serialised bytes per client and round.
+
+    Attributes:
+        down: the state that a client gets.
+        up: an update after the run's stages. Its entries are drawn at random (float32 normal with standard
+            deviation 1e-3; integers uniform within one byte), as entropy coders spend nothing on zeros.
+        up_zero: the same for an all-zero update; equal to `up` unless a stage's output depends on the values.
+    """
+
+    down: int
+    up: int
+    up_zero: int
+
+
+def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[Stage, ...]) -> Sizes:
+    """Encode the initial state, an update of random entries and one of zeros.
+
+    Raises:
+        FedPEFTError: what a stage has against such an update.
+    """
+    state = space.initial_state(trainable_parameters(loaded.model))
+    layout = space.update_layout(layout_of(state))
+    digest = arrays_digest(state)
+    down = encode(
+        Envelope(arrays=state, run_digest=run_digest(run), round=1, state_digest=digest, space=space.kind)
+    )
+    name, rows = _middle_client(loaded)
+    rng = stream(run.run.seed, "plan")
+    drawn = {key: _entries(shape, dtype, rng) for key, (shape, dtype) in layout.items()}
+    zeros = {key: np.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
+
+    def up(arrays: Arrays) -> int:
+        update = Update(arrays, rows, _report(run, rows))
+        context = StageContext(run.run.seed, 1, name)
+        update = on_client(stages, update, context)
+        return len(
+            encode(
+                Envelope(
+                    arrays=update.arrays,
+                    run_digest=run_digest(run),
+                    round=1,
+                    state_digest=digest,
+                    space=space.kind,
+                    client=name,
+                    weight=update.weight,
+                    metrics=update.metrics,
+                )
+            )
+        )
+
+    return Sizes(len(down), up(drawn), up(zeros))
+
+
+def _middle_client(loaded: Loaded) -> tuple[str, int]:
+    """The client with the median number of rows: names and counts take part in the size."""
+    clients = sorted(loaded.data.clients, key=lambda client: (len(client.train), client.name))
+    middle = clients[len(clients) // 2]
+    return middle.name, len(middle.train)
+
+
+def _report(run: RunConfig, rows: int) -> dict[str, float]:
+    """The numbers that accompany an update."""
+    return {
+        "loss": 0.0,
+        "steps": local_steps(run.training, rows),
+        "examples": examples_per_round(run.training, rows),
+    }
+
+
+def _entries(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> NDArray[Any]:
+    if np.dtype(dtype).kind == "f":
+        return (1e-3 * rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+    return rng.integers(-127, 128, size=shape).astype(dtype)

@@ -1,0 +1,299 @@
+"""What the simulator costs beside the training itself.
+
+Question: how much time and memory does orchestration add per client task, against Flower's Ray engine with
+          the same apps and against a bare training loop?
+Command:  python simulations/bench_engine.py [--quick] [--no-ray]
+Expected: under 1 ms and at least 10x less than Ray per task of a 1 MB adapter; at least 0.9x the plain loop's
+          clients per second; 1,000 clients in the memory of a few.
+Run time: about 30 s with --quick, plus Ray's start (10 s idle to over a minute on a busy machine).
+
+All figures come from one run on one machine; only ratios travel. Tasks of the overhead part do no training
+(`training.kind = "none"`): state down, update up, decoded, checked, folded. The last line printed is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import numpy as np
+import psutil
+import torch
+from flwr.serverapp import Grid
+
+from fedpeft.data.collate import training_batches
+from fedpeft.data.embedded import pretraining_rows
+from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.ray_engine import run_on_ray
+from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_loop import Federation, run_rounds
+from fedpeft.flower.tasks import Task
+from fedpeft.ledger import Checkpoint
+from fedpeft.randomness import stream
+from fedpeft.records import ClientOutcome, Round
+from fedpeft.resident import Resident, install_resident, load_resident
+from fedpeft.runfile import build_run, run_json
+from fedpeft.training.first_order import train
+from fedpeft.update import Arrays
+from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
+
+MIB = 2**20
+RANK_OF_1_MB = 27  # LoRA on all linear layers of the embedded model: 266,112 parameters, 1.02 MiB
+
+
+class Nowhere:
+    """A journal and an observer that keep only the times at which rounds ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[float] = []
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Note the time."""
+        self.ended.append(time.perf_counter())
+
+    def round_started(self, number: int, asked: int) -> None:
+        """Nothing."""
+
+    def client_done(self, outcome: ClientOutcome) -> None:
+        """Stop the benchmark if a client failed: its time would mean nothing."""
+        if outcome.status != "folded":
+            raise RuntimeError(f"{outcome.client}: {outcome.reason}")
+
+    def round_done(self, row: Round) -> None:
+        """Nothing."""
+
+
+def tables(
+    rows: Path, *, clients: int, rounds: int, cohort: int | None = None, **training: Any
+) -> dict[str, Any]:
+    """A run on the embedded model, without evaluation; 16 rows a client."""
+    sampling = {"kind": "all"} if cohort is None else {"kind": "fixed", "cohort": cohort}
+    return {
+        "run": {"name": "bench", "rounds": rounds},
+        "peft": {"method": "lora", "r": training.pop("rank", RANK_OF_1_MB), "target_modules": "all-linear"},
+        "data": {
+            "train": str(rows),
+            "prompt": "{prompt}",
+            "answer": "{answer}",
+            "limit": 16 * clients,
+            "max_length": 128,
+            "partitioner": {"kind": "iid", "clients": clients},
+        },
+        "training": {"kind": "none"} | training,
+        "federation": {"sampling": sampling},
+    }
+
+
+def write_rows(folder: Path) -> Path:
+    """Rows for a thousand clients, from the embedded generator."""
+    path = folder / "rows.jsonl"
+    rows = pretraining_rows(np.random.default_rng(0), 16_000)
+    path.write_text("".join(json.dumps({"prompt": row.prompt, "answer": row.answer}) + "\n" for row in rows))
+    return path
+
+
+def loaded(rows: Path, **options: Any) -> Resident:
+    """Load a run and make it this process's resident."""
+    resident = load_resident(build_run(tables(rows, **options), source="bench"))
+    install_resident(resident)
+    return resident
+
+
+def hold(grid: Grid, resident: Resident, *, send_run: bool) -> list[float]:
+    """Hold the run's rounds on a grid; the times at which they ended, after the start."""
+    text = run_json(resident.run) if send_run else ""
+    roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=len(resident.data.clients))
+    nowhere = Nowhere()
+    federation = Federation(
+        run=resident.run,
+        digest=resident.run_digest,
+        grid=grid,
+        roster=roster,
+        space=resident.space,
+        stages=resident.stages,
+        journal=nowhere,
+        observer=nowhere,
+        evaluate=lambda state: None,
+        run_json=text,
+    )
+    state = resident.space.initial_state(resident.parameters)
+    nowhere.ended.append(time.perf_counter())
+    run_rounds(federation, Checkpoint(resident.run_digest, 0, state, Round(round=0)))
+    return nowhere.ended
+
+
+def ms_per_task(ended: list[float], tasks: int) -> float:
+    """Median over the warm rounds (the first one is left out)."""
+    spans = sorted(after - before for before, after in itertools.pairwise(ended[1:]))
+    return 1000 * spans[len(spans) // 2] / tasks
+
+
+def overhead(resident: Resident, make: Callable[[], Workers]) -> float:
+    """Milliseconds per task on our grid."""
+    workers = make()
+    try:
+        clients = len(resident.data.clients)
+        return ms_per_task(hold(LocalGrid(clients, workers), resident, send_run=False), clients)
+    finally:
+        workers.close()
+
+
+def overhead_on_ray(resident: Resident) -> tuple[float, float]:
+    """Milliseconds per warm task on Flower's engine, 2 actors; seconds until its first round ended."""
+    clients, began = len(resident.data.clients), time.perf_counter()
+    ended = run_on_ray(lambda grid: hold(grid, resident, send_run=True), clients, 2)
+    return ms_per_task(ended, clients), ended[1] - began
+
+
+def tree_mib() -> float:
+    """Proportional set size of this process and its children: shared pages count once."""
+    own = psutil.Process()
+    tree = (own, *own.children(recursive=True))
+    return float(sum(process.memory_full_info().pss for process in tree)) / MIB
+
+
+class Peak:
+    """Samples the tree's memory in the background."""
+
+    def __enter__(self) -> Peak:
+        self.mib, self._stop = tree_mib(), threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            self.mib = max(self.mib, tree_mib())
+
+
+def memory(rows: Path, rounds: int) -> dict[str, float]:
+    """1,000 clients, cohort 100, two workers: growth over the loaded, idle processes."""
+    resident = loaded(rows, clients=1000, rounds=rounds, cohort=100)
+    workers = ProcessWorkers(2)
+    try:
+        grid = LocalGrid(1000, workers)
+        small = build_run(tables(rows, clients=1000, rounds=2, cohort=4), source="bench")
+        idle = tree_mib()
+        hold(grid, replace(resident, run=small), send_run=False)  # libraries fill their own caches
+        warm = tree_mib()
+        with Peak() as peak:
+            hold(grid, resident, send_run=False)
+    finally:
+        workers.close()
+    adapter = 4 * sum(parameter.numel() for parameter in resident.parameters.values()) / MIB
+    return {
+        "adapter_mib": adapter,
+        "idle_mib": idle,
+        "warm_mib": warm,
+        "peak_mib": peak.mib,
+        "in_flight": 3.0,
+    }
+
+
+def plain_loop(resident: Resident, state: Arrays, rounds: int) -> float:
+    """Clients per second of a loop that does only the training steps, one thread."""
+    section, began, count = resident.run.training, time.perf_counter(), 0
+    for round_ in range(1, rounds + 1):
+        for client in resident.data.clients:
+            resident.space.enter(resident.parameters, state)
+            rows = resident.rows(resident.data.rows, client.train)
+            rng = stream(0, "train", client.name, round_)
+            train(resident.model, resident.parameters, rows, section, steps=section.steps or 1, rng=rng)
+            count += 1
+    return count / (time.perf_counter() - began)
+
+
+def throughput(rows: Path, rounds: int, pairs: int) -> tuple[float, float]:
+    """Simulated clients per second over the plain loop's, on one core and with two workers; medians of pairs."""
+    resident = loaded(
+        rows, clients=8, rounds=rounds, rank=8, kind="first-order", steps=8, batch_size=16, lr=1e-3
+    )
+    state = resident.space.initial_state(resident.parameters)
+    next(training_batches(resident.data.rows, resident.data.clients[0].train, 4, 1, stream(0, "warm")))
+    plain_loop(resident, state, 1)
+    one: list[float] = []
+    two: list[float] = []
+    kinds: tuple[tuple[list[float], Callable[[], Workers]], ...] = (
+        (one, InlineWorkers),
+        (two, lambda: ProcessWorkers(2)),
+    )
+    for _ in range(pairs):
+        plain = plain_loop(resident, state, rounds)
+        for results, make in kinds:
+            workers = make()
+            ended = hold(LocalGrid(8, workers), resident, send_run=False)
+            workers.close()
+            results.append(8 * rounds / (ended[-1] - ended[0]) / plain)
+    return sorted(one)[pairs // 2], sorted(two)[pairs // 2]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-ray", action="store_true", help="leave Flower's engine out")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(options, write_rows(Path(folder)))
+
+
+def measure(options: argparse.Namespace, rows: Path) -> None:
+    """All parts, Ray last, and the line of JSON."""
+    rounds = 5 if options.quick else 15
+    resident = loaded(rows, clients=40, rounds=rounds)
+    print(f"overhead per task: 40 clients, {rounds} rounds, no training")
+    inline = overhead(resident, InlineWorkers)
+    pool = overhead(resident, lambda: ProcessWorkers(2))
+    print(f"  in process {inline:.2f} ms, two worker processes {pool:.2f} ms")
+    ratio, first_round = float("nan"), float("nan")
+    use = memory(rows, 2 if options.quick else 5)
+    extra = (use["peak_mib"] - use["warm_mib"]) / use["in_flight"]
+    print(
+        f"memory, 1,000 clients, cohort 100: {use['warm_mib']:.0f} MiB before, {use['peak_mib']:.0f} MiB at peak"
+    )
+    one, two = throughput(rows, 2 if options.quick else 4, 3 if options.quick else 5)
+    print(f"throughput: {one:.2f}x the plain loop on one core, {two:.2f}x with two workers")
+    if not options.no_ray:
+        resident = loaded(rows, clients=40, rounds=rounds)
+        began = time.perf_counter()
+        ray_ms, first_round = overhead_on_ray(resident)
+        ratio = ray_ms / pool
+        print(f"  Flower's engine, 2 actors: {ray_ms:.1f} ms, first round after {first_round:.1f} s")
+        print(f"  ({time.perf_counter() - began:.0f} s in all)")
+    result = {
+        "overhead_ms_per_task": round(pool, 3),
+        "overhead_ms_per_task_inline": round(inline, 3),
+        "overhead_ratio_vs_ray": round(ratio, 1) if ratio == ratio else None,
+        "ray_first_round_s": round(first_round, 1) if first_round == first_round else None,
+        "clients_per_second_vs_plain_loop": round(one, 3),
+        "clients_per_second_vs_plain_loop_2_workers": round(two, 3),
+        "extra_mib_per_client_in_flight": round(extra, 2),
+        "adapter_mib": round(use["adapter_mib"], 2),
+        "clients": 1000,
+        "seed": 0,
+        "quick": options.quick,
+        "script": Path(__file__).name,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""`fedpeft methods` lists every name a run file can hold, and needs no torch for it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any, get_args
+
+import pytest
+from conftest_commands import Call
+
+from fedpeft.config import ModelSection, PartitionerSection, SamplingSection
+from fedpeft.evaluation.metrics import METRICS
+from fedpeft.flower.strategies import RULES
+from fedpeft.models.methods import METHODS
+from fedpeft.spaces import SPACES
+from fedpeft.stages import STAGES
+from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
+
+
+def kinds(section: Any, key: str) -> set[str]:
+    return set(get_args(section.model_fields[key].annotation))
+
+
+TABLES: dict[str, set[str]] = {
+    "peft.method": set(METHODS),
+    "model.quantization": kinds(ModelSection, "quantization"),
+    "data.partitioner": kinds(PartitionerSection, "kind"),
+    "training.optimizer": set(OPTIMIZERS),
+    "training.schedule": set(SCHEDULES),
+    "space": set(SPACES),
+    "stages": set(STAGES),
+    "federation.strategy": set(RULES),
+    "federation.sampling": kinds(SamplingSection, "kind"),
+    "evaluation.metrics": set(METRICS),
+}
+
+
+@pytest.fixture
+def listed(call: Call) -> dict[str, list[dict[str, Any]]]:
+    code, out, _ = call("methods", "--json")
+    assert code == 0
+    sections: dict[str, list[dict[str, Any]]] = json.loads(out)
+    return sections
+
+
+def test_methods_lists_every_table(listed: dict[str, list[dict[str, Any]]]) -> None:
+    assert {key: {entry["name"] for entry in entries} for key, entries in listed.items()} == TABLES
+
+
+def test_methods_says_something_of_each(listed: dict[str, list[dict[str, Any]]]) -> None:
+    for entries in listed.values():
+        for entry in entries:
+            assert 10 < len(entry["summary"]) < 120
+            assert "\n" not in entry["summary"]
+
+
+def test_methods_flags_what_matters(listed: dict[str, list[dict[str, Any]]]) -> None:
+    flags = {entry["name"]: set(entry["flags"]) for entry in listed["peft.method"]}
+    assert "linear" in flags["ffa-lora"]
+    assert "linear" not in flags["lora"]
+    assert {"no merge", "linear"} <= flags["prompt"]
+    assert "needs biases" in flags["bitfit"]
+    flags = {entry["name"]: set(entry["flags"]) for entry in listed["evaluation.metrics"]}
+    assert flags["rouge-l"] == {"causal-lm only", "generates"}
+    assert flags["loss"] == set()
+
+
+def test_methods_for_people(call: Call) -> None:
+    code, out, _ = call("methods")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("  ffa-lora ")][0].endswith("[linear]")
+    assert len([line for line in lines if line.startswith("  ")]) == sum(map(len, TABLES.values()))
+
+
+def test_methods_leaves_torch_alone() -> None:
+    code = "import sys; from fedpeft.cli import main\ntry: main(['methods'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

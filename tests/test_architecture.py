@@ -1,0 +1,214 @@
+"""Imports point one way: the house as a table, and who alone may import what."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedpeft_client": ROOT / "client"}
+
+# A room imports only from rooms of earlier lines; rooms of one line don't know each other.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("version", "errors", "v1", "presets"),
+    ("update", "config", "records", "options", "randomness", "files", "codec", "seedspace"),
+    ("runfile", "sampling", "clock", "aggregation", "workers", "merging"),
+    ("wire", "data"),
+    ("models",),
+    ("spaces", "stages"),
+    ("training",),
+    ("evaluation",),
+    ("resident", "ledger"),
+    ("flower",),
+    ("preflight", "reporting"),
+    ("planning", "simulation"),
+    ("commands",),
+    ("cli",),
+    ("fedpeft_server", "fedpeft_client"),
+)
+
+# A library (or a part of one), and the only places that import it; a place is a room or a file.
+ONLY_IMPORTERS: dict[str, frozenset[str]] = {
+    "transformers": frozenset({"models"}),
+    "peft": frozenset({"models"}),
+    "bitsandbytes": frozenset({"models"}),
+    "opacus": frozenset({"training"}),
+    "flwr": frozenset({"flower", "fedpeft_server"}),
+    "flwr.supercore": frozenset({"fedpeft/flower/identity.py"}),
+    "datasets": frozenset({"data"}),
+    "flwr_datasets": frozenset({"data"}),
+    "fedpeft.v1": frozenset({"v1", "wire", "fedpeft_server", "fedpeft_client"}),
+    "matplotlib": frozenset({"reporting"}),
+    "jinja2": frozenset({"reporting"}),
+    "pickle": frozenset({"workers"}),
+    "grpc": frozenset({"fedpeft_server", "fedpeft_client"}),
+    "typer": frozenset({"cli"}),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: where it stands, what it names, and whether it runs when the module is loaded."""
+
+    file: str
+    line: int
+    room: str
+    module: str
+    target: str
+    on_load: bool
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}:{self.line} imports {self.target}"
+
+
+def room_of(module: str) -> str:
+    """``fedpeft.models.base`` is in ``models``; the server and the client are one room each."""
+    package, *rest = module.split(".")
+    if package != "fedpeft":
+        return package
+    return rest[0] if rest else "version"
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in SOURCES.items():
+        base = folder.parent if package == "fedpeft" else folder
+        for path in sorted((base / package).rglob("*.py")):
+            found[".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
+
+
+def targets(node: ast.AST, known: dict[str, Path]) -> list[str]:
+    """Full names that a statement or a call of `import_module` brings in."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide the direction"
+        assert node.module is not None
+        full = [f"{node.module}.{alias.name}" for alias in node.names]
+        of_ours = [name for name in full if name in known]
+        return of_ours if node.module == "fedpeft" and of_ours else [node.module, *of_ours]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+        "import_module",
+        "__import__",
+    ):
+        first = node.args[0] if node.args else None
+        return [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
+    return []
+
+
+def imports() -> Iterator[Import]:
+    known = modules()
+    for module, path in known.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        late = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            for target in targets(node, known):
+                yield Import(
+                    path.relative_to(ROOT).as_posix(),
+                    getattr(node, "lineno", 0),
+                    room_of(module),
+                    module,
+                    target,
+                    on_load=id(node) not in late,
+                )
+
+
+IMPORTS = tuple(imports())
+
+
+def ours(item: Import) -> bool:
+    return item.target.split(".")[0] in SOURCES
+
+
+def test_the_walk_finds_the_house() -> None:
+    """Guards the other tests against an empty list."""
+    assert len(IMPORTS) > 500
+    assert any(item.room == "cli" and room_of(item.target) == "commands" for item in IMPORTS)
+
+
+def test_every_room_has_its_place_in_the_table() -> None:
+    table = [room for layer in LAYERS for room in layer]
+    assert len(table) == len(set(table))
+    assert set(table) == {room_of(module) for module in modules()}
+
+
+def test_imports_point_one_way() -> None:
+    height = {room: level for level, layer in enumerate(LAYERS) for room in layer}
+    wrong = [
+        f"{item.place} ({item.room} may not know {room_of(item.target)})"
+        for item in IMPORTS
+        if ours(item)
+        and room_of(item.target) != item.room
+        and height[room_of(item.target)] >= height[item.room]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("library", sorted(ONLY_IMPORTERS))
+def test_only_importers(library: str) -> None:
+    wrong = [
+        item.place
+        for item in IMPORTS
+        if f"{item.target}.".startswith(f"{library}.")
+        and not {item.room, item.file} & ONLY_IMPORTERS[library]
+    ]
+    assert wrong == []
+
+
+def test_no_module_needs_itself_to_load() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in modules()}
+    for item in IMPORTS:
+        if item.on_load and item.target in graph and item.target != item.module:
+            graph[item.module].add(item.target)
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the cycle
+
+
+def test_the_command_line_starts_without_heavy_libraries() -> None:
+    loaded = {
+        item.target.split(".")[0] for item in IMPORTS if item.room in ("cli", "errors") and item.on_load
+    }
+    assert loaded <= {
+        "__future__",
+        "collections",
+        "os",
+        "pathlib",
+        "signal",
+        "sys",
+        "typing",
+        "typer",
+        "fedpeft",
+    }
+
+
+def test_global_generators_are_seeded_only_where_they_are_restored() -> None:
+    """Dropout draws from torch's global generator, so it is seeded inside ``fork_rng``; nothing else is."""
+    seeds = ("torch.manual_seed", "np.random.seed", "numpy.random.seed", "random.seed", "set_seed")
+    wrong, right = [], 0
+    for path in modules().values():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        restored = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With) and any("fork_rng" in ast.unparse(item) for item in node.items)
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in seeds:
+                right += id(node) in restored
+                if id(node) not in restored:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert wrong == []
+    assert right, "the walk no longer sees how training seeds dropout"

@@ -1,0 +1,121 @@
+"""What the documents quote exists: files, make targets, and commands with their options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from fedpeft.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+FENCE = re.compile(r"^```([a-z]*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+WRITTEN_BY_A_RUN = ("runs/", ".venv/")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def spans(text: str) -> list[str]:
+    """Inline code outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def shell_lines(text: str) -> Iterator[str]:
+    """Lines of shell blocks, continued lines joined, and inline code."""
+    for language, block in FENCE.findall(text):
+        if language in ("", "sh", "bash", "console"):
+            yield from block.replace("\\\n", " ").splitlines()
+    yield from spans(text)
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """The arguments of every quoted call of `program`."""
+    found = []
+    for line in shell_lines(text):
+        for part in re.split(r"&&|\|\||[|;]", line.strip().removeprefix("$ ")):
+            try:
+                words = shlex.split(part, comments=True)
+            except ValueError:
+                continue  # prose in an unlabelled block
+            while words and "=" in words[0]:  # VARIABLE=value in front
+                words.pop(0)
+            if words and Path(words[0]).name == program and words[1:]:
+                found.append(words[1:])
+    return found
+
+
+def paths(text: str) -> list[str]:
+    """Relative links, and code that looks like a path of this repository."""
+    roots = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")} | {".ci"}
+    links = [link.split("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
+    words = [word for line in shell_lines(text) for word in line.split()]
+    quoted = [word for word in words if "/" in word and word.split("/")[0] in roots and "://" not in word]
+    plain = [span for span in spans(text) if re.fullmatch(r"[A-Za-z_.-]+\.(md|toml|yml|lock)", span)]
+    return [path for path in links + quoted + plain if not path.startswith(WRITTEN_BY_A_RUN)]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_paths_exist(name: str) -> None:
+    missing = [path for path in paths(text_of(name)) if not list(ROOT.glob(path.rstrip("/.,:")))]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
+    asked = [word for words in commands(text_of(name), "make") for word in words if "=" not in word]
+    assert [word for word in asked if word not in targets] == []
+
+
+def unknown_parts(words: list[str]) -> list[str]:
+    """What of a quoted ``fedpeft ...`` the command line does not know."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    known: dict[str, click.Command] = group.commands
+    if words[0].startswith("-"):
+        command: click.Command = group
+    elif words[0] in known:
+        command = known[words[0]]
+    else:
+        return [words[0]]
+    options = {"--help"} | {
+        option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    return [word for word in words if word.startswith("-") and word.split("=")[0] not in options]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_commands_exist(name: str) -> None:
+    wrong = {" ".join(words): unknown_parts(words) for words in commands(text_of(name), "fedpeft")}
+    assert {call: parts for call, parts in wrong.items() if parts} == {}
+
+
+def test_the_readme_names_the_two_commands() -> None:
+    quoted = [" ".join(words) for words in commands(text_of("README.md"), "make")]
+    assert {"demo", "test"} <= set(quoted)
+
+
+def test_the_readers_find_what_they_look_for() -> None:
+    """The other tests would pass on documents that they cannot read."""
+    text = "See [x](no/such) and `nothere.md`:\n```sh\nA=1 make nope && fedpeft simulate --nope a.toml\n```\n"
+    assert paths(text) == ["no/such", "nothere.md"]
+    assert commands(text, "make") == [["nope"]]
+    assert unknown_parts(commands(text, "fedpeft")[0]) == ["--nope"]
+    assert unknown_parts(["nope"]) == ["nope"]
+    assert unknown_parts(["simulate", "--resume", "runs/demo"]) == []
+
+
+def test_help_lists_every_public_target() -> None:
+    makefile = text_of("Makefile")
+    public = set(re.findall(r"^([a-z-]+):.*  ## ", makefile, re.MULTILINE))
+    expected = "help setup check test test-fast protos demo bench lock clean"
+    assert public == set(expected.split())
