@@ -12,9 +12,8 @@ LOCK := requirements.lock
 TEST_EXTRAS := dev,quant,ray,tensorboard
 ALL_EXTRAS := $(TEST_EXTRAS),bench
 
-BIN := $(VENV)/bin
-PY := $(BIN)/python
-# A virtual environment can't be moved: the stamps carry the folder's checksum, so a copied one is built anew.
+PY := $(VENV)/bin/python
+# An editable install names its folder: the stamps carry the folder's checksum, so a copy is installed anew.
 HERE := $(shell pwd -P | cksum | cut -d' ' -f1)
 RUNTIME := $(VENV)/.runtime-$(HERE)
 TESTING := $(VENV)/.testing-$(HERE)
@@ -42,7 +41,7 @@ help:  ## list the targets
 setup: $(TESTING)  ## create .venv with everything that the tests need
 
 demo: $(RUNTIME)  ## fine-tune the embedded model across simulated clients; the run is in runs/demo
-	$(BIN)/fedpeft simulate --out runs/demo --force
+	$(PY) -m fedpeft.cli simulate --out runs/demo --force
 
 check: lint format-check types protos-check  ## ruff, mypy --strict, generated code against protos/
 
@@ -77,13 +76,13 @@ clean:  ## delete .venv, caches and build folders; runs/ stays
 # The parts of check and test, each of which can be called alone.
 
 lint: $(TESTING)
-	$(BIN)/ruff check .
+	$(PY) -m ruff check .
 
 format-check: $(TESTING)
-	$(BIN)/ruff format --check .
+	$(PY) -m ruff format --check .
 
 types: $(TESTING)
-	$(BIN)/mypy
+	$(PY) -m mypy
 
 protos-check: $(TESTING)
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
@@ -93,10 +92,10 @@ protos-check: $(TESTING)
 	@echo "protos: $(STUBS) matches $(PROTOS)"
 
 pytest: $(TESTING)
-	$(BIN)/pytest
+	$(PY) -m pytest
 
 pytest-fast: $(TESTING)
-	$(BIN)/pytest -m "not slow"
+	$(PY) -m pytest -m "not slow"
 
 # Installation. A stamp is older than pyproject.toml or the lock when they change, and the install is repeated.
 
@@ -113,15 +112,15 @@ $(BENCHING): pyproject.toml $(LOCK) | $(TESTING)
 	@touch $@
 
 define require_python
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing), Python 3.11 or newer is needed;" \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing), Python 3.11 or newer is needed;" \
 	    "name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 endef
 
-# $(1): what to install, with extras. An environment without a stamp of this folder is made anew.
+# $(1): what to install, with extras. An environment that works is kept, and what is in it.
 define install
 	$(require_python)
-	@ls $(VENV)/.*-$(HERE) >/dev/null 2>&1 && $(PY) -c '' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
+	@$(PY) -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "no virtual environment could be made; install Python's venv module (Debian: python3-venv)" >&2; \
 	  exit 1; }
 	@echo "installing $(1) into $(VENV); the first time takes some minutes"

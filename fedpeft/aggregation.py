@@ -64,12 +64,14 @@ class ExactSum:
         """Add one update, all of it or nothing; returns its L2 norm.
 
         Raises:
-            UpdateError: wrong layout, a weight below 1, NaN or infinity, one update too many, or an entry too
+            UpdateError: wrong layout, a weight below 1 or beyond the sum's room, NaN or infinity, one update too many, or an entry too
                 large for the exact sum.
         """
         check_layout(update.arrays, self._layout, who=who)
         if update.weight < 1:
             raise UpdateError(f"{who}: weight {update.weight} came, at least 1 is needed")
+        if update.weight > self._bound:
+            raise UpdateError(f"{who}: weight {update.weight} came, the exact sum has room for {self._bound}")
         if self._room <= 0:
             raise UpdateError(f"{who}: the round's cohort is complete; one more update cannot be counted")
         norm = self._load(update, who)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedpeft.config import RunConfig
+from fedpeft.data.layout import section_problems
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.strategies import strategy_problems
+from fedpeft.models.methods import METHODS
 from fedpeft.models.options import peft_problems
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import build_space
@@ -20,6 +22,8 @@ def problems_of(run: RunConfig) -> list[str]:
     problems: list[str] = []
     checks: tuple[Callable[[], object], ...] = (
         lambda: _refuse(peft_problems(run.peft, run.model.task)),
+        lambda: _refuse(_base_problems(run)),
+        lambda: _refuse(section_problems(run.data, run.model.task)),
         lambda: check_names(run.training),
         lambda: build_space(run.space),
         lambda: build_stages(run),
@@ -67,6 +71,24 @@ def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
         return problems + strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
     except FedPEFTError as error:
         return [*problems, str(error)]
+
+
+def _base_problems(run: RunConfig) -> list[str]:
+    """What the method and the way it is trained ask of the base model."""
+    method = METHODS.get(run.peft.method)
+    if method is None:
+        return []
+    problems = []
+    if run.training.gradient_checkpointing and not method.gradient_checkpointing:
+        problems.append(
+            f"training.gradient_checkpointing: {method.name} cannot train with it; remove it"
+        )
+    reason = method.refused_quantization.get(run.model.quantization)
+    if reason is not None:
+        problems.append(
+            f"model.quantization: {method.name} on {run.model.quantization}: {reason}"
+        )
+    return problems
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.data.collate import evaluation_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.federated import FederatedData, encode, read_tables
@@ -89,7 +89,9 @@ class Resident:
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
         return Update(arrays, len(client.train), metrics), report
 
-    def train_alone(self, indices: NDArray[np.int64], state: Arrays, *, steps: int, name: str) -> Arrays:
+    def train_alone(
+        self, indices: NDArray[np.int64], state: Arrays, section: TrainingSection, *, steps: int, name: str
+    ) -> Arrays:
         """A baseline: one training run over `indices` from `state`; the state it ends in."""
         self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "baseline", name)

@@ -35,6 +35,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise RunFileError(
             str(path), [f"cannot be read ({error.strerror}); give the path of a TOML run file"]
         ) from error
+    except UnicodeDecodeError as error:
+        raise RunFileError(
+            str(path), [f"is not TOML: byte {error.start} is not UTF-8; save it as UTF-8"]
+        ) from error
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

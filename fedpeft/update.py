@@ -119,7 +119,7 @@ def arrays_digest(arrays: Arrays) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and little-endian bytes, names sorted: a state's fingerprint."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name], order="C")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
         digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
         digest.update(memoryview(little.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]  # an array is a buffer

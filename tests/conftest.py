@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before torch: results are those of one thread, and tests share the cores
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -9,26 +9,12 @@ from torch import nn
 from fedpeft.config import RunConfig
 from fedpeft.data.federated import encode, read_tables
 from fedpeft.data.labels import label_map
-from fedpeft.errors import UsageError
-from fedpeft.ledger.run_folder import ADAPTER
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.export import adapter_digest, load_adapter
 from fedpeft.models.trainable import frozen_digest
 from fedpeft.randomness import derive_seed
 from fedpeft.resident import Resident
 from fedpeft.spaces.adapter_delta import AdapterDelta
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter folder that `path` is, or that the run folder `path` holds.
-
-    Raises:
-        UsageError: neither.
-    """
-    folder = path / ADAPTER if (path / ADAPTER).is_dir() else path
-    if not folder.is_dir():
-        raise UsageError(f"{path} is no adapter folder and holds none; give the folder that a run wrote")
-    return folder
 
 
 def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:

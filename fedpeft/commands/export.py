@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fedpeft.commands.adapters import adapter_folder, model_with_adapter
-from fedpeft.commands.runs import adapter_and_run
+from fedpeft.commands.adapters import model_with_adapter
+from fedpeft.commands.runs import adapter_and_run, adapter_folder
 from fedpeft.config import RunConfig
 from fedpeft.errors import StateError, StorageError
 from fedpeft.files import folder_atomically, storage

@@ -22,15 +22,25 @@ def run_of(run_file: Path | None, overrides: Sequence[str]) -> RunConfig:
     return load_run(run_file or demo_file(), overrides)
 
 
+def adapter_folder(path: Path) -> Path:
+    """The adapter folder that `path` is, or that the run folder `path` holds.
+
+    Raises:
+        UsageError: neither.
+    """
+    folder = path / ADAPTER if (path / ADAPTER).is_dir() else path
+    if not folder.is_dir():
+        raise UsageError(f"{path} is no adapter folder and holds none; give the folder that a run wrote")
+    return folder
+
+
 def adapter_and_run(adapter: Path, run_file: Path | None, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
     """An adapter folder and the run it belongs to: the run file beside it, unless another is given.
 
     Raises:
         UsageError: no adapter there, or no run file to go with it.
     """
-    folder = adapter / ADAPTER if (adapter / ADAPTER).is_dir() else adapter
-    if not folder.is_dir():
-        raise UsageError(f"{adapter} is no adapter folder and holds none; give the folder that a run wrote")
+    folder = adapter_folder(adapter)
     beside = folder.parent / RUN_FILE
     if run_file is None and not beside.is_file():
         raise UsageError(

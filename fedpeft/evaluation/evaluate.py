@@ -11,7 +11,7 @@ from fedpeft.evaluation.metrics import Column, Columns, interval, value
 from fedpeft.records import Evaluation, Score
 
 
-def join(shards: Sequence[Mapping[str, Column]]) -> dict[str, NDArray[np.float64]]:
+def join(shards: Sequence[dict[str, Column]]) -> dict[str, NDArray[np.float64]]:
     """Shards of columns as one, ordered by row number, whoever computed which."""
     joined = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
     order = np.argsort(joined["index"], kind="stable")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
@@ -96,8 +96,7 @@ def _state(payload: bytes, run_digest: str) -> tuple[Arrays, str]:
     digest = arrays_digest(envelope.arrays)
     if digest != envelope.state_digest or envelope.run_digest != run_digest:
         raise FederationError(
-            f"the state that came has fingerprint {digest[:12]} and {envelope.state_digest[:12]} was"
-            " announced;"
+            f"the state that came has fingerprint {digest[:12]}, announced was {envelope.state_digest[:12]};"
             " nothing was trained"
         )
     return envelope.arrays, digest
@@ -110,4 +109,4 @@ def _memory(context: Context) -> dict[str, NDArray[Any]]:
 
 def _remember(context: Context, memory: dict[str, NDArray[Any]]) -> None:
     if memory:
-        context.state["memory"] = ArrayRecord(memory)
+        context.state["memory"] = ArrayRecord({name: Array(array) for name, array in memory.items()})

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
@@ -118,10 +119,10 @@ class LocalGrid(Grid):
 
     def restore_memory(self, memory: Mapping[str, NDArray[Any]]) -> None:
         """Inverse of `memory`; clients that it doesn't name remember nothing."""
-        by_node: dict[int, dict[str, NDArray[Any]]] = {}
+        by_node: dict[int, dict[str, Array]] = {}
         for key, array in memory.items():
             node, _, name = key.partition("/")
-            by_node.setdefault(int(node), {})[name] = array
+            by_node.setdefault(int(node), {})[name] = Array(np.array(array))
         self.states = {node: RecordDict({"memory": ArrayRecord(arrays)}) for node, arrays in by_node.items()}
 
     def _fill(self) -> None:

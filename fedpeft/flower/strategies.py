@@ -103,12 +103,18 @@ def strategy_problems(section: StrategySection, cohort: int) -> list[str]:
     rule = RULES.get(section.kind)
     if rule is None:
         return [unknown_name("federation.strategy", section.kind, RULES)]
-    known = set(inspect.signature(rule.build.__init__).parameters) - _PLUMBING
+    signature = inspect.signature(rule.build.__init__).parameters
+    known = set(signature) - _PLUMBING
     problems = [
         f"federation.strategy.{key}: {section.kind} has no such option;"
         f" it takes {', '.join(sorted(known)) or 'none'}"
         for key in section.options
         if key not in known
+    ]
+    problems += [
+        f"federation.strategy.{key}: {section.kind} needs it; give a number"
+        for key in sorted(known - set(section.options))
+        if signature[key].default is inspect.Parameter.empty
     ]
     for key, value in section.options.items():
         if key in known and (isinstance(value, bool) or not isinstance(value, int | float)):

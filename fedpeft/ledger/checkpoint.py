@@ -51,7 +51,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors: dict[str, NDArray[Any]] = {}
     for part, arrays in zip(_PARTS, (checkpoint.state, checkpoint.strategy, checkpoint.clients), strict=True):
-        tensors.update({f"{part}/{name}": np.ascontiguousarray(array) for name, array in arrays.items()})
+        tensors.update({f"{part}/{name}": np.asarray(array, order="C") for name, array in arrays.items()})
     row = checkpoint.row.model_dump_json()
     header = {
         "fedpeft": str(VERSION),

@@ -58,8 +58,8 @@ def _model_lines(model: ModelPlan) -> Iterator[Line]:
 
 
 def _data_lines(data: DataPlan) -> Iterator[Line]:
-    spread = f"rows {data.rows_least:,} / {data.rows_median:,.0f} / {data.rows_most:,}"
-    yield "clients", f"{data.clients:,}", f"{spread} (min, median, max)"
+    spread = f"rows min {data.rows_least:,}, median {data.rows_median:,.0f}, max {data.rows_most:,}"
+    yield "clients", f"{data.clients:,}", spread
     yield "training rows", f"{data.rows:,}", f"{data.heldout_rows:,} more held out"
     yield "test rows", f"{data.test_rows:,}", "" if data.test_rows else "nothing will be evaluated"
     limit = f"over {data.max_length} tokens; longest row: {data.longest_row:,}"
@@ -98,8 +98,8 @@ def _traffic_lines(traffic: Traffic) -> Iterator[Line]:
         ("bytes up", traffic.up_per_round, traffic.up_per_client, traffic.up_total, zero),
         ("bytes down", traffic.down_per_round, traffic.down_per_client, traffic.down_total, ""),
     ):
-        detail = f"{byte_size(client)} per client, {byte_size(total)} in all{more}"
-        yield f"{label}, client and round", byte_size(each), detail
+        detail = f"a round; {byte_size(client)} a run, all {byte_size(total)}{more}"
+        yield f"{label} per client", byte_size(each), detail
 
 
 def _memory_lines(memory: Memory) -> Iterator[Line]:
@@ -118,7 +118,6 @@ def _memory_lines(memory: Memory) -> Iterator[Line]:
         ("allocator", memory.allocator, "freed blocks that the C library keeps"),
     ):
         yield f"    {what}", byte_size(size), detail
-
 
 
 def _range(spread: Spread, before: str = "") -> str:

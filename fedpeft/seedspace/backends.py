@@ -71,6 +71,7 @@ _TABLE = {
 BACKENDS = tuple(_TABLE)
 
 
+@cache
 def kernels_for(device: torch.device, backend: str | None = None) -> Kernels:
     """The named backend, or the fastest one that is installed for the device.
 

@@ -16,6 +16,9 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     can be written (a read-only installation) numba refuses to cache; then each process compiles for itself.
     Floating point keeps IEEE semantics: neither reordering nor contraction is allowed, since bits have to
     be equal.
+
+    The cache looks at the date of the function's own file only: after a change to a compiled function that
+    other files call (`numba_signs`), delete `__pycache__/*.nbi`.
     """
     try:
         return cast(Callable[P, R], njit(nogil=True, cache=True, fastmath=False)(function))

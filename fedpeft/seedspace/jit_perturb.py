@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,22 +24,42 @@ from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.perturb import perturb, perturb_rows
 from fedpeft.seedspace.trainable import ids_by_identity
 
-# One block of perturbed weights stays in second-level cache until the product has read it.
-BLOCK_BYTES = 2**21
+# Each block costs a call of the matrix product, so blocks are large; still small beside a language model's
+# logits.
+BLOCK_BYTES = 2**22
 
 Forward = Callable[..., torch.Tensor]
 Part = Callable[[int, int], torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Point:
-    """Where the model is evaluated: theta + scale * z, z being `direction` of `stream`."""
+class Scratch:
+    """One buffer per dtype and device, used by one product after another: fresh pages would cost more time.
 
-    stream: Stream
-    direction: int
-    scale: float
-    backend: str | None
-    block_bytes: int
+    Hence a perturbed model runs in one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def like(self, weights: torch.Tensor) -> torch.Tensor:
+        """Memory of the shape, dtype and device of `weights`, until the next call."""
+        kind = (weights.dtype, weights.device)
+        buffer = self._buffers.get(kind)
+        if buffer is None or len(buffer) < weights.numel():
+            buffer = self._buffers[kind] = torch.empty(weights.numel(), dtype=kind[0], device=kind[1])
+        return buffer[: weights.numel()].view(weights.shape)
+
+
+class Point:
+    """Where the model is evaluated: theta + scale * z, z being `direction`; `JustInTime` moves it."""
+
+    def __init__(self, stream: Stream, backend: str | None, block_bytes: int) -> None:
+        self.stream = stream
+        self.backend = backend
+        self.block_bytes = block_bytes
+        self.direction = 0
+        self.scale = 0.0
+        self.scratch = Scratch()
 
     def whole(self, tensor_id: int, weights: torch.Tensor) -> torch.Tensor:
         """A perturbed copy of one tensor."""
@@ -48,22 +69,23 @@ class Point:
 
     def rows(self, weights: torch.Tensor) -> int:
         """How many rows of a matrix make a block."""
-        return max(1, self.block_bytes // (weights[0].numel() * weights.element_size()))
+        return max(1, self.block_bytes // (weights.shape[1] * weights.element_size()))
 
     def fits(self, weights: torch.Tensor) -> bool:
         """Whether the matrix is a single block."""
         return self.rows(weights) >= len(weights)
 
     def part(self, tensor_id: int, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """A perturbed copy of rows [first, last) of a tensor."""
-        row = weights[0].numel()
+        """Rows [first, last) of a perturbed matrix, in scratch memory: valid until the next part."""
+        rows = weights.detach()[first:last]
         return perturb(
             self.stream,
             tensor_id,
             self.direction,
-            weights.detach()[first:last],
+            rows,
             self.scale,
-            start=first * row,
+            start=first * weights.shape[1],
+            out=self.scratch.like(rows),
             backend=self.backend,
         )
 
@@ -88,7 +110,8 @@ def linear(site: Site, point: Point) -> Forward:
         if "weight" not in site.ids:
             return nn.functional.linear(inputs, weight, bias)
         if point.fits(weight) or torch.is_autocast_enabled(inputs.device.type):
-            return nn.functional.linear(inputs, point.whole(site.ids["weight"], weight), bias)
+            whole = point.part(site.ids["weight"], weight, 0, len(weight))
+            return nn.functional.linear(inputs, whole, bias)
         return _by_blocks(
             inputs, weight, bias, partial(point.part, site.ids["weight"], weight), point.rows(weight)
         )
@@ -127,32 +150,30 @@ def embedding(site: Site, point: Point) -> Forward:
     return forward
 
 
-class _Original(nn.Module):
-    """The module's own forward, for `functional_call`: hooks of the module itself run outside of it, once."""
-
-    def __init__(self, module: nn.Module, forward: Forward) -> None:
-        super().__init__()
-        self.inner = module
-        self.original = forward
-
-    def forward(self, *inputs: object, **named: object) -> torch.Tensor:
-        """The module's result with whatever parameters it holds at the moment."""
-        return self.original(*inputs, **named)
-
-
 def swapped(site: Site, point: Point) -> Forward:
-    """Any module: its own forward over perturbed copies of its own parameters."""
-    original = _Original(site.module, site.module.forward)
-    parameters = {name: site.module.get_parameter(name) for name in site.ids}
+    """Any module: its own forward while perturbed copies stand in for its parameters."""
+    original: Forward = site.module.forward
+    places: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+    for path, tensor_id in site.ids.items():
+        owner, name = _owner(site.module, path)
+        places.append((cast(dict[str, Any], owner._parameters), name, owner.get_parameter(name), tensor_id))
 
     def forward(*inputs: object, **named: object) -> torch.Tensor:
-        copies = {
-            f"inner.{name}": point.whole(site.ids[name], weights) for name, weights in parameters.items()
-        }
-        result: torch.Tensor = torch.func.functional_call(original, copies, inputs, named)
-        return result
+        try:
+            for parameters, name, weights, tensor_id in places:
+                parameters[name] = point.whole(tensor_id, weights)
+            return original(*inputs, **named)
+        finally:
+            for parameters, name, weights, _ in places:
+                parameters[name] = weights
 
     return forward
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds the parameter at a relative path, and the parameter's name in it."""
+    outer, _, name = path.rpartition(".")
+    return module.get_submodule(outer), name
 
 
 # Exact types: a subclass may read its weights in ways of its own.
@@ -184,10 +205,9 @@ class JustInTime:
         backend: str | None = None,
         block_bytes: int = BLOCK_BYTES,
     ) -> None:
-        self._sites = _sites(model, ids_by_identity(model, ids))
-        self._stream = stream
-        self._backend = backend
-        self._block_bytes = block_bytes
+        self._point = Point(stream, backend, block_bytes)
+        sites = _sites(model, ids_by_identity(model, ids))
+        self._forwards = [(site.module, _choose(site)(site, self._point)) for site in sites]
 
     @contextmanager
     def at(self, direction: int, scale: float) -> Iterator[None]:
@@ -197,18 +217,19 @@ class JustInTime:
         """
         if torch.is_grad_enabled():
             raise TrainingError("a perturbed forward keeps no graph: run it under torch.no_grad()")
-        point = Point(self._stream, direction, scale, self._backend, self._block_bytes)
-        previous = [site.module.__dict__.get("forward") for site in self._sites]
+        self._point.direction, self._point.scale = direction, scale
+        # An attribute of the instance goes before the class's method; `__dict__` spares Module's bookkeeping.
+        previous = [module.__dict__.get("forward") for module, _ in self._forwards]
         try:
-            for site in self._sites:
-                site.module.forward = _choose(site)(site, point)
+            for module, forward in self._forwards:
+                module.__dict__["forward"] = forward
             yield
         finally:
-            for site, before in zip(self._sites, previous, strict=True):
+            for (module, _), before in zip(self._forwards, previous, strict=True):
                 if before is None:
-                    site.module.__dict__.pop("forward", None)
+                    module.__dict__.pop("forward", None)
                 else:
-                    site.module.forward = before
+                    module.__dict__["forward"] = before
 
 
 def _choose(site: Site) -> Callable[[Site, Point], Forward]:

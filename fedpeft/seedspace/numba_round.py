@@ -1,4 +1,4 @@
-"""theta_0 + quantum * S on the CPU in one pass, for weights that float32 holds and sums that float64 holds."""
+"""theta_0 + quantum * S on the CPU in one pass, where float64 holds the sum exactly."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -13,7 +13,15 @@ from fedpeft.evaluation.evaluate import summarise
 from fedpeft.randomness import stream
 from fedpeft.records import Baseline, Evaluation, Round
 from fedpeft.resident import resident_for
-from fedpeft.simulation.scoring import TEST, Scorer, batches_of, own_test_set, places_of, rows_of, test_rows_of_clients
+from fedpeft.simulation.scoring import (
+    TEST,
+    Scorer,
+    batches_of,
+    own_test_set,
+    places_of,
+    rows_of,
+    test_rows_of_clients,
+)
 from fedpeft.training.steps import local_steps
 from fedpeft.update import Arrays
 from fedpeft.workers import Shared, result_of
@@ -22,34 +30,51 @@ MOST_ALONE = 32  # clients trained alone; of more, an even sample
 
 
 @dataclass(frozen=True)
+class Effort:
+    """Optimiser steps, and micro-batches accumulated in each."""
+
+    steps: int
+    accumulation: int
+
+
+@dataclass(frozen=True)
 class Budgets:
-    """Optimiser steps that equal what the federation did.
+    """Training that equals what the federation did.
+
+    The pooled model reads as many rows as all counted clients together, in as many steps as they made one
+    after
+    the other: each of its steps accumulates the batches that a cohort's clients took side by side. This is
+    what the federation would be if it averaged after every step.
 
     Attributes:
         alone: per client, the steps that it made in the rounds that counted it.
-        pooled: steps over the pooled rows that read as many rows as all counted clients did together.
+        pooled: of the pooled model.
     """
 
-    alone: Mapping[str, int]
-    pooled: int
+    alone: Mapping[str, Effort]
+    pooled: Effort
 
 
 def budgets(scorer: Scorer, rounds: Sequence[Round]) -> Budgets:
     """Budgets from what the rounds did. A client that was never counted gets one round's steps."""
     section = scorer.resident.run.training
     steps: dict[str, int] = {}
-    examples = 0
+    examples, deepest = 0, 0
     for row in rounds:
-        for outcome in row.outcomes:
-            if outcome.status == "folded":
-                steps[outcome.client] = steps.get(outcome.client, 0) + outcome.steps
-                examples += outcome.examples
+        folded = [outcome for outcome in row.outcomes if outcome.status == "folded"]
+        for outcome in folded:
+            steps[outcome.client] = steps.get(outcome.client, 0) + outcome.steps
+            examples += outcome.examples
+        deepest += max((outcome.steps for outcome in folded), default=0)
     alone = {
-        client.name: steps.get(client.name) or local_steps(section, len(client.train))
+        client.name: Effort(
+            steps.get(client.name) or local_steps(section, len(client.train)), section.gradient_accumulation
+        )
         for client in scorer.resident.data.clients
     }
-    per_step = section.batch_size * section.gradient_accumulation
-    return Budgets(alone, max(1, round(examples / per_step)))
+    batches = max(1, round(examples / section.batch_size))
+    accumulation = max(1, round(batches / max(deepest, 1)))
+    return Budgets(alone, Effort(max(1, round(batches / accumulation)), accumulation))
 
 
 def run_baselines(
@@ -84,26 +109,28 @@ def run_baselines(
             yield Baseline(name=kind, evaluations=evaluations, wall_s=time.monotonic() - started)
 
 
-def _submit(scorer: Scorer, name: str, client: str | None, steps: int, start: Shared) -> Future[Evaluation]:
+def _submit(
+    scorer: Scorer, name: str, client: str | None, effort: Effort, start: Shared
+) -> Future[Evaluation]:
     return scorer.workers.submit(
-        train_and_score, scorer.resident.run_digest, name, client, steps, start, scorer.metrics
+        train_and_score, scorer.resident.run_digest, name, client, effort, start, scorer.metrics
     )
 
 
 def train_and_score(
-    run_digest: str, name: str, client: str | None, steps: int, start: Shared, metrics: Sequence[str]
+    run_digest: str, name: str, client: str | None, effort: Effort, start: Shared, metrics: Sequence[str]
 ) -> Evaluation:
     """One baseline: train on one client's rows (or everyone's) from the start, then score on the test set."""
     resident = resident_for(run_digest)
     clients = resident.data.clients
     own = [c.train for c in clients if client is None or c.name == client]
-    state = resident.train_alone(np.concatenate(own), start.get(), steps=steps, name=name)
+    section = resident.run.training.model_copy(update={"gradient_accumulation": effort.accumulation})
+    state = resident.train_alone(np.concatenate(own), start.get(), section, steps=effort.steps, name=name)
     encoded, _ = rows_of(resident, TEST)
     columns = resident.score(encoded, batches_of(resident, TEST), state, metrics)
-    section = resident.run.evaluation
     rng = stream(resident.run.run.seed, "bootstrap")
     places = {} if own_test_set(resident.run) else places_of(test_rows_of_clients(resident), columns["index"])
-    return summarise(columns, metrics, clients=places, resamples=section.bootstrap, rng=rng)
+    return summarise(columns, metrics, clients=places, resamples=resident.run.evaluation.bootstrap, rng=rng)
 
 
 def _sampled(names: Sequence[str]) -> Sequence[str]:

@@ -8,41 +8,41 @@ import platform
 import resource
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from flwr.serverapp import Grid
+from rich.console import Console
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import FederationError, UsageError
+from fedpeft.errors import RunExistsError, UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_loop import ClientMemory, Federation, initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import Task
+from fedpeft.flower.server_app import Order, Server, hold_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger.run_folder import RUN_FILE
 from fedpeft.models.base import model_path
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.trainable import count_parameters
-from fedpeft.preflight import has_answers
+from fedpeft.preflight import has_answers, refuse_problems
 from fedpeft.records import ClientOutcome, Finished, Round, Started
 from fedpeft.reporting.html import write_report
+from fedpeft.reporting.plain import PlainProgress
 from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
 from fedpeft.resident import Resident, install_resident, load_resident
-from fedpeft.runfile import run_json, run_toml
+from fedpeft.runfile import load_run, run_digest, run_toml
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.scoring import TEST, Scorer, rows_of
 from fedpeft.workers import Workers, open_workers
 
-ENGINES = ("local", "ray")
+Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
@@ -77,15 +77,67 @@ def simulate(folder: RunFolder, *, workers: int, engine: str, progress: Progress
     if finished is not None:
         progress.note(f"{folder.path} is finished already; nothing to do")
         return _result(folder)
-    return _Simulation(folder, engine, progress).run(workers)
+    return _Simulation(folder, engine, ENGINES[engine], progress).run(workers)
+
+
+def serve(order: Order) -> None:
+    """Run, or go on with, a run on the nodes of a grid that is there already; evaluate in this process.
+
+    Raises:
+        RunExistsError: the folder holds another run.
+        FedPEFTError: as `simulate`. Every committed round stays: the same order again goes on from there.
+    """
+    run = load_run(order.run_file)
+    refuse_problems(run, source=str(order.run_file))
+    out = order.out or Path("runs") / run.run.name
+
+    def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+        return hold_rounds(server, order.grid, last)
+
+    log = Console(force_terminal=False, highlight=False)  # what is printed goes to the Flower run's log
+    with _begun_or_new(out, run) as folder, PlainProgress(log) as progress:
+        if folder.finished() is not None:
+            progress.note(f"{folder.path} is finished already; nothing to do")
+            return
+        result = _Simulation(folder, "flower", on_nodes, progress).run(workers=1)
+        progress.result(result.summary, result.paths, result.snippet)
+
+
+def _begun_or_new(path: Path, run: RunConfig) -> RunFolder:
+    """The open folder of this very run, begun or not."""
+    if not (path / RUN_FILE).exists():
+        return RunFolder.create(path, run)
+    folder = RunFolder.resume(path)
+    if folder.digest != run_digest(run):
+        with folder:
+            raise RunExistsError(
+                f"{path} holds run {folder.digest[:12]}, the run file is {run_digest(run)[:12]}; choose"
+                " another folder, or undo the run file's changes"
+            )
+    return folder
+
+
+def _on_local_grid(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+    grid = LocalGrid(len(server.resident.data.clients), pool)
+    return hold_rounds(server, grid, last, grid)
+
+
+def _on_ray(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+    server.step("starting Flower's simulation engine")
+    clients = len(server.resident.data.clients)
+    return run_on_ray(lambda grid: hold_rounds(server, grid, last), clients, pool.width)
+
+
+ENGINES: dict[str, Engine] = {"local": _on_local_grid, "ray": _on_ray}
 
 
 class _Simulation:
     """One process's work on one run folder."""
 
-    def __init__(self, folder: RunFolder, engine: str, progress: Progress) -> None:
+    def __init__(self, folder: RunFolder, name: str, engine: Engine, progress: Progress) -> None:
         self._folder = folder
         self._run = folder.run
+        self._name = name
         self._engine = engine
         self._progress = progress
         self._began = time.monotonic()
@@ -121,55 +173,24 @@ class _Simulation:
 
     def _rounds(self, scorer: Scorer, pool: Workers, last: Checkpoint | None) -> Checkpoint:
         """The rounds on the chosen engine; returns the final checkpoint."""
-        rounds = self._run.run.rounds
-        if last is not None and last.round >= rounds:
+        if last is not None and last.round >= self._run.run.rounds:
             self._announce()
             return last
-        clients = len(self._resident.data.clients)
-        if self._engine == "ray":
-            self._progress.setup("starting Flower's simulation engine")
-            return run_on_ray(lambda grid: self._hold(grid, scorer, last, None), clients, pool.width)
-        grid = LocalGrid(clients, pool)
-        return self._hold(grid, scorer, last, grid)
-
-    def _hold(
-        self, grid: Grid, scorer: Scorer, last: Checkpoint | None, memory: ClientMemory | None
-    ) -> Checkpoint:
-        resident = self._resident
-        text = (
-            run_json(self._run) if memory is None else ""
-        )  # other processes than ours must load the run themselves
-        self._progress.setup("roll call")
-        clients = len(resident.data.clients)
-        roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=clients)
-        if len(roster.members) < clients:
-            raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
-        if roster.base_digest != resident.base_digest:
-            raise FederationError(
-                "the clients hold another base model than the server; all need the same files and versions"
-            )
-        self._announce()
-        federation = Federation(
-            run=self._run,
-            digest=resident.run_digest,
-            grid=grid,
-            roster=roster,
-            space=resident.space,
-            stages=resident.stages,
+        server = Server(
+            resident=self._resident,
             journal=self._folder,
             observer=_Observer(self._progress, self._sinks),
             evaluate=scorer.evaluate,
-            run_json=text,
-            memory=memory,
+            step=self._progress.setup,
+            ready=self._announce,
         )
-        start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
-        return run_rounds(federation, start)
+        return self._engine(server, last, pool)
 
     def _announce(self) -> None:
         """Write the first row once, and tell people in any case."""
         row = self._folder.started()
         if row is None:
-            row = started_row(self._resident, self._metrics, self._engine)
+            row = started_row(self._resident, self._metrics, self._name)
             self._folder.append(row)
         for sink in self._sinks:
             sink.write(row)
@@ -263,8 +284,7 @@ def _result(folder: RunFolder) -> RunResult:
 
 
 def _snippet(folder: RunFolder, adapter: str) -> str:
-    """The lines that load the adapter; a classifier's labels come from the rows if the run file doesn't list
-    them."""
+    """The lines that load the adapter; labels that the run file doesn't list come from the rows."""
     tables, started = tomllib.loads(run_toml(folder.run)), folder.started()
     if started is not None and started.labels:
         tables["data"]["labels"] = list(started.labels)

@@ -6,6 +6,7 @@ Test rows are dealt out in fixed batches, so the result doesn't depend on how ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,17 +61,16 @@ class Scorer:
 
     def _columns(self, which: str, state: Arrays) -> dict[str, Column]:
         count = len(batches_of(self.resident, which))
-        width = min(
-            self.workers.width * 4, count
-        )  # a few shards per worker, so that none waits long for the last
+        width = min(self.workers.width * 4, count)  # a few shards each, so that none waits long for the last
         shared = self.workers.share(dict(state))
-        futures = [
+        futures: list[Future[dict[str, Column]]] = [
             self.workers.submit(
                 score_shard, self.resident.run_digest, which, shard, width, shared, self.metrics
             )
             for shard in range(width)
         ]
-        return join([result_of(future) for future in futures])
+        shards: list[dict[str, Column]] = [result_of(future) for future in futures]
+        return join(shards)
 
 
 def own_test_set(run: RunConfig) -> bool:

@@ -18,6 +18,7 @@ from fedpeft.update import Arrays, Layout, frozen_arrays
 from fedpeft.v1 import update_pb2 as pb
 
 PROTOCOL_VERSION = 1
+MAX_DIMENSIONS, MAX_ENTRIES = 16, 2**48  # beyond any model; beyond what NumPy can express lie other errors
 
 _DTYPES = {"<f4": pb.DTYPE_FLOAT32, "<i8": pb.DTYPE_INT64}
 _NUMPY = {number: np.dtype(name) for name, number in _DTYPES.items()}
@@ -130,8 +131,10 @@ def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> np.ndarra
                 f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected"
                 f" {np.dtype(expected[1]).name}{list(expected[0])}"
             )
-    if math.prod(shape) * dtype.itemsize != len(tensor.data):
+    fits = len(shape) <= MAX_DIMENSIONS and math.prod(max(side, 1) for side in shape) < MAX_ENTRIES
+    if not fits or math.prod(shape) * dtype.itemsize != len(tensor.data):
         raise UpdateError(
-            f"{who}: array {tensor.name!r} declares {list(shape)} and brings {len(tensor.data)} bytes"
+            f"{who}: array {tensor.name!r} declares {list(shape)[:MAX_DIMENSIONS]} and brings"
+            f" {len(tensor.data)} bytes"
         )
     return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)

@@ -3,36 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedpeft.cli import main
-
-TINY = (
-    "run.rounds=1",
-    "data.limit=32",
-    "data.test_limit=8",
-    "data.partitioner.clients=2",
-    "training.steps=1",
-    "evaluation.baselines=false",
-)
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-def overrides(*items: str) -> list[str]:
-    """`--set` for each item."""
-    return [part for item in items for part in ("--set", item)]
-
-
-def exit_code(arguments: Sequence[str]) -> int:
-    """What the command line ends with."""
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return int(ended.value.code or 0)
+from tests.commands.calling import TINY, Call, exit_code, overrides
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest_commands import Call
+from tests.commands.calling import Call
 
 
 def test_evaluate_repeats_the_last_round_exactly(
@@ -25,7 +25,8 @@ def test_evaluate_repeats_the_last_round_exactly(
 
 def test_evaluate_tells_trained_from_untrained(tiny_rows: list[dict[str, Any]]) -> None:
     """Otherwise the test above could not tell an adapter that was never put on."""
-    before, after = (row["evaluation"]["scores"]["loss"]["value"] for row in tiny_rows if "round" in row)[:2]
+    rounds = [row for row in tiny_rows if row["event"] == "round"]
+    before, after = (row["evaluation"]["scores"]["loss"]["value"] for row in rounds)
     assert before != after
 
 

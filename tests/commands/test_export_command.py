@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest_commands import Call
 
 from fedpeft.config import ModelSection, PeftSection, RunConfig
 from fedpeft.models.attach import attach
@@ -16,6 +15,7 @@ from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.runfile import load_run, run_toml
+from tests.commands.calling import Call
 
 IDS = torch.arange(3, 35).reshape(2, 16)
 
@@ -65,7 +65,7 @@ def test_export_merges_into_the_same_function(call: Call, tiny_run: Path, tmp_pa
     section = load_run(tiny_run / "run.toml").model
     merged = logits(load_base(ModelSection(path=str(out))))
     adapted = logits(load_adapter(load_base(section), tiny_run / "adapter"))
-    assert torch.allclose(merged, adapted, atol=1e-5, rtol=1e-5)
+    assert float((merged - adapted).abs().max()) < 1e-4  # logits reach 10 in float32
     assert not torch.allclose(merged, logits(load_base(section)), atol=1e-2)
     text = "Two roads: a, b"
     ours, theirs = (load_tokenizer(s) for s in (section, ModelSection(path=str(out))))
@@ -94,7 +94,9 @@ def test_export_refuses_to_merge_what_cannot_be_merged(call: Call, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-def test_export_overwrites_only_exports_and_only_when_told(call: Call, tiny_run: Path, tmp_path: Path) -> None:
+def test_export_overwrites_only_exports_and_only_when_told(
+    call: Call, tiny_run: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     (out / "inner").mkdir(parents=True)
     (out / "diary.txt").write_text("mine")

@@ -8,7 +8,6 @@ import sys
 from typing import Any, get_args
 
 import pytest
-from conftest_commands import Call
 
 from fedpeft.config import ModelSection, PartitionerSection, SamplingSection
 from fedpeft.evaluation.metrics import METRICS
@@ -17,6 +16,7 @@ from fedpeft.models.methods import METHODS
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
+from tests.commands.calling import Call
 
 
 def kinds(section: Any, key: str) -> set[str]:
@@ -71,11 +71,12 @@ def test_methods_for_people(call: Call) -> None:
     code, out, _ = call("methods")
     assert code == 0
     lines = out.splitlines()
-    assert [line for line in lines if line.startswith("  ffa-lora ")][0].endswith("[linear]")
+    assert next(line for line in lines if line.startswith("  ffa-lora ")).endswith("[linear]")
     assert len([line for line in lines if line.startswith("  ")]) == sum(map(len, TABLES.values()))
 
 
 def test_methods_leaves_torch_alone() -> None:
-    code = "import sys; from fedpeft.cli import main\ntry: main(['methods'])\nfinally: print('torch' in sys.modules)"
+    call = "try: main(['methods'])\nfinally: print('torch' in sys.modules)"
+    code = f"import sys; from fedpeft.cli import main\n{call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest_commands import TINY, Call, overrides
 
 from fedpeft.config import RunConfig
 from fedpeft.planning.draws import draw_rounds
-
-FIXED = ('federation.sampling={kind="fixed", cohort=1}',)
+from tests.commands.calling import TINY, Call, overrides
 
 
 def plan_of(call: Call, *items: str) -> dict[str, Any]:
@@ -126,7 +124,8 @@ def test_draws_count_steps_and_examples() -> None:
     assert plan.examples == 4 * (1 * 3 + 2 * 4 + 3 * 4)
     assert plan.exchanges == 12
     sampled = RunConfig.model_validate(
-        table | {"run": {"name": "x", "rounds": 30}, "federation": {"sampling": {"kind": "fixed", "cohort": 2}}}
+        table
+        | {"run": {"name": "x", "rounds": 30}, "federation": {"sampling": {"kind": "fixed", "cohort": 2}}}
     )
     plan, _ = draw_rounds(sampled, rows, bytes_down=1, bytes_up=1)
     assert plan.exchanges == 60

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import ModelError
@@ -33,6 +33,7 @@ def nearest(value: Fraction, bits: int, smallest: int) -> Fraction:
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
+@settings(deadline=None)
 @given(
     st.floats(width=16, allow_nan=False, allow_infinity=False),
     st.integers(-30, 12),

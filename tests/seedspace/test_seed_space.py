@@ -66,7 +66,7 @@ def test_replay_in_place_equals_replay_beside() -> None:
     assert digest(base) == digest(into)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=5), st.randoms(use_true_random=False))
 def test_veteran_shuffled_and_late_joiner_agree(seeds: list[int], shuffle: Random) -> None:
     """A veteran adds round by round, another in other order, one catches up at once, one replays A alone."""

@@ -58,8 +58,8 @@ def test_projection_is_additive() -> None:
 
 
 def test_the_estimate_is_unbiased() -> None:
-    """Mean of 3,000 rounds against x, in standard errors: beyond 5.5 in one of 400,000 runs."""
-    delta, rounds, rows = draws(64, 5), 3000, 16
+    """Mean of 1,000 rounds against x, in standard errors: beyond 5.5 in one of 400,000 runs."""
+    delta, rounds, rows = draws(64, 5), 1000, 16
     estimates = torch.empty(rounds, 64, dtype=torch.float64)
     for step in range(rounds):
         transform = BlockHadamard(seed=8, step=step, tensor_id=1, size=64, block=64, rows=rows)

@@ -29,7 +29,7 @@ def resumed(out: Path, *, workers: int = 1) -> RunResult:
 
 
 def fingerprint(out: Path) -> dict[str, str]:
-    """Digests of everything that equal runs share: adapter, last state, rows and report without measurements."""
+    """Digests of what equal runs share: adapter, last state, and rows without measurements."""
     rows = [strip(json.loads(line)) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = max((out / "checkpoints").iterdir())
     return {

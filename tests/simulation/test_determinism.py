@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +32,16 @@ def test_another_seed_gives_other_bytes(tables: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="NOT TESTED: Flower's engine, the extra 'ray' is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None,
+    reason="NOT TESTED: Flower's engine, the extra 'ray' is not installed",
+)
 def test_flowers_simulation_engine_gives_the_same_bytes(tables: dict[str, Any], tmp_path: Path) -> None:
     simulated(tables, tmp_path / "local", workers=2)
     script = (
         "import json, sys; from pathlib import Path; from tests.simulation.runs import simulated\n"
         "simulated(json.loads(sys.argv[1]), Path(sys.argv[2]), workers=2, engine='ray')"
     )
-    import json
-
     done = subprocess.run(  # a process of its own, as Ray leaves threads and handlers behind
         [sys.executable, "-c", script, json.dumps(tables), str(tmp_path / "ray")],
         cwd=Path(__file__).parents[2],

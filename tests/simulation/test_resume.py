@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[2]
 
 def _start(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "fedpeft.cli", "simulate", "--quiet", "--workers", "2", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
@@ -53,7 +55,14 @@ def test_kill_at_many_points_and_resume_gives_the_same_bytes(tables: dict[str, A
     def row(text: str) -> Callable[[], bool]:
         return lambda: rows.exists() and text in rows.read_text()
 
-    points = [rows.exists, checkpoint(0), checkpoint(1), checkpoint(2), row('"baseline"'), (out / "adapter").exists]
+    points = [
+        rows.exists,
+        checkpoint(0),
+        checkpoint(1),
+        checkpoint(2),
+        row('"baseline"'),
+        (out / "adapter").exists,
+    ]
     jitter = random.Random(0)
     for number, reached in enumerate(points):
         process = _start(str(run_file), "--out", str(out)) if number == 0 else _start("--resume", str(out))
@@ -86,7 +95,9 @@ def test_a_finished_run_is_not_replaced_without_force(tables: dict[str, Any], tm
     assert fingerprint(tmp_path / "run") == before
 
 
-def test_a_corrupt_checkpoint_is_refused_and_the_one_before_serves(tables: dict[str, Any], tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_refused_and_the_one_before_serves(
+    tables: dict[str, Any], tmp_path: Path
+) -> None:
     simulated(tables, tmp_path / "whole")
     simulated(tables, tmp_path / "broken")
     last = tmp_path / "broken" / "checkpoints" / "round-000003.safetensors"

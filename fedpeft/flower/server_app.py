@@ -1,0 +1,226 @@
+"""The server's part of a run on any grid, and the `ServerApp` that holds it on Flower's SuperLink."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedpeft.errors import FederationError, FedPEFTError, UsageError
+from fedpeft.flower.roster import Roster, roll_call
+from fedpeft.flower.round_loop import (
+    ClientMemory,
+    Federation,
+    Journal,
+    Observer,
+    initial_checkpoint,
+    run_rounds,
+)
+from fedpeft.flower.tasks import Task
+from fedpeft.ledger import Checkpoint
+from fedpeft.records import Evaluation
+from fedpeft.resident import Resident
+from fedpeft.runfile import run_json
+from fedpeft.update import Arrays
+
+RUN_FILE_KEY, OUT_KEY = "fedpeft.run-file", "fedpeft.out"  # in the app's configuration
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the server of a run has, whatever the grid.
+
+    Attributes:
+        evaluate: the global state's evaluation, in this process or its workers.
+        step: told which set-up step begins.
+        ready: called once all clients have answered the roll call.
+    """
+
+    resident: Resident
+    journal: Journal
+    observer: Observer
+    evaluate: Callable[[Arrays], Evaluation | None]
+    step: Callable[[str], None]
+    ready: Callable[[], None]
+
+
+def hold_rounds(
+    server: Server, grid: Grid, last: Checkpoint | None, memory: ClientMemory | None = None
+) -> Checkpoint:
+    """Call the roll, then hold all rounds after `last` (None: from the start); the final checkpoint.
+
+    Args:
+        memory: of a grid whose clients work in this process or forks of it. Without one the run file travels
+            with every task, since other processes than ours must load the run themselves.
+
+    Raises:
+        FederationError: a client is missing, or holds another base model than the server.
+        FedPEFTError: what `run_rounds` raises.
+    """
+    resident = server.resident
+    text = run_json(resident.run) if memory is None else ""
+    server.step("roll call")
+    roster = _roster(resident, grid, text)
+    server.ready()
+    federation = Federation(
+        run=resident.run,
+        digest=resident.run_digest,
+        grid=grid,
+        roster=roster,
+        space=resident.space,
+        stages=resident.stages,
+        journal=server.journal,
+        observer=server.observer,
+        evaluate=server.evaluate,
+        run_json=text,
+        memory=memory,
+    )
+    start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
+    return run_rounds(federation, start)
+
+
+def _roster(resident: Resident, grid: Grid, text: str) -> Roster:
+    clients = len(resident.data.clients)
+    roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=clients)
+    if len(roster.members) < clients:
+        raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
+    if roster.base_digest != resident.base_digest:
+        raise FederationError(
+            "the clients hold another base model than the server; all need the same files and versions"
+        )
+    return roster
+
+
+@dataclass(frozen=True)
+class Order:
+    """What `flwr run` asks of the server.
+
+    Attributes:
+        run_file: path as this process sees it.
+        out: the run's folder; None: as `fedpeft simulate` chooses it.
+    """
+
+    grid: Grid
+    run_file: Path
+    out: Path | None
+
+
+def server_app(serve: Callable[[Order], object]) -> ServerApp:
+    """A `ServerApp` that calls `serve` with what the app's configuration says.
+
+    An error of ours fails the Flower run with its one line; of any other the traceback is logged.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        logging.getLogger("flwr").addFilter(_one_line)
+        serve(read_order(grid, context))
+
+    return app
+
+
+def read_order(grid: Grid, context: Context) -> Order:
+    """Grid and configuration of a Flower run as an order.
+
+    Raises:
+        UsageError: the configuration names no run file.
+    """
+    run_file, out = (str(context.run_config.get(key, "")) for key in (RUN_FILE_KEY, OUT_KEY))
+    if not run_file:
+        raise UsageError(
+            f"{RUN_FILE_KEY} is empty; give the run file: flwr run --run-config '{RUN_FILE_KEY}=\"RUN.toml\"'"
+        )
+    return Order(NodeGrid(grid), Path(run_file), Path(out) if out else None)
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """Log filter: an error of ours says all in its message, so Flower's log shows no traceback of it."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, FedPEFTError):
+        record.msg, record.args = "%s: %s", (type(error).__name__, " ".join(str(error).split()))
+        record.exc_info = record.exc_text = None
+    return True
+
+
+class NodeGrid(Grid):
+    """A grid of Flower's whose every message gets a reply from the node that it went to.
+
+    A SuperLink answers for a node that is gone, or for a reply that got lost, in its own name, and numbers a
+    message that it doesn't take `None`. Here each of them is an error reply of the node.
+    """
+
+    def __init__(self, inner: Grid) -> None:
+        self._inner = inner
+        self._sent: dict[str, Message] = {}  # unanswered, by message id
+        self._refused: dict[str, Message] = {}  # error replies to messages that were not taken
+
+    def set_run(self, run: Any) -> None:
+        """As the inner grid."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """As the inner grid."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to one node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As the inner grid."""
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send; one id for each message, also for those that were not taken."""
+        sent = list(messages)
+        taken: list[str | None] = list(self._inner.push_messages(sent))
+        if len(taken) != len(sent):
+            raise FederationError(
+                f"the SuperLink took {len(taken)} of {len(sent)} messages; its log above says why"
+            )
+        return [self._register(id_, message) for id_, message in zip(taken, sent, strict=True)]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are there."""
+        asked = list(message_ids)
+        replies = [self._refused.pop(id_) for id_ in asked if id_ in self._refused]
+        waiting = [id_ for id_ in asked if id_ in self._sent]
+        for reply in self._inner.pull_messages(waiting) if waiting else ():
+            message = self._sent.pop(reply.metadata.reply_to_message_id)
+            of_node = reply.metadata.src_node_id == message.metadata.dst_node_id
+            replies.append(reply if of_node or not reply.has_error() else _from_node(reply.error, message))
+        return replies
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the inner grid; our round loop pushes and pulls."""
+        return self._inner.send_and_receive(messages, timeout=timeout)
+
+    def _register(self, id_: str | None, message: Message) -> str:
+        if id_ is not None:
+            self._sent[id_] = message
+            return id_
+        refused = f"refused-{message.metadata.group_id}-{message.metadata.dst_node_id}"
+        error = Error(code=0, reason="the SuperLink did not take the message; the node has left")
+        self._refused[refused] = Message(error, reply_to=message)
+        return refused
+
+
+def _from_node(error: Error, message: Message) -> Message:
+    """An error as the reply of the node that `message` went to."""
+    return Message(Error(code=error.code, reason=error.reason or ""), reply_to=message)

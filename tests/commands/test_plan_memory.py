@@ -1,0 +1,99 @@
+"""The memory estimate against optimisers and training steps that really run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from fedpeft.config import TrainingSection
+from fedpeft.planning.memory import OPTIMIZER_NUMBERS, BatchShape, Geometry, activations, optimizer_bytes
+from fedpeft.training.optimizers import OPTIMIZERS, build_optimizer
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHAPES: list[tuple[int, ...]] = [(16, 8), (8,), (2, 3, 5)]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_optimizer_bytes_are_what_torch_keeps(name: str, momentum: float) -> None:
+    section = TrainingSection(optimizer=name, momentum=momentum)
+    parameters = [nn.Parameter(torch.ones(shape)) for shape in SHAPES]
+    optimizer = build_optimizer(section, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for k, v in state.items() if k != "step"]
+    assert optimizer_bytes(section, SHAPES) == sum(v.nbytes for v in kept if isinstance(v, torch.Tensor))
+    assert set(OPTIMIZER_NUMBERS) == set(OPTIMIZERS)
+
+
+def test_activations_by_hand() -> None:
+    shape = Geometry(
+        layers=2,
+        hidden=8,
+        keys=4,
+        inner=16,
+        gated=True,
+        heads=2,
+        vocabulary=10,
+        virtual_tokens=1,
+        fused_attention=False,
+    )
+    batch = BatchShape(rows=3, tokens=4, scored=6)
+    layer = 6 * 8 + 2 * 4 + 4 * 16 + 3 * 2 * 5  # per token; five tokens with the virtual one
+    head = 2 * (15 + 6) * 10
+    plain, saving = TrainingSection(), TrainingSection(gradient_checkpointing=True)
+    assert activations(shape, batch, plain, language=True) == 4 * (15 * 2 * layer + head)
+    assert activations(shape, batch, plain, language=False) == 4 * 15 * 2 * layer
+    assert activations(shape, batch, saving, language=False) == 4 * 15 * (2 * 8 + layer)
+    plainer = replace(shape, gated=False, fused_attention=True)
+    assert activations(plainer, batch, plain, language=False) == 4 * 15 * 2 * (6 * 8 + 2 * 4 + 2 * 16)
+
+
+def measured(run_file: str, *overrides: str, mapped: bool) -> dict[str, int]:
+    """One step in a process of its own. `mapped`: blocks from 64 KiB are mappings and go when freed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=65536" if mapped else ""
+    script = Path(__file__).with_name("measure_step.py")
+    command = [sys.executable, str(script), run_file, *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    result: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def check(run_file: str, *overrides: str) -> None:
+    """The tolerance that `fedpeft.planning.memory` promises."""
+    result = measured(run_file, *overrides, mapped=True)
+    assert 0.75 < result["grown"] / result["alive"] < 1.25
+    result = measured(run_file, *overrides, mapped=False)
+    assert result["grown"] > 0.75 * result["alive"]
+    assert result["grown"] < 1.25 * (result["alive"] + result["allocator"])
+
+
+needs_glibc = pytest.mark.skipif(
+    sys.platform != "linux" or not os.access("/proc/self/clear_refs", os.W_OK),
+    reason="peak memory is measured through Linux's /proc",
+)
+
+
+@needs_glibc
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_estimate_for_the_embedded_model(batch_size: int) -> None:
+    items = ("data.limit=512", "data.partitioner.clients=2", f"training.batch_size={batch_size}")
+    check("demo", *items)
+
+
+@needs_glibc
+@pytest.mark.slow
+def test_estimate_for_a_small_story_teller(shared_dir: Path) -> None:
+    run = REPOSITORY / "simulations" / "dolly_stories260k.toml"
+    check(str(run), "data.limit=1000")
