@@ -64,8 +64,8 @@ class ExactSum:
         """Add one update, all of it or nothing; returns its L2 norm.
 
         Raises:
-            UpdateError: wrong layout, a weight below 1 or beyond the sum's room, NaN or infinity, one update too many, or an entry too
-                large for the exact sum.
+            UpdateError: wrong layout, a weight below 1 or beyond the sum's room, NaN or infinity, one update
+                too many, or an entry too large for the exact sum.
         """
         check_layout(update.arrays, self._layout, who=who)
         if update.weight < 1:

@@ -49,6 +49,8 @@ class ClientOutcome(Record):
     bytes_up: int = 0
     bytes_down: int = 0
     update_norm: float | None = None  # L2 over the whole update, after the client's stages
+    distortion: float | None = None  # relative L2 of what lossy stages sent against what they were given
+    cosine: float | None = None  # between the same two
     virtual_s: float | None = None  # when its answer arrived on the virtual clock, from the round's start
 
 

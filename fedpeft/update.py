@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,23 @@ from numpy.typing import NDArray
 from fedpeft.errors import UpdateError
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+class EncodedArray(Protocol):
+    """A float array in another form, finite by construction."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        ...
+
+    def dense(self) -> NDArray[Any]:
+        """The array itself: float32 of `shape`.
+
+        Raises:
+            UpdateError: the form contradicts itself.
+        """
+        ...
 
 
 def frozen_arrays(arrays: Arrays) -> Arrays:
@@ -36,22 +53,33 @@ def frozen_arrays(arrays: Arrays) -> Arrays:
 class Update:
     """What one client contributes: arrays by name, and the weight with which they count.
 
+    Between a compressing stage's client hook and its server hook the values are in `encoded` instead of
+    `arrays`. Such an update is a message and no vector: adding, scaling and measuring it is refused.
+
     Attributes:
         arrays: parameter (or scalar-vector) name to array; floats are float32, exact quantities int64.
         weight: how much it counts in a weighted mean; rows of training data, or 1 under uniform weighting.
         metrics: numbers that accompany it (loss, steps, examples); never aggregated into the state.
+        encoded: name to compressed array; no name is in both mappings.
     """
 
     arrays: Arrays
     weight: int = 1
     metrics: Mapping[str, float] = field(default_factory=dict)
+    encoded: Mapping[str, EncodedArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
+        object.__setattr__(self, "encoded", MappingProxyType(dict(sorted(self.encoded.items()))))
+        both = sorted(self.arrays.keys() & self.encoded.keys())
+        if both:
+            raise UpdateError(f"array {both[0]!r} came both plain and encoded; one form is needed")
 
     def __add__(self, other: Update) -> Update:
         """Sum of arrays and weights; metrics are dropped, since they mean nothing for a sum."""
+        self._require_vector()
+        other._require_vector()
         check_layout(other.arrays, layout_of(self.arrays), who="the second update")
         arrays = {name: self.arrays[name] + other.arrays[name] for name in self.arrays}
         return Update(arrays, self.weight + other.weight)
@@ -69,10 +97,12 @@ class Update:
 
     def map(self, function: Callable[[str, NDArray[Any]], NDArray[Any]]) -> Update:
         """The update with every array replaced by ``function(name, array)``."""
+        self._require_vector()
         return replace(self, arrays={name: function(name, array) for name, array in self.arrays.items()})
 
     def global_norm(self) -> float:
         """L2 norm over all entries, accumulated in float64."""
+        self._require_vector()
         return math.sqrt(sum(float(np.sum(np.square(a, dtype=np.float64))) for a in self.arrays.values()))
 
     def is_finite(self) -> bool:
@@ -82,7 +112,14 @@ class Update:
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.arrays)
+        return iter(sorted((*self.arrays, *self.encoded)))
+
+    def _require_vector(self) -> None:
+        if self.encoded:
+            name = next(iter(self.encoded))
+            raise UpdateError(
+                f"array {name!r} is encoded: run the stages' server hooks before calculating with it"
+            )
 
 
 Layout = Mapping[str, tuple[tuple[int, ...], str]]

@@ -17,8 +17,8 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "v1", "presets"),
     ("update", "config", "records", "options", "randomness", "files", "codec", "seedspace"),
-    ("runfile", "sampling", "clock", "aggregation", "workers", "merging", "privacy"),
-    ("wire", "data"),
+    ("runfile", "sampling", "clock", "aggregation", "workers", "merging"),
+    ("wire", "data", "privacy"),
     ("models",),
     ("spaces", "stages"),
     ("training",),

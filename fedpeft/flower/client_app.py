@@ -14,7 +14,7 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
 from fedpeft.resident import Resident, resident_for
 from fedpeft.runfile import run_from_json
-from fedpeft.stages import StageContext, on_client
+from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.update import Arrays, arrays_digest
 from fedpeft.wire.codec import Envelope, decode, encode
 
@@ -68,6 +68,9 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
             client=name,
             weight=update.weight,
             metrics=update.metrics,
+            encoded=update.encoded,
+            base_digest=resident.base_digest,
+            stages=stage_list(resident.stages),
         )
     )
 

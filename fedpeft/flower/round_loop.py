@@ -24,7 +24,7 @@ from fedpeft.ledger import Checkpoint
 from fedpeft.records import ClientOutcome, Evaluation, Round
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space
-from fedpeft.stages import Stage, StageContext, on_server
+from fedpeft.stages import Stage, StageContext, on_server, promised_payload, stage_list
 from fedpeft.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
@@ -173,6 +173,7 @@ def _state_payload(federation: Federation, before: Checkpoint, number: int, stat
             round=number,
             state_digest=state_digest,
             space=federation.space.kind,
+            base_digest=federation.roster.base_digest,
         )
     )
 
@@ -242,9 +243,8 @@ def _count(
         payload = read_update(reply)
         envelope = _checked(federation, payload, name, number, state_digest, aggregator)
         context = StageContext(federation.run.run.seed, number, name)
-        update = on_server(
-            federation.stages, Update(envelope.arrays, envelope.weight, envelope.metrics), context
-        )
+        came = Update(envelope.arrays, envelope.weight, envelope.metrics, envelope.encoded)
+        update = on_server(federation.stages, came, context)
         norm = aggregator.fold(name, update)
     except FedPEFTError as error:
         collected.errors.append(error)
@@ -267,6 +267,8 @@ def _count(
         bytes_up=len(payload),
         bytes_down=bytes_down,
         update_norm=norm,
+        distortion=_finite(envelope.metrics.get("distortion")),
+        cosine=_finite(envelope.metrics.get("cosine")),
     )
 
 
@@ -274,13 +276,16 @@ def _checked(
     federation: Federation, payload: bytes, name: str, number: int, state_digest: str, aggregator: Aggregator
 ) -> Envelope:
     """Decode an update and refuse one that is not this client's answer to this round's task."""
-    envelope = decode(payload, who=name, layout=aggregator.layout)
+    promised = promised_payload(federation.stages)
+    envelope = decode(payload, who=name, layout=aggregator.layout, expect=promised)
     expected = {
         "run": (envelope.run_digest, federation.digest),
         "round": (envelope.round, number),
         "client": (envelope.client, name),
         "state": (envelope.state_digest, state_digest),
         "space": (envelope.space, federation.space.kind),
+        "base model": (envelope.base_digest, federation.roster.base_digest),
+        "stages": (envelope.stages, stage_list(federation.stages)),
     }
     for what, (came, wanted) in expected.items():
         if came != wanted:
@@ -313,6 +318,10 @@ def _weighted_mean(losses: list[tuple[int, float]]) -> float | None:
     finite = [(weight, loss) for weight, loss in losses if math.isfinite(loss)]
     total = sum(weight for weight, _ in finite)
     return math.fsum(weight * loss for weight, loss in finite) / total if total else None
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _norm(change: Mapping[str, NDArray[np.floating[Any]]]) -> float:

@@ -14,7 +14,7 @@ from fedpeft.planning.loading import Loaded
 from fedpeft.randomness import stream
 from fedpeft.runfile import run_digest
 from fedpeft.spaces import Space
-from fedpeft.stages import Stage, StageContext, on_client
+from fedpeft.stages import Stage, StageContext, on_client, stage_list
 from fedpeft.training.steps import examples_per_round, local_steps
 from fedpeft.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
@@ -46,7 +46,14 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
     layout = space.update_layout(layout_of(state))
     digest = arrays_digest(state)
     down = encode(
-        Envelope(arrays=state, run_digest=run_digest(run), round=1, state_digest=digest, space=space.kind)
+        Envelope(
+            arrays=state,
+            run_digest=run_digest(run),
+            round=1,
+            state_digest=digest,
+            space=space.kind,
+            base_digest=digest,  # any digest: all have one length
+        )
     )
     name, rows = _middle_client(loaded)
     rng = stream(run.run.seed, "plan")
@@ -68,6 +75,9 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
                     client=name,
                     weight=update.weight,
                     metrics=update.metrics,
+                    encoded=update.encoded,
+                    base_digest=digest,  # any digest: all have one length
+                    stages=stage_list(stages),
                 )
             )
         )

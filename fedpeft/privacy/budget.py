@@ -18,7 +18,9 @@ from fedpeft.privacy.accountant import check_delta, epsilon
 from fedpeft.privacy.events import Event, event_from_plain, event_to_plain, one_kind
 
 VERSION = 1
-FEDERATION = "federation"  # the holder under client-level privacy, where a release is about all clients at once
+FEDERATION = (
+    "federation"  # the holder under client-level privacy, where a release is about all clients at once
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +176,12 @@ def _read(plain: Mapping[str, Any]) -> dict[tuple[int, str], tuple[Event, ...]]:
     known = [event_from_plain(item) for item in plain["events"]]
     charges: dict[tuple[int, str], tuple[Event, ...]] = {}
     for round_, holder, indices in plain["charges"]:
-        if not isinstance(round_, int) or not isinstance(holder, str) or round_ < 1 or (round_, holder) in charges:
+        if (
+            not isinstance(round_, int)
+            or not isinstance(holder, str)
+            or round_ < 1
+            or (round_, holder) in charges
+        ):
             raise ValueError(f"a charge for round {round_!r} of {holder!r}")
         if not all(isinstance(index, int) and 0 <= index < len(known) for index in indices):
             raise ValueError(f"round {round_} names unknown events")

@@ -157,7 +157,8 @@ class PrivateSum:
         std = self._noise_quanta()
         divisor = self._mechanism.expected_cohort * self._mechanism.max_weight
         mean = {
-            name: np.ldexp((total + noise_like(source, std, total)).astype(np.float64), self._exponent) / divisor
+            name: np.ldexp((total + noise_like(source, std, total)).astype(np.float64), self._exponent)
+            / divisor
             for name, total in self._sum.sums().items()
         }
         return Release(
@@ -221,8 +222,11 @@ def poisson_cohort(source: NoiseSource, clients: Sequence[str], sample_rate: flo
     return [name for name, head in zip(names, heads, strict=True) if head]
 
 
-def sample_rate_of(federation: FederationSection) -> float:
+def sample_rate_of(federation: FederationSection, *, max_weight: int | None = None) -> float:
     """The sample rate that a run file's federation may claim.
+
+    Args:
+        max_weight: the public largest weight, where weights are priced into the sensitivity.
 
     Raises:
         PrivacyError: sampling whose amplification isn't proven under adding and removing a client, a cohort
@@ -239,9 +243,9 @@ def sample_rate_of(federation: FederationSection) -> float:
             f"federation.over_selection is {federation.over_selection:g}: the first to answer choose themselves,"
             " which voids amplification by sampling; set it to 0"
         )
-    if federation.weighting != "uniform":
+    if federation.weighting != "uniform" and max_weight is None:
         raise PrivacyError(
-            "federation.weighting 'examples' makes weights that are private and changes the sensitivity; set"
-            " 'uniform', or give a largest weight to the mechanism"
+            "federation.weighting 'examples' makes weights private and the sensitivity unknown; set 'uniform', or"
+            " name a largest weight that every client's is cut to"
         )
     return 1.0 if sampling.kind == "all" else float(sampling.rate or 0.0)

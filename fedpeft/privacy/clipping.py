@@ -49,7 +49,9 @@ def clip(update: Update, clip_norm: float) -> Clipped:
     """
     check_clip_norm(clip_norm)
     if not update.is_finite():
-        raise UpdateError("an update with NaN or infinity cannot be clipped; it is refused and counts as zero")
+        raise UpdateError(
+            "an update with NaN or infinity cannot be clipped; it is refused and counts as zero"
+        )
     norm = update.global_norm()
     if not math.isfinite(norm):
         raise UpdateError("an update whose norm is beyond float64 came; it is refused and counts as zero")

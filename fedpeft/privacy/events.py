@@ -87,9 +87,7 @@ class ClientLevel:
 
     def release(self) -> GaussianRelease:
         """One Poisson-sampled Gaussian."""
-        return GaussianRelease(
-            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=1
-        )
+        return GaussianRelease(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +153,9 @@ def event_from_plain(plain: Mapping[str, Any]) -> Event:
         raise PrivacyError(f"a privacy event of kind {kind!r} came; known: {', '.join(sorted(EVENTS))}")
     event = EVENTS[kind]
     if neighbours != event.neighbours:
-        raise PrivacyError(f"a {kind} event came with neighbours {neighbours!r}; {event.neighbours!r} is needed")
+        raise PrivacyError(
+            f"a {kind} event came with neighbours {neighbours!r}; {event.neighbours!r} is needed"
+        )
     wanted = {field.name for field in fields(event)}
     if values.keys() != wanted:
         raise PrivacyError(f"a {kind} event came with {sorted(values)}; exactly {sorted(wanted)} are needed")

@@ -1,6 +1,15 @@
 """What happens to an update on its way: pairs of client and server hooks, applied like an onion."""
 
-from fedpeft.stages.base import Stage, StageContext, on_client, on_server
+from fedpeft.stages.base import Stage, StageContext, on_client, on_server, promised_payload, stage_list
 from fedpeft.stages.table import STAGES, build_stages
 
-__all__ = ["STAGES", "Stage", "StageContext", "build_stages", "on_client", "on_server"]
+__all__ = [
+    "STAGES",
+    "Stage",
+    "StageContext",
+    "build_stages",
+    "on_client",
+    "on_server",
+    "promised_payload",
+    "stage_list",
+]

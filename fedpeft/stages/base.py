@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.randomness import stream
 from fedpeft.update import Update
+from fedpeft.wire.payloads import Payload
+
+Role = Literal["weigh", "neutral", "bound", "noise", "lossy", "mask"]
+"""What a stage does to an update's values, which decides what may stand before and after it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,21 @@ class StageContext:
 
 
 class Stage(Protocol):
-    """A pair of hooks. Both return a new update; neither changes its argument."""
+    """A pair of hooks. Both return a new update; neither changes its argument.
+
+    Attributes:
+        kind: name in the run file.
+        role: see `fedpeft.stages.composition`.
+        payload: the form in which values leave the client's hook; "dense" leaves them as they are.
+    """
+
+    kind: ClassVar[str]
+    role: ClassVar[Role]
+    payload: ClassVar[Payload]
+
+    def model_dump(self, *, mode: Literal["json"], exclude_defaults: bool) -> dict[str, Any]:
+        """The options by name, as plain JSON. All of them are public: they are in the run file."""
+        ...
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Run on the client before the update leaves."""
@@ -62,3 +81,19 @@ def on_server(stages: Sequence[Stage], update: Update, context: StageContext) ->
     for stage in reversed(stages):
         update = stage.on_server(update, context)
     return update
+
+
+def promised_payload(stages: Sequence[Stage]) -> Payload:
+    """The form in which an update leaves the last client hook."""
+    return next((stage.payload for stage in reversed(stages) if stage.payload != "dense"), "dense")
+
+
+def stage_list(stages: Sequence[Stage]) -> tuple[tuple[str, str], ...]:
+    """Each stage's kind and the options that differ from their defaults, as a header states them."""
+    return tuple(
+        (stage.kind, _compact(stage.model_dump(mode="json", exclude_defaults=True))) for stage in stages
+    )
+
+
+def _compact(options: dict[str, Any]) -> str:
+    return json.dumps(options, sort_keys=True, separators=(",", ":"))

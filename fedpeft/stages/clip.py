@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedpeft.config import PositiveFloat, Section
 from fedpeft.errors import UpdateError
-from fedpeft.stages.base import StageContext
+from fedpeft.stages.base import Role, StageContext
 from fedpeft.update import Update
+from fedpeft.wire.payloads import Payload
 
 ROUNDING = 1e-5  # float32 scaling of d entries moves the norm by far less than this share
 
@@ -16,8 +19,12 @@ class Clip(Section):
     Source: McMahan et al. 2018, algorithm 1, flat clipping.
 
     An all-zero update stays zero. The server clips again, so that a client that didn't can't exceed the bound
-    by more than float rounding.
+    by more than float rounding. Where a lossy stage follows, the server clips what was decompressed.
     """
+
+    kind: ClassVar[str] = "clip"
+    role: ClassVar[Role] = "bound"
+    payload: ClassVar[Payload] = "dense"
 
     clip_norm: PositiveFloat
 

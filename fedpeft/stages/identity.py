@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from fedpeft.config import Section
-from fedpeft.stages.base import StageContext
+from fedpeft.stages.base import Role, StageContext
 from fedpeft.update import Update
+from fedpeft.wire.payloads import Payload
 
 
 class Identity(Section):
     """Both hooks return the update as it is."""
+
+    kind: ClassVar[str] = "identity"
+    role: ClassVar[Role] = "neutral"
+    payload: ClassVar[Payload] = "dense"
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Return `update`."""

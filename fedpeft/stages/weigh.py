@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedpeft.config import Section
 from fedpeft.errors import UpdateError
-from fedpeft.stages.base import StageContext
+from fedpeft.stages.base import Role, StageContext
 from fedpeft.update import Update
+from fedpeft.wire.payloads import Payload
 
 MAX_EXAMPLES = 2**31
 
@@ -19,6 +20,10 @@ class Weigh(Section):
     The trainer leaves the number of rows as the weight, so `examples` only checks it. Under `uniform` the
     server sets 1 again, whatever a client claims.
     """
+
+    kind: ClassVar[str] = "weigh"
+    role: ClassVar[Role] = "weigh"
+    payload: ClassVar[Payload] = "dense"
 
     by: Literal["examples", "uniform"] = "examples"
 

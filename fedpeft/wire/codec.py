@@ -1,35 +1,44 @@
 """`Envelope` to protobuf bytes and back: the one form in which arrays leave a process.
 
-A length is never trusted: shapes and dtypes are checked against the run's own layout, and byte counts against
-shapes, before an array is made. Arrays that come out are read-only views of the received bytes.
+A length is never trusted: the message's size is checked against the run's own layout before it is parsed,
+shapes and dtypes against that layout, and byte counts against shapes, before an array is made. Arrays that
+come out are read-only views of the received bytes; compressed tensors come out in their compressed forms.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.update import Arrays, EncodedArray, Layout, frozen_arrays
 from fedpeft.v1 import update_pb2 as pb
+from fedpeft.wire.bounds import DIGEST_BYTES, check_header, max_payload_bytes
+from fedpeft.wire.checksum import check_seal, sealed
+from fedpeft.wire.payloads import Payload, payload_of, read_coded, read_dense, write_coded, write_dense
 
 PROTOCOL_VERSION = 1
-MAX_DIMENSIONS, MAX_ENTRIES = 16, 2**48  # beyond any model; beyond what NumPy can express lie other errors
-
-_DTYPES = {"<f4": pb.DTYPE_FLOAT32, "<i8": pb.DTYPE_INT64}
-_NUMPY = {number: np.dtype(name) for name, number in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Envelope:
-    """Arrays with what a receiver needs to know before it uses them.
+    """Arrays, plain or compressed, with what a receiver needs to know before it uses them.
 
-    `client` is empty on the way down. `state_digest` is the fingerprint of the global state that the arrays
-    are, or that the client started from.
+    Attributes:
+        arrays: name to plain array.
+        run_digest: SHA-256 of the resolved run file, hex, as all digests here; empty where it means nothing.
+        round: from 1.
+        state_digest: fingerprint of the global state that the arrays are, or that the client started from.
+        space: how the arrays express a change.
+        client: the sender; empty on the way down.
+        weight: 0 where privacy forbids to tell it; it is then absent from the message.
+        metrics: numbers that accompany an update.
+        encoded: name to compressed array; either this or `arrays` is empty.
+        base_digest: fingerprint of everything frozen in the sender's model.
+        stages: (kind, public parameters as JSON) of each stage that the update has passed through.
     """
 
     arrays: Arrays
@@ -40,38 +49,38 @@ class Envelope:
     client: str = ""
     weight: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
+    encoded: Mapping[str, EncodedArray] = field(default_factory=dict)
+    base_digest: str = ""
+    stages: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
+        object.__setattr__(self, "encoded", MappingProxyType(dict(self.encoded)))
+        object.__setattr__(self, "stages", tuple(self.stages))
 
 
 def encode(envelope: Envelope) -> bytes:
     """Serialise; equal envelopes give equal bytes.
 
     Raises:
-        UpdateError: an array whose dtype has no place in the schema.
+        UpdateError: an array whose dtype or form has no place in the schema, plain arrays beside compressed
+            ones, or a header field beyond its bound.
     """
     message = pb.Update()
-    tensors = message.dense.tensors  # filled in place: messages passed to constructors are copied
-    for name, array in envelope.arrays.items():
-        number = _DTYPES.get(array.dtype.newbyteorder("<").str)
-        if number is None:
-            raise UpdateError(f"array {name!r} is {array.dtype.name}; only float32 and int64 can be sent")
-        little = array.astype(_NUMPY[number], copy=False)
-        tensors.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
-    header = message.header
-    header.protocol_version = PROTOCOL_VERSION
-    header.run_digest = envelope.run_digest
-    header.round = envelope.round
-    header.client = envelope.client
-    header.state_digest = envelope.state_digest
-    header.space = envelope.space
-    header.weight = envelope.weight
-    header.metrics.update(envelope.metrics)
-    return message.SerializeToString(deterministic=True)
+    payload = payload_of(envelope.encoded)
+    if envelope.encoded and envelope.arrays:
+        name = next(iter(envelope.arrays))
+        raise UpdateError(f"array {name!r} is plain beside compressed ones; a message holds one kind")
+    if payload == "dense":
+        write_dense(message, envelope.arrays)
+    else:
+        write_coded(getattr(message, payload), envelope.encoded)
+    _write_header(message.header, envelope)
+    check_header(message.header, "the message")
+    return sealed(message.SerializeToString(deterministic=True))
 
 
-def decode(payload: bytes, *, who: str, layout: Layout | None = None) -> Envelope:
+def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Payload = "dense") -> Envelope:
     """Parse and check bytes that came from outside.
 
     Args:
@@ -79,62 +88,82 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None) -> Envelop
         who: named in errors.
         layout: what the arrays must be; without it only the message's own consistency is checked (a client
             that receives the first state has no layout to compare with).
+        expect: the payload that the run's stages promise; compressed ones need `layout`.
 
     Raises:
-        UpdateError: not a message of this version, or one that contradicts itself or `layout`.
+        UpdateError: not a message of this version, or one that contradicts itself, `layout` or `expect`.
+        MissingExtraError: a compressed tensor names a coder whose package is not installed.
     """
+    if layout is None and expect != "dense":
+        raise UpdateError(f"{who}: a {expect} payload can only be read by the layout of its run")
+    if layout is not None and len(payload) > max_payload_bytes(layout):
+        raise UpdateError(
+            f"{who}: {len(payload)} bytes came, an update of this run has at most {max_payload_bytes(layout)}"
+        )
+    check_seal(payload, who)
+    message = _parsed(payload, who)
+    came = message.WhichOneof("payload")
+    if came != expect:
+        raise UpdateError(
+            f"{who}: a payload of {came or 'no known kind'} came, this run's stages send {expect}"
+        )
+    if layout is None or expect == "dense":
+        return _envelope(message.header, read_dense(message.dense, who, layout), {})
+    return _envelope(message.header, {}, read_coded(getattr(message, expect), expect, who, layout))
+
+
+def _parsed(payload: bytes, who: str) -> pb.Update:
     try:
         message = pb.Update.FromString(payload)
     except DecodeError as error:
         raise UpdateError(
-            f"{who}: {len(payload)} bytes came that are no update message (truncated or foreign)"
+            f"{who}: {len(payload)} bytes came that are no update message (foreign or malformed)"
         ) from error
-    header = message.header
-    if header.protocol_version != PROTOCOL_VERSION:
+    version = message.header.protocol_version
+    if version != PROTOCOL_VERSION:
         raise UpdateError(
-            f"{who}: protocol version {header.protocol_version} came, {PROTOCOL_VERSION} is spoken here;"
-            " update the older side"
+            f"{who}: protocol version {version} came, {PROTOCOL_VERSION} is spoken here; update one side"
         )
-    if message.WhichOneof("payload") != "dense":
-        raise UpdateError(f"{who}: the message carries no arrays")
-    arrays = {}
-    for tensor in message.dense.tensors:
-        if tensor.name in arrays:
-            raise UpdateError(f"{who}: array {tensor.name!r} came twice")
-        arrays[tensor.name] = _array(tensor, layout, who)
-    if layout is not None and len(arrays) != len(layout):
-        missing = sorted(set(layout) - set(arrays))
-        raise UpdateError(f"{who}: array {missing[0]!r} is missing, {len(arrays)} of {len(layout)} came")
+    check_header(message.header, who)
+    return message
+
+
+def _write_header(header: pb.Header, envelope: Envelope) -> None:
+    header.protocol_version = PROTOCOL_VERSION
+    header.run_digest = _digest_bytes("run_digest", envelope.run_digest)
+    header.round = envelope.round
+    header.client = envelope.client
+    header.state_digest = _digest_bytes("state_digest", envelope.state_digest)
+    header.space = envelope.space
+    if envelope.weight:
+        header.weight = envelope.weight
+    header.metrics.update(envelope.metrics)
+    header.base_digest = _digest_bytes("base_digest", envelope.base_digest)
+    for kind, parameters in envelope.stages:
+        header.stages.add(kind=kind, parameters=parameters)
+
+
+def _envelope(header: pb.Header, arrays: Arrays, encoded: Mapping[str, EncodedArray]) -> Envelope:
     return Envelope(
         arrays=arrays,
-        run_digest=header.run_digest,
+        run_digest=header.run_digest.hex(),
         round=header.round,
-        state_digest=header.state_digest,
+        state_digest=header.state_digest.hex(),
         space=header.space,
         client=header.client,
         weight=header.weight,
         metrics=dict(header.metrics),
+        encoded=encoded,
+        base_digest=header.base_digest.hex(),
+        stages=tuple((stage.kind, stage.parameters) for stage in header.stages),
     )
 
 
-def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> np.ndarray:
-    dtype = _NUMPY.get(tensor.dtype)
-    if dtype is None:
-        raise UpdateError(f"{who}: array {tensor.name!r} has the unknown dtype number {tensor.dtype}")
-    shape = tuple(tensor.shape)
-    if layout is not None:
-        expected = layout.get(tensor.name)
-        if expected is None:
-            raise UpdateError(f"{who}: array {tensor.name!r} is not part of this run")
-        if expected != (shape, dtype.str):
-            raise UpdateError(
-                f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected"
-                f" {np.dtype(expected[1]).name}{list(expected[0])}"
-            )
-    fits = len(shape) <= MAX_DIMENSIONS and math.prod(max(side, 1) for side in shape) < MAX_ENTRIES
-    if not fits or math.prod(shape) * dtype.itemsize != len(tensor.data):
-        raise UpdateError(
-            f"{who}: array {tensor.name!r} declares {list(shape)[:MAX_DIMENSIONS]} and brings"
-            f" {len(tensor.data)} bytes"
-        )
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+def _digest_bytes(what: str, text: str) -> bytes:
+    try:
+        digest = bytes.fromhex(text)
+    except ValueError:
+        digest = b"?"
+    if len(digest) not in (0, DIGEST_BYTES):
+        raise UpdateError(f"{what} {text[:20]!r} came, {2 * DIGEST_BYTES} hex digits are needed")
+    return digest

@@ -13,6 +13,7 @@ from fedpeft.aggregation import ExactSum
 from fedpeft.errors import UpdateError
 from fedpeft.update import Layout, Update, arrays_digest, layout_of
 from fedpeft.v1 import update_pb2 as pb
+from fedpeft.wire.checksum import SIZE, sealed
 from fedpeft.wire.codec import PROTOCOL_VERSION, Envelope, decode, encode
 from tests.core.strategies import several
 
@@ -92,35 +93,41 @@ FLOAT_PAYLOAD = encode(envelope(Update(FLOATS, 5)))
 
 @pytest.mark.parametrize("layout", [layout_of(FLOATS), None], ids=["known", "unknown"])
 def test_every_truncation_and_every_changed_byte(layout: Layout | None) -> None:
+    """As damage on the way, and as an attacker's work with a checksum that is right."""
+    body = FLOAT_PAYLOAD[:-SIZE]
     for length in range(len(FLOAT_PAYLOAD)):
-        harmless(FLOAT_PAYLOAD[:length], layout)
+        with pytest.raises(UpdateError):
+            decode(FLOAT_PAYLOAD[:length], who="x", layout=layout)
+        harmless(sealed(body[:length]), layout)
     for position in range(len(FLOAT_PAYLOAD)):
         for mask in (0x01, 0x80, 0xFF):
-            mutated = bytearray(FLOAT_PAYLOAD)
-            mutated[position] ^= mask
-            harmless(bytes(mutated), layout)
+            changed = bytearray(FLOAT_PAYLOAD)
+            changed[position] ^= mask
+            with pytest.raises(UpdateError):
+                decode(bytes(changed), who="x", layout=layout)
+            harmless(sealed(bytes(changed[:-SIZE])), layout)
 
 
-@given(st.binary(max_size=200), st.booleans())
-def test_garbage(payload: bytes, known: bool) -> None:
-    harmless(payload, layout_of(FLOATS) if known else None)
+@given(st.binary(max_size=200), st.booleans(), st.booleans())
+def test_garbage(payload: bytes, known: bool, right_checksum: bool) -> None:
+    harmless(sealed(payload) if right_checksum else payload, layout_of(FLOATS) if known else None)
 
 
 @given(st.randoms(use_true_random=False))
 def test_spliced_messages(rng: random.Random) -> None:
     """Cut out, doubled and swapped pieces reach deeper than single bytes."""
-    payload = bytearray(FLOAT_PAYLOAD)
+    payload = bytearray(FLOAT_PAYLOAD[:-SIZE])
     for _ in range(rng.randint(1, 4)):
         start, end = sorted(rng.randrange(len(payload) + 1) for _ in range(2))
         payload[start:end] = rng.choice([b"", payload[start:end] * 2, rng.randbytes(3), PAYLOAD[:20]])
-    harmless(bytes(payload), rng.choice([layout_of(FLOATS), None]))
+    harmless(sealed(bytes(payload)), rng.choice([layout_of(FLOATS), None]))
 
 
 def message(**tensor: object) -> bytes:
     fields: dict[str, object] = {"name": "a", "dtype": pb.DTYPE_FLOAT32, "shape": [1], "data": b"\0" * 4}
     result = pb.Update(header=pb.Header(protocol_version=PROTOCOL_VERSION))
     result.dense.tensors.append(pb.DenseTensor(**{**fields, **tensor}))  # type: ignore[arg-type]
-    return result.SerializeToString()
+    return sealed(result.SerializeToString())
 
 
 @pytest.mark.parametrize(
@@ -168,17 +175,17 @@ def test_other_versions_are_refused(version: int) -> None:
     other = pb.Update.FromString(PAYLOAD)
     other.header.protocol_version = version
     with pytest.raises(UpdateError, match=f"version {version} came"):
-        decode(other.SerializeToString(), who="x")
+        decode(sealed(other.SerializeToString()), who="x")
 
 
 def test_an_array_that_comes_twice_is_refused() -> None:
     twice = pb.Update.FromString(PAYLOAD)
     twice.dense.tensors.append(twice.dense.tensors[0])
     with pytest.raises(UpdateError, match="'a' came twice"):
-        decode(twice.SerializeToString(), who="x", layout=LAYOUT)
+        decode(sealed(twice.SerializeToString()), who="x", layout=LAYOUT)
 
 
 def test_a_message_without_arrays_is_refused() -> None:
     empty = pb.Update(header=pb.Header(protocol_version=PROTOCOL_VERSION))
-    with pytest.raises(UpdateError, match="carries no arrays"):
-        decode(empty.SerializeToString(), who="x")
+    with pytest.raises(UpdateError, match="no known kind"):
+        decode(sealed(empty.SerializeToString()), who="x")

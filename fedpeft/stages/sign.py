@@ -1,0 +1,43 @@
+"""One bit per entry."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from fedpeft.codec import Encoded, SignTensor, sign_with_scale
+from fedpeft.config import Section
+from fedpeft.stages.base import Role, StageContext
+from fedpeft.stages.lossy import EVERY, Float32Array, Patterns, compressed, restored
+from fedpeft.update import Update
+from fedpeft.wire.payloads import Payload
+
+
+class Sign(Section):
+    """Send each entry's sign, and the mean magnitude of the tensor.
+
+    Made for error feedback: without it, the directions of small entries are as loud as those of large ones.
+
+    Source: Karimireddy, Rebjock, Stich and Jaggi 2019, "Error Feedback Fixes SignSGD".
+    """
+
+    kind: ClassVar[str] = "sign"
+    role: ClassVar[Role] = "lossy"
+    payload: ClassVar[Payload] = "sign"
+    tensors: Patterns = EVERY
+    error_feedback: bool = False
+
+    def on_client(self, update: Update, context: StageContext) -> Update:
+        """Compress."""
+        return compressed(self, update, context)
+
+    def on_server(self, update: Update, context: StageContext) -> Update:
+        """Back to float32."""
+        return restored(self, update, context)
+
+    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+        """Signs times ||delta||_1 / d."""
+        return sign_with_scale(delta)
+
+    def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
+        """The promised form."""
+        return None if isinstance(tensor, SignTensor) else f"a {type(tensor).__name__} came"

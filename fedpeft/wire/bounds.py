@@ -1,0 +1,52 @@
+"""What a message may hold at most; the numbers that `update.proto` states."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fedpeft.errors import UpdateError
+from fedpeft.update import Layout
+from fedpeft.v1 import update_pb2 as pb
+
+DIGEST_BYTES = 32
+MAX_TENSORS = 65536
+MAX_METRICS = 64
+MAX_STAGES = 32
+_MAX_HEADER_BYTES = 256 * 1024
+_TENSOR_OVERHEAD = 512  # bytes beside name and values: shape, form, scales of a small tensor, checksum
+
+
+def max_payload_bytes(layout: Layout) -> int:
+    """No update of this layout needs more bytes, in any form: twice the plain values, and some room."""
+    values = sum(2 * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
+    return _MAX_HEADER_BYTES + values + sum(len(name.encode()) + _TENSOR_OVERHEAD for name in layout)
+
+
+def check_header(header: pb.Header, who: str) -> None:
+    """Refuse a header with longer fields than the schema allows.
+
+    Raises:
+        UpdateError: naming the field.
+    """
+    for field in ("run_digest", "state_digest", "base_digest"):
+        if len(getattr(header, field)) not in (0, DIGEST_BYTES):
+            raise UpdateError(
+                f"{who}: {field} has {len(getattr(header, field))} bytes, {DIGEST_BYTES} are needed"
+            )
+    sizes = {
+        "client": (len(header.client.encode()), 1024),
+        "space": (len(header.space.encode()), 64),
+        "metrics": (len(header.metrics), MAX_METRICS),
+        "a metric's name": (max((len(name.encode()) for name in header.metrics), default=0), 64),
+        "stages": (len(header.stages), MAX_STAGES),
+        "a stage's kind": (max((len(stage.kind.encode()) for stage in header.stages), default=0), 64),
+        "a stage's parameters": (
+            max((len(stage.parameters.encode()) for stage in header.stages), default=0),
+            4096,
+        ),
+    }
+    for what, (came, most) in sizes.items():
+        if came > most:
+            raise UpdateError(f"{who}: the header's {what} has size {came}, at most {most} is accepted")
