@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import click
 import typer
 
 from fedpeft import __version__
@@ -21,6 +22,8 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
 }.items():
     os.environ.setdefault(_name, _value)
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="fedpeft",
@@ -129,6 +132,89 @@ def export(
 
 
 @app.command()
+def compress(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
+    out: Annotated[Path, typer.Option(help="File to write, NAME.fpz.")],
+    density: Annotated[float, typer.Option(help="Share of weights whose sign is kept.")] = 0.1,
+    scale: Annotated[
+        str, typer.Option(help="least-squares, or std for alpha times the standard deviation.")
+    ] = "least-squares",
+    alpha: Annotated[float | None, typer.Option(help="Multiple for --scale std.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Compress the weights, not their change since the run began.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Write an adapter as a file some twenty times smaller: signs of the largest changes, one scale each."""
+    from fedpeft.commands.compress import compress_command
+
+    compress_command(adapter, out, density=density, scale=scale, alpha=alpha, raw=raw, force=force)
+
+
+@app.command()
+def decompress(
+    expert: Annotated[Path, typer.Argument(help="File that compress wrote, NAME.fpz.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    init: Annotated[
+        Path | None,
+        typer.Option(help="Run folder whose start to use [default: drawn again on the base model]."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Write a compressed adapter as a folder that peft loads."""
+    from fedpeft.commands.compress import decompress_command
+
+    decompress_command(expert, out, init=init, force=force)
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, run folders or .fpz files.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    method: Annotated[
+        str, typer.Option(help="average, task-arithmetic, ties, dare, lines, pcb or breadcrumbs.")
+    ] = "average",
+    weights: Annotated[str | None, typer.Option(help="One number per adapter, such as 2,1,1.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=NUMBER", help="A coefficient of the method, e.g. lam=0.5."),
+    ] = None,
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="Run file with the held-out rows for --select.")
+    ] = None,
+    select: Annotated[
+        bool, typer.Option("--select", help="Choose the coefficients on the clients' held-out rows.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Merge adapters of one base into one."""
+    from fedpeft.commands.merge import merge_command
+
+    merge_command(
+        adapters,
+        out,
+        method=method,
+        weights=weights,
+        options=list(set_ or []),
+        run_file=run_file,
+        select=select,
+        force=force,
+    )
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a run in seed space.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Rebuild a seed-space run's full model from its base and the run's few integers."""
+    from fedpeft.commands.replay import replay_command
+
+    replay_command(run, out, force=force)
+
+
+@app.command()
 def methods(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -162,21 +248,35 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """Entry point: errors of ours become lines on stderr and their own exit code; Ctrl-C ends with 130."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: errors become lines on stderr and their own exit code; Ctrl-C ends with 130.
+
+    Raises:
+        SystemExit: always, with the exit code; see `fedpeft.errors`.
+    """
     signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_exit_code(arguments))
+
+
+def _exit_code(arguments: list[str] | None) -> int:
     try:
-        return app(arguments, standalone_mode=True)
+        code = typer.main.get_command(app).main(arguments, prog_name="fedpeft", standalone_mode=False)
+        if code == INTERRUPTED:  # typer's own way of ending after Ctrl-C
+            typer.echo("interrupted; a run goes on with: fedpeft simulate --resume DIR", err=True)
+        return code if isinstance(code, int) else 0
     except RunFileError as error:
         for problem in error.problems:
             typer.echo(f"error: {error.source}: {problem}", err=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except FedPEFTError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; go on with: fedpeft simulate --resume DIR", err=True)
-        sys.exit(130)
+        return error.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        typer.echo(error.format_message())
+        return UsageError.exit_code
+    except click.ClickException as error:
+        typer.echo(f"error: {error.format_message()}", err=True)
+        return UsageError.exit_code
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ class DataSection(Section):
 class TrainingSection(Section):
     """What a client does with its rows between two messages."""
 
-    kind: Literal["first-order", "none"] = "first-order"  # none: send back what came, to measure the plumbing
+    kind: Literal["first-order", "zeroth-order", "none"] = "first-order"  # none: send back what came
     optimizer: str = "adamw"
     lr: PositiveFloat = 1e-3
     schedule: str = "constant"  # constant, linear, cosine, over the round's local steps
@@ -152,6 +152,10 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass
     max_grad_norm: PositiveFloat | None = None  # per step, over the whole batch's gradient
+    rule: str = "zo-sgd"  # zeroth order: zo-sgd, sign, conservative, momentum, adam
+    radius: PositiveFloat = 1e-3  # zeroth order: each weight is moved by so much to measure the loss
+    queries: Count = 1  # zeroth order: directions per step, averaged
+    max_scalar: PositiveFloat | None = None  # zeroth order: directional derivatives are cut to this size
 
 
 class SpaceSection(OpenSection):

@@ -12,9 +12,10 @@ from fedpeft.flower.strategies import strategy_problems
 from fedpeft.models.methods import METHODS
 from fedpeft.models.options import peft_problems
 from fedpeft.sampling import cohort_size
-from fedpeft.spaces import build_space
+from fedpeft.spaces import space_options
 from fedpeft.stages import build_stages
 from fedpeft.training.optimizers import check_names
+from fedpeft.training.zeroth_rules import zeroth_problems
 
 
 def problems_of(run: RunConfig) -> list[str]:
@@ -25,7 +26,8 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: _refuse(_base_problems(run)),
         lambda: _refuse(section_problems(run.data, run.model.task)),
         lambda: check_names(run.training),
-        lambda: build_space(run.space),
+        lambda: space_options(run.space),
+        lambda: _refuse(zeroth_problems(run)),
         lambda: build_stages(run),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
     )

@@ -22,8 +22,9 @@ from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
 from fedpeft.models.trainable import frozen_digest, trainable_parameters
 from fedpeft.randomness import derive_seed, stream
 from fedpeft.runfile import run_digest
-from fedpeft.spaces import Space, build_space
+from fedpeft.spaces import Space, Trail, build_space, direction_stream
 from fedpeft.stages import Stage, build_stages
+from fedpeft.training import zeroth_order
 from fedpeft.training.first_order import Rows, TrainingReport, train
 from fedpeft.training.steps import local_steps
 from fedpeft.update import Arrays, Update
@@ -52,6 +53,11 @@ class Resident:
         """Trainable parameters by canonical name."""
         return trainable_parameters(self.model)
 
+    @functools.cached_property
+    def prober(self) -> zeroth_order.Prober:
+        """The model as zeroth-order trainers see it."""
+        return zeroth_order.prober(self.model, direction_stream(self.run.run.seed))
+
     def rows(self, encoded: Encoded, indices: NDArray[np.int64]) -> Rows:
         """Rows as the trainer and the scorer take them."""
         return Rows(encoded, indices, self.run.model.task, _pad_id(self.tokenizer))
@@ -72,20 +78,10 @@ class Resident:
     ) -> tuple[Update, TrainingReport]:
         """One client's part of a round: enter the state, train on its rows, express the change."""
         client, section = self.data.clients[index], self.run.training
-        self.space.enter(self.parameters, state)
-        if section.kind == "none":
-            report = TrainingReport(0.0, 0, 0)
-        else:
-            report = train(
-                self.model,
-                self.parameters,
-                self.rows(self.data.rows, client.train),
-                section,
-                steps=local_steps(section, len(client.train)),
-                rng=stream(self.run.run.seed, "train", client.name, round_),
-                proximal_mu=proximal_mu,
-            )
-        arrays = self.space.express(self.parameters, state)
+        steps = local_steps(section, len(client.train))
+        rng = stream(self.run.run.seed, "train", client.name, round_)
+        report, trail = self._train(client.train, state, section, steps, rng, proximal_mu)
+        arrays = self.space.express(self.parameters, state, trail)
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
         return Update(arrays, len(client.train), metrics), report
 
@@ -93,17 +89,32 @@ class Resident:
         self, indices: NDArray[np.int64], state: Arrays, section: TrainingSection, *, steps: int, name: str
     ) -> Arrays:
         """A baseline: one training run over `indices` from `state`; the state it ends in."""
-        self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "baseline", name)
-        train(
-            self.model,
-            self.parameters,
-            self.rows(self.data.rows, indices),
-            self.run.training,
-            steps=steps,
-            rng=rng,
+        _, trail = self._train(indices, state, section, steps, rng)
+        change = self.space.express(self.parameters, state, trail)
+        return self.space.apply(state, {key: array.astype(np.float64) for key, array in change.items()})
+
+    def _train(
+        self,
+        indices: NDArray[np.int64],
+        state: Arrays,
+        section: TrainingSection,
+        steps: int,
+        rng: np.random.Generator,
+        proximal_mu: float = 0.0,
+    ) -> tuple[TrainingReport, Trail | None]:
+        """Enter the state and train on some rows, as the section says; a trail from zeroth-order trainers."""
+        self.space.enter(self.parameters, state)
+        if section.kind == "none":
+            return TrainingReport(0.0, 0, 0), None
+        rows = self.rows(self.data.rows, indices)
+        if section.kind == "zeroth-order":
+            route = self.space.route(state, steps * section.queries, rng)
+            return zeroth_order.train(self.prober, rows, section, route, steps=steps, rng=rng)
+        report = train(
+            self.model, self.parameters, rows, section, steps=steps, rng=rng, proximal_mu=proximal_mu
         )
-        return self.space.initial_state(self.parameters)
+        return report, None
 
     def batches(self, encoded: Encoded, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Evaluation batches; their composition depends on the run only."""
@@ -126,13 +137,14 @@ def load_resident(run: RunConfig) -> Resident:
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
     """
     seed = run.run.seed
-    space, stages = build_space(run.space), build_stages(run)
+    stages = build_stages(run)
     raw = read_tables(run.data, run.model.task, seed)
     tokenizer = load_tokenizer(run.model)
     data = encode(raw, tokenizer, run.data, run.model.task)
     base = load_base(run.model, num_labels=data.num_labels, seed=derive_seed(seed, "head"))
     model = attach(base, run.peft, task=run.model.task, seed=derive_seed(seed, "adapter"))
     model.eval()
+    space = build_space(run, model)
     return Resident(run, run_digest(run), model, tokenizer, data, space, stages, frozen_digest(model))
 
 

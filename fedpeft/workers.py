@@ -58,7 +58,11 @@ class Workers(Protocol):
         ...
 
     def close(self) -> None:
-        """End the processes; nothing is left behind."""
+        """Let running work finish and end the processes; nothing is left behind."""
+        ...
+
+    def abort(self) -> None:
+        """End the processes now, whatever they are doing; nothing is left behind."""
         ...
 
 
@@ -96,6 +100,9 @@ class InlineWorkers:
     def close(self) -> None:
         """Nothing to end."""
 
+    def abort(self) -> None:
+        """Nothing to end."""
+
 
 class _Filed:
     """A shared value in a file of the pool's own folder; read once per process."""
@@ -129,7 +136,9 @@ class ProcessWorkers:
         self._pool = ProcessPoolExecutor(
             width, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),)
         )
+        others = set(multiprocessing.active_children())
         self.submit(os.getpid).result()  # starts the processes now
+        self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
     def share(self, value: Any) -> Shared:
         """Pickle once; large values go to a file, of which the two newest are kept."""
@@ -166,9 +175,15 @@ class ProcessWorkers:
             raise worker_died() from error
 
     def close(self) -> None:
-        """Cancel what waits, end the processes, delete the shared values."""
+        """Cancel what waits, let the rest finish, end the processes, delete the shared values."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def abort(self) -> None:
+        """Terminate the processes, then as `close`."""
+        for process in self._processes:
+            process.terminate()
+        self.close()
 
 
 def worker_died() -> FederationError:
@@ -203,13 +218,17 @@ class open_workers:  # noqa: N801 - reads as the function that it is
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._workers.close()
+        if error is None:
+            self._workers.close()
+        else:  # an interrupted or failed run doesn't wait for work that nobody will use
+            self._workers.abort()
 
 
 def _start_worker(parent: int) -> None:
     """Settings of a worker process: one thread, Ctrl-C is the parent's business, end with the parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -189,6 +189,7 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
         "signal",
         "sys",
         "typing",
+        "click",
         "typer",
         "fedpeft",
     }

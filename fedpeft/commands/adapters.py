@@ -43,11 +43,12 @@ def model_with_adapter(run: RunConfig, adapter: Path) -> tuple[nn.Module, tuple[
     Raises:
         DataError, ModelError: what cannot be read, loaded or attached.
     """
-    names = _label_names(run)
+    names = label_names(run)
     return _base_with_adapter(run, adapter, len(names) or None), names
 
 
-def _label_names(run: RunConfig) -> tuple[str, ...]:
+def label_names(run: RunConfig) -> tuple[str, ...]:
+    """Names of a classifier's classes, from the run file or else from the rows; none for language models."""
     if run.model.task != "sequence-classification":
         return ()
     if run.data.labels is not None:

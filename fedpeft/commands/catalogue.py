@@ -13,6 +13,7 @@ from fedpeft.evaluation.metrics import METRICS, TASKS
 from fedpeft.flower.strategies import RULES
 from fedpeft.models.methods import METHODS, Method
 from fedpeft.stages import STAGES
+from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Entry:
 
 SPACES = {
     "adapter-delta": "the difference of the trainable parameters, float32",
+    "seed-scalars": "integer scalars of seeded directions, exact (Qin et al. 2024, FedKSeed)",
 }
 OPTIMIZERS = {
     "sgd": "gradient steps, with training.momentum if asked",
@@ -73,6 +75,10 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
         "data.partitioner": _entries(PARTITIONERS),
         "training.optimizer": _entries(OPTIMIZERS),
         "training.schedule": _entries(SCHEDULES),
+        "training.rule": tuple(
+            Entry(name, rule.summary, () if rule.replays else ("adapter-delta only",))
+            for name, rule in ZEROTH_RULES.items()
+        ),
         "space": _entries(SPACES),
         "stages": tuple(Entry(name, _first_line(stage)) for name, stage in STAGES.items()),
         "federation.strategy": tuple(

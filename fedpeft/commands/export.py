@@ -39,7 +39,7 @@ def export_command(
     """
     folder = adapter_folder(adapter)
     digest = adapter_digest(folder)
-    _check_out(out, folder, force=force)
+    check_out(out, folder, force=force)
     if merge:
         folder, run = adapter_and_run(adapter, run_file, overrides)
         _write_merged(run, folder, out)
@@ -52,7 +52,7 @@ def export_command(
     print(f"adapter  {out}\nsha256   {digest}")
 
 
-def _check_out(out: Path, adapter: Path, *, force: bool) -> None:
+def check_out(out: Path, adapter: Path, *, force: bool) -> None:
     """Refuse to write over anything but an earlier export, and that only with `force`.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
@@ -76,6 +77,7 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
 
 
 def _resident(task: Task) -> Resident:
+    torch.set_num_threads(1)  # more would change the last bits of what is computed
     return resident_for(task.run_digest, run_from_json(task.run_json) if task.run_json else None)
 
 

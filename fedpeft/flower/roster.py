@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpeft.errors import FederationError
+from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.exchange import exchange
 from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
 
@@ -46,22 +46,22 @@ def roll_call(grid: Grid, task: Task, *, expected: int, timeout_s: float = 300.0
 
     Raises:
         FederationError: too few nodes in time, two nodes with one name, or base models that differ.
-        FedPEFTError: what a client replied, if none could load the run.
+        FedPEFTError: what a client replied, if too few could load the run.
     """
     nodes = _wait_for_nodes(grid, expected, timeout_s)
     content = task_content(task)
     messages = [Message(content, node, HELLO, group_id="0") for node in nodes]
     greetings: dict[int, Hello] = {}
-    failures = []
+    failures: list[FedPEFTError] = []
     for reply in exchange(grid, messages, timeout_s=timeout_s):
         try:
             greetings[reply.metadata.src_node_id] = read_hello(reply)
-        except Exception as error:  # kept: raised below unless somebody could answer
+        except FedPEFTError as error:  # kept: raised below unless enough others could answer
             failures.append(error)
+    if failures and len(greetings) < expected:
+        raise failures[0]
     if not greetings:
-        raise (
-            failures[0] if failures else FederationError(f"none of {len(nodes)} nodes answered the roll call")
-        )
+        raise FederationError(f"none of {len(nodes)} nodes answered the roll call")
     _check_names(greetings)
     digest = _common_digest(greetings)
     members = {hello.client: Member(node, hello.examples) for node, hello in sorted(greetings.items())}

@@ -245,6 +245,7 @@ def _count(
         context = StageContext(federation.run.run.seed, number, name)
         came = Update(envelope.arrays, envelope.weight, envelope.metrics, envelope.encoded)
         update = on_server(federation.stages, came, context)
+        federation.space.check(update.arrays, who=name)
         norm = aggregator.fold(name, update)
     except FedPEFTError as error:
         collected.errors.append(error)

@@ -54,13 +54,14 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         tensors.update({f"{part}/{name}": np.asarray(array, order="C") for name, array in arrays.items()})
     row = checkpoint.row.model_dump_json()
     header = {
-        "fedpeft": str(VERSION),
+        "version": VERSION,
         "run": checkpoint.run_digest,
-        "round": str(checkpoint.round),
+        "round": checkpoint.round,
         "row": row,
         "digest": _digest(tensors, row, checkpoint.run_digest, checkpoint.round),
     }
-    write_atomically(path, save(tensors, metadata=header))
+    # One key, since safetensors writes several in any order and equal checkpoints shall be equal files.
+    write_atomically(path, save(tensors, metadata={"fedpeft": json.dumps(header)}))
 
 
 def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
@@ -75,10 +76,10 @@ def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
     try:
         tensors = load(content)
         length = int.from_bytes(content[:8], "little")
-        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-        version, came_from = int(header["fedpeft"]), header["run"]
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["fedpeft"])
+        version, came_from = int(header["version"]), header["run"]
         round_, row, digest = int(header["round"]), header["row"], header["digest"]
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _corrupt(path) from error
     if version != VERSION:
         raise StateError(

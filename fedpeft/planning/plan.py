@@ -163,7 +163,7 @@ def _cohort_problems(run: RunConfig, clients: int) -> list[str]:
 
 
 def _sizes(run: RunConfig, loaded: Loaded, problems: Problems) -> Sizes | None:
-    return problems.attempt(lambda: measure_sizes(run, loaded, build_space(run.space), build_stages(run)))
+    return problems.attempt(lambda: measure_sizes(run, loaded, build_space(run, loaded.model), build_stages(run)))
 
 
 def _memory(run: RunConfig, model: nn.Module, data: FederatedData) -> Memory | None:

@@ -1,9 +1,9 @@
 """Coins of probability exp(-gamma) that are exact, at the speed of floats.
 
 A uniform number U in [0, 1) is drawn by its first 64 bits and compared with a float64 value of exp(-gamma).
-Only when the two are closer than float arithmetic can vouch for, about once in 2**38 coins, further bits of U are
-drawn and exp(-gamma) is computed from the exact gamma to as many digits as the comparison needs. So each coin's
-distribution is that of real arithmetic: no rounding enters it, and none can leak.
+Only when the two are closer than float arithmetic can vouch for, about once in 2**38 coins, further bits of U
+are drawn and exp(-gamma) is computed from the exact gamma to as many digits as the comparison needs. So each
+coin's distribution is that of real arithmetic: no rounding enters it, and none can leak.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fedpeft.privacy.noise import NoiseSource
 
-# Bounds |fl(U) - fl(exp(-gamma))| errors: 2**-53 for rounding U, less than 2**-49 for an error in gamma that
-# is relative, or that `discrete_gaussian` makes, and a few units in the last place of exp, which is at most 1.
+# Bounds the errors of both sides: 2**-53 for rounding U, less than 2**-42 for exp of a rounded gamma (2**-49 in
+# `discrete_gaussian`), and a few units in the last place of exp, which is at most 1.
 MARGIN = 2.0**-40
 
 

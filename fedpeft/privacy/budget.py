@@ -2,8 +2,9 @@
 
 The ledger is plain frozen data, committed with a round's checkpoint: charge it *before* anything of the round
 is released, then commit, then release. A charge belongs to a round and a holder, the one whose data it is
-about, so charging the same round again after a crash changes nothing, and a different charge for it is refused.
-One charge pays for one draw of noise: who resends after a crash sends the committed bytes, never a second draw.
+about, so charging the same round again after a crash changes nothing, and a different charge for it is
+refused. One charge pays for one draw of noise: who resends after a crash sends the committed bytes, never a
+second draw.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Spending:
 class BudgetLedger:
     """All charges of a run, at most one per round and holder; every change is a new ledger.
 
-    Holders are the clients under record-level and local privacy (their data are disjoint, so the run's epsilon
-    is the largest of theirs) and `FEDERATION` under client-level privacy.
+    Holders are the clients under record-level and local privacy (their data are disjoint, so the run's
+    epsilon is the largest of theirs) and `FEDERATION` under client-level privacy.
     """
 
     charges: Mapping[tuple[int, str], tuple[Event, ...]] = field(default_factory=dict)
@@ -100,8 +101,8 @@ class BudgetLedger:
             key = (charge.round, charge.holder)
             if held.get(key, charge.events) != charge.events:
                 raise PrivacyError(
-                    f"round {charge.round} of {charge.holder!r} is charged already, with other events; a round"
-                    " is released once: continue from the committed state, or start a new run"
+                    f"round {charge.round} of {charge.holder!r} is charged already, with other events; a"
+                    " round is released once: continue from the committed state, or start a new run"
                 )
             if charge.round < max(last, 1) and key not in held:
                 raise PrivacyError(
@@ -127,9 +128,9 @@ class BudgetLedger:
         if cost > budget.max_epsilon:
             round_ = max((charge.round for charge in charges), default=0)
             raise PrivacyError(
-                f"round {round_} would take {holder!r} to epsilon {cost:.4g} at delta {budget.target_delta:g}; the"
-                f" budget is {budget.max_epsilon:g} and {spent:.4g} is spent: the run stops here; raise"
-                " privacy.noise_multiplier in a new run, or ask for fewer rounds"
+                f"round {round_} would take {holder!r} to epsilon {cost:.4g} at delta"
+                f" {budget.target_delta:g}; the budget is {budget.max_epsilon:g} and {spent:.4g} is spent:"
+                " the run stops here; raise privacy.noise_multiplier in a new run, or ask for fewer rounds"
             )
         return after, Spending(before=spent, after=cost, holder=holder)
 

@@ -1,9 +1,9 @@
 """Client-level privacy at the server: an exact sum of clipped updates, noise in its quanta, one release.
 
 The server is trusted with the clients' updates; whoever sees the models is not. Everything that is added is a
-whole number of quanta (`fedpeft.aggregation.ExactSum`), the noise too, and the sensitivity prices the rounding to
-quanta. Nothing that depends on who came leaves: the sum is divided by the cohort that was *expected*, and
-neither the realised cohort, nor weights, losses or row counts belong into what is published.
+whole number of quanta (`fedpeft.aggregation.ExactSum`), the noise too, and the sensitivity prices the
+rounding to quanta. Nothing that depends on who came leaves: the sum is divided by the cohort that was
+*expected*, and neither the realised cohort, nor weights, losses or row counts belong into what is published.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Release:
 class PrivateSum:
     """One round's sum: `fold` what the cohort sends, then `release` once.
 
-    Floats and whole numbers (a vector of K seed-scalars, whose quantum is 1) go the same way; noise has as many
-    dimensions as the update has entries.
+    Floats and whole numbers (a vector of K seed-scalars, whose quantum is 1) go the same way; noise has as
+    many dimensions as the update has entries.
 
     Args:
         layout: of an update.
@@ -115,8 +115,8 @@ class PrivateSum:
         self._sensitivity = sensitivity_quanta(self._clip_norm, self._exponent, 0 if integral else size)
         if len(self._cohort) > mechanism.clients:
             raise PrivacyError(
-                f"{len(self._cohort)} clients were asked and the mechanism knows {mechanism.clients}; a cohort is"
-                " drawn from the run's clients"
+                f"{len(self._cohort)} clients were asked and the mechanism knows {mechanism.clients}; a"
+                " cohort is drawn from the run's clients"
             )
         # Capacity for all clients, whatever the coins showed, so that no refusal depends on the cohort.
         self._sum = ExactSum(layout, quantum_exponent=quantum_exponent, capacity=mechanism.clients)
@@ -188,8 +188,8 @@ class PrivateSum:
         ):
             raise PrivacyError(
                 f"clip_norm {self._clip_norm:g} times max_weight {self._mechanism.max_weight} for"
-                f" {self._mechanism.clients} clients is 2^{math.log2(reach):.1f} quanta each and does not fit 64"
-                " bits with its noise; raise federation.quantum_exponent"
+                f" {self._mechanism.clients} clients is 2^{math.log2(reach):.1f} quanta each and does not"
+                " fit 64 bits with its noise; raise federation.quantum_exponent"
             )
 
 
@@ -235,17 +235,17 @@ def sample_rate_of(federation: FederationSection, *, max_weight: int | None = No
     sampling = federation.sampling
     if sampling.kind not in ("poisson", "all"):
         raise PrivacyError(
-            f"federation.sampling '{sampling.kind}' draws cohorts of one size, and client-level privacy is accounted"
-            " for Poisson sampling; set sampling = { kind = 'poisson', rate = ... } or 'all'"
+            f"federation.sampling '{sampling.kind}' draws cohorts of one size, and client-level privacy is"
+            " accounted for Poisson sampling; set sampling = { kind = 'poisson', rate = ... } or 'all'"
         )
     if federation.over_selection > 0.0:
         raise PrivacyError(
-            f"federation.over_selection is {federation.over_selection:g}: the first to answer choose themselves,"
-            " which voids amplification by sampling; set it to 0"
+            f"federation.over_selection is {federation.over_selection:g}: the first to answer choose"
+            " themselves, which voids amplification by sampling; set it to 0"
         )
     if federation.weighting != "uniform" and max_weight is None:
         raise PrivacyError(
-            "federation.weighting 'examples' makes weights private and the sensitivity unknown; set 'uniform', or"
-            " name a largest weight that every client's is cut to"
+            "federation.weighting 'examples' makes weights private and the sensitivity unknown; set"
+            " 'uniform', or name a largest weight that every client's is cut to"
         )
     return 1.0 if sampling.kind == "all" else float(sampling.rate or 0.0)

@@ -81,9 +81,9 @@ def check_clip_norm(clip_norm: float) -> None:
 class AdaptiveClipping:
     """A clipping bound that follows a quantile of the clients' norms, its state between rounds.
 
-    Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive Clipping",
-    algorithm 1 and theorem 1. The bit is 1 for an update *within* the bound, so that many ones lower it:
-    C <- C exp(-eta (b - gamma)). Each bit is counted as plus or minus one half, whose sensitivity is a half.
+    Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive
+    Clipping", algorithm 1 and theorem 1. The bit is 1 for an update *within* the bound, so that many ones lower
+    it: C <- C exp(-eta (b - gamma)). Each bit is counted as plus or minus one half, whose sensitivity is a half.
 
     Attributes:
         clip_norm: the bound C of the coming round.
@@ -117,10 +117,11 @@ class AdaptiveClipping:
         """
         if not 0.0 < noise_multiplier < 2.0 * self.count_std:
             raise PrivacyError(
-                f"noise_multiplier {noise_multiplier:g} and count_std {self.count_std:g} came; the multiplier must"
-                f" be positive and below twice count_std: raise count_std above {noise_multiplier / 2.0:g}"
+                f"noise_multiplier {noise_multiplier:g} and count_std {self.count_std:g} came; the"
+                " multiplier must be positive and below twice count_std: raise count_std above"
+                f" {noise_multiplier / 2.0:g}"
             )
-        return (noise_multiplier**-2.0 - (2.0 * self.count_std) ** -2.0) ** -0.5
+        return 1.0 / math.sqrt(noise_multiplier**-2.0 - (2.0 * self.count_std) ** -2.0)
 
     def noisy_fraction(
         self, within: Mapping[str, bool], expected_cohort: float, source: NoiseSource

@@ -1,13 +1,14 @@
 """The discrete Gaussian on the integers, sampled exactly and by the million.
 
 P(x) is proportional to exp(-x^2 / 2 sigma^2) for whole x. Floats added to floats leak through their last bits
-(Mironov 2012); integers added to an exact integer sum have no such bits, and the accountant is exact for them.
+(Mironov 2012); integers added to an exact integer sum have no such bits, and the accountant is exact for
+them.
 
 Source: Canonne, Kamath, Steinke 2020, "The Discrete Gaussian for Differential Privacy", algorithms 2 and 3.
-We differ in that the Laplace scale is the power of two nearest sigma, so that uniform integers are masked bits (any
-scale gives the same distribution, this one is accepted 65-76% of the time), and that coins are settled from
-floats wherever those decide (`fedpeft.privacy.bernoulli`). The number of rejected candidates, hence the time,
-depends on the noise; who can time the sampler to the microsecond learns something about it.
+We differ in that the Laplace scale is the power of two nearest sigma, so that uniform integers are masked
+bits (any scale gives the same distribution, this one is accepted 65-76% of the time), and that coins are
+settled from floats wherever those decide (`fedpeft.privacy.bernoulli`). The number of rejected candidates,
+hence the time, depends on the noise; who can time the sampler to the microsecond learns something about it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _accepted(source: NoiseSource, std: float, candidates: int) -> Integers:
     """Those of some Laplace candidates that a Gaussian accepts (algorithm 3)."""
     scale = 1 << max(0, round(math.log2(std)))
     drawn = _discrete_laplace(source, scale, candidates)
-    # gamma = (|y| - sigma^2/t)^2 / 2 sigma^2, with |y|/sigma and sigma/t each right to 2 units in the last place
+    # gamma = (|y| - sigma^2/t)^2 / 2 sigma^2; |y|/sigma and sigma/t are right to 2 units in the last place
     offset = np.abs(drawn) / std - std / scale
 
     def gamma(index: int) -> Fraction:
@@ -68,7 +69,7 @@ def _accepted(source: NoiseSource, std: float, candidates: int) -> Integers:
 
 
 def _discrete_laplace(source: NoiseSource, scale: int, candidates: int) -> Integers:
-    """Discrete Laplace variables, P(y) proportional to exp(-|y| / scale), `scale` a power of two (algorithm 2).
+    """Discrete Laplace, P(y) proportional to exp(-|y| / scale), for a power of two `scale` (algorithm 2).
 
     Returns:
         int64, about 0.63 times `candidates` of them.
@@ -80,7 +81,8 @@ def _discrete_laplace(source: NoiseSource, scale: int, candidates: int) -> Integ
     uniform, negative = uniform[kept], negative[kept]
     size = uniform + scale * _geometric(source, len(uniform))
     once = ~(negative & (size == 0))  # zero has one sign
-    return np.where(negative, -size, size)[once]
+    drawn: Integers = np.where(negative, -size, size)[once]
+    return drawn
 
 
 def _geometric(source: NoiseSource, count: int) -> Integers:

@@ -4,8 +4,8 @@ A *multiplier* is the noise's standard deviation over the clipping bound, which 
 one protected unit adds. Each type names its neighbouring relation, and a ledger holds events of one type
 only: an epsilon for records and an epsilon for clients are promises about different things and never add up.
 
-Every type promises Gaussian noise from `fedpeft.privacy.noise` on integers, so that `fedpeft.privacy.accountant`
-is exact for it.
+Every type promises Gaussian noise from `fedpeft.privacy.noise` on integers, so that
+`fedpeft.privacy.accountant` is exact for it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RecordLevel:
         _check_count(self.steps, self.kind)
 
     def release(self) -> GaussianRelease:
-        """One Poisson-sampled Gaussian per step; a row's gradient is at most the bound, so it is added whole."""
+        """One Poisson-sampled Gaussian per step; a row adds at most the bound."""
         return GaussianRelease(
             noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=self.steps
         )
@@ -92,7 +92,7 @@ class ClientLevel:
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """Noise on the client before anything leaves: who sees the message learns little of what else it could be.
+    """Noise on the client before anything leaves: who sees the message learns little of what it hides.
 
     The sender is known, so nothing is amplified by sampling; and any two updates within the bound are
     neighbours, which are up to twice the bound apart.

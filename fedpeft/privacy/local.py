@@ -2,7 +2,8 @@
 
 The clipped update is rounded to a grid of 2**quantum_exponent, so that the noise on it is whole numbers and
 exact; only the noised result becomes floats again. Weight and metrics are dropped, since they would tell what
-the noise hides. Send the noised update's bytes again after a fault; a second draw is a second, unpaid release.
+the noise hides. Send the noised update's bytes again after a fault; a second draw is a second, unpaid
+release.
 """
 
 from __future__ import annotations

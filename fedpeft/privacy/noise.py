@@ -1,8 +1,8 @@
 """Where privacy noise and secret coins come from: words of 64 random bits.
 
 Noise that anybody can recompute protects nobody, so it never comes from a run's seed in a deployed run (nor
-from torch's or NumPy's generators, whose state can be recovered from their output). `require_secure` stands at
-every door where noise enters a deployed run.
+from torch's or NumPy's generators, whose state can be recovered from their output). `require_secure` stands
+at every door where noise enters a deployed run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a client's local change is expressed as named arrays, and how aggregated arrays change the model."""
 
-from fedpeft.spaces.base import Space
-from fedpeft.spaces.table import SPACES, build_space
+from fedpeft.spaces.base import Route, Space, Trail, direction_stream
+from fedpeft.spaces.table import SPACES, build_space, space_options
 
-__all__ = ["SPACES", "Space", "build_space"]
+__all__ = ["SPACES", "Route", "Space", "Trail", "build_space", "direction_stream", "space_options"]

@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
-from fedpeft.config import Section
+from fedpeft.config import RunConfig, Section
 from fedpeft.models.trainable import host_array, read_parameters, write_parameters
-from fedpeft.spaces.base import Parameters
+from fedpeft.seedspace.layout import MAX_DIRECTION
+from fedpeft.spaces.base import Parameters, Route, Trail
 from fedpeft.update import Arrays, Layout, frozen_arrays
 
 
@@ -23,6 +25,10 @@ class AdapterDelta(Section):
 
     kind: ClassVar[str] = "adapter-delta"
 
+    def open(self, run: RunConfig, model: nn.Module) -> AdapterDelta:
+        """Itself: it keeps nothing of the model."""
+        return self
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """Copies of the trainable parameters."""
         return frozen_arrays(read_parameters(parameters))
@@ -31,13 +37,21 @@ class AdapterDelta(Section):
         """Copy the state into the trainable parameters."""
         write_parameters(parameters, state)
 
-    def express(self, parameters: Parameters, state: Arrays) -> Arrays:
-        """Parameter minus state, one float32 rounding per entry."""
+    def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
+        """A fresh direction for every visit: nothing has to be replayed from it."""
+        directions = rng.integers(0, MAX_DIRECTION, size=visits, endpoint=True, dtype=np.int64)
+        return Route(directions, exponent=None, largest=0)
+
+    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+        """Parameter minus state, one float32 rounding per entry, however the trainer got there."""
         return {name: host_array(parameter) - state[name] for name, parameter in parameters.items()}
 
     def update_layout(self, state: Layout) -> Layout:
         """The state's own layout."""
         return state
+
+    def check(self, arrays: Arrays, *, who: str) -> None:
+        """Nothing: any finite change is possible, and the exact sum refuses what is not finite."""
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedpeft.config import RunConfig
+from fedpeft.seedspace.layout import Stream
 from fedpeft.update import Arrays, Layout
 
 Parameters = Mapping[str, nn.Parameter]
 """A model's trainable parameters by canonical name, sorted."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which directions a zeroth-order client visits in a round, and in which unit it moves along them.
+
+    Attributes:
+        directions: int64 [visits], indices of directions in the order of the visits.
+        exponent: log2 of the quantum that every move is a multiple of; None: moves are plain float32.
+        largest: the most quanta that one visit may move.
+    """
+
+    directions: NDArray[np.int64]
+    exponent: int | None
+    largest: int
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What a zeroth-order client did on its route.
+
+    Attributes:
+        directions: int64 [visits].
+        amounts: int64 [visits], the quanta by which each visit moved the parameters; all zero without one.
+    """
+
+    directions: NDArray[np.int64]
+    amounts: NDArray[np.int64]
+
+
+def direction_stream(seed: int) -> Stream:
+    """Where all directions of a run come from."""
+    return Stream(seed)
 
 
 class Space(Protocol):
@@ -28,7 +64,7 @@ class Space(Protocol):
         ...
 
     def initial_state(self, parameters: Parameters) -> Arrays:
-        """The state that stands for the parameters as they are now."""
+        """The state that a run starts from; `parameters` are as the model was loaded."""
         ...
 
     def enter(self, parameters: Parameters, state: Arrays) -> None:
@@ -39,14 +75,47 @@ class Space(Protocol):
         """
         ...
 
-    def express(self, parameters: Parameters, state: Arrays) -> Arrays:
-        """The change from `state` to where local training has left the parameters."""
+    def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
+        """The directions that a zeroth-order client visits from `state`."""
+        ...
+
+    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+        """The change from `state` to where local training has left the parameters.
+
+        Args:
+            trail: how a zeroth-order trainer got there; None from other trainers.
+        """
         ...
 
     def update_layout(self, state: Layout) -> Layout:
         """Names, shapes and dtypes of an update, given those of the state."""
         ...
 
+    def check(self, arrays: Arrays, *, who: str) -> None:
+        """Refuse an update whose values no honest client can send.
+
+        Raises:
+            UpdateError: naming `who` sent it.
+        """
+        ...
+
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
-        """The next state: `state` moved by an aggregated change (float64), rounded once."""
+        """The next state: `state` moved by an aggregated change (float64), rounded once.
+
+        Raises:
+            UpdateError: the state would leave its range.
+        """
+        ...
+
+
+class SpaceOptions(Protocol):
+    """A space as the run file describes it, before there is a model."""
+
+    @property
+    def kind(self) -> str:
+        """Name in the run file."""
+        ...
+
+    def open(self, run: RunConfig, model: nn.Module) -> Space:
+        """The space over the trainable parameters of `model`, which is as it was loaded."""
         ...

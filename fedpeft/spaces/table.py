@@ -4,21 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.config import SpaceSection
+from torch import nn
+
+from fedpeft.config import RunConfig, SpaceSection
 from fedpeft.options import build_option
 from fedpeft.spaces.adapter_delta import AdapterDelta
-from fedpeft.spaces.base import Space
+from fedpeft.spaces.base import Space, SpaceOptions
+from fedpeft.spaces.seed_scalars import SeedScalarsOptions
 
-SPACES: dict[str, Any] = {  # a class that is a Space and takes its options by name
+SPACES: dict[str, Any] = {  # a class that is SpaceOptions and takes its options by name
     "adapter-delta": AdapterDelta,
+    "seed-scalars": SeedScalarsOptions,
 }
 
 
-def build_space(section: SpaceSection) -> Space:
-    """The space a run file asks for.
+def space_options(section: SpaceSection) -> SpaceOptions:
+    """What a run file says of its space.
 
     Raises:
         RunFileError: an unknown name or option.
     """
-    space: Space = build_option("space", SPACES, section.kind, section.options)
-    return space
+    options: SpaceOptions = build_option("space", SPACES, section.kind, section.options)
+    return options
+
+
+def build_space(run: RunConfig, model: nn.Module) -> Space:
+    """The space of a run over a model that was just loaded.
+
+    Raises:
+        RunFileError: an unknown name or option.
+        FedPEFTError: the model's trainable set cannot be expressed in it.
+    """
+    return space_options(run.space).open(run, model)

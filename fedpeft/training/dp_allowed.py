@@ -1,8 +1,8 @@
 """Which PEFT methods may train under record-level privacy, on which models; everything else is refused.
 
-Opacus's own validation is no proof: some methods pass it and get wrong per-example gradients without a word. A
-combination stands in `ALLOWED` because a test compares the per-example gradients of every trained tensor with
-those of one example at a time; the largest error there is 1e-6 of an example's whole gradient.
+Opacus's own validation is no proof: some methods pass it and get wrong per-example gradients without a word.
+A combination stands in `ALLOWED` because a test compares the per-example gradients of every trained tensor
+with those of one example at a time; the largest error there is 1e-6 of an example's whole gradient.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "oft": _BUFFERS,
         "psoft": _BUFFERS,
         "dora": "its layers take arguments that per-example hooks don't carry",
-        "full": "position embeddings are looked up once for the whole batch, so per-example gradients are lost",
+        "full": "position embeddings are looked up once for all rows, which loses per-example gradients",
         "bitfit": "it needs biases, and is proven on encoders only",
     }
 )

@@ -1,7 +1,7 @@
 """One loss per example, so that what one record adds to a gradient does not depend on its batch.
 
-A mean over all tokens of a batch divides each record's loss by the others' lengths; clipping each gradient then
-bounds nothing. Here each record's loss is the mean over its own scored tokens.
+A mean over all tokens of a batch divides each record's loss by the others' lengths; clipping each gradient
+then bounds nothing. Here each record's loss is the mean over its own scored tokens.
 """
 
 from __future__ import annotations

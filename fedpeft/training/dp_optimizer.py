@@ -1,8 +1,8 @@
 """Clipped sums of per-example gradients on an integer grid, with exact noise.
 
 Opacus adds floats to floats; its own remedy needs a package that cannot be had. Here each example's clipped
-gradient is rounded to whole quanta, so that sums are exact, the noise is whole numbers from a `NoiseSource`, and
-the sensitivity prices the rounding.
+gradient is rounded to whole quanta, so that sums are exact, the noise is whole numbers from a `NoiseSource`,
+and the sensitivity prices the rounding.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class ExactNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyp
 
     Source: Abadi et al. 2016, algorithm 1; Canonne, Kamath, Steinke 2020 for the noise.
 
-    `summed_grad` holds whole numbers (float64) in quanta of ``2**exponent``; `grad` is the noised sum over the
-    *expected* batch size in the parameter's dtype. An example whose gradient is not finite adds nothing: a
-    refusal would tell about it.
+    `summed_grad` holds whole numbers (float64) in quanta of ``2**exponent``; `grad` is the noised sum over
+    the *expected* batch size in the parameter's dtype. An example whose gradient is not finite adds nothing:
+    a refusal would tell about it.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class ExactNoiseOptimizer(DPOptimizer):  # type: ignore[misc]  # Opacus is untyp
         self._examples += examples
         if self._examples > MAX_EXAMPLES:
             raise PrivacyError(
-                f"{self._examples} examples came into one step and its sum is exact for {MAX_EXAMPLES}; lower the"
-                " sample rate"
+                f"{self._examples} examples came into one step and its sum is exact for {MAX_EXAMPLES};"
+                " lower the sample rate"
             )
 
 

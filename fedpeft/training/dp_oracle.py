@@ -1,7 +1,7 @@
 """The proof repeated on the model at hand: per-example gradients against one example at a time.
 
-A run file may give a method options that the table's test never saw (other targets, another initialisation). So
-a run checks its own model once, on made-up tokens, which say nothing about anybody's rows.
+A run file may give a method options that the table's test never saw (other targets, another initialisation).
+So a run checks its own model once, on made-up tokens, which say nothing about anybody's rows.
 """
 
 from __future__ import annotations
@@ -41,11 +41,7 @@ def verify_per_example(
     """
     rows = _made_up(task, vocabulary, labels)
     with _only_trained_layers_training(model):
-        with per_example(model, parameters) as hooked:
-            together = {
-                name: sample.detach().clone()
-                for name, sample in example_gradients(hooked, parameters, rows, rows.indices).items()
-            }
+        together = _together(model, parameters, rows)
         worst = 0.0
         for place in range(len(LENGTHS)):
             single = _gradient(model, parameters, rows, place)
@@ -58,6 +54,21 @@ def verify_per_example(
             f" {TOLERANCE:g} is allowed: remove peft options, or choose another peft.method"
         )
     return worst
+
+
+def _together(model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: Rows) -> dict[str, Tensor]:
+    """Per-example gradients of all made-up rows in one batch, [B, ...] by name."""
+    try:
+        with per_example(model, parameters) as hooked:
+            found = example_gradients(hooked, parameters, rows, rows.indices)
+            return {name: sample.detach().clone() for name, sample in found.items()}
+    except PrivacyError:
+        raise
+    except Exception as error:  # hooks on layers they don't know fail in every way
+        raise PrivacyError(
+            f"record-level privacy: per-example hooks fail on this model ({type(error).__name__}); choose"
+            " another peft.method"
+        ) from error
 
 
 def _gradient(
@@ -91,7 +102,7 @@ def _made_up(task: Task, vocabulary: int, labels: int) -> Rows:
 
 @contextmanager
 def _only_trained_layers_training(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and on only what Opacus's hooks look at: the flag of layers that hold trained parameters."""
+    """Dropout off; on only the flag that Opacus's hooks look at, of layers that hold trained parameters."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
     for module in flags:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from fedpeft.training.optimizers import build_optimizer, build_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class RecordMechanism:
-    """What a client promises about each of its rows; every number is public, and chosen without looking at them.
+    """What a client promises about each of its rows; every number is public, and chosen without their help.
 
     Attributes:
         max_grad_norm: bound on each example's gradient, over all trained tensors together.
@@ -76,14 +77,16 @@ def train(
 ) -> PrivateReport:
     """Train `parameters` in place for `steps` noised steps; the protected unit is a row of `rows`.
 
-    Each step takes every row by its own coin (Poisson sampling; a step may be empty and is noise alone), clips
-    each row's gradient, adds noise and divides by the expected batch size. Rows are never packed into common
-    sequences, so a row is a record; one person's several rows are several records.
+    Each step takes every row by its own coin (Poisson sampling; a step may be empty and is noise alone),
+    clips each row's gradient, adds noise and divides by the expected batch size. Rows are never packed into
+    common sequences, so a row is a record; one person's several rows are several records.
 
     Call `fedpeft.training.dp_allowed.check_allowed` when the run is prepared, and
-    `fedpeft.training.dp_oracle.verify_per_example` once on each model: Opacus alone doesn't notice every mistake.
+    `fedpeft.training.dp_oracle.verify_per_example` once on each model: Opacus alone doesn't notice every
+    mistake.
 
-    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1. The optimiser (momentum,
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1. The optimiser
+        (momentum,
     Adam's moments, schedule, FedProx's pull) works on the noised gradient, which costs nothing more.
 
     Args:
@@ -166,8 +169,8 @@ def per_example(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Ite
         hooked = GradSampleModule(model, strict=True, loss_reduction="sum")
     except NotImplementedError as error:
         raise PrivacyError(
-            f"record-level privacy: a trained layer keeps buffers, which are not private ({len(error.args)} such);"
-            " choose another peft.method"
+            f"record-level privacy: a trained layer keeps buffers, which are not private ({len(error.args)}"
+            " such); choose another peft.method"
         ) from error
     try:
         yield hooked
@@ -211,7 +214,11 @@ def example_gradients(
         logits = model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
         ).logits
-        EXAMPLE_LOSSES[rows.task](logits, batch.labels.to(device)).sum().backward()  # type: ignore[no-untyped-call]
+        losses = EXAMPLE_LOSSES[rows.task](logits, batch.labels.to(device))
+        with warnings.catch_warnings():
+            # The first trained layer reads frozen embeddings; its outputs' gradients are what Opacus needs.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            losses.sum().backward()  # type: ignore[no-untyped-call]  # torch annotates it so
     found: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         if not len(indices):
@@ -220,8 +227,8 @@ def example_gradients(
         if not isinstance(sample, Tensor) or sample.shape != (len(indices), *parameter.shape):
             came = tuple(sample.shape) if isinstance(sample, Tensor) else "none"
             raise PrivacyError(
-                f"record-level privacy: '{name}' of shape {tuple(parameter.shape)} got per-example gradients of"
-                f" shape {came} for {len(indices)} examples; choose another peft.method"
+                f"record-level privacy: '{name}' of shape {tuple(parameter.shape)} got per-example"
+                f" gradients of shape {came} for {len(indices)} examples; choose another peft.method"
             )
         found[name] = sample
     return found

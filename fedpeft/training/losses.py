@@ -64,6 +64,20 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {"causal-lm": causal_loss, "sequence-classification": class_loss}
 
 
+def precise_causal_loss(logits: Tensor, labels: Tensor) -> float:
+    """`causal_loss` with the tokens' float32 losses summed in float64, for differences of nearby losses."""
+    rows, targets, _ = token_logits(logits, labels)
+    return float(functional.cross_entropy(rows, targets, reduction="none").double().sum())
+
+
+def precise_class_loss(logits: Tensor, labels: Tensor) -> float:
+    """`class_loss` with the examples' float32 losses summed in float64."""
+    return float(functional.cross_entropy(logits.float(), labels, reduction="none").double().sum())
+
+
+PRECISE_LOSSES = {"causal-lm": precise_causal_loss, "sequence-classification": precise_class_loss}
+
+
 @torch.no_grad()
 def causal_scores(logits: Tensor, labels: Tensor) -> ExampleScores:
     """Scores of a causal batch; see `ExampleScores`."""

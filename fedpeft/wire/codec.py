@@ -14,10 +14,11 @@ from types import MappingProxyType
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Arrays, EncodedArray, Layout, frozen_arrays
+from fedpeft.update import Arrays, EncodedArray, Layout, frozen_arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.bounds import DIGEST_BYTES, check_header, max_payload_bytes
 from fedpeft.wire.checksum import check_seal, sealed
+from fedpeft.wire.exact import codable, exact_payload, read_exact, write_exact
 from fedpeft.wire.payloads import Payload, payload_of, read_coded, read_dense, write_coded, write_dense
 
 PROTOCOL_VERSION = 1
@@ -71,7 +72,10 @@ def encode(envelope: Envelope) -> bytes:
     if envelope.encoded and envelope.arrays:
         name = next(iter(envelope.arrays))
         raise UpdateError(f"array {name!r} is plain beside compressed ones; a message holds one kind")
-    if payload == "dense":
+    exact = exact_payload(layout_of(envelope.arrays))
+    if exact is not None and codable(envelope.arrays):
+        write_exact(message, envelope.arrays, exact)
+    elif payload == "dense":
         write_dense(message, envelope.arrays)
     else:
         write_coded(getattr(message, payload), envelope.encoded)
@@ -88,7 +92,8 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
         who: named in errors.
         layout: what the arrays must be; without it only the message's own consistency is checked (a client
             that receives the first state has no layout to compare with).
-        expect: the payload that the run's stages promise; compressed ones need `layout`.
+        expect: the payload that the run's stages promise; compressed ones need `layout`. Vectors of integers,
+            which no stage may change, have payloads of their own.
 
     Raises:
         UpdateError: not a message of this version, or one that contradicts itself, `layout` or `expect`.
@@ -103,10 +108,15 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
     check_seal(payload, who)
     message = _parsed(payload, who)
     came = message.WhichOneof("payload")
-    if came != expect:
+    if layout is None and came in ("seed_scalars", "projected"):
+        return _envelope(message.header, read_exact(message, came, who, None), {})
+    exact = exact_payload(layout) if layout is not None and expect == "dense" else None
+    if came is None or came not in (exact, expect):
         raise UpdateError(
-            f"{who}: a payload of {came or 'no known kind'} came, this run's stages send {expect}"
+            f"{who}: a payload of {came or 'no known kind'} came, this run's stages send {exact or expect}"
         )
+    if exact is not None and came == exact:
+        return _envelope(message.header, read_exact(message, exact, who, layout), {})
     if layout is None or expect == "dense":
         return _envelope(message.header, read_dense(message.dense, who, layout), {})
     return _envelope(message.header, {}, read_coded(getattr(message, expect), expect, who, layout))

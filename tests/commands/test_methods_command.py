@@ -16,6 +16,7 @@ from fedpeft.models.methods import METHODS
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
+from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 from tests.commands.calling import Call
 
 
@@ -29,6 +30,7 @@ TABLES: dict[str, set[str]] = {
     "data.partitioner": kinds(PartitionerSection, "kind"),
     "training.optimizer": set(OPTIMIZERS),
     "training.schedule": set(SCHEDULES),
+    "training.rule": set(ZEROTH_RULES),
     "space": set(SPACES),
     "stages": set(STAGES),
     "federation.strategy": set(RULES),

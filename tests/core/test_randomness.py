@@ -31,7 +31,14 @@ def test_seeds_fit_every_generator(seed: int, name: list[str | int]) -> None:
 
 @pytest.mark.parametrize(
     ("left", "right"),
-    [((0, "a"), (1, "a")), ((0, "a", 1), (0, "a", "1")), ((0, "a", "b"), (0, "ab")), ((0, 1, 2), (0, 2, 1))],
+    [
+        ((0, "a"), (1, "a")),
+        ((0, "a", 1), (0, "a", "1")),
+        ((0, "a", "b"), (0, "ab")),
+        ((0, "a", "b"), (0, "a\x1fstr:b")),
+        ((0, "a\x1f"), (0, "a\\x1f")),
+        ((0, 1, 2), (0, 2, 1)),
+    ],
 )
 def test_different_names_are_different_streams(
     left: tuple[str | int, ...], right: tuple[str | int, ...]

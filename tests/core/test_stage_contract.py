@@ -19,7 +19,17 @@ from fedpeft.update import Update, arrays_digest, layout_of
 from tests.core.strategies import FLOAT, several
 
 # Options with which each stage is put through the contract; a new stage adds its line.
-OPTIONS: dict[str, dict[str, Any]] = {"clip": {"clip_norm": 1.0}, "identity": {}, "weigh": {}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "clip": {"clip_norm": 1.0},
+    "compeft": {},
+    "dare": {},
+    "identity": {},
+    "quantise": {},
+    "random-k": {},
+    "sign": {},
+    "top-k": {},
+    "weigh": {},
+}
 
 
 def context(seed: int = 0) -> StageContext:
@@ -42,7 +52,7 @@ UPDATE = normal((4, 3), (5,), ())
 
 def test_every_stage_is_under_the_contract() -> None:
     assert set(OPTIONS) == set(STAGES)
-    assert len(STAGES) == 3
+    assert len(STAGES) == 9
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
@@ -63,7 +73,8 @@ class TestContract:
         assert came.is_finite()
 
     def test_equal_streams_give_equal_bits(self, name: str) -> None:
-        once, twice = (make(name).on_client(UPDATE, context(3)) for _ in range(2))
+        stage = make(name)
+        once, twice = (stage.on_server(stage.on_client(UPDATE, context(3)), context(3)) for _ in range(2))
         assert arrays_digest(once.arrays) == arrays_digest(twice.arrays)
 
     def test_a_zero_update_stays_zero(self, name: str) -> None:
@@ -153,7 +164,7 @@ class Noted:
 
 def test_stages_are_an_onion() -> None:
     notes: list[str] = []
-    stages = (Noted("one", notes), Noted("two", notes))
+    stages: Any = (Noted("one", notes), Noted("two", notes))
     on_server(stages, on_client(stages, UPDATE, context()), context())
     assert notes == ["client one", "client two", "server two", "server one"]
 

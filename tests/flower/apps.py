@@ -31,6 +31,8 @@ def envelope_for(message: Message, client: str, value: float = 1.0) -> Envelope:
         client=client,
         weight=2,
         metrics=metrics,
+        base_digest=state.base_digest,
+        stages=(("weigh", "{}"),),
     )
 
 
@@ -97,7 +99,7 @@ def make_app(behaviour: dict[int, str]) -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return hello_reply(Hello(f"client-{_number(context)}", 10, "base"), message)
+        return hello_reply(Hello(f"client-{_number(context)}", 10, "ba5e" * 16), message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

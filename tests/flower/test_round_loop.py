@@ -15,7 +15,7 @@ from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.runfile import build_run, run_digest
-from fedpeft.spaces import build_space
+from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
 from fedpeft.update import frozen_arrays
 from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
@@ -58,7 +58,7 @@ def held(
         digest=digest,
         grid=grid,
         roster=roster,
-        space=build_space(run.space),
+        space=AdapterDelta(),
         stages=build_stages(run),
         journal=recorder,
         observer=recorder,

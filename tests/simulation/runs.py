@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ def strip(row: dict[str, Any]) -> dict[str, Any]:
 def _tensors(content: bytes) -> str:
     """Digest of a checkpoint's tensors; its header holds wall times."""
     length = int.from_bytes(content[:8], "little")
-    header = re.sub(rb'"__metadata__":\{.*?\}(,|\})', b"", content[8 : 8 + length])
-    return _digest(header[:0] + content[8 + length :])
+    return _digest(content[8 + length :])
 
 
 def _digest(content: bytes) -> str:

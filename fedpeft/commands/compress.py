@@ -1,0 +1,106 @@
+"""`fedpeft compress` and `fedpeft decompress`: adapters as small files.
+
+What is compressed is the change of each tensor since the run began: the adapter's weights minus those of the
+untrained adapter, where the adapter lies in its run's folder (the first checkpoint tells, else the run's
+seed). The file says how to draw the untrained adapter again, with its digest, so that it is enough by itself
+beside the base model. An adapter without a run, or with `--raw`, is compressed as it is, which costs quality:
+LoRA's factor A starts at random, and its start is then part of what is thinned out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedpeft import __version__
+from fedpeft.codec import Distortion, Expert, compress_named, dense_named, distortion, write_expert
+from fedpeft.codec.expert_file import SUFFIX
+from fedpeft.commands.experts import Adapter, delta_of, read_adapter, write_folder
+from fedpeft.commands.export import check_out
+from fedpeft.errors import StateError, UsageError
+from fedpeft.files import folder_atomically, storage
+from fedpeft.options import build_option
+from fedpeft.reporting.text import byte_size
+from fedpeft.stages import STAGES, StageContext
+from fedpeft.update import arrays_digest
+
+_HERE = StageContext(seed=0, round=1, client="expert")
+
+
+def compress_command(
+    adapter: Path, out: Path, *, density: float, scale: str, alpha: float | None, raw: bool, force: bool
+) -> None:
+    """Write an adapter's change as signs and scales to a `.fpz` file, and print what that costs.
+
+    Raises:
+        UsageError: `out` is no `.fpz` name, or options out of range.
+        StateError: `out` is there already and `force` is off.
+        FedPEFTError: the adapter or its run cannot be read.
+    """
+    _check_file(out, force=force)
+    options = {"density": density, "scale": scale} | ({} if alpha is None else {"alpha": alpha})
+    stage = build_option("compress", STAGES, "compeft", options)
+    source = read_adapter(adapter)
+    if raw:
+        source = Adapter(source.config, source.weights)
+    delta = delta_of(source)
+    tensors = compress_named(
+        delta, lambda name, array: stage.compress(name, array, _HERE), lambda name: bool(delta[name].any())
+    )
+    metadata = {
+        "fedpeft": __version__,
+        "base_digest": _base_of(source),
+        "adapter_config": dict(source.config),
+        "method": {"kind": "compeft", **options},
+        "start": None
+        if source.start is None
+        else source.start.model_dump(mode="json", exclude_defaults=True),
+    }
+    with storage(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    size = write_expert(out, Expert(metadata, tensors))
+    entries = sum(array.size for array in delta.values())
+    _print(out, size, entries, distortion(delta, dense_named(tensors)), started=source.start is not None)
+
+
+def decompress_command(path: Path, out: Path, *, init: Path | None, force: bool) -> None:
+    """Write the adapter of a `.fpz` file as a folder that `peft` loads.
+
+    Args:
+        init: a run's folder, whose first checkpoint is the start; default: the start is drawn again.
+
+    Raises:
+        UsageError: `path` is no file.
+        StateError: `out` is in the way.
+        FedPEFTError: the file is corrupt, or its base model cannot be loaded.
+    """
+    if not path.is_file():
+        raise UsageError(f"{path} is no file; give a {SUFFIX} file that fedpeft compress wrote")
+    check_out(out, path, force=force)
+    source = read_adapter(path, init)
+    with storage(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomically(out) as fresh:
+        write_folder(fresh, source.config, source.weights)
+    print(f"adapter  {out}\nweights  {arrays_digest(source.weights)}")
+
+
+def _base_of(source: Adapter) -> str:
+    """What names the base: its path as the adapter's config has it."""
+    return f"name:{source.config.get('base_model_name_or_path') or 'unknown'}"
+
+
+def _check_file(out: Path, *, force: bool) -> None:
+    if out.suffix != SUFFIX:
+        raise UsageError(f"--out {out} needs a name that ends with {SUFFIX}")
+    if out.is_dir() or (out.exists() and not force):
+        raise StateError(f"--out {out} is there already; replace it with --force, or choose another name")
+
+
+def _print(out: Path, size: int, entries: int, lost: Distortion, *, started: bool) -> None:
+    bits, smaller = 8 * size / max(1, entries), 2 * entries / size
+    print(f"expert      {out}")
+    print(f"size        {byte_size(size)}: {bits:.3f} bits per weight, {smaller:.1f}x smaller than bf16")
+    print(f"dense       {byte_size(4 * entries)} as fp32, {byte_size(2 * entries)} as bf16")
+    print(f"distortion  {lost.relative_l2:.3f} relative L2, cosine {lost.cosine:.3f}")
+    if not started:
+        print("start       unknown: the weights themselves were compressed, not their change")

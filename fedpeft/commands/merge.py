@@ -1,0 +1,166 @@
+"""`fedpeft merge`: one adapter from several of one base.
+
+Rules act on what each adapter learned: its weights minus the untrained adapter's, where all adapters began at
+the same one. Where that is not so, or not known, they act on the weights themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedpeft.commands.evaluate import evaluate_adapter
+from fedpeft.commands.experts import Adapter, Weights, delta_of, moved, read_adapter, write_folder
+from fedpeft.commands.export import check_out
+from fedpeft.config import RunConfig
+from fedpeft.errors import ModelError, UsageError
+from fedpeft.evaluation.metrics import METRICS as SCORES
+from fedpeft.files import folder_atomically, storage
+from fedpeft.merging import AdapterStack, Merger, adapter_stack, best_on_held_out, merger_named
+from fedpeft.runfile import load_run
+from fedpeft.simulation.engine import run_metrics
+
+LAM = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {  # what --select tries, per method
+    "average": {},
+    "task-arithmetic": {"lam": LAM},
+    "ties": {"lam": (0.3, 0.5, 1.0, 1.5), "density": (0.1, 0.2, 0.5)},
+    "dare": {"lam": LAM, "drop_rate": (0.5, 0.9)},
+    "lines": {"beta": (0.0, 0.25, 0.5, 1.0)},
+    "pcb": {"lam": (0.5, 1.0, 1.5), "density": (0.1, 0.2)},
+    "breadcrumbs": {"lam": LAM},
+}
+
+
+def merge_command(
+    adapters: Sequence[Path],
+    out: Path,
+    *,
+    method: str,
+    weights: str | None,
+    options: Sequence[str],
+    run_file: Path | None,
+    select: bool,
+    force: bool,
+) -> None:
+    """Merge adapters (folders, run folders or `.fpz` files) and write a folder that `peft` loads.
+
+    Args:
+        weights: comma-separated, one per adapter; default 1 each.
+        options: the method's coefficients as ``name=value``.
+        run_file: the run whose held-out rows choose the coefficients under `select`.
+
+    Raises:
+        UsageError: too few adapters, or options that cannot be read.
+        ModelError: adapters of different bases or configurations.
+        UpdateError: unknown method or coefficient, or weights that cannot be used.
+        FedPEFTError: what else cannot be read or written.
+    """
+    if len(adapters) < 2:
+        raise UsageError(f"{len(adapters)} adapter came; merging needs at least two")
+    if select and run_file is None:
+        raise UsageError("--select needs --run RUN.toml: its clients' held-out rows choose the coefficients")
+    given = _options(options)
+    merger = _merger(method, given)
+    for path in adapters:
+        check_out(out, path, force=force)
+    sources = [read_adapter(path) for path in adapters]
+    check_one_base(sources, adapters)
+    initial = _common_start(sources)
+    deltas = [delta_of(source) if initial is not None else source.weights for source in sources]
+    stack = adapter_stack(deltas, _weights(weights))
+    if select and run_file is not None:
+        chosen, delta = _selected(stack, method, given, load_run(run_file), sources[0], initial)
+    else:
+        chosen, delta = merger, merger.merge(stack)
+    with storage(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with folder_atomically(out) as fresh:
+        write_folder(fresh, sources[0].config, moved(initial, delta))
+    print(f"adapter  {out}\nmethod   {method} {chosen}")
+    if initial is None:
+        print("start    not one and the same: whole weights were merged, not what was learned")
+
+
+def check_one_base(sources: Sequence[Adapter], paths: Sequence[Path]) -> None:
+    """Refuse adapters whose configurations differ, the base model's name included.
+
+    Raises:
+        ModelError: naming the first difference.
+    """
+    first = sources[0].config
+    for source, path in zip(sources[1:], paths[1:], strict=True):
+        for key in sorted(first.keys() | source.config.keys()):
+            if first.get(key) != source.config.get(key):
+                came = f"{first.get(key)!r} and {source.config.get(key)!r}"
+                raise ModelError(
+                    f"{paths[0]} and {path} differ in {key} ({came}); merge adapters of one base and one"
+                    " configuration"
+                )
+
+
+def _common_start(sources: Sequence[Adapter]) -> Weights | None:
+    digests = {source.start.digest if source.start else "" for source in sources}
+    return sources[0].initial if len(digests) == 1 else None
+
+
+def _selected(
+    stack: AdapterStack,
+    method: str,
+    given: Mapping[str, float],
+    run: RunConfig,
+    like: Adapter,
+    initial: Weights | None,
+) -> tuple[Merger, Mapping[str, NDArray[np.float32]]]:
+    """The coefficients that score best on the clients' held-out rows; what was given stays as it is."""
+    grid = {name: values for name, values in GRIDS[method].items() if name not in given}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    candidates = [_merger(method, {**given, **point}) for point in points]
+    return best_on_held_out(stack, candidates, _score(run, like, initial))
+
+
+def _score(
+    run: RunConfig, like: Adapter, initial: Weights | None
+) -> Callable[[Mapping[str, NDArray[np.float32]]], float]:
+    """The run's first metric on its clients' held-out rows: its test set must not choose anything."""
+    heldout = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})
+    metric = run_metrics(run)[0]
+    sign = 1.0 if SCORES[metric].higher_is_better else -1.0
+
+    def score(delta: Mapping[str, NDArray[np.float32]]) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), like.config, moved(initial, delta))
+            return sign * evaluate_adapter(heldout, Path(folder)).scores[metric].value
+
+    return score
+
+
+def _merger(method: str, options: Mapping[str, float]) -> Merger:
+    """`dare` draws its masks from seed 0 unless another is given."""
+    seeded = {"seed": 0, **options} if method == "dare" else options
+    return merger_named(method, **seeded)
+
+
+def _options(items: Sequence[str]) -> dict[str, float]:
+    options: dict[str, float] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        try:
+            options[name.strip()] = int(text) if text.strip().lstrip("-").isdigit() else float(text)
+        except ValueError:
+            equals = ""
+        if not equals or not name.strip():
+            raise UsageError(f"--set {item!r}: write NAME=NUMBER, such as lam=0.5")
+    return options
+
+
+def _weights(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights {text!r}: write numbers with commas between, such as 2,1,1") from None

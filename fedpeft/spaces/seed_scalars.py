@@ -1,0 +1,196 @@
+"""The exact seed space as a space: the state is a few integers, and so is an update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpeft.config import Count, RunConfig, Section
+from fedpeft.errors import ModelError, UpdateError
+from fedpeft.seedspace.digest import digest
+from fedpeft.seedspace.space import SeedSpace
+from fedpeft.seedspace.state import MAX_INT32, SeedState
+from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
+from fedpeft.spaces.base import Parameters, Route, Trail, direction_stream
+from fedpeft.spaces.seed_modes import AMOUNTS, CommonDirections, FixedSeeds, Mode, WeightedSeeds
+from fedpeft.update import Arrays, Layout, frozen_arrays
+
+FINGERPRINT = "fingerprint"
+RESOLUTION = 8  # bits: a scalar of 1 moves lr, or 2**8 quanta up to a factor of two
+LARGEST = 2**24  # quanta that one client may move along one direction in one round
+PUBLISHED_CLIP = 1000.0  # of a scalar's size, in FedKSeed-Pro's amplitudes
+
+
+class SeedScalarsOptions(Section):
+    """Seed-scalars as the run file describes them.
+
+    `num_seeds` is K, or with mode "common" the directions of one round. The quantum is 2**quantum_exponent;
+    by default the power of two at or below ``lr * 2**-8``.
+    """
+
+    kind: ClassVar[str] = "seed-scalars"
+
+    mode: Literal["fedkseed", "fedkseed-pro", "common"] = "fedkseed"
+    num_seeds: Count = 4096
+    quantum_exponent: int | None = None
+
+    def open(self, run: RunConfig, model: nn.Module) -> SeedScalars:
+        """Take theta_0 from the model.
+
+        Raises:
+            ModelError: nothing is trainable, or a trainable tensor is not contiguous.
+            UpdateError: K or the quantum is out of range.
+        """
+        lr = run.training.lr
+        exponent = self.exponent(lr)
+        mode = self._mode(run, exponent)
+        space = SeedSpace(direction_stream(run.run.seed), mode.num_seeds, exponent, trainable_shapes(model))
+        return SeedScalars(space, mode, model, largest_amount(run, exponent))
+
+    def exponent(self, lr: float) -> int:
+        """log2 of the quantum."""
+        default = math.frexp(lr)[1] - 1 - RESOLUTION  # frexp's mantissa is in [1/2, 1)
+        return default if self.quantum_exponent is None else self.quantum_exponent
+
+    def _mode(self, run: RunConfig, exponent: int) -> Mode:
+        if self.mode == "common":
+            return CommonDirections(self.num_seeds, run.run.rounds)
+        if self.mode == "fedkseed-pro":
+            return WeightedSeeds(self.num_seeds, quanta(PUBLISHED_CLIP * run.training.lr, exponent))
+        return FixedSeeds(self.num_seeds)
+
+
+def quanta(length: float, exponent: int) -> int:
+    """A positive length in quanta, rounded up, at most `LARGEST`."""
+    return min(LARGEST, math.ceil(math.ldexp(length, -exponent)))
+
+
+def largest_amount(run: RunConfig, exponent: int) -> int:
+    """The most quanta along one direction that an honest client can reach in a round.
+
+    With `training.max_scalar` and `training.steps` that is what all visits to one direction add up to;
+    otherwise the general bound.
+    """
+    training = run.training
+    if training.max_scalar is None or training.steps is None:
+        return LARGEST
+    return min(
+        LARGEST, training.steps * training.queries * quanta(training.lr * training.max_scalar, exponent)
+    )
+
+
+class SeedScalars:
+    """State: A and a fingerprint of the weights it stands for. Update: a client's own A.
+
+    It holds theta_0 and, as a cache, the integer sums of the last state that was entered: the next state
+    costs only the directions whose amounts changed. Nothing it returns depends on that history.
+    """
+
+    kind: ClassVar[str] = "seed-scalars"
+
+    def __init__(self, space: SeedSpace, mode: Mode, model: nn.Module, largest: int) -> None:
+        self.space = space
+        self.mode = mode
+        self.largest = largest
+        self._live = trainable_parameters(model)
+        base = {name: parameter.detach().clone() for name, parameter in self._live.items()}
+        self._position = SeedState(space, base)
+        self._verified: tuple[bytes, bytes] | None = None  # amounts and fingerprint that were found to agree
+
+    def initial_state(self, parameters: Parameters) -> Arrays:
+        """A = 0."""
+        return self._with_fingerprint(self.mode.start())
+
+    def enter(self, parameters: Parameters, state: Arrays) -> None:
+        """Write the state's weights, exactly, and compare them with its fingerprint.
+
+        Raises:
+            ModelError: other arrays than this run's, or another fingerprint.
+            UpdateError: amounts out of range.
+        """
+        self._move(state)
+        self._position.write(self._live)
+        seen = (state[AMOUNTS].tobytes(), state[FINGERPRINT].tobytes())
+        if seen == self._verified:
+            return
+        own = _words(digest(self._live))
+        if not np.array_equal(own, state[FINGERPRINT]):
+            raise ModelError(
+                f"these weights have fingerprint {_hex(own)[:12]} and the state's is"
+                f" {_hex(state[FINGERPRINT])[:12]}; base model, adapter or versions differ from the server's,"
+                " so nothing was trained"
+            )
+        self._verified = seen
+
+    def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
+        """Directions as the mode chooses them."""
+        directions = self.mode.directions(state, visits, rng)
+        return Route(directions, self.space.exponent, self.largest)
+
+    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+        """What the trail moved; nothing without a trail. The parameters themselves are not looked at."""
+        none = np.zeros(0, dtype=np.int64)
+        return self.mode.express(state, trail if trail is not None else Trail(none, none))
+
+    def update_layout(self, state: Layout) -> Layout:
+        """The mode's arrays."""
+        return self.mode.layout()
+
+    def check(self, arrays: Arrays, *, who: str) -> None:
+        """Refuse scalars out of the agreed range.
+
+        Raises:
+            UpdateError: naming the first one.
+        """
+        for name, array in arrays.items():
+            beyond = np.flatnonzero((array > self.largest) | (array < -self.largest))
+            if len(beyond):
+                raise UpdateError(
+                    f"{who}: {name}[{beyond[0]}] is {array[beyond[0]]}; the agreed range is"
+                    f" {-self.largest} to {self.largest}"
+                )
+
+    def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
+        """The next A, after one rounding to integers, with the fingerprint of its weights.
+
+        Raises:
+            UpdateError: sum |A_k| would leave 31 bits; the state stays as it was.
+        """
+        return self._with_fingerprint(self.mode.apply(state, change))
+
+    def _with_fingerprint(self, arrays: dict[str, NDArray[np.int64]]) -> Arrays:
+        self._move(arrays)
+        return frozen_arrays({**arrays, FINGERPRINT: _words(self._position.fingerprint())})
+
+    def _move(self, state: Arrays) -> None:
+        """Bring the cached sums to a state."""
+        amounts = state.get(AMOUNTS)
+        if amounts is None or amounts.dtype != np.int64 or amounts.shape != (self.space.num_seeds,):
+            raise ModelError(
+                f"the state has no int64 [{self.space.num_seeds}] array {AMOUNTS!r}; it must come from the"
+                " same [space] section"
+            )
+        total = sum(abs(amount) for amount in amounts.tolist())
+        if total > MAX_INT32:
+            raise UpdateError(
+                f"the state's scalars would add up to {total} quanta and {MAX_INT32} is the most; set a"
+                " larger space.quantum_exponent, or lower training.lr"
+            )
+        difference = torch.from_numpy(amounts - self._position.amounts.numpy())
+        if bool(difference.any()):
+            self._position.advance(difference)
+
+
+def _words(sha256: str) -> NDArray[np.int64]:
+    """A digest as eight non-negative integers, so that it travels with the scalars."""
+    return np.frombuffer(bytes.fromhex(sha256), dtype=">u4").astype(np.int64)
+
+
+def _hex(words: NDArray[np.int64]) -> str:
+    return "".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in words)

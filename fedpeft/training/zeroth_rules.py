@@ -1,0 +1,166 @@
+"""The zeroth-order family: what each rule makes of a measured scalar, and whether seed space replays it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fedpeft.config import RunConfig, TrainingSection
+from fedpeft.options import unknown_name
+
+SEED_SPACES = ("seed-scalars",)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One member of the family.
+
+    Attributes:
+        step: how the scalar becomes a move: its size ("scalar"), its sign ("sign"), its size unless one of
+            the other two candidates has a lower loss ("best-of-three"), or through a dense optimiser.
+        dense: the `torch.optim` optimiser that it needs, by our name for it; None: no dense state.
+        forwards: forward passes per direction.
+        summary: one line for people.
+    """
+
+    step: Literal["scalar", "sign", "best-of-three", "dense"]
+    summary: str
+    dense: str | None = None
+    forwards: int = 2
+
+    @property
+    def replays(self) -> bool:
+        """Whether a step is an integer times a direction, so that integers alone rebuild it."""
+        return self.dense is None
+
+
+RULES: dict[str, Rule] = {
+    "zo-sgd": Rule("scalar", "move by the directional derivative (Malladi et al. 2023, MeZO)"),
+    "sign": Rule("sign", "move by its sign alone (Zhang et al. 2024, ZO-Sign-SGD)"),
+    "conservative": Rule(
+        "best-of-three",
+        "move, stay or move back, whichever has the least loss (Zhang et al. 2024)",
+        forwards=4,
+    ),
+    "momentum": Rule("dense", "SGD with momentum on the estimated gradient (Zhang et al. 2024)", dense="sgd"),
+    "adam": Rule("dense", "Adam on the estimated gradient (Zhang et al. 2024, ZO-Adam)", dense="adam"),
+}
+
+MOMENTUM = 0.9  # of the rule of that name, where training.momentum says nothing
+
+
+def zeroth_problems(run: RunConfig) -> list[str]:
+    """What makes no sense in a run with a zeroth-order trainer or in an exact seed space, one line each."""
+    problems = []
+    if run.training.kind == "zeroth-order":
+        problems += _training_problems(run.training)
+        problems += _federation_problems(run)
+    if run.space.kind in SEED_SPACES:
+        problems += _space_problems(run)
+    return problems
+
+
+def _training_problems(training: TrainingSection) -> list[str]:
+    """Keys that a zeroth-order step has no use for: silently ignored they would mislead."""
+    if training.rule not in RULES:
+        return [unknown_name("training.rule", training.rule, RULES)]
+    defaults = TrainingSection()
+    unused = {
+        "optimizer": "the step is training.rule's",
+        "schedule": "a replay needs one learning rate for all steps",
+        "warmup_steps": "a replay needs one learning rate for all steps",
+        "weight_decay": "decay is no multiple of a direction",
+        "max_grad_norm": "there is no gradient; training.max_scalar bounds a step",
+        "gradient_checkpointing": "there is no backward pass to save memory in",
+        "precision": "differences of losses drown in the rounding of low precision",
+    }
+    if RULES[training.rule].dense != "sgd":
+        unused["momentum"] = "only rule 'momentum' keeps one"
+    return [
+        f"training.{key}: a zeroth-order trainer takes none ({reason}); remove it"
+        for key, reason in unused.items()
+        if getattr(training, key) != getattr(defaults, key)
+    ]
+
+
+def _federation_problems(run: RunConfig) -> list[str]:
+    if run.federation.strategy.kind != "fedprox":
+        return []
+    return [
+        "federation.strategy: fedprox pulls on gradients, and a zeroth-order trainer has none; use fedavg"
+    ]
+
+
+def _space_problems(run: RunConfig) -> list[str]:
+    """What an exact seed space cannot carry."""
+    training, mode = run.training, str(run.space.options.get("mode", "fedkseed"))
+    problems = []
+    if training.kind not in ("zeroth-order", "none"):
+        problems.append(
+            f"space: {run.space.kind} carries moves along seeded directions, and a {training.kind} trainer"
+            " makes others; set training.kind 'zeroth-order' or space 'adapter-delta'"
+        )
+    rule = RULES.get(training.rule)
+    if training.kind == "zeroth-order" and rule is not None and not rule.replays:
+        problems.append(
+            f"training.rule: {training.rule} keeps dense state, so its steps are no multiples of directions"
+            " and can't be replayed from scalars; use space 'adapter-delta' or one of"
+            f" {', '.join(_replaying())}"
+        )
+    problems += [
+        f"stages.{place} (clip): scaling takes scalars off the integers; set training.max_scalar instead"
+        for place, stage in enumerate(run.stages)
+        if stage.kind == "clip"
+    ]
+    problems += _strategy_problems(run, mode)
+    if mode == "common" and training.kind == "zeroth-order":
+        problems += _common_problems(run)
+    return problems
+
+
+def _strategy_problems(run: RunConfig, mode: str) -> list[str]:
+    strategy, problems = run.federation.strategy, []
+    kind = strategy.kind
+    if kind == "qfedavg":
+        problems.append(
+            "federation.strategy: qfedavg scales updates by losses, which takes them off the integers; use"
+            " fedavg"
+        )
+    if kind in ("krum", "multikrum", "bulyan", "fedmedian", "fedtrimmedavg") and mode != "common":
+        problems.append(
+            f"federation.strategy: {kind} compares clients' scalars, but with space.mode '{mode}' most seeds"
+            " are visited by one client or none; set space.mode 'common'"
+        )
+    if kind != "fedavg" and mode == "fedkseed-pro":
+        problems.append(
+            f"federation.strategy: {kind} would act on fedkseed-pro's visit counts as if they were scalars;"
+            " use fedavg"
+        )
+    if kind in ("fedavgm", "fedadam", "fedyogi", "fedadagrad") and mode == "common":
+        problems.append(
+            f"federation.strategy: {kind} remembers earlier rounds by position, but with space.mode"
+            " 'common' a position is another direction in every round; use fedavg or space.mode 'fedkseed'"
+        )
+    adaptive = kind in ("fedadam", "fedyogi", "fedadagrad") and mode == "fedkseed"
+    if adaptive and float(strategy.options.get("eta", 0.1)) < 1:
+        problems.append(
+            f"federation.strategy.eta: in seed space {kind} moves scalars by about eta quanta, and less than"
+            " 1 rounds to nothing; give eta = 32, say, and tau in quanta too"
+        )
+    return problems
+
+
+def _common_problems(run: RunConfig) -> list[str]:
+    seeds, training = int(run.space.options.get("num_seeds", 4096)), run.training
+    if training.steps is not None and training.steps * training.queries % seeds == 0:
+        return []
+    came = "training.epochs" if training.steps is None else f"{training.steps} steps x {training.queries}"
+    return [
+        f"training.steps: with space.mode 'common' every client visits the round's {seeds} directions equally"
+        f" often, and {came} doesn't; set steps x queries to {math.lcm(seeds, training.queries)}, say"
+    ]
+
+
+def _replaying() -> list[str]:
+    return sorted(name for name, rule in RULES.items() if rule.replays)
