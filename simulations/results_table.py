@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedpeft.records import Finished, Row, parse_row
+from fedpeft.records import Baseline, Evaluation, Finished, Row, parse_row
 from fedpeft.reporting.summary import (
     LABELS,
     ModelLine,
@@ -55,7 +55,7 @@ def _facts(summary: Summary) -> Iterator[str]:
     trained, parameters = started.trainable_parameters, started.total_parameters
     yield f"## {started.run_name}\n"
     yield f"- seed {started.seed}, {summary.rounds_done} rounds, engine `{started.engine}`"
-    yield f"- {len(sizes)} clients with {sizes[0]:,} to {sizes[-1]:,} training rows each"
+    yield f"- {len(sizes)} clients, training rows {sizes[0]:,} (fewest) to {sizes[-1]:,} (most)"
     yield f"- {started.test_examples:,} test rows"
     yield f"- {trained:,} trained parameters of {parameters:,} ({trained / parameters:.1%})"
     yield f"- {started.cut_rows:,} rows cut at the length limit"
@@ -80,15 +80,33 @@ def _clients(rows: Sequence[Row], summary: Summary) -> Iterator[str]:
     last = last_evaluated(rounds)
     if last is None or summary.spread is None:
         return
-    evaluations = {"before training": rounds[0].evaluation, "federated": last.evaluation}
+    evaluations = {
+        "before training": rounds[0].evaluation,
+        "each client alone": _own_models(rows),
+        "federated": last.evaluation,
+    }
     yield _row(["each client's own held-out rows", "worst", "10th percentile", "median", "mean"])
     yield _row(["---", *["---:"] * 4])
     for metric in metrics_of(summary)[:2]:
         for name, evaluation in evaluations.items():
             spread = spread_of(evaluation, started, metric)
             if spread is not None:
-                yield _row([f"{name}, {_heading(summary, metric)}", *_spread_cells(metric, spread)])
+                some = f" ({spread.clients} of them)" if spread.clients < len(started.clients) else ""
+                yield _row([f"{name}{some}, {_heading(summary, metric)}", *_spread_cells(metric, spread)])
     yield ""
+
+
+def _own_models(rows: Sequence[Row]) -> Evaluation | None:
+    """Each client's own model on its own rows; None or empty where the run has not scored that."""
+    local = next((row for row in rows if isinstance(row, Baseline) and row.name == "local"), None)
+    if local is None:
+        return None
+    clients: dict[str, dict[str, float]] = {}
+    for name, evaluation in local.evaluations.items():
+        for metric, values in evaluation.clients.items():
+            if name in values:
+                clients.setdefault(metric, {})[name] = values[name]
+    return Evaluation(scores={}, clients=clients)
 
 
 def _spread_cells(metric: str, spread: Spread) -> list[str]:

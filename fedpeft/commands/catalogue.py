@@ -27,6 +27,7 @@ class Entry:
 
 SPACES = {
     "adapter-delta": "the difference of the trainable parameters, float32",
+    "projected": "integer coefficients of a change on shared directions (Shu et al. 2025, Ferret)",
     "seed-scalars": "integer scalars of seeded directions, exact (Qin et al. 2024, FedKSeed)",
 }
 OPTIMIZERS = {

@@ -44,7 +44,7 @@ def compress_command(
         source = Adapter(source.config, source.weights)
     delta = delta_of(source)
     tensors = compress_named(
-        delta, lambda name, array: stage.compress(name, array, _HERE), lambda name: bool(delta[name].any())
+        delta, lambda name, array: stage.compress(name, array, _HERE), lambda name: delta[name].size > 0
     )
     metadata = {
         "fedpeft": __version__,
@@ -85,7 +85,9 @@ def decompress_command(path: Path, out: Path, *, init: Path | None, force: bool)
 
 
 def _base_of(source: Adapter) -> str:
-    """What names the base: its path as the adapter's config has it."""
+    """The base's digest where the adapter's run is known; else its name in the adapter's config."""
+    if source.start is not None:
+        return source.start.base_digest
     return f"name:{source.config.get('base_model_name_or_path') or 'unknown'}"
 
 

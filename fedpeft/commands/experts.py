@@ -28,7 +28,7 @@ from fedpeft.ledger.run_folder import CHECKPOINTS, RUN_FILE
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
-from fedpeft.models.trainable import trainable_parameters, write_parameters
+from fedpeft.models.trainable import frozen_digest, trainable_parameters, write_parameters
 from fedpeft.randomness import derive_seed
 from fedpeft.runfile import load_run, run_digest
 from fedpeft.update import arrays_digest
@@ -37,13 +37,17 @@ Weights = dict[str, NDArray[np.float32]]
 
 
 class Start(Section):
-    """What it takes to draw an untrained adapter again, and the digest (`arrays_digest`) that it then has."""
+    """What it takes to draw an untrained adapter again.
+
+    `digest` is the `arrays_digest` that it then has, `base_digest` the one of everything frozen around it.
+    """
 
     model: ModelSection
     peft: PeftSection
     seed: int
     num_labels: int | None = None
     digest: str = ""
+    base_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], Weights]:
         raise ModelError(f"the adapter in '{folder}' cannot be read: {error}") from error
     integral = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     if not isinstance(config, dict) or not tensors or integral:
-        what = f"tensor {integral[0]!r} is no float" if integral else "no config or no tensors"
+        what = (
+            f"tensor {integral[0]!r} holds integers, which neither compressing nor merging may change"
+            if integral
+            else "no config or no tensors"
+        )
         raise ModelError(f"the adapter in '{folder}' cannot be used: {what}")
     return config, {name: tensor.float().numpy() for name, tensor in sorted(tensors.items())}
 
@@ -144,8 +152,7 @@ def start_of_run(folder: Path) -> tuple[Start, Weights]:
     """
     run = load_run(folder / RUN_FILE)
     start = Start(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(label_names(run)) or None)
-    initial = _drawn(start, _first_checkpoint(folder, run))
-    return start.model_copy(update={"digest": arrays_digest(initial)}), initial
+    return _drawn(start, _first_checkpoint(folder, run))
 
 
 def _first_checkpoint(folder: Path, run: RunConfig) -> Mapping[str, NDArray[Any]] | None:
@@ -155,15 +162,17 @@ def _first_checkpoint(folder: Path, run: RunConfig) -> Mapping[str, NDArray[Any]
     return read_checkpoint(path, run_digest(run)).state
 
 
-def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> Weights:
-    """The untrained adapter by the names of its file, in `state` if one is given."""
+def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> tuple[Start, Weights]:
+    """The untrained adapter by the names of its file, in `state` if given; and `start` with both digests."""
     base = load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
     model = attach(base, start.peft, task=start.model.task, seed=derive_seed(start.seed, "adapter"))
     if state is not None:
         write_parameters(trainable_parameters(model), state)
     with tempfile.TemporaryDirectory() as folder:
         export_adapter(model, Path(folder), base_name="")
-        return read_folder(Path(folder))[1]
+        initial = read_folder(Path(folder))[1]
+    digests = {"digest": arrays_digest(initial), "base_digest": frozen_digest(model)}
+    return start.model_copy(update=digests), initial
 
 
 def _from_file(path: Path, init: Path | None) -> Adapter:
@@ -175,13 +184,17 @@ def _from_file(path: Path, init: Path | None) -> Adapter:
     start = _start_in(path, expert)
     if start is None:
         return Adapter(config, delta)
-    initial = start_of_run(init)[1] if init is not None else _drawn(start)
+    here, initial = start_of_run(init) if init is not None else _drawn(start)
     _check_same_tensors(delta, initial, path)
-    if arrays_digest(initial) != start.digest:
-        raise ModelError(
-            f"{path}: the untrained adapter has digest {arrays_digest(initial)[:12]} here and"
-            f" {start.digest[:12]} where the file was made; give the run's folder with --init"
-        )
+    for what, came, made in (
+        ("base model", here.base_digest, start.base_digest),
+        ("untrained adapter", here.digest, start.digest),
+    ):
+        if came != made:
+            raise ModelError(
+                f"{path}: the {what} has digest {came[:12]} here and {made[:12]} where the file was made; use"
+                " the same base model, or give the run's folder with --init"
+            )
     return Adapter(config, moved(initial, delta), start, initial)
 
 

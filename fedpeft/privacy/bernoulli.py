@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from fedpeft.privacy.noise import NoiseSource
 
-# Bounds the errors of both sides: 2**-53 for rounding U, less than 2**-42 for exp of a rounded gamma (2**-49 in
-# `discrete_gaussian`), and a few units in the last place of exp, which is at most 1.
+# Bounds the errors of both sides: 2**-53 for rounding U, less than 2**-42 for exp of a rounded gamma (2**-49
+# in `discrete_gaussian`), and a few units in the last place of exp, which is at most 1.
 MARGIN = 2.0**-40
 
 

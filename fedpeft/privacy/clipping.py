@@ -82,8 +82,9 @@ class AdaptiveClipping:
     """A clipping bound that follows a quantile of the clients' norms, its state between rounds.
 
     Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive
-    Clipping", algorithm 1 and theorem 1. The bit is 1 for an update *within* the bound, so that many ones lower
-    it: C <- C exp(-eta (b - gamma)). Each bit is counted as plus or minus one half, whose sensitivity is a half.
+    Clipping", algorithm 1 and theorem 1. The bit is 1 for an update *within* the bound, so that many ones
+    lower it: C <- C exp(-eta (b - gamma)). Each bit is counted as plus or minus one half, whose sensitivity
+    is a half.
 
     Attributes:
         clip_norm: the bound C of the coming round.

@@ -92,7 +92,7 @@ def render_report(run_toml: str, rows: Sequence[Row], snippet: str | None = None
         clients=clients,
         sections=_sections(summary, rounds, clients),
         messages=_messages(rounds),
-        facts=_facts(summary, run),
+        facts=[*_facts(summary, run), *_compression(summary, rounds)],
         run_toml=run_toml,
         snippet=load_snippet(run) if snippet is None else snippet,
     )
@@ -166,6 +166,20 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Wall time", text.duration(summary.wall_s) + ("" if finished else " so far")),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def _compression(summary: Summary, rounds: Sequence[Round]) -> list[tuple[str, str]]:
+    """What lossy stages changed, over all updates that were counted, and what dense ones would have cost."""
+    outcomes = [item for row in rounds for item in row.outcomes if item.distortion is not None]
+    if not outcomes:
+        return []
+    distortion = sum(item.distortion or 0.0 for item in outcomes) / len(outcomes)
+    cosine = sum(item.cosine or 0.0 for item in outcomes) / len(outcomes)
+    entries = summary.started.trainable_parameters
+    return [
+        ("Update distortion", f"{distortion:.3f} relative L2, cosine {cosine:.3f} (means over updates)"),
+        ("A dense update", f"{text.byte_size(4 * entries)} as fp32, {text.byte_size(2 * entries)} as bf16"),
+    ]
 
 
 def _tables(run_toml: str) -> dict[str, Any]:

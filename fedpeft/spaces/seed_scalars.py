@@ -13,15 +13,14 @@ from torch import nn
 
 from fedpeft.config import Count, RunConfig, Section
 from fedpeft.errors import ModelError, UpdateError
-from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import MAX_INT32, SeedState
 from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
 from fedpeft.spaces.base import Parameters, Route, Trail, direction_stream
+from fedpeft.spaces.fingerprint import FINGERPRINT, fingerprint, refuse_other_weights
 from fedpeft.spaces.seed_modes import AMOUNTS, CommonDirections, FixedSeeds, Mode, WeightedSeeds
 from fedpeft.update import Arrays, Layout, frozen_arrays
 
-FINGERPRINT = "fingerprint"
 RESOLUTION = 8  # bits: a scalar of 1 moves lr, or 2**8 quanta up to a factor of two
 LARGEST = 2**24  # quanta that one client may move along one direction in one round
 PUBLISHED_CLIP = 1000.0  # of a scalar's size, in FedKSeed-Pro's amplitudes
@@ -119,13 +118,7 @@ class SeedScalars:
         seen = (state[AMOUNTS].tobytes(), state[FINGERPRINT].tobytes())
         if seen == self._verified:
             return
-        own = _words(digest(self._live))
-        if not np.array_equal(own, state[FINGERPRINT]):
-            raise ModelError(
-                f"these weights have fingerprint {_hex(own)[:12]} and the state's is"
-                f" {_hex(state[FINGERPRINT])[:12]}; base model, adapter or versions differ from the server's,"
-                " so nothing was trained"
-            )
+        refuse_other_weights(self._live, state[FINGERPRINT])
         self._verified = seen
 
     def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
@@ -166,7 +159,9 @@ class SeedScalars:
 
     def _with_fingerprint(self, arrays: dict[str, NDArray[np.int64]]) -> Arrays:
         self._move(arrays)
-        return frozen_arrays({**arrays, FINGERPRINT: _words(self._position.fingerprint())})
+        weights = {name: torch.empty_like(tensor) for name, tensor in self._position.base.items()}
+        self._position.write(weights)
+        return frozen_arrays({**arrays, FINGERPRINT: fingerprint(weights)})
 
     def _move(self, state: Arrays) -> None:
         """Bring the cached sums to a state."""
@@ -185,12 +180,3 @@ class SeedScalars:
         difference = torch.from_numpy(amounts - self._position.amounts.numpy())
         if bool(difference.any()):
             self._position.advance(difference)
-
-
-def _words(sha256: str) -> NDArray[np.int64]:
-    """A digest as eight non-negative integers, so that it travels with the scalars."""
-    return np.frombuffer(bytes.fromhex(sha256), dtype=">u4").astype(np.int64)
-
-
-def _hex(words: NDArray[np.int64]) -> str:
-    return "".join(f"{int(word) & 0xFFFFFFFF:08x}" for word in words)

@@ -10,10 +10,12 @@ from fedpeft.config import RunConfig, SpaceSection
 from fedpeft.options import build_option
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space, SpaceOptions
+from fedpeft.spaces.projected import ProjectedOptions
 from fedpeft.spaces.seed_scalars import SeedScalarsOptions
 
 SPACES: dict[str, Any] = {  # a class that is SpaceOptions and takes its options by name
     "adapter-delta": AdapterDelta,
+    "projected": ProjectedOptions,
     "seed-scalars": SeedScalarsOptions,
 }
 

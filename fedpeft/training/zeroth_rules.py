@@ -9,7 +9,7 @@ from typing import Literal
 from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.options import unknown_name
 
-SEED_SPACES = ("seed-scalars",)
+SEED_SPACES = ("seed-scalars", "projected")
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ def zeroth_problems(run: RunConfig) -> list[str]:
     if run.training.kind == "zeroth-order":
         problems += _training_problems(run.training)
         problems += _federation_problems(run)
-    if run.space.kind in SEED_SPACES:
+    if run.space.kind == "seed-scalars":
         problems += _space_problems(run)
+    if run.space.kind == "projected":
+        problems += _projected_problems(run)
     return problems
 
 
@@ -108,15 +110,31 @@ def _space_problems(run: RunConfig) -> list[str]:
             " and can't be replayed from scalars; use space 'adapter-delta' or one of"
             f" {', '.join(_replaying())}"
         )
-    problems += [
-        f"stages.{place} (clip): scaling takes scalars off the integers; set training.max_scalar instead"
-        for place, stage in enumerate(run.stages)
-        if stage.kind == "clip"
-    ]
+    problems += _clip_problems(run)
     problems += _strategy_problems(run, mode)
     if mode == "common" and training.kind == "zeroth-order":
         problems += _common_problems(run)
     return problems
+
+
+def _projected_problems(run: RunConfig) -> list[str]:
+    """What coefficients on a round's own directions cannot carry."""
+    problems = _clip_problems(run)
+    if run.training.kind == "zeroth-order":
+        problems.append(
+            "space: projected projects changes that a first-order trainer makes; a zeroth-order trainer's own"
+            " scalars are exact in space 'seed-scalars'"
+        )
+    return problems + _strategy_problems(run, "common")
+
+
+def _clip_problems(run: RunConfig) -> list[str]:
+    return [
+        f"stages.{place} (clip): scaling takes scalars off the integers; bound steps with"
+        " training.max_scalar or max_grad_norm"
+        for place, stage in enumerate(run.stages)
+        if stage.kind == "clip"
+    ]
 
 
 def _strategy_problems(run: RunConfig, mode: str) -> list[str]:
@@ -139,8 +157,8 @@ def _strategy_problems(run: RunConfig, mode: str) -> list[str]:
         )
     if kind in ("fedavgm", "fedadam", "fedyogi", "fedadagrad") and mode == "common":
         problems.append(
-            f"federation.strategy: {kind} remembers earlier rounds by position, but with space.mode"
-            " 'common' a position is another direction in every round; use fedavg or space.mode 'fedkseed'"
+            f"federation.strategy: {kind} remembers earlier rounds by position, but a position is"
+            " another direction in every round here; use fedavg, or space 'seed-scalars' with mode 'fedkseed'"
         )
     adaptive = kind in ("fedadam", "fedyogi", "fedadagrad") and mode == "fedkseed"
     if adaptive and float(strategy.options.get("eta", 0.1)) < 1:

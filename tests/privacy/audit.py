@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import beta
+from scipy.stats import beta  # type: ignore[import-untyped]  # scipy ships no types
 
 CONFIDENCE = 0.999
 
@@ -16,9 +16,9 @@ def epsilon_lower_bound(
 ) -> float:
     """The largest epsilon that the scores disprove, at `confidence`; 0 when they disprove nothing.
 
-    An attack that says "member" above a threshold has rates with TPR <= e^eps FPR + delta, and likewise for its
-    complement. The threshold is chosen on the first half of the scores, the rates are bounded on the second by
-    Clopper and Pearson's intervals, four of them.
+    An attack that says "member" above a threshold has rates with TPR <= e^eps FPR + delta, and likewise for
+    its complement. The threshold is chosen on the first half of the scores, the rates are bounded on the
+    second by Clopper and Pearson's intervals, four of them.
     """
     half = min(len(without), len(with_)) // 2
     threshold = _best_threshold(without[:half], with_[:half], delta)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.integrate import quad
-from scipy.stats import norm
+from scipy.integrate import quad  # type: ignore[import-untyped]  # scipy ships no types
+from scipy.stats import norm  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.accountant import (
@@ -55,9 +55,7 @@ def test_a_privacy_loss_distribution_is_at_most_that(
 @pytest.mark.filterwarnings("ignore:Optimal order")  # of its own first guess
 @pytest.mark.filterwarnings("ignore:divide by zero")  # at sample rate 1
 @reference
-def test_opacus_prv_is_at_most_that(
-    q: float, z: float, steps: int, delta: float, expected: float
-) -> None:
+def test_opacus_prv_is_at_most_that(q: float, z: float, steps: int, delta: float, expected: float) -> None:
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
@@ -77,7 +75,9 @@ def mixture_moments(q: float, z: float, order: int) -> tuple[float, float]:
             return math.exp(power * log_ratio(x) + float(norm.logpdf(x, scale=z)))
 
         peak = order if sign > 0 else 0
-        parts = [quad(integrand, a, a + z, epsabs=0, epsrel=1e-10)[0] for a in np.arange(-12 * z, peak + 12 * z, z)]
+        parts = [
+            quad(integrand, a, a + z, epsabs=0, epsrel=1e-10)[0] for a in np.arange(-12 * z, peak + 12 * z, z)
+        ]
         return math.log(math.fsum(parts)) / (order - 1)
 
     return moment(+1), moment(-1)
@@ -128,7 +128,8 @@ def delta_by_quadrature(q: float, z: float, epsilon_: float) -> float:
 
     edges = np.arange(-15 * z, 15 * z + 1, z / 2)
     return max(
-        math.fsum(quad(excess, a, a + z / 2, args=(up,), epsabs=1e-14)[0] for a in edges) for up in (True, False)
+        math.fsum(quad(excess, a, a + z / 2, args=(up,), epsabs=1e-14)[0] for a in edges)
+        for up in (True, False)
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import binom, kstest, norm
+from scipy.stats import binom, kstest, norm  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.config import FederationSection
 from fedpeft.errors import PrivacyError, UpdateError
@@ -80,6 +80,17 @@ def test_one_client_moves_the_exact_sum_by_no_more_than_the_sensitivity(
     assert allowed <= 4 * (math.ldexp(bound, -exponent) + math.sqrt(50)) * 1.001  # and not by much too wide
 
 
+def test_rounding_every_entry_up_is_priced() -> None:
+    """Fifty entries of 0.51 quanta become fifty of 1: nearly twice as long."""
+    sent = update(0).map(lambda _, array: np.full_like(array, 0.51 / 16))
+    bound = 0.51 / 16 * math.sqrt(50)
+    total = PrivateSum(mechanism(clip_norm=bound * 1.001), layout_of(sent.arrays), ["c"], quantum_exponent=-4)
+    total.fold("c", sent)
+    moved = sum(int((array**2).sum()) for array in total._sum.sums().values())
+    assert moved == 50
+    assert math.sqrt(moved) <= sensitivity_quanta(bound * 1.001, -4, 50)
+
+
 def test_noise_has_the_promised_width_and_shape() -> None:
     """Over the expected cohort, whoever came: 0.5 * 8 = 4 clients, noise z * C / 4."""
     size = 40_000
@@ -110,7 +121,7 @@ def test_all_zero_updates_are_safe() -> None:
 
 
 def test_weights_are_cut_to_the_priced_one() -> None:
-    """One client of weight 9 cut to 4: counts 4 times, is divided by 4 * expected, noise is 4 times as wide."""
+    """A client of weight 9 cut to 4 counts 4 times and is divided by 4 * expected; so is the noise."""
     small = update(1, 1e-2)
     total = private_sum(["a"], max_weight=4, noise_multiplier=1e-3, clients=1, sample_rate=1.0)
     total.fold("a", Update(small.arrays, weight=9))
@@ -226,11 +237,16 @@ def test_federations_without_proof_are_refused(section: dict[str, object], says:
 def test_sample_rates_of_sound_federations() -> None:
     poisson = {"sampling": {"kind": "poisson", "rate": 0.25}, "weighting": "uniform"}
     assert sample_rate_of(FederationSection.model_validate(poisson)) == 0.25
-    assert sample_rate_of(FederationSection.model_validate(poisson | {"weighting": "examples"}), max_weight=9) == 0.25
+    assert (
+        sample_rate_of(FederationSection.model_validate(poisson | {"weighting": "examples"}), max_weight=9)
+        == 0.25
+    )
     assert sample_rate_of(FederationSection(weighting="uniform")) == 1.0
 
 
-@pytest.mark.parametrize("change", [{"clients": 0}, {"max_weight": 0}, {"noise_multiplier": 0.0}, {"clip_norm": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"clients": 0}, {"max_weight": 0}, {"noise_multiplier": 0.0}, {"clip_norm": 0.0}]
+)
 def test_impossible_mechanisms_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(PrivacyError):
         mechanism(**change)

@@ -21,7 +21,7 @@ SIZE = 4
 
 
 def test_the_bound_itself() -> None:
-    """Two Gaussians at distance 1: epsilon at delta 0 is unbounded, what a test proves is not; apart: much."""
+    """Nothing for equal scores, something for Gaussians at distance 1, all there is for scores far apart."""
     rng = stream(1, "audit")
     base = rng.normal(size=4000)
     assert epsilon_lower_bound(base, rng.normal(size=4000), DELTA) == 0.0
@@ -36,9 +36,7 @@ def scores(member: bool, noise_multiplier: float, trials: int, source: NoiseSour
     """The released mean along the direction in which the canary pushes, over releases of one round."""
     arrays = {"a": np.array([0.3, -0.1, 0.2, 0.0], dtype=np.float32)}
     canary = {"a": np.array([5.0, 0.0, 0.0, 0.0], dtype=np.float32)}
-    mechanism = CentralMechanism(
-        clip_norm=0.5, noise_multiplier=noise_multiplier, sample_rate=1.0, clients=2
-    )
+    mechanism = CentralMechanism(clip_norm=0.5, noise_multiplier=noise_multiplier, sample_rate=1.0, clients=2)
     found = []
     for _ in range(trials):
         total = PrivateSum(mechanism, layout_of(arrays), ["x", "canary"], quantum_exponent=-36)
@@ -56,11 +54,9 @@ def proven(noise_multiplier: float, trials: int, *, hidden_multiplier: float | N
     return epsilon_lower_bound(without, with_, DELTA)
 
 
-@pytest.mark.parametrize("noise_multiplier", [0.7, 1.0])
-def test_a_client_is_hidden_as_claimed(noise_multiplier: float) -> None:
-    claimed = epsilon([ClientLevel(noise_multiplier=noise_multiplier, sample_rate=1.0)], DELTA)
-    bound = proven(noise_multiplier, 2000)
-    assert 0.1 < bound <= claimed
+def test_a_client_is_hidden_as_claimed() -> None:
+    claimed = epsilon([ClientLevel(noise_multiplier=0.7, sample_rate=1.0)], DELTA)
+    assert 0.5 < proven(0.7, 2000) <= claimed
 
 
 def test_without_noise_the_claim_would_be_disproved() -> None:

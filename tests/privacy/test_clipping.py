@@ -43,14 +43,15 @@ def test_floats_end_within_the_bound_and_keep_their_direction(values: np.ndarray
 
 
 @settings(deadline=None)
-@given(
-    values=arrays(np.int64, 16, elements=st.integers(-(2**40), 2**40)), bound=st.integers(1, 2**45)
-)
+@given(values=arrays(np.int64, 16, elements=st.integers(-(2**40), 2**40)), bound=st.integers(1, 2**45))
 def test_whole_numbers_stay_whole_and_within(values: np.ndarray, bound: int) -> None:
     clipped = clip(Update({"scalars": values}), float(bound)).update.arrays["scalars"]
     assert clipped.dtype == np.int64
     assert sum(int(x) ** 2 for x in clipped) <= bound**2
-    assert all(abs(int(new)) <= abs(int(old)) and int(new) * int(old) >= 0 for new, old in zip(clipped, values, strict=True))
+    assert all(
+        abs(int(new)) <= abs(int(old)) and int(new) * int(old) >= 0
+        for new, old in zip(clipped, values, strict=True)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int64])
@@ -117,7 +118,9 @@ def test_the_released_share_is_centred_and_noised_as_promised() -> None:
     assert abs(empty.mean() - 0.5) < 5 / math.sqrt(4000)
 
 
-@pytest.mark.parametrize("change", [{"quantile": 0.0}, {"quantile": 1.0}, {"learning_rate": 0.0}, {"count_std": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{"quantile": 0.0}, {"quantile": 1.0}, {"learning_rate": 0.0}, {"count_std": 0.0}]
+)
 def test_impossible_settings_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(PrivacyError):
         AdaptiveClipping(**({"clip_norm": 1.0, "count_std": 1.0} | change))

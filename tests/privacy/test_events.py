@@ -40,7 +40,8 @@ def test_events_are_frozen_and_equal_numbers_of_two_kinds_differ() -> None:
     event = ClientLevel(noise_multiplier=1.0, sample_rate=0.5)
     with pytest.raises(FrozenInstanceError):
         event.sample_rate = 1.0  # type: ignore[misc]  # the point of the test
-    assert event != RecordLevel(noise_multiplier=1.0, sample_rate=0.5, steps=1)
+    other: object = RecordLevel(noise_multiplier=1.0, sample_rate=0.5, steps=1)
+    assert event != other
 
 
 @given(ANY)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import kstest, norm
+from scipy.stats import kstest, norm  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import Local
@@ -39,7 +39,9 @@ def test_values_lie_on_the_grid_whatever_the_data() -> None:
     """The noised numbers are whole quanta, so that their last bits say nothing about the data's."""
     bound = 2.0**-3
     values = (stream(2, "v").normal(size=500) * 1e-3).astype(np.float64)
-    sent = LocalMechanism(clip_norm=bound, noise_multiplier=1.0).privatise(Update({"a": values}), source("grid"))
+    sent = LocalMechanism(clip_norm=bound, noise_multiplier=1.0).privatise(
+        Update({"a": values}), source("grid")
+    )
     quanta = np.ldexp(sent.arrays["a"], 30 + 2)  # 2^-3 is 0.5 * 2^-2, and 30 bits below it
     assert np.array_equal(quanta, np.rint(quanta))
 
@@ -62,7 +64,10 @@ def test_broken_and_zero_updates_look_alike(bad: float) -> None:
 
 
 def test_two_draws_differ() -> None:
-    mechanism, update = LocalMechanism(clip_norm=1.0, noise_multiplier=1.0), Update({"a": np.zeros(9, np.float32)})
+    mechanism, update = (
+        LocalMechanism(clip_norm=1.0, noise_multiplier=1.0),
+        Update({"a": np.zeros(9, np.float32)}),
+    )
     one, two = (mechanism.privatise(update, SystemNoise()).arrays["a"] for _ in range(2))
     assert not np.array_equal(one, two)
 

@@ -1,7 +1,7 @@
 """Noise: exact coins, the discrete Gaussian's distribution, and which source may be used where.
 
-Statistical tests share one false-alarm rate, `FALSE_ALARM` for the whole file, split evenly (Bonferroni). With
-seeded words a test that passed passes always; only the one on the system's words is drawn anew.
+Statistical tests share one false-alarm rate, `FALSE_ALARM` for the whole file, split evenly (Bonferroni).
+With seeded words a test that passed passes always; only the one on the system's words is drawn anew.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import mpmath
+import mpmath  # type: ignore[import-untyped]  # ships no types
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import binom, chisquare, kstest, norm
+from scipy.stats import binom, chisquare, kstest, norm  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.bernoulli import bernoulli_exp, exp_bounds, settle
@@ -125,15 +125,15 @@ def test_impossible_widths_are_refused(sigma: float) -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 1e-9, 0.3, 1.0, 7.0])
 def test_coins_of_exponential_probability(gamma: float) -> None:
-    heads = int(
-        bernoulli_exp(seeded(f"coin {gamma}"), np.full(SIZE, gamma), lambda _: Fraction(gamma)).sum()
-    )
+    heads = int(bernoulli_exp(seeded(f"coin {gamma}"), np.full(SIZE, gamma), lambda _: Fraction(gamma)).sum())
     p = math.exp(-gamma)
     low, high = binom.ppf([LEVEL / 2, 1 - LEVEL / 2], SIZE, p)
     assert low <= heads <= high
 
 
-@pytest.mark.parametrize("gamma", [Fraction(0), Fraction(1, 3), Fraction(1), Fraction(45), Fraction(10**7, 3)])
+@pytest.mark.parametrize(
+    "gamma", [Fraction(0), Fraction(1, 3), Fraction(1), Fraction(45), Fraction(10**7, 3)]
+)
 @pytest.mark.parametrize("precision", [64, 128, 1024])
 def test_bounds_enclose_the_exponential(gamma: Fraction, precision: int) -> None:
     low, high = exp_bounds(gamma, precision)

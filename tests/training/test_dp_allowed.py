@@ -62,7 +62,9 @@ def test_every_place_of_the_table_is_proven() -> None:
     assert {method for methods in ALLOWED.values() for method in methods} | REFUSED.keys() <= METHODS.keys()
 
 
-@pytest.mark.parametrize(("method", "kind"), [("lora", "llama"), ("bitfit", "bert"), ("prefix", "llama-classifier")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("lora", "llama"), ("bitfit", "bert"), ("prefix", "llama-classifier")]
+)
 def test_the_models_own_check_agrees_and_leaves_it_as_it_was(method: str, kind: str) -> None:
     model = attached(method, kind)
     parameters = trainable_parameters(model)
@@ -99,7 +101,11 @@ def test_the_check_finds_rows_that_couple() -> None:
     model.base_model.model.bert.pooler.dense = Coupled(model.base_model.model.bert.pooler.dense)  # type: ignore
     with pytest.raises(PrivacyError, match="off by"):
         verify_per_example(
-            model, trainable_parameters(model), "sequence-classification", vocabulary=VOCABULARY, labels=LABELS
+            model,
+            trainable_parameters(model),
+            "sequence-classification",
+            vocabulary=VOCABULARY,
+            labels=LABELS,
         )
     assert TOLERANCE < 1e-3
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.stats import kstest
+from scipy.stats import kstest  # type: ignore[import-untyped]  # scipy ships no types
 from scipy.stats import norm as normal
 from torch import Tensor
 
@@ -30,7 +30,12 @@ FALSE_ALARM = 1e-6
 
 
 def mechanism(**change: float) -> RecordMechanism:
-    values = {"max_grad_norm": 1.0, "noise_multiplier": TINY_NOISE, "sample_rate": 1.0, "expected_batch_size": 5.0}
+    values = {
+        "max_grad_norm": 1.0,
+        "noise_multiplier": TINY_NOISE,
+        "sample_rate": 1.0,
+        "expected_batch_size": 5.0,
+    }
     return RecordMechanism(**(values | change))
 
 
@@ -43,7 +48,13 @@ def source(name: str = "dp") -> SeededNoise:
 
 
 def run(
-    model: torch.nn.Module, rows: Rows, mech: RecordMechanism, noise: NoiseSource, *, steps: int = 1, **change: Any
+    model: torch.nn.Module,
+    rows: Rows,
+    mech: RecordMechanism,
+    noise: NoiseSource,
+    *,
+    steps: int = 1,
+    **change: Any,
 ) -> PrivateReport:
     options = section(**change)
     return train(
@@ -78,7 +89,9 @@ def test_a_step_is_the_mean_of_clipped_gradients(kind: str, bound: float) -> Non
     before, expected = get_arrays(model), clipped_sum(model, rows, bound)
     assert norm(expected) > 0.5 * bound if bound < 1 else norm(expected) < bound
     noise = TINY_NOISE if bound < 1 else 1e-9
-    report = run(model, rows, mechanism(max_grad_norm=bound, noise_multiplier=noise, expected_batch_size=8.0), source())
+    report = run(
+        model, rows, mechanism(max_grad_norm=bound, noise_multiplier=noise, expected_batch_size=8.0), source()
+    )
     after = get_arrays(model)
     for name, total in expected.items():
         moved = (after[name].astype(float) - before[name]) * -8.0 / 0.1
@@ -157,7 +170,9 @@ def test_a_row_without_scored_tokens_and_rows_of_other_lengths_do_not_couple() -
     labels = torch.tensor([[-100, 1, 2, -100, -100, -100], [-100] * 6, [-100, 3, 4, 5, 6, 7]])
     losses = causal_example_losses(logits, labels)
     by_hand = [
-        -torch.log_softmax(logits[i], -1)[[t - 1 for t in range(6) if labels[i, t] >= 0], labels[i][labels[i] >= 0]].mean()
+        -torch.log_softmax(logits[i], -1)[
+            [t - 1 for t in range(6) if labels[i, t] >= 0], labels[i][labels[i] >= 0]
+        ].mean()
         for i in (0, 2)
     ]
     assert losses[1] == 0
@@ -181,12 +196,19 @@ def test_a_broken_model_still_releases_only_noise() -> None:
     run(model, rows_for("bert"), mechanism(noise_multiplier=1.0), source("broken"))
     after = get_arrays(model)
     assert finite
-    assert all(np.isfinite(after[name]).all() and not np.array_equal(after[name], a) for name, a in finite.items())
+    assert all(
+        np.isfinite(after[name]).all() and not np.array_equal(after[name], a) for name, a in finite.items()
+    )
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"max_grad_norm": 1.0}, {"gradient_accumulation": 2}],
+    [
+        {"gradient_checkpointing": True},
+        {"precision": "bf16"},
+        {"max_grad_norm": 1.0},
+        {"gradient_accumulation": 2},
+    ],
 )
 def test_options_that_privacy_cannot_honour_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(PrivacyError, match=f"training.{next(iter(change))}") as caught:
@@ -204,7 +226,9 @@ def test_impossible_mechanisms_are_refused(change: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(("optimizer", "mu"), [("adamw", 0.0), ("sgd", 0.5)])
-def test_other_optimisers_and_the_proximal_pull_work_on_the_noised_gradient(optimizer: str, mu: float) -> None:
+def test_other_optimisers_and_the_proximal_pull_work_on_the_noised_gradient(
+    optimizer: str, mu: float
+) -> None:
     model, rows = attached("lora", "bert"), rows_for("bert")
     seen: list[int] = []
     report = train(

