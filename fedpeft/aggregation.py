@@ -8,7 +8,6 @@ whoever came first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
+from fedpeft.jit import compiled
 from fedpeft.update import Arrays, Layout, Update, check_layout
 
-BLOCK = 1 << 14  # entries; 128 KiB of float64 stay in the second-level cache
 HEADROOM_BITS = 62  # of int64's 63: one bit stays free so that the sum of all bounds can't wrap
 
 
@@ -56,7 +55,7 @@ class ExactSum:
         self._spans = _spans(layout)
         size = self._spans[-1].end if self._spans else 0
         self._sum = np.zeros(size, dtype=np.int64)
-        self._scratch = np.zeros(size, dtype=np.int64 if kinds == {"i"} else np.float64)
+        self._entries: NDArray[Any] = np.zeros(size, dtype=np.int64 if kinds == {"i"} else np.float32)
         self.total_weight = 0
         self.count = 0
 
@@ -74,54 +73,33 @@ class ExactSum:
             raise UpdateError(f"{who}: weight {update.weight} came, the exact sum has room for {self._bound}")
         if self._room <= 0:
             raise UpdateError(f"{who}: the round's cohort is complete; one more update cannot be counted")
-        norm = self._load(update, who)
-        self._check(norm, update, who)
-        self._add(update.weight)
+        for span in self._spans:
+            self._entries[span.start : span.end] = update.arrays[span.name].reshape(-1)
+        self._check_entries(update, who)
+        if self._entries.dtype.kind == "f":
+            _add_quanta(self._sum, self._entries, 2.0**-self._exponent, update.weight)
+        else:
+            self._sum += self._entries * update.weight
         self._room -= 1
         self.total_weight += update.weight
         self.count += 1
-        return math.ldexp(norm, self._exponent)
+        return math.sqrt(_sum_of_squares(self._entries))
 
-    def _load(self, update: Update, who: str) -> float:
-        """Put the entries into the scratch buffer, in quanta; returns their L2 norm.
-
-        Raises:
-            UpdateError: NaN or infinity.
-        """
-        flat, scale = self._scratch, 2.0**-self._exponent  # scaling by a power of two is exact
-        for span in self._spans:
-            part, source = flat[span.start : span.end], update.arrays[span.name].reshape(-1)
-            if flat.dtype.kind == "f":
-                np.multiply(source, scale, out=part, dtype=np.float64)
-            else:
-                part[:] = source
-        norm = math.sqrt(sum(_squared(block) for block in _blocks(flat)))
-        if not math.isfinite(norm):
-            bad = [name for name, array in update.arrays.items() if not np.isfinite(array).all()]
-            what = f"array {bad[0]!r} holds NaN or infinity" if bad else "its norm is beyond float64"
-            raise UpdateError(f"{who}: {what}; nothing of it was counted")
-        return norm
-
-    def _check(self, norm: float, update: Update, who: str) -> None:
-        """Refuse entries that don't fit; none exceeds the norm, so the largest is seldom looked for."""
-        if norm * update.weight <= self._bound / 2 or not self._scratch.size:
-            return
-        reach = (max(-int(self._scratch.min()), int(self._scratch.max())) + 1) * update.weight
+    def _check_entries(self, update: Update, who: str) -> None:
+        """Refuse entries that are not finite or don't fit."""
+        exact = float if self._entries.dtype.kind == "f" else int  # int64's ends don't fit a float
+        largest = max(exact(self._entries.max()), -exact(self._entries.min())) if self._entries.size else 0
+        if not math.isfinite(largest):
+            bad = next(name for name, array in update.arrays.items() if not np.isfinite(array).all())
+            raise UpdateError(f"{who}: array {bad!r} holds NaN or infinity; nothing of it was counted")
+        quanta = int(math.ldexp(largest, -self._exponent)) + 1 if exact is float else largest
+        reach = quanta * update.weight
         if reach > self._bound:
             raise UpdateError(
                 f"{who}: an entry times its weight reaches 2^{math.log2(reach):.1f} quanta and the exact sum"
                 f" has room for 2^{math.log2(self._bound):.1f}; clip the update or raise"
                 " federation.quantum_exponent"
             )
-
-    def _add(self, weight: int) -> None:
-        """Round the scratch buffer to whole quanta and add it, block by block so that each stays in cache."""
-        for total, block in zip(_blocks(self._sum), _blocks(self._scratch), strict=True):
-            if block.dtype.kind == "f":
-                np.rint(block, out=block)
-            term = block.astype(np.int64)
-            term *= weight
-            total += term
 
     def sums(self) -> Arrays:
         """The integer sums themselves (int64, in quanta), as views."""
@@ -139,12 +117,28 @@ class ExactSum:
         return {span.name: flat[span.start : span.end].reshape(span.shape) for span in self._spans}
 
 
-def _squared(block: NDArray[Any]) -> float:
-    return float(np.einsum("i,i->", block, block, dtype=np.float64))
+@compiled
+def _add_quanta(
+    total: NDArray[np.int64], entries: NDArray[np.float32], quanta_per_one: float, weight: int
+) -> None:
+    """Add weight * round(entry / quantum); the product with a power of two is exact, ties go to even."""
+    for i in range(entries.size):
+        total[i] += np.int64(np.rint(np.float64(entries[i]) * quanta_per_one)) * weight
 
 
-def _blocks(flat: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    return (flat[start : start + BLOCK] for start in range(0, flat.size, BLOCK))
+@compiled
+def _sum_of_squares(entries: NDArray[Any]) -> float:
+    """In float64 and in one fixed order; four sums side by side, as one would wait for each addition."""
+    first = second = third = fourth = 0.0
+    whole = entries.size - entries.size % 4
+    for i in range(0, whole, 4):
+        first += np.float64(entries[i]) ** 2
+        second += np.float64(entries[i + 1]) ** 2
+        third += np.float64(entries[i + 2]) ** 2
+        fourth += np.float64(entries[i + 3]) ** 2
+    for i in range(whole, entries.size):
+        first += np.float64(entries[i]) ** 2
+    return (first + second) + (third + fourth)
 
 
 def _spans(layout: Layout) -> list[_Span]:

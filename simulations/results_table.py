@@ -28,7 +28,7 @@ from fedpeft.reporting.summary import (
 )
 from fedpeft.reporting.text import byte_size, duration, metric_name, metric_value
 
-_CURVE_POINTS = 7  # columns of the table over rounds, the first and the last round among them
+_CURVE_POINTS = 8  # columns of the table over rounds, the first and the last round among them
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # before torch: results are those of one thread, and tests share the cores
-)
+# Before torch is imported: results are those of one thread, and tests share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+# No deadlines: a first call may compile, and machines are shared. The same examples each time: a red run
+# stays red.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -16,7 +16,8 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "v1", "presets"),
-    ("update", "config", "records", "options", "randomness", "files", "codec", "seedspace"),
+    ("files", "jit"),
+    ("update", "config", "records", "options", "randomness", "codec", "seedspace"),
     ("runfile", "sampling", "clock", "aggregation", "workers", "merging"),
     ("wire", "data", "privacy"),
     ("models",),

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fedpeft.codec._jit import kernel
 from fedpeft.codec.arrays import MAX_DIMENSIONS, Int8Array, Int32Array, Shape, Uint8Array, element_count
 from fedpeft.codec.cursor import Cursor, varint
 from fedpeft.codec.masks import BernoulliMask, PublicMask, PublicSource, RandomKMask
@@ -29,6 +28,7 @@ from fedpeft.codec.tensors import (
     channel_count,
 )
 from fedpeft.errors import UpdateError
+from fedpeft.jit import compiled
 
 FORMAT_VERSION = 1
 _NO_AXIS = 255
@@ -238,7 +238,7 @@ def _non_zeros(flat: Int8Array) -> Int32Array:
     return found[: _gather_non_zeros(flat, found)].copy()
 
 
-@kernel
+@compiled
 def _gather_non_zeros(flat: Int8Array, found: Int32Array) -> int:
     filled = 0
     for i in range(flat.size):
@@ -248,14 +248,14 @@ def _gather_non_zeros(flat: Int8Array, found: Int32Array) -> int:
     return filled
 
 
-@kernel
+@compiled
 def _place_signs(indices: Int32Array, packed: Uint8Array, trits: Int8Array) -> None:
     for i in range(indices.size):
         negative = (packed[i >> 3] >> (i & 7)) & 1
         trits[indices[i]] = 1 - 2 * np.int8(negative)
 
 
-@kernel
+@compiled
 def _pack_signs(flat: Int8Array, indices: Int32Array, packed: Uint8Array) -> None:
     for i in range(indices.size):
         # The top bit of a negative int8.

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from fedpeft.codec.coded import decode_up_to, encode
 from fedpeft.codec.positions import DEFAULT_CODER
 from fedpeft.codec.tensors import Encoded
 from fedpeft.errors import StorageError, UpdateError
+from fedpeft.files import write_atomically
 
 MAGIC = b"\x89FPZ\r\n\x1a\n"
 VERSION = 1
@@ -58,10 +58,7 @@ def write_expert(path: Path, expert: Expert, coder: str = DEFAULT_CODER) -> int:
         StorageError: the disk is full or the folder cannot be written.
     """
     data = _to_bytes(expert, coder)
-    try:
-        _replace_atomically(path, data)
-    except OSError as problem:
-        raise StorageError(f"cannot write {path}: {problem.strerror or problem}") from problem
+    write_atomically(path, data)
     return len(data)
 
 
@@ -186,22 +183,3 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a key comes twice")
     return found
-
-
-def _replace_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        # The rename itself is durable only once the folder is.
-        os.fsync(folder)
-    finally:
-        os.close(folder)

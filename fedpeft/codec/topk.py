@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpeft.codec._jit import kernel
 from fedpeft.codec.arrays import Float32Array, Int8Array, Int32Array, flat_float32
 from fedpeft.errors import UpdateError
+from fedpeft.jit import compiled
 
 # Positive IEEE floats sort like their bit patterns, so all selection is done on integers.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -123,13 +123,13 @@ def moments(flat: Float32Array) -> Moments:
     return Moments(mean, math.sqrt(variance), math.sqrt(variance + mean * mean))
 
 
-@kernel
+@compiled
 def _count_bins(bits: npt.NDArray[np.uint32], histogram: npt.NDArray[np.int64]) -> None:
     for i in range(bits.size):
         histogram[(bits[i] & _MAGNITUDE) >> _BIN_SHIFT] += 1
 
 
-@kernel
+@compiled
 def _gather_bin(bits: npt.NDArray[np.uint32], wanted: np.uint32, out: npt.NDArray[np.uint32]) -> None:
     filled = 0
     for i in range(bits.size):
@@ -139,7 +139,7 @@ def _gather_bin(bits: npt.NDArray[np.uint32], wanted: np.uint32, out: npt.NDArra
         filled += (magnitude >> _BIN_SHIFT) == wanted
 
 
-@kernel
+@compiled
 def _signs_above(bits: npt.NDArray[np.uint32], threshold: np.uint32, trits: Int8Array) -> None:
     for i in range(bits.size):
         kept = np.int8((bits[i] & _MAGNITUDE) > threshold)
@@ -147,7 +147,7 @@ def _signs_above(bits: npt.NDArray[np.uint32], threshold: np.uint32, trits: Int8
         trits[i] = kept - np.int8(2) * (kept & negative)
 
 
-@kernel
+@compiled
 def _signs_of_ties(bits: npt.NDArray[np.uint32], threshold: np.uint32, ties: int, trits: Int8Array) -> None:
     left = ties
     for i in range(bits.size):
@@ -158,7 +158,7 @@ def _signs_of_ties(bits: npt.NDArray[np.uint32], threshold: np.uint32, ties: int
                 return
 
 
-@kernel
+@compiled
 def _shifted_sums(flat: Float32Array, shift: float) -> tuple[float, float]:
     # Four chains hide the latency of the additions; their order is fixed by the index alone.
     t0 = t1 = t2 = t3 = 0.0

@@ -30,7 +30,7 @@ Adapters on fewer layers keep less than this.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,15 @@ from fedpeft.data.federated import FederatedData
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.flower.strategies import proximal_mu
 from fedpeft.models.trainable import trainable_parameters
+from fedpeft.training.zeroth_rules import RULES
 
 _FLOAT = 4
 _HEAP_BLOCK = 32 * 2**20  # glibc's largest threshold from which a block is a mapping of its own
 _HEAP_GAPS = 1.3  # share of live bytes; measured 0.3 to 1.4 on models below a million parameters
 _GATES = ("gate_proj", "gate_up_proj", "w3")  # how gated feed-forward blocks name the extra layer
+
+# Beside the parameters themselves, in their size: the state that came; or theta_0 and int32 or int64 sums.
+_STATE_NUMBERS = {"adapter-delta": 1, "seed-scalars": 2, "projected": 3}
 
 Shape = tuple[int, ...]
 
@@ -119,19 +123,24 @@ def estimate_memory(
     adapter = _FLOAT * sum(int(np.prod(shape)) for shape in shapes)
     training = run.training
     trains = training.kind != "none"
+    backward = trains and training.kind != "zeroth-order"
     geometry = geometry_of(model)
     language = run.model.task == "causal-lm"
-    alive = activations(geometry, training_batch(training, data), training, language) if trains else 0
+    kept = (
+        geometry if backward else replace(geometry, layers=1)
+    )  # without a backward pass, one layer at a time
+    alive = activations(kept, training_batch(training, data), training, language) if trains else 0
     scratch = _autocast_copies(model, training) + _unpacked_weight(model)
     parts = {
         "base": _frozen_bytes(model),
         "adapter": adapter,
-        "state": adapter,
-        "gradients": adapter if trains else 0,
-        "optimizer": optimizer_bytes(training, shapes) if trains else 0,
+        "state": _STATE_NUMBERS.get(run.space.kind, 1) * adapter,
+        "gradients": adapter if backward or _dense(training) else 0,
+        "optimizer": optimizer_bytes(training, shapes) if backward else 2 * _dense(training) * adapter,
         "proximal": adapter if trains and proximal_mu(run.federation.strategy) else 0,
         "activations": alive + scratch if trains else 0,
-        "exchange": 4 * adapter,  # the parameters copied, their difference, its bytes, the message
+        # the parameters copied, their difference, its bytes, the message; or weights to take a fingerprint of
+        "exchange": 4 * adapter if run.space.kind == "adapter-delta" else 2 * adapter,
         "evaluation": evaluation_bytes(geometry, run, data, metrics) + _unpacked_weight(model),
     }
     draft = Memory(**parts, allocator=0, peak=0)
@@ -142,6 +151,12 @@ def estimate_memory(
     allocator = int(_HEAP_GAPS * phase) if largest < _HEAP_BLOCK else 0
     peak = draft.base + draft.adapter + draft.state + phase + allocator
     return Memory(**parts, allocator=allocator, peak=peak)
+
+
+def _dense(training: TrainingSection) -> bool:
+    """A zeroth-order rule that sums its estimate into gradients, for Adam's two moments at most."""
+    rule = RULES.get(training.rule)
+    return training.kind == "zeroth-order" and rule is not None and not rule.replays
 
 
 def activations(geometry: Geometry, batch: BatchShape, training: TrainingSection, language: bool) -> int:

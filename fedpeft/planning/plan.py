@@ -22,7 +22,7 @@ from fedpeft.planning.traffic import Sizes, measure_sizes
 from fedpeft.preflight import has_answers, problems_of
 from fedpeft.runfile import run_digest
 from fedpeft.sampling import cohort_size
-from fedpeft.spaces import build_space
+from fedpeft.spaces import Space, build_space
 from fedpeft.stages import build_stages
 
 
@@ -73,6 +73,14 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class SpacePlan:
+    """How changes are expressed, and what must be known of it."""
+
+    kind: str
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run would cost; a part that cannot be known is None, and `problems` says why."""
 
@@ -81,6 +89,7 @@ class Plan:
     seed: int | None
     model: ModelPlan | None
     data: DataPlan | None
+    space: SpacePlan | None
     rounds: RoundsPlan | None
     traffic: Traffic | None
     memory: Memory | None
@@ -93,7 +102,7 @@ class Plan:
 
 def refused_plan(error: RunFileError) -> Plan:
     """The plan of a run file that cannot be read as one: its problems."""
-    return Plan(error.source, None, None, None, None, None, None, None, error.problems)
+    return Plan(error.source, None, None, None, None, None, None, None, None, error.problems)
 
 
 def make_plan(run: RunConfig) -> Plan:
@@ -101,11 +110,12 @@ def make_plan(run: RunConfig) -> Plan:
     problems = Problems()
     problems.add(*problems_of(run))
     data, model = load(run, problems)
-    sizes = rounds = memory = None
+    sizes = rounds = memory = space = None
     if data is not None:
         problems.add(*_cohort_problems(run, len(data.clients)))
     if data is not None and model is not None:
-        sizes = _sizes(run, Loaded(data, model), problems)
+        space = problems.attempt(lambda: build_space(run, model))
+        sizes = None if space is None else _sizes(run, Loaded(data, model), space, problems)
         memory = _memory(run, model, data)
     if data is not None:
         rounds = _rounds(run, data, sizes, problems)
@@ -115,6 +125,7 @@ def make_plan(run: RunConfig) -> Plan:
         seed=run.run.seed,
         model=None if model is None else _model(run, model),
         data=None if data is None else _data(run, data),
+        space=None if space is None else SpacePlan(space.kind, dict(space.facts())),
         rounds=rounds,
         traffic=_traffic(sizes, rounds),
         memory=memory,
@@ -162,8 +173,8 @@ def _cohort_problems(run: RunConfig, clients: int) -> list[str]:
     return list(problems.lines)
 
 
-def _sizes(run: RunConfig, loaded: Loaded, problems: Problems) -> Sizes | None:
-    return problems.attempt(lambda: measure_sizes(run, loaded, build_space(run, loaded.model), build_stages(run)))
+def _sizes(run: RunConfig, loaded: Loaded, space: Space, problems: Problems) -> Sizes | None:
+    return problems.attempt(lambda: measure_sizes(run, loaded, space, build_stages(run)))
 
 
 def _memory(run: RunConfig, model: nn.Module, data: FederatedData) -> Memory | None:

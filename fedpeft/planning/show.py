@@ -11,7 +11,7 @@ from rich.text import Text
 
 from fedpeft.planning.draws import RoundsPlan, Spread
 from fedpeft.planning.memory import Memory
-from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, Traffic
+from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, SpacePlan, Traffic
 from fedpeft.reporting.text import byte_size, counted, duration, printable
 
 Line = tuple[str, str, str]  # what, how much, detail
@@ -22,6 +22,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     sections = [
         list(_model_lines(plan.model)) if plan.model else [],
         list(_data_lines(plan.data)) if plan.data else [],
+        list(_space_lines(plan.space)) if plan.space else [],
         list(_round_lines(plan.rounds)) if plan.rounds else [],
         list(_traffic_lines(plan.traffic)) if plan.traffic else [],
         list(_memory_lines(plan.memory)) if plan.memory else [],
@@ -71,6 +72,12 @@ def _data_lines(data: DataPlan) -> Iterator[Line]:
         yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"
 
 
+def _space_lines(space: SpacePlan) -> Iterator[Line]:
+    yield "space", space.kind, ""
+    for what, amount in space.facts.items():
+        yield f"  {what}", amount, ""
+
+
 def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
     partly = f"from the first {rounds.drawn_rounds:,} rounds" if rounds.drawn_rounds < rounds.rounds else ""
     yield "rounds", f"{rounds.rounds:,}", partly
@@ -108,7 +115,7 @@ def _memory_lines(memory: Memory) -> Iterator[Line]:
     yield "  base model", byte_size(memory.base), "shared by all worker processes"
     yield "  beyond it", byte_size(own), "the adapter and the largest phase below"
     for what, size, detail in (
-        ("adapter, twice", memory.adapter + memory.state, "parameters, and the state that came"),
+        ("adapter and state", memory.adapter + memory.state, "parameters, and what they are moved from"),
         ("training", memory.phases[0], ""),
         ("  activations", memory.activations, "of the longest batch there can be"),
         ("  gradients", memory.gradients + memory.proximal, ""),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
 from fedpeft.models.trainable import trainable_parameters
@@ -25,9 +23,9 @@ class Sizes:
     """Serialised bytes per client and round.
 
     Attributes:
-        down: the state that a client gets.
-        up: an update after the run's stages. Its entries are drawn at random (float32 normal with standard
-            deviation 1e-3; integers uniform within one byte), as entropy coders spend nothing on zeros.
+        down: the state that a client gets, half-way through the run.
+        up: an update after the run's stages. Both are the space's own examples, drawn at random, as entropy
+            coders spend nothing on zeros.
         up_zero: the same for an all-zero update; equal to `up` unless a stage's output depends on the values.
     """
 
@@ -37,7 +35,7 @@ class Sizes:
 
 
 def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[Stage, ...]) -> Sizes:
-    """Encode the initial state, an update of random entries and one of zeros.
+    """Encode a state, an update of random entries and one of zeros.
 
     Raises:
         FedPEFTError: what a stage has against such an update.
@@ -45,9 +43,12 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
     state = space.initial_state(trainable_parameters(loaded.model))
     layout = space.update_layout(layout_of(state))
     digest = arrays_digest(state)
+    name, rows = _middle_client(loaded)
+    visits = local_steps(run.training, rows) * run.training.queries
+    midway, drawn = space.example(state, visits, stream(run.run.seed, "plan"))
     down = encode(
         Envelope(
-            arrays=state,
+            arrays=midway,
             run_digest=run_digest(run),
             round=1,
             state_digest=digest,
@@ -55,9 +56,6 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
             base_digest=digest,  # any digest: all have one length
         )
     )
-    name, rows = _middle_client(loaded)
-    rng = stream(run.run.seed, "plan")
-    drawn = {key: _entries(shape, dtype, rng) for key, (shape, dtype) in layout.items()}
     zeros = {key: np.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
 
     def up(arrays: Arrays) -> int:
@@ -99,9 +97,3 @@ def _report(run: RunConfig, rows: int) -> dict[str, float]:
         "steps": local_steps(run.training, rows),
         "examples": examples_per_round(run.training, rows),
     }
-
-
-def _entries(shape: tuple[int, ...], dtype: str, rng: np.random.Generator) -> NDArray[Any]:
-    if np.dtype(dtype).kind == "f":
-        return (1e-3 * rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
-    return rng.integers(-127, 128, size=shape).astype(dtype)

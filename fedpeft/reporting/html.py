@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -13,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedpeft.errors import StorageError
+from fedpeft.files import write_atomically
 from fedpeft.records import Round, Row
 from fedpeft.reporting import charts, text
 from fedpeft.reporting.clients import client_charts, client_rows
@@ -50,12 +48,7 @@ def write_report(folder: Path, run_toml: str, rows: Sequence[Row], snippet: str 
     """
     page = render_report(run_toml, rows, snippet)
     path = folder / "report.html"
-    try:
-        _replace(path, page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        raise StorageError(
-            f"{path}: the report cannot be written ({error.strerror}); free space or choose another --out"
-        ) from error
+    write_atomically(path, page.encode("utf-8", errors="replace"))
     return path
 
 
@@ -188,18 +181,3 @@ def _tables(run_toml: str) -> dict[str, Any]:
         return tomllib.loads(run_toml)
     except tomllib.TOMLDecodeError:
         return {}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside the target, sync and rename, so that no reader ever sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes it private; a report is to be shared
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -27,6 +27,10 @@ def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
     if path == "embedded":
         lines.insert(0, "from importlib.resources import files")
         base = 'str(files("fedpeft.data.embedded") / "model")'
+    elif path.startswith("package:"):
+        package, _, folder = path.removeprefix("package:").partition("/")
+        lines.insert(0, "from importlib.resources import files")
+        base = f"str(files({package!r}) / {folder!r})"
     return "\n".join(
         [
             *lines,

@@ -19,16 +19,19 @@ from fedpeft.reporting.text import (
     printable,
 )
 
-_OTHER_METRICS = 2  # beside the primary one; more do not fit 80 columns
+_WIDTH = 80
+_FIXED_WIDTH = 2 + 25 + 15  # margins, the models' names, the interval
+_VALUE_WIDTH = 9
 
 
 def summary_table(summary: Summary) -> Table:
     """The outcome at a glance: models on the global test set, the federated model over the clients, the cost.
 
-    Arrows point to the better side. It fits 80 columns; metrics beyond the first three are left out.
+    Arrows point to the better side. It fits 80 columns: metrics beyond the primary one are shown as far as
+    there is room for them.
     """
     metrics = metrics_of(summary)
-    primary, others = metrics[0], metrics[1 : 1 + _OTHER_METRICS]
+    primary, others = metrics[0], _fitting(metrics)
     table = Table(title=_title(summary), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("on the global test set", no_wrap=True, min_width=24)
     table.add_column(_heading(summary, primary), justify="right", no_wrap=True, min_width=10)
@@ -40,6 +43,18 @@ def summary_table(summary: Summary) -> Table:
     _add_spread(table, summary)
     _add_cost(table, summary)
     return table
+
+
+def _fitting(metrics: list[str]) -> list[str]:
+    """The metrics after the first whose columns fit beside it."""
+    widths = [max(len(metric_name(metric)) + 2, _VALUE_WIDTH) + 1 for metric in metrics]
+    room, others = _WIDTH - _FIXED_WIDTH - widths[0], []
+    for metric, width in zip(metrics[1:], widths[1:], strict=True):
+        room -= width
+        if room < 0:
+            break
+        others.append(metric)
+    return others
 
 
 def interval(metric: str, score: Score | None) -> str:

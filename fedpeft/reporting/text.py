@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 # Metrics whose value is a share of one; they are shown in percent. Anything else is shown as it is.
-_SHARES = frozenset({"accuracy", "exact-match", "rouge-l", "rougel", "f1"})
+_SHARES = frozenset({"accuracy", "exact-match", "token-accuracy", "rouge-l", "rougel", "f1"})
 _NAMES = {"rouge-l": "ROUGE-L", "rougel": "ROUGE-L", "f1": "F1"}
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 

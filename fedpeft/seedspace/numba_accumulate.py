@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.seedspace.jit import compiled
+from fedpeft.jit import compiled
 from fedpeft.seedspace.layout import BLOCK, Span, Stream
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 from fedpeft.seedspace.parallel import over_ranges

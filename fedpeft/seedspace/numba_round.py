@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.seedspace.jit import compiled
+from fedpeft.jit import compiled
 
 
 @compiled

@@ -90,8 +90,10 @@ def score_shard(
 def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]:
     """The rows of an evaluation set, at most `evaluation.max_examples` of the test set and of each client."""
     data, limit = resident.data, resident.run.evaluation.max_examples
-    if which == TEST:
+    if which == TEST and own_test_set(resident.run):
         return data.test, np.arange(len(data.test), dtype=np.int64)[:limit]
+    if which == TEST:
+        return data.test, np.concatenate([mine[:limit] for mine in test_rows_of_clients(resident).values()])
     return data.rows, np.concatenate([client.heldout[:limit] for client in data.clients])
 
 

@@ -29,6 +29,18 @@ class AdapterDelta(Section):
         """Itself: it keeps nothing of the model."""
         return self
 
+    def facts(self) -> Mapping[str, str]:
+        """Nothing beyond the parameters themselves."""
+        return {}
+
+    def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+        """The state itself, and normal entries of standard deviation 1e-3."""
+        drawn = {
+            name: np.float32(1e-3) * rng.standard_normal(array.shape, dtype=np.float32)
+            for name, array in state.items()
+        }
+        return state, drawn
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """Copies of the trainable parameters."""
         return frozen_arrays(read_parameters(parameters))

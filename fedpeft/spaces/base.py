@@ -63,6 +63,19 @@ class Space(Protocol):
         """Name in the run file."""
         ...
 
+    def facts(self) -> Mapping[str, str]:
+        """What a person should know of it before a run: name to value, both short."""
+        ...
+
+    def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+        """A state half-way through a run and an update, drawn at random: their sizes are what messages take.
+
+        Args:
+            state: the initial one.
+            visits: directions that a zeroth-order client visits in a round.
+        """
+        ...
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """The state that a run starts from; `parameters` are as the model was loaded."""
         ...

@@ -88,6 +88,21 @@ class Projected:
         self._done = np.zeros(0, dtype=np.int64)  # the coefficients that the cached sums are of
         self._sums = self._zeros()
 
+    def facts(self) -> Mapping[str, str]:
+        """Coefficients, and the quantum of a weight."""
+        return {
+            "coefficients per round": f"{self.count:,}",
+            "coefficients, all rounds": f"{self.count * self._rounds:,}",
+            "quantum": f"2^{self.exponent}",
+        }
+
+    def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+        """Coefficients of standard deviation 8, half of all rounds behind."""
+        drawn = np.rint(8 * rng.standard_normal(self._rounds * self.count)).astype(np.int64)
+        update = {AMOUNTS: drawn[: self.count].copy()}
+        drawn[self._rounds // 2 * self.count :] = 0
+        return {**state, AMOUNTS: drawn}, update
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """No round yet."""
         amounts = np.zeros(self._rounds * self.count, dtype=np.int64)

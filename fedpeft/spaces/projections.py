@@ -1,7 +1,7 @@
 """From a tensor's change to a few integers and back: on shared sign directions, or by a Hadamard sketch.
 
-Both are linear and unbiased: the mean of what `rebuild` makes of `coefficients`, over the seeds, is the change
-up to the rounding of coefficients to integers. So the mean over clients may be taken of the coefficients.
+Both are linear and unbiased: the mean of what `rebuild` makes of `coefficients`, over the seeds, is the
+change, up to the rounding of coefficients to integers. So clients' coefficients may be averaged.
 """
 
 from __future__ import annotations

@@ -102,6 +102,26 @@ class SeedScalars:
         self._position = SeedState(space, base)
         self._verified: tuple[bytes, bytes] | None = None  # amounts and fingerprint that were found to agree
 
+    def facts(self) -> Mapping[str, str]:
+        """K, the directions of one round where they are common, the quantum and the range."""
+        per_round = self.mode.layout()[AMOUNTS][0][0]
+        return {
+            "directions (K)": f"{self.space.num_seeds:,}",
+            "directions of one round": f"{per_round:,}",
+            "quantum": f"2^{self.space.exponent}",
+            "most quanta per direction": f"{self.largest:,}",
+        }
+
+    def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
+        """Scalars of standard deviation 2, a common size of directional derivatives."""
+        route = self.route(state, visits, rng)
+        update = self.express({}, state, Trail(route.directions, _scalars(visits, rng)))
+        midway = {name: _scalars(array.size, rng) for name, array in self.mode.start().items()}
+        midway |= {name: np.abs(array) for name, array in midway.items() if name != AMOUNTS}
+        if len(update[AMOUNTS]) < self.space.num_seeds:  # later rounds' directions are still to come
+            midway[AMOUNTS][self.space.num_seeds // 2 :] = 0
+        return {**midway, FINGERPRINT: state[FINGERPRINT]}, update
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """A = 0."""
         return self._with_fingerprint(self.mode.start())
@@ -180,3 +200,8 @@ class SeedScalars:
         difference = torch.from_numpy(amounts - self._position.amounts.numpy())
         if bool(difference.any()):
             self._position.advance(difference)
+
+
+def _scalars(count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Integers as scalars of standard deviation 2 become at the default quantum."""
+    return np.rint(2.0 ** (RESOLUTION + 1) * rng.standard_normal(count)).astype(np.int64)

@@ -113,7 +113,7 @@ def _space_problems(run: RunConfig) -> list[str]:
     problems += _clip_problems(run)
     problems += _strategy_problems(run, mode)
     if mode == "common" and training.kind == "zeroth-order":
-        problems += _common_problems(run)
+        problems += _common_problems(run) + _baseline_problems(run)
     return problems
 
 
@@ -125,7 +125,17 @@ def _projected_problems(run: RunConfig) -> list[str]:
             "space: projected projects changes that a first-order trainer makes; a zeroth-order trainer's own"
             " scalars are exact in space 'seed-scalars'"
         )
-    return problems + _strategy_problems(run, "common")
+    return problems + _strategy_problems(run, "common") + _baseline_problems(run)
+
+
+def _baseline_problems(run: RunConfig) -> list[str]:
+    """A baseline is one long training, and here a state has room for one round's directions of it."""
+    if not run.evaluation.baselines:
+        return []
+    return [
+        "evaluation.baselines: clients alone and pooled data would be squeezed into one round's directions, which"
+        " is no fair comparison; run them with space 'adapter-delta'"
+    ]
 
 
 def _clip_problems(run: RunConfig) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> NDArray[A
     dtype = _NUMPY.get(tensor.dtype)
     if dtype is None:
         raise UpdateError(f"{who}: array {tensor.name!r} has the unknown dtype number {tensor.dtype}")
-    shape = tuple(tensor.shape)
+    shape, data = tuple(tensor.shape), tensor.data  # every access to a field of a message makes a copy
     if layout is not None:
         expected = layout.get(tensor.name)
         if expected is None:
@@ -104,15 +105,19 @@ def _array(tensor: pb.DenseTensor, layout: Layout | None, who: str) -> NDArray[A
                 f"{who}: array {tensor.name!r} is {dtype.name}{list(shape)}, expected"
                 f" {np.dtype(expected[1]).name}{list(expected[0])}"
             )
+        count = math.prod(shape)  # the run's own shape, which needs no bound
+    else:
+        count = _bounded_count(tensor.name, shape, who)
+    if count * dtype.itemsize != len(data):
+        raise UpdateError(f"{who}: array {tensor.name!r} declares {list(shape)} and brings {len(data)} bytes")
+    return np.frombuffer(data, dtype=dtype).reshape(shape)
+
+
+def _bounded_count(name: str, shape: tuple[int, ...], who: str) -> int:
     try:
-        count = element_count(shape)
+        return element_count(shape)
     except UpdateError as error:
-        raise UpdateError(f"{who}: array {tensor.name!r}: {error}") from error
-    if count * dtype.itemsize != len(tensor.data):
-        raise UpdateError(
-            f"{who}: array {tensor.name!r} declares {list(shape)} and brings {len(tensor.data)} bytes"
-        )
-    return np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+        raise UpdateError(f"{who}: array {name!r}: {error}") from error
 
 
 def write_coded(coded: pb.Coded, encoded: Mapping[str, EncodedArray]) -> None:

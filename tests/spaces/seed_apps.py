@@ -80,7 +80,7 @@ def make_app(answers: dict[int, Answer]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         number = _number(context)
-        answer = answers.get(number, lambda e, m: update_reply(encode(e), m))
+        answer = answers.get(number, sends(*SENT))
         return answer(envelope_for(message, f"client-{number}"), message)
 
     return app

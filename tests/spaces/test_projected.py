@@ -57,7 +57,7 @@ def shifted(model: nn.Module, generator: np.random.Generator) -> None:
     with torch.no_grad():
         for parameter in trainable_parameters(model).values():
             noise = generator.standard_normal(tuple(parameter.shape))
-            parameter += torch.from_numpy(1e-2 * noise).float()
+            parameter.add_(torch.from_numpy(1e-2 * noise).float())
 
 
 def test_sign_coefficients_are_dot_products_over_their_number() -> None:
@@ -210,6 +210,7 @@ def test_what_is_refused(attempt: Any, kind: type[Exception], words: str) -> Non
         ({"training": {"kind": "zeroth-order"}}, "seed-scalars"),
         ({"stages": [{"kind": "clip", "clip_norm": 1.0}]}, "integers"),
         ({"federation": {"strategy": "fedavgm"}}, "another direction"),
+        ({"evaluation": {"baselines": True}}, "fair comparison"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(keys: dict[str, Any], reason: str) -> None:

@@ -122,15 +122,23 @@ def test_a_round_is_the_exact_weighted_mean_of_its_clients(mode: str, tmp_path: 
     assert np.count_nonzero(came) > 3
 
 
-def test_any_number_of_workers_and_a_restart_give_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", [None, "signs", "srht"])
+def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
+    projection: str | None, tmp_path: Path
+) -> None:
+    tables = tables_of(tmp_path)
+    if projection is not None:
+        tables["space"] = {"kind": "projected", "num_seeds": 8, "projection": projection}
+        tables["training"]["kind"] = "first-order"
     for workers in (1, 2):
-        simulated(tables_of(tmp_path), tmp_path / str(workers), workers=workers)
-    simulated(tables_of(tmp_path), tmp_path / "again")
+        simulated(tables, tmp_path / str(workers), workers=workers)
+    simulated(tables, tmp_path / "again")
     out = tmp_path / "again"
     (out / "checkpoints" / "round-000002.safetensors").unlink()
     (out / "report.html").unlink()
     resumed(out)  # a process that joins after round 1 with theta_0 and A
     assert fingerprint(tmp_path / "1") == fingerprint(tmp_path / "2") == fingerprint(out)
+    assert last(out).state["amounts"].any()
 
 
 @pytest.fixture

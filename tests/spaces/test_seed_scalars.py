@@ -22,6 +22,7 @@ from fedpeft.spaces import Space, Trail, build_space, space_options
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, WeightedSeeds, rounded
 from fedpeft.spaces.seed_scalars import LARGEST, SeedScalars
 from fedpeft.update import Arrays, arrays_digest, layout_of
+from fedpeft.wire.codec import Envelope, encode
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import weight
 
@@ -246,3 +247,21 @@ def test_unknown_options_are_refused() -> None:
         space_options(SpaceSection.model_validate({"kind": "seed-scalars", "seeds": 3}))
     with pytest.raises(RunFileError, match=r"space\.mode"):
         space_options(SpaceSection.model_validate({"kind": "seed-scalars", "mode": "pro"}))
+
+
+@pytest.mark.parametrize("mode", ["fedkseed", "fedkseed-pro", "common"])
+def test_messages_of_the_published_size_take_a_kilobyte_up_and_eight_down(mode: str) -> None:
+    run = run_of(mode=mode, num_seeds=200 if mode == "common" else 4096)
+    space = build_space(run, model_of("ln-tuning"))
+    start = space.initial_state({})
+    state, update = space.example(start, 200, np.random.default_rng(0))
+    assert layout_of(state) == layout_of(start)
+    assert layout_of(update) == space.update_layout(layout_of(start))
+    sizes = [
+        len(encode(Envelope(arrays, "0" * 64, 1, "0" * 64, space.kind, base_digest="0" * 64)))
+        for arrays in (update, state)
+    ]
+    if mode != "fedkseed-pro":  # which sends three vectors
+        assert sizes[0] <= 1024
+        assert sizes[1] <= 8192
+    assert min(sizes) > 200

@@ -73,7 +73,7 @@ def at(model: nn.Module, z: dict[str, torch.Tensor], scale: float) -> float:
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter += scale * z[name]
+            parameter.add_(z[name], alpha=scale)
         loss = loss_of(model)
         for name, parameter in parameters.items():
             parameter.copy_(kept[name])
@@ -184,7 +184,7 @@ def test_dense_rules_are_torch_optimisers_on_the_estimate() -> None:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 speed[name] = 0.9 * speed[name] + slope * z[name]
-                parameter -= 0.1 * speed[name]
+                parameter.sub_(speed[name], alpha=0.1)
     _, _, trail = trained(model, section, [4, 6], exponent=None)
     assert not trail.amounts.any()
     for name, parameter in trainable_parameters(model).items():
@@ -251,6 +251,7 @@ def test_a_sound_run_has_no_problem() -> None:
         ({"training": {"rule": "zo-sdg"}}, "did you mean 'zo-sgd'"),
         ({"space": {"mode": "common", "num_seeds": 3}}, "set steps x queries to 3"),
         ({"federation": {"strategy": "fedtrimmedavg"}}, "space.mode 'common'"),
+        ({"space": {"mode": "common", "num_seeds": 4}, "evaluation": {"baselines": True}}, "fair comparison"),
         ({"federation": {"strategy": "qfedavg"}}, "qfedavg"),
         ({"federation": {"strategy": {"kind": "fedprox", "proximal_mu": 0.1}}}, "fedprox"),
         ({"federation": {"strategy": "fedadam"}}, "eta"),
