@@ -82,14 +82,10 @@ def _base_problems(run: RunConfig) -> list[str]:
         return []
     problems = []
     if run.training.gradient_checkpointing and not method.gradient_checkpointing:
-        problems.append(
-            f"training.gradient_checkpointing: {method.name} cannot train with it; remove it"
-        )
+        problems.append(f"training.gradient_checkpointing: {method.name} cannot train with it; remove it")
     reason = method.refused_quantization.get(run.model.quantization)
     if reason is not None:
-        problems.append(
-            f"model.quantization: {method.name} on {run.model.quantization}: {reason}"
-        )
+        problems.append(f"model.quantization: {method.name} on {run.model.quantization}: {reason}")
     return problems
 
 

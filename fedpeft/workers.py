@@ -20,17 +20,22 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
+import psutil
 import torch
 
 from fedpeft.errors import FederationError, StorageError
 
 Result = TypeVar("Result")
 
-_LARGE = 1 << 15  # bytes from which a shared value goes through a file instead of the task's own message
+_LARGE = 1 << 15  # bytes from which a value goes through a file instead of a pipe
+_KEPT = 4  # shared values; a task takes at most the newest one of its round and one to evaluate
+_ROOMY = 4 << 30  # free bytes that memory must have to be used instead of the disk
+_PREFIX = "fedpeft-"
 
 
 class Shared(Protocol):
@@ -116,9 +121,32 @@ class _Filed:
 
 @functools.lru_cache(maxsize=2)
 def _load(path: str) -> Any:
-    return pickle.loads(
-        Path(path).read_bytes()
-    )  # written by this run's parent process into a folder of mode 0700
+    """Unpickle a file that this run's own processes wrote into their private folder."""
+    return pickle.loads(Path(path).read_bytes())
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A large result in a file; a pipe would pass it on in pieces, two processes waking each other."""
+
+    path: str
+
+    def unpack(self) -> Any:
+        path = Path(self.path)
+        value = pickle.loads(path.read_bytes())
+        path.unlink()
+        return value
+
+
+def _call(folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """In a worker: the function's result, or a parcel with it."""
+    pickled = pickle.dumps(function(*args), protocol=pickle.HIGHEST_PROTOCOL)
+    if len(pickled) < _LARGE:
+        return pickle.loads(pickled)
+    handle, path = tempfile.mkstemp(prefix="result-", dir=folder)
+    with os.fdopen(handle, "wb", buffering=0) as file:
+        file.write(pickled)
+    return _Parcel(path)
 
 
 class ProcessWorkers:
@@ -127,7 +155,7 @@ class ProcessWorkers:
     def __init__(self, width: int) -> None:
         self.width = width
         torch.set_num_threads(1)  # a parent that never had a thread pool can be forked safely
-        self._folder = Path(tempfile.mkdtemp(prefix="fedpeft-"))
+        self.folder = _new_folder()
         self._count = 0
         self._files: list[Path] = []
         gc.freeze()  # the collector's own writes would copy the shared pages
@@ -141,27 +169,24 @@ class ProcessWorkers:
         self._processes = [process for process in multiprocessing.active_children() if process not in others]
 
     def share(self, value: Any) -> Shared:
-        """Pickle once; large values go to a file, of which the two newest are kept."""
+        """Pickle once; large values go to a file, of which the newest few are kept."""
         pickled = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
         if len(pickled) < _LARGE:
             return _Held(value)
         self._count += 1
-        path = self._folder / str(self._count)
+        path = self.folder / str(self._count)
         try:
             path.write_bytes(pickled)
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(
-                f"{self._folder}: {len(pickled)} bytes cannot be written ({error.strerror}); free space or"
+                f"{self.folder}: {len(pickled)} bytes cannot be written ({error.strerror}); free space or"
                 " set TMPDIR"
             ) from error
         self._files.append(path)
-        return _Filed(str(path))
-
-    def forget(self, keep: int = 4) -> None:
-        """Delete all but the newest shared values; no task under way may take an older one."""
-        while len(self._files) > keep:
+        while len(self._files) > _KEPT:
             self._files.pop(0).unlink(missing_ok=True)
+        return _Filed(str(path))
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Future[Result]:
         """Run in a worker process.
@@ -170,14 +195,14 @@ class ProcessWorkers:
             FederationError: a worker process has died.
         """
         try:
-            return self._pool.submit(function, *args)
+            return self._pool.submit(_call, self.folder, function, args)
         except BrokenProcessPool as error:
             raise worker_died() from error
 
     def close(self) -> None:
         """Cancel what waits, let the rest finish, end the processes, delete the shared values."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def abort(self) -> None:
         """Terminate the processes, then as `close`."""
@@ -201,9 +226,22 @@ def result_of(future: Future[Result]) -> Result:
         FederationError: the worker process died.
     """
     try:
-        return future.result()
+        result = future.result()
     except BrokenProcessPool as error:
         raise worker_died() from error
+    return result.unpack() if isinstance(result, _Parcel) else result
+
+
+def _new_folder() -> Path:
+    """A private folder for shared values and results, in memory where there is room; abandoned ones go."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > _ROOMY
+    root = memory if roomy else Path(tempfile.gettempdir())
+    for old in root.glob(f"{_PREFIX}*"):
+        owner = old.name.removeprefix(_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):  # its process was killed
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root))
 
 
 class open_workers:  # noqa: N801 - reads as the function that it is

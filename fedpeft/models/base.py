@@ -47,10 +47,11 @@ _NEW_MODULES = "fedpeft_new_modules"
 def model_path(section: ModelSection) -> str:
     """Return the folder or hub name that the section means.
 
-    "embedded" is the folder inside this package; "package:NAME/FOLDER" is a folder inside an installed package.
+    "embedded" is the folder inside this package, "package:NAME/FOLDER" one inside an installed package.
 
     Raises:
-        ModelError: `path` is neither an existing folder nor written like a hub name, or the package is missing.
+        ModelError: `path` is neither an existing folder nor written like a hub name, or a package is
+            missing.
     """
     if section.path.startswith(_PACKAGE):
         return _package_folder(section.path)

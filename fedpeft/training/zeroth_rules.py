@@ -133,8 +133,8 @@ def _baseline_problems(run: RunConfig) -> list[str]:
     if not run.evaluation.baselines:
         return []
     return [
-        "evaluation.baselines: clients alone and pooled data would be squeezed into one round's directions, which"
-        " is no fair comparison; run them with space 'adapter-delta'"
+        "evaluation.baselines: clients alone and pooled data would be squeezed into one round's directions,"
+        " which is no fair comparison; run them with space 'adapter-delta'"
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 
 from fedpeft.errors import UpdateError
 
@@ -11,9 +12,12 @@ _TAG = bytes(((15 << 3) | 5,))  # field 15, wire type 5: four bytes, little-endi
 SIZE = 5
 
 
-def sealed(body: bytes) -> bytes:
-    """`body` and its CRC-32 as a protobuf field; the whole is again one message."""
-    return b"".join((body, _TAG, struct.pack("<I", zlib.crc32(body))))
+def sealed(pieces: Sequence[bytes | memoryview]) -> bytes:
+    """The pieces of a message and their CRC-32 as a protobuf field; the whole is again one message."""
+    crc = 0
+    for piece in pieces:
+        crc = zlib.crc32(piece, crc)
+    return b"".join((*pieces, _TAG, struct.pack("<I", crc)))
 
 
 def check_seal(payload: bytes, who: str) -> None:

@@ -19,7 +19,7 @@ from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.bounds import DIGEST_BYTES, check_header, max_payload_bytes
 from fedpeft.wire.checksum import check_seal, sealed
 from fedpeft.wire.exact import codable, exact_payload, read_exact, write_exact
-from fedpeft.wire.payloads import Payload, payload_of, read_coded, read_dense, write_coded, write_dense
+from fedpeft.wire.payloads import Payload, dense_field, payload_of, read_coded, read_dense, write_coded
 
 PROTOCOL_VERSION = 1
 
@@ -67,7 +67,7 @@ def encode(envelope: Envelope) -> bytes:
         UpdateError: an array whose dtype or form has no place in the schema, plain arrays beside compressed
             ones, or a header field beyond its bound.
     """
-    message = pb.Update()
+    message, field = pb.Update(), list[bytes | memoryview]()
     payload = payload_of(envelope.encoded)
     if envelope.encoded and envelope.arrays:
         name = next(iter(envelope.arrays))
@@ -76,12 +76,12 @@ def encode(envelope: Envelope) -> bytes:
     if exact is not None and codable(envelope.arrays):
         write_exact(message, envelope.arrays, exact)
     elif payload == "dense":
-        write_dense(message, envelope.arrays)
+        field = dense_field(envelope.arrays)
     else:
         write_coded(getattr(message, payload), envelope.encoded)
     _write_header(message.header, envelope)
     check_header(message.header, "the message")
-    return sealed(message.SerializeToString(deterministic=True))
+    return sealed([message.SerializeToString(deterministic=True), *field])
 
 
 def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Payload = "dense") -> Envelope:

@@ -56,20 +56,44 @@ def payload_of(encoded: Mapping[str, EncodedArray]) -> Payload:
     raise UpdateError(f"an update of {names} came; one payload with one compressed form is needed")
 
 
-def write_dense(message: pb.Update, arrays: Arrays) -> None:
-    """Fill in the payload of plain arrays.
+def dense_field(arrays: Arrays) -> list[bytes | memoryview]:
+    """The payload of plain arrays as the pieces of its serialised field, values uncopied.
+
+    Protobuf's own serialiser moves large values several times. These are the bytes that it would write: a
+    field's key, its length, its content (protocol buffers encoding, "Length-Delimited Records").
 
     Raises:
         UpdateError: an array whose dtype has no place in the schema.
     """
-    tensors = message.dense.tensors  # filled in place: messages passed to constructors are copied
-    message.dense.SetInParent()
+    pieces: list[bytes | memoryview] = []
     for name, array in arrays.items():
         number = _DTYPES.get(array.dtype.newbyteorder("<").str)
         if number is None:
             raise UpdateError(f"array {name!r} is {array.dtype.name}; only float32 and int64 can be sent")
-        little = array.astype(_NUMPY[number], copy=False)
-        tensors.add(name=name, dtype=number, shape=array.shape, data=little.tobytes())
+        values = np.ascontiguousarray(array.reshape(-1), dtype=_NUMPY[number]).view(np.uint8)
+        head = pb.DenseTensor(name=name, dtype=number, shape=array.shape).SerializeToString()
+        if values.size:
+            head += _DATA_KEY + _varint(values.size)
+        pieces += (_TENSOR_KEY + _varint(len(head) + values.size) + head, values.data)
+    return [_DENSE_KEY + _varint(sum(len(piece) for piece in pieces)), *pieces]
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _key(message: Any, field: str) -> bytes:
+    return _varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
+
+
+_DENSE_KEY, _TENSOR_KEY = _key(pb.Update, "dense"), _key(pb.Dense, "tensors")
+_DATA_KEY = _key(pb.DenseTensor, "data")
 
 
 def read_dense(dense: pb.Dense, who: str, layout: Layout | None) -> dict[str, NDArray[Any]]:

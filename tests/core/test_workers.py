@@ -100,25 +100,46 @@ def test_a_killed_worker_is_one_line_and_leaves_nobody() -> None:
     assert wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
 
 
-def test_closing_ends_processes_and_deletes_shared_values(tmp_path: Path) -> None:
+def test_closing_ends_processes_and_deletes_shared_values() -> None:
     code = """
-        import sys, tempfile
-        tempfile.tempdir = sys.argv[1]
-        from fedpeft.workers import open_workers
+        from fedpeft.workers import ProcessWorkers, open_workers
         with open_workers(2) as workers:
+            assert isinstance(workers, ProcessWorkers)
             workers.share(b"x" * 100_000)
-            import os; assert os.listdir(sys.argv[1])
+            assert list(workers.folder.iterdir()) and workers.folder.stat().st_mode & 0o777 == 0o700
+        assert not workers.folder.exists()
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], check=True, timeout=60)
-    assert list(tmp_path.iterdir()) == []
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+def test_large_results_come_whole_and_leave_nothing() -> None:
+    workers = ProcessWorkers(1)
+    try:
+        came = result_of(workers.submit(np.arange, 1 << 17))
+        assert came.tolist() == list(range(1 << 17))
+        assert list(workers.folder.iterdir()) == []
+    finally:
+        workers.close()
+
+
+def test_folders_of_killed_processes_are_cleared() -> None:
+    code = (
+        "import os; from fedpeft.workers import ProcessWorkers\n"
+        "print(ProcessWorkers(1).folder, flush=True); os._exit(1)"
+    )
+    abandoned = Path(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+    )
+    assert abandoned.is_dir()
+    ProcessWorkers(1).close()
+    assert not abandoned.exists()
 
 
 def test_old_shared_values_are_forgotten() -> None:
     workers = ProcessWorkers(1)
     try:
-        values = [workers.share(np.full(1 << 15, index)) for index in range(4)]
-        workers.forget(keep=2)
-        assert result_of(workers.submit(total, values[3])) == 3 * (1 << 15)
+        values = [workers.share(np.full(1 << 15, index)) for index in range(6)]
+        assert result_of(workers.submit(total, values[5])) == 5 * (1 << 15)
         with pytest.raises(FileNotFoundError):
             result_of(workers.submit(total, values[0]))
     finally:

@@ -57,7 +57,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 def resealed(data: bytes, rng: random.Random) -> bytes:
     """Damaged before the checksum, which is then made to fit."""
-    return sealed(damaged(data[:-SIZE], rng))
+    return sealed([damaged(data[:-SIZE], rng)])
 
 
 def forged(data: bytes, rng: random.Random) -> bytes:
@@ -98,7 +98,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
         header.metrics["x" * rng.choice((1, 70))] = rng.choice((float("nan"), float("inf"), 1e308))
         header.client = "c" * rng.choice((0, 2000))
     message.ClearField("checksum")
-    return sealed(message.SerializeToString())
+    return sealed([message.SerializeToString()])
 
 
 ORIGINALS: dict[Payload, bytes] = {payload: encode(ENVELOPES[payload]) for payload in PAYLOADS}
