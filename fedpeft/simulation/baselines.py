@@ -100,13 +100,16 @@ def run_baselines(
             jobs[_submit(scorer, f"local/{name}", name, budget.alone[name], shared)] = ("local", name)
     results: dict[str, dict[str, Evaluation]] = {"local": {}, "pooled": {}}
     wanted = {kind: sum(job[0] == kind for job in jobs.values()) for kind in results}
+    waiting = [kind for kind in results if wanted[kind]]  # rows come in this order, whoever is quicker
     for future in as_completed(jobs):
         kind, name = jobs[future]
         results[kind][name] = result_of(future)
         progress(kind, len(results[kind]), wanted[kind])
-        if len(results[kind]) == wanted[kind]:
-            evaluations = dict(sorted(results[kind].items()))
-            yield Baseline(name=kind, evaluations=evaluations, wall_s=time.monotonic() - started)
+        while waiting and len(results[waiting[0]]) == wanted[waiting[0]]:
+            done_kind = waiting.pop(0)
+            evaluations = dict(sorted(results[done_kind].items()))
+            wall_s = time.monotonic() - started
+            yield Baseline(name=done_kind, evaluations=evaluations, wall_s=wall_s)  # type: ignore[arg-type]
 
 
 def _submit(

@@ -20,7 +20,7 @@ from fedpeft.privacy.events import RecordLevel
 from fedpeft.privacy.noise import NoiseSource, coins
 from fedpeft.training.dp_losses import EXAMPLE_LOSSES
 from fedpeft.training.dp_optimizer import ExactNoiseOptimizer
-from fedpeft.training.first_order import Rows, _add_proximal_gradient, _training_mode
+from fedpeft.training.first_order import Rows, add_proximal_gradient, training_mode
 from fedpeft.training.optimizers import build_optimizer, build_schedule
 
 
@@ -112,11 +112,11 @@ def train(
         expected_batch_size=mechanism.expected_batch_size,
         source=source,
     )
-    with per_example(model, parameters) as hooked, _training_mode(model, section, int(rng.integers(2**62))):
+    with per_example(model, parameters) as hooked, training_mode(model, section, int(rng.integers(2**62))):
         for step in range(steps):
             batch = rows.indices[coins(source, mechanism.sample_rate, len(rows.indices))]
             _noised_gradient(hooked, optimizer, parameters, rows, _pieces(batch, section.batch_size))
-            _add_proximal_gradient(trained, start, proximal_mu)
+            add_proximal_gradient(trained, start, proximal_mu)
             inner.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)

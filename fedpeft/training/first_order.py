@@ -67,7 +67,7 @@ def train(
         rows.encoded, rows.indices, section.batch_size, steps * section.gradient_accumulation, rng
     )
     total, seen = 0.0, 0
-    with _training_mode(model, section, int(rng.integers(2**62))):
+    with training_mode(model, section, int(rng.integers(2**62))):
         for step in range(steps):
             micro = [next(batches) for _ in range(section.gradient_accumulation)]
             optimizer.zero_grad(set_to_none=True)
@@ -78,7 +78,7 @@ def train(
                     f" (now {section.lr:g}),"
                     " set training.max_grad_norm, or look for broken rows"
                 )
-            _add_proximal_gradient(trained, start, proximal_mu)
+            add_proximal_gradient(trained, start, proximal_mu)
             if section.max_grad_norm is not None:
                 torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
             optimizer.step()
@@ -110,7 +110,7 @@ def _accumulate(
     return total / scored
 
 
-def _add_proximal_gradient(trained: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+def add_proximal_gradient(trained: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
     for parameter, origin in zip(trained, start, strict=False):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
@@ -123,7 +123,7 @@ def _autocast(section: TrainingSection, device: torch.device) -> AbstractContext
 
 
 @contextmanager
-def _training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iterator[None]:
+def training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iterator[None]:
     """Dropout on, checkpointing as asked, torch's global generator seeded for dropout and restored after."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
