@@ -109,7 +109,7 @@ def run_baselines(
             done_kind = waiting.pop(0)
             evaluations = dict(sorted(results[done_kind].items()))
             wall_s = time.monotonic() - started
-            yield Baseline(name=done_kind, evaluations=evaluations, wall_s=wall_s)  # type: ignore[arg-type]
+            yield Baseline(name=done_kind, evaluations=evaluations, wall_s=wall_s)
 
 
 def _submit(

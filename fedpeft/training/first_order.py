@@ -111,6 +111,7 @@ def _accumulate(
 
 
 def add_proximal_gradient(trained: Sequence[nn.Parameter], start: Sequence[Tensor], mu: float) -> None:
+    """Add ``mu * (w - w_start)`` to the gradients; nothing when `start` is empty."""
     for parameter, origin in zip(trained, start, strict=False):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
