@@ -221,7 +221,7 @@ class FederationSection(Section):
     weighting: Literal["examples", "uniform"] = "examples"
     quorum: Fraction = 0.5  # share of the asked clients that must answer, else the run stops
     over_selection: NonNegativeFloat = 0.0  # ask (1 + this) times the cohort, keep the first to answer
-    deadline_s: PositiveFloat | None = None  # of one round; virtual seconds in simulation
+    deadline_s: PositiveFloat | None = None  # of one round; seconds of the clock, without one real seconds
     clock: ClockSection | None = None
     quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
 

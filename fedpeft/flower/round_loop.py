@@ -72,6 +72,7 @@ class Federation:
     Attributes:
         evaluate: the global state's evaluation, called as often as the run file says.
         run_json: sent along with tasks where clients may not hold the run file; empty where they do.
+        timeout_s: how long a round waits for answers, in real seconds; None where time is virtual.
         memory: the grid's client memory, where it keeps one.
     """
 
@@ -85,6 +86,7 @@ class Federation:
     observer: Observer
     evaluate: Callable[[Arrays], Evaluation | None]
     run_json: str = ""
+    timeout_s: float | None = None
     memory: ClientMemory | None = None
 
 
@@ -205,7 +207,7 @@ def _collect(
     names = {federation.roster.members[name].node_id: name for name in cohort.working}
     messages = [Message(content, node, TRAIN, group_id=str(number)) for node in sorted(names)]
     collected = _Collected()
-    timeout_s = None if federation.run.federation.clock is not None else federation.run.federation.deadline_s
+    timeout_s = federation.timeout_s
     silent = dict(names)
     for reply in exchange(federation.grid, messages, timeout_s=timeout_s):
         name = silent.pop(reply.metadata.src_node_id)
@@ -243,7 +245,8 @@ def _count(
         payload = read_update(reply)
         envelope = _checked(federation, payload, name, number, state_digest, aggregator)
         context = StageContext(federation.run.run.seed, number, name)
-        came = Update(envelope.arrays, envelope.weight, envelope.metrics, envelope.encoded)
+        metrics = {key: value for key, value in envelope.metrics.items() if math.isfinite(value)}
+        came = Update(envelope.arrays, envelope.weight, metrics, envelope.encoded)
         update = on_server(federation.stages, came, context)
         federation.space.check(update.arrays, who=name)
         norm = aggregator.fold(name, update)
@@ -257,19 +260,19 @@ def _count(
             bytes_up=len(payload),
             bytes_down=bytes_down,
         )
-    loss = envelope.metrics.get("loss", math.nan)
-    collected.losses.append((update.weight, loss))
+    if "loss" in metrics:
+        collected.losses.append((update.weight, metrics["loss"]))
     return ClientOutcome(
         client=name,
         status="folded",
-        examples=int(envelope.metrics.get("examples", 0)),
-        steps=int(envelope.metrics.get("steps", 0)),
-        loss=loss if math.isfinite(loss) else None,
+        examples=int(metrics.get("examples", 0)),
+        steps=int(metrics.get("steps", 0)),
+        loss=metrics.get("loss"),
         bytes_up=len(payload),
         bytes_down=bytes_down,
         update_norm=norm,
-        distortion=_finite(envelope.metrics.get("distortion")),
-        cosine=_finite(envelope.metrics.get("cosine")),
+        distortion=metrics.get("distortion"),
+        cosine=metrics.get("cosine"),
     )
 
 
@@ -316,13 +319,8 @@ def _check_quorum(federation: Federation, cohort: Cohort, collected: _Collected,
 
 
 def _weighted_mean(losses: list[tuple[int, float]]) -> float | None:
-    finite = [(weight, loss) for weight, loss in losses if math.isfinite(loss)]
-    total = sum(weight for weight, _ in finite)
-    return math.fsum(weight * loss for weight, loss in finite) / total if total else None
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    total = sum(weight for weight, _ in losses)
+    return math.fsum(weight * loss for weight, loss in losses) / total if total else None
 
 
 def _norm(change: Mapping[str, NDArray[np.floating[Any]]]) -> float:

@@ -50,13 +50,18 @@ class Server:
 
 
 def hold_rounds(
-    server: Server, grid: Grid, last: Checkpoint | None, memory: ClientMemory | None = None
+    server: Server,
+    grid: Grid,
+    last: Checkpoint | None,
+    memory: ClientMemory | None = None,
+    timeout_s: float | None = None,
 ) -> Checkpoint:
     """Call the roll, then hold all rounds after `last` (None: from the start); the final checkpoint.
 
     Args:
         memory: of a grid whose clients work in this process or forks of it. Without one the run file travels
             with every task, since other processes than ours must load the run themselves.
+        timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
 
     Raises:
         FederationError: a client is missing, or holds another base model than the server.
@@ -78,6 +83,7 @@ def hold_rounds(
         observer=server.observer,
         evaluate=server.evaluate,
         run_json=text,
+        timeout_s=timeout_s,
         memory=memory,
     )
     start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))

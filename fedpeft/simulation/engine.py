@@ -92,7 +92,8 @@ def serve(order: Order) -> None:
     out = order.out or Path("runs") / run.run.name
 
     def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
-        return hold_rounds(server, order.grid, last)
+        deadline_s = run.federation.deadline_s if run.federation.clock is None else None
+        return hold_rounds(server, order.grid, last, timeout_s=deadline_s)
 
     log = Console(force_terminal=False, highlight=False)  # what is printed goes to the Flower run's log
     with _begun_or_new(out, run) as folder, PlainProgress(log) as progress:

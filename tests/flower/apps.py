@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -87,6 +88,10 @@ MISBEHAVIOUR: dict[str, tuple[Answer, str]] = {
     "other-space": (lambda e, m: honest(replace(e, space="seed-scalars"), m), "refused"),
     "weightless": (lambda e, m: honest(replace(e, weight=0), m), "refused"),
     "overweight": (lambda e, m: honest(replace(e, weight=2**40), m), "refused"),
+    "unsound-metrics": (
+        lambda e, m: honest(replace(e, metrics=dict.fromkeys(e.metrics, math.inf)), m),
+        "folded",
+    ),
     "untrainable": (lambda e, m: error_reply(TrainingError("the training loss is nan"), m), "failed"),
     "crashing": (crashing, "failed"),
     "wordless": (wordless, "failed"),

@@ -87,10 +87,17 @@ def test_one_misbehaving_client_changes_nothing_for_the_others(name: str) -> Non
     for array_name, start in START.items():
         np.testing.assert_array_equal(recorder.checkpoints[-1].state[array_name], start + 1)
     outcomes = {outcome.client: outcome for outcome in recorder.checkpoints[-1].row.outcomes}
-    assert outcomes["client-1"].status == MISBEHAVIOUR[name][1]
-    assert outcomes["client-1"].reason
+    status = MISBEHAVIOUR[name][1]
+    assert outcomes["client-1"].status == status
+    assert bool(outcomes["client-1"].reason) == (status != "folded")
     assert "\n" not in outcomes["client-1"].reason
+    assert recorder.checkpoints[-1].row.train_loss == 0.5
     assert [outcomes[f"client-{n}"].status for n in (0, 2, 3)] == ["folded"] * 3
+
+
+def test_a_deadline_without_a_virtual_clock_does_not_make_a_simulation_hurry() -> None:
+    recorder, _ = held("all_honest", InlineWorkers(), rounds=1, deadline_s=1e-9)
+    assert [outcome.status for outcome in recorder.checkpoints[-1].row.outcomes] == ["folded"] * 4
 
 
 def test_no_quorum_stops_the_run_with_the_clients_own_error() -> None:
