@@ -143,6 +143,8 @@ class _Simulation:
         self._progress = progress
         self._began = time.monotonic()
         self._resident = self._load()
+        # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
+        self._start = self._resident.space.initial_state(self._resident.parameters)
         self._metrics = run_metrics(self._run)
         self._sinks: list[MetricSink] = []
 
@@ -198,11 +200,10 @@ class _Simulation:
         self._progress.started(row)
 
     def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:
-        start = self._resident.space.initial_state(self._resident.parameters)
         done = self._folder.baselines()
         for row in done:
             self._progress.baseline_done(row)
-        for row in run_baselines(scorer, start, rounds, done, self._progress.baseline_progress):
+        for row in run_baselines(scorer, self._start, rounds, done, self._progress.baseline_progress):
             self._folder.append(row)
             for sink in self._sinks:
                 sink.write(row)

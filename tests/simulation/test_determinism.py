@@ -16,6 +16,7 @@ from tests.simulation.runs import fingerprint, simulated
 
 @pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tables: dict[str, Any], tmp_path: Path) -> None:
+    tables["evaluation"]["baselines"] = True
     prints = []
     for workers in (1, 2, 3):
         simulated(tables, tmp_path / str(workers), workers=workers)
