@@ -140,9 +140,10 @@ class _Parcel:
 
 def _call(folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """In a worker: the function's result, or a parcel with it."""
-    pickled = pickle.dumps(function(*args), protocol=pickle.HIGHEST_PROTOCOL)
+    result = function(*args)
+    pickled = pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
     if len(pickled) < _LARGE:
-        return pickle.loads(pickled)
+        return result
     handle, path = tempfile.mkstemp(prefix="result-", dir=folder)
     with os.fdopen(handle, "wb", buffering=0) as file:
         file.write(pickled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -88,6 +89,11 @@ class Federation:
     run_json: str = ""
     timeout_s: float | None = None
     memory: ClientMemory | None = None
+
+    @functools.cached_property
+    def stage_list(self) -> tuple[tuple[str, str], ...]:
+        """The stages as every update must name them; written out once, not once per reply."""
+        return stage_list(self.stages)
 
 
 @dataclass
@@ -289,7 +295,7 @@ def _checked(
         "state": (envelope.state_digest, state_digest),
         "space": (envelope.space, federation.space.kind),
         "base model": (envelope.base_digest, federation.roster.base_digest),
-        "stages": (envelope.stages, stage_list(federation.stages)),
+        "stages": (envelope.stages, federation.stage_list),
     }
     for what, (came, wanted) in expected.items():
         if came != wanted:

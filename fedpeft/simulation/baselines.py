@@ -42,9 +42,8 @@ class Budgets:
     """Training that equals what the federation did.
 
     The pooled model reads as many rows as all counted clients together, in as many steps as they made one
-    after
-    the other: each of its steps accumulates the batches that a cohort's clients took side by side. This is
-    what the federation would be if it averaged after every step.
+    after the other: each of its steps accumulates the batches that a cohort's clients took side by side. This
+    is what the federation would be if it averaged after every step.
 
     Attributes:
         alone: per client, the steps that it made in the rounds that counted it.
