@@ -8,7 +8,6 @@ whoever came first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,10 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
 from fedpeft.jit import compiled
-from fedpeft.update import Arrays, Layout, Update, check_layout
+from fedpeft.packed import PackedArrays, Packing, pack, packable
+from fedpeft.update import Layout, Update, check_layout
 
 HEADROOM_BITS = 62  # of int64's 63: one bit stays free so that the sum of all bounds can't wrap
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Where an array lies in the flat sum."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class ExactSum:
@@ -45,17 +35,14 @@ class ExactSum:
     """
 
     def __init__(self, layout: Layout, *, quantum_exponent: int, capacity: int) -> None:
-        kinds = {np.dtype(dtype).kind for _, dtype in layout.values()}
-        if len(kinds) > 1:
+        if not packable(layout):
             raise UpdateError("floats and integers in one update cannot be summed exactly; send one kind")
-        self._layout = layout
-        self._exponent = 0 if kinds == {"i"} else quantum_exponent
+        self._packing = layout if isinstance(layout, Packing) else Packing(layout)
+        self._exact = self._packing.dtype.kind == "i"
+        self._exponent = 0 if self._exact else quantum_exponent
         self._bound = 2**HEADROOM_BITS // max(capacity, 1)
         self._room = capacity
-        self._spans = _spans(layout)
-        size = self._spans[-1].end if self._spans else 0
-        self._sum = np.zeros(size, dtype=np.int64)
-        self._entries: NDArray[Any] = np.zeros(size, dtype=np.int64 if kinds == {"i"} else np.float32)
+        self._sum = np.zeros(self._packing.size, dtype=np.int64)
         self.total_weight = 0
         self.count = 0
 
@@ -66,33 +53,32 @@ class ExactSum:
             UpdateError: wrong layout, a weight below 1 or beyond the sum's room, NaN or infinity, one update
                 too many, or an entry too large for the exact sum.
         """
-        check_layout(update.arrays, self._layout, who=who)
+        check_layout(update.arrays, self._packing, who=who)
         if update.weight < 1:
             raise UpdateError(f"{who}: weight {update.weight} came, at least 1 is needed")
         if update.weight > self._bound:
             raise UpdateError(f"{who}: weight {update.weight} came, the exact sum has room for {self._bound}")
         if self._room <= 0:
             raise UpdateError(f"{who}: the round's cohort is complete; one more update cannot be counted")
-        for span in self._spans:
-            self._entries[span.start : span.end] = update.arrays[span.name].reshape(-1)
-        self._check_entries(update, who)
-        if self._entries.dtype.kind == "f":
-            _add_quanta(self._sum, self._entries, 2.0**-self._exponent, update.weight)
+        entries = pack(update.arrays, self._packing).flat
+        self._check_entries(entries, update, who)
+        if self._exact:
+            self._sum += entries * update.weight
         else:
-            self._sum += self._entries * update.weight
+            _add_quanta(self._sum, entries, 2.0**-self._exponent, update.weight)
         self._room -= 1
         self.total_weight += update.weight
         self.count += 1
-        return math.sqrt(_sum_of_squares(self._entries))
+        return math.sqrt(_sum_of_squares(entries))
 
-    def _check_entries(self, update: Update, who: str) -> None:
+    def _check_entries(self, entries: NDArray[Any], update: Update, who: str) -> None:
         """Refuse entries that are not finite or don't fit."""
-        exact = float if self._entries.dtype.kind == "f" else int  # int64's ends don't fit a float
-        largest = max(exact(self._entries.max()), -exact(self._entries.min())) if self._entries.size else 0
+        exact = int if self._exact else float  # int64's ends don't fit a float
+        largest = max(exact(entries.max()), -exact(entries.min())) if entries.size else 0
         if not math.isfinite(largest):
             bad = next(name for name, array in update.arrays.items() if not np.isfinite(array).all())
             raise UpdateError(f"{who}: array {bad!r} holds NaN or infinity; nothing of it was counted")
-        quanta = int(math.ldexp(largest, -self._exponent)) + 1 if exact is float else largest
+        quanta = int(largest) if self._exact else int(math.ldexp(largest, -self._exponent)) + 1
         reach = quanta * update.weight
         if reach > self._bound:
             raise UpdateError(
@@ -101,11 +87,11 @@ class ExactSum:
                 " federation.quantum_exponent"
             )
 
-    def sums(self) -> Arrays:
+    def sums(self) -> PackedArrays:
         """The integer sums themselves (int64, in quanta), as views."""
-        return {span.name: self._sum[span.start : span.end].reshape(span.shape) for span in self._spans}
+        return PackedArrays(self._sum, self._packing.like("<i8"))
 
-    def mean(self) -> dict[str, NDArray[np.float64]]:
+    def mean(self) -> PackedArrays:
         """Weighted mean as float64: one conversion and one division per entry.
 
         Raises:
@@ -114,7 +100,7 @@ class ExactSum:
         if not self.count:
             raise UpdateError("no update was counted: a mean needs at least one")
         flat = np.ldexp(self._sum.astype(np.float64), self._exponent) / self.total_weight
-        return {span.name: flat[span.start : span.end].reshape(span.shape) for span in self._spans}
+        return PackedArrays(flat, self._packing.like("<f8"))
 
 
 @compiled
@@ -139,12 +125,3 @@ def _sum_of_squares(entries: NDArray[Any]) -> float:
     for i in range(whole, entries.size):
         first += np.float64(entries[i]) ** 2
     return (first + second) + (third + fourth)
-
-
-def _spans(layout: Layout) -> list[_Span]:
-    spans, start = [], 0
-    for name, (shape, _) in layout.items():
-        end = start + math.prod(shape)
-        spans.append(_Span(name, shape, start, end))
-        start = end
-    return spans

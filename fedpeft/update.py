@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
+from fedpeft.packed import Entry, PackedArrays
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -40,7 +41,10 @@ class EncodedArray(Protocol):
 
 
 def frozen_arrays(arrays: Arrays) -> Arrays:
-    """A read-only mapping of read-only views, sorted by name; no data is copied."""
+    """A read-only mapping of read-only views, sorted by name; no data is copied, packed arrays stay
+    packed."""
+    if isinstance(arrays, PackedArrays):
+        return arrays
     result: dict[str, NDArray[Any]] = {}
     for name in sorted(arrays):
         view = np.asarray(arrays[name]).view()
@@ -122,11 +126,13 @@ class Update:
             )
 
 
-Layout = Mapping[str, tuple[tuple[int, ...], str]]
+Layout = Mapping[str, Entry]
 
 
 def layout_of(arrays: Arrays) -> Layout:
     """Name to (shape, dtype as NumPy's type string): what two sets of arrays must share to be added."""
+    if isinstance(arrays, PackedArrays):
+        return arrays.packing
     return {name: (array.shape, array.dtype.str) for name, array in sorted(arrays.items())}
 
 
@@ -136,6 +142,8 @@ def check_layout(arrays: Arrays, layout: Layout, *, who: str) -> None:
     Raises:
         UpdateError: naming the first difference and `who` sent it.
     """
+    if isinstance(arrays, PackedArrays) and arrays.packing == layout:
+        return
     if arrays.keys() != layout.keys():
         missing, unknown = sorted(layout.keys() - arrays.keys()), sorted(arrays.keys() - layout.keys())
         detail = f"lacks {missing[0]!r}" if missing else f"has the unknown array {unknown[0]!r}"

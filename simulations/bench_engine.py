@@ -38,10 +38,10 @@ from fedpeft.data.collate import training_batches
 from fedpeft.data.embedded import pretraining_rows
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.roster import roll_call
+from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.round_loop import Federation, run_rounds
 from fedpeft.flower.tasks import Task
-from fedpeft.ledger import Checkpoint
+from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.resident import Resident, install_resident, load_resident
@@ -59,6 +59,10 @@ class Nowhere:
 
     def __init__(self) -> None:
         self.ended: list[float] = []
+
+    def open_round(self, number: int, draw: Callable[[], Cohort]) -> Cohort:
+        """Nothing is kept."""
+        return draw()
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Note the time."""
@@ -112,10 +116,17 @@ def loaded(rows: Path, **options: Any) -> Resident:
     return resident
 
 
-def hold(grid: Grid, resident: Resident, *, send_run: bool) -> list[float]:
+def called(grid: Grid, resident: Resident, text: str = "") -> Roster:
+    """Who is there."""
+    return roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=len(resident.data.clients))
+
+
+def hold(
+    grid: Grid, resident: Resident, *, send_run: bool = False, roster: Roster | None = None
+) -> list[float]:
     """Hold the run's rounds on a grid; the times at which they ended, after the start."""
     text = run_json(resident.run) if send_run else ""
-    roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=len(resident.data.clients))
+    roster = roster or called(grid, resident, text)
     nowhere = Nowhere()
     federation = Federation(
         run=resident.run,
@@ -146,7 +157,7 @@ def overhead(resident: Resident, make: Callable[[], Workers]) -> float:
     workers = make()
     try:
         clients = len(resident.data.clients)
-        return ms_per_task(hold(LocalGrid(clients, workers), resident, send_run=False), clients)
+        return ms_per_task(hold(LocalGrid(clients, workers), resident), clients)
     finally:
         workers.close()
 
@@ -194,10 +205,11 @@ def memory(rows: Path, rounds: int) -> dict[str, float]:
     workers = ProcessWorkers(2)
     try:
         grid, peaks = LocalGrid(1000, workers), []
-        hold(grid, replace(resident, run=few), send_run=False)  # warm: libraries fill their own caches
+        roster = called(grid, resident)
+        hold(grid, replace(resident, run=few), roster=roster)  # warm: libraries fill their own caches
         for run in (few, resident.run):
             with Peak() as peak:
-                hold(grid, replace(resident, run=run), send_run=False)
+                hold(grid, replace(resident, run=run), roster=roster)
             peaks.append(peak.mib)
     finally:
         workers.close()
@@ -236,7 +248,7 @@ def throughput(rows: Path, rounds: int, pairs: int) -> tuple[float, float]:
         plain = plain_loop(resident, state, rounds)
         for results, make in kinds:
             workers = make()
-            ended = hold(LocalGrid(8, workers), resident, send_run=False)
+            ended = hold(LocalGrid(8, workers), resident)
             workers.close()
             results.append(8 * rounds / (ended[-1] - ended[0]) / plain)
     return sorted(one)[pairs // 2], sorted(two)[pairs // 2]
@@ -255,7 +267,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, rows: Path) -> None:
     """All parts, Ray last, and the line of JSON."""
-    rounds = 5 if options.quick else 15
+    rounds = 7 if options.quick else 25
     resident = loaded(rows, clients=40, rounds=rounds)
     print(f"overhead per task: 40 clients, {rounds} rounds, no training")
     inline = overhead(resident, InlineWorkers)

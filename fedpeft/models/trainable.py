@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from fedpeft.errors import ModelError
+from fedpeft.models.rounding import RoundedLinear
+from fedpeft.packed import PackedArrays, Packing
 
 _CHUNK_BYTES = 1 << 24
 
@@ -19,23 +21,86 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(sorted((name, p) for name, p in model.named_parameters() if p.requires_grad))
 
 
-def get_arrays(model: nn.Module) -> dict[str, np.ndarray]:
+class PackedParameters(dict[str, nn.Parameter]):
+    """Trainable parameters by name whose values lie side by side in one tensor.
+
+    They are the model's own parameters, so training changes the tensor and writing the tensor changes the
+    model: a state is entered and a change is read by one operation instead of one for each parameter.
+
+    Attributes:
+        flat: float32 [packing.size].
+        packing: which part of it is which parameter.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], flat: torch.Tensor, packing: Packing) -> None:
+        super().__init__(parameters)
+        self.flat = flat
+        self.packing = packing
+        self._views = [parameter for parameter in self.values() if parameter.numel()]
+        self._places = [parameter.data_ptr() for parameter in self._views]
+
+    @property
+    def whole(self) -> bool:
+        """Whether every parameter still lies in `flat`; one whose `data` was replaced doesn't."""
+        return [parameter.data_ptr() for parameter in self._views] == self._places
+
+
+def pack_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
+    """Move the values of `parameters` into one tensor, the parameters becoming views of it.
+
+    Only float32 parameters of one device can be packed; others are returned as they are. The values don't
+    change, and the old storage of each parameter is given up as soon as it is copied.
+    """
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
+    if len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
+        return parameters
+    packing = Packing({name: (tuple(p.shape), "<f4") for name, p in parameters.items()})
+    flat = torch.empty(packing.size, dtype=torch.float32, device=next(iter(kinds))[1])
+    for name, span in packing.spans.items():
+        view = flat[span.start : span.end].view(span.shape)
+        view.copy_(parameters[name].detach())
+        parameters[name].data = view
+    return PackedParameters({name: parameters[name] for name in packing}, flat, packing)
+
+
+def get_arrays(model: nn.Module) -> Mapping[str, np.ndarray]:
     """Return copies of the trainable parameters as float32 arrays, names sorted."""
     return read_parameters(trainable_parameters(model))
 
 
-def read_parameters(parameters: Mapping[str, nn.Parameter]) -> dict[str, np.ndarray]:
+def read_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, np.ndarray]:
     """Return copies of `parameters` as float32 arrays.
 
     Walking a model for its parameters takes longer than copying a small adapter, so who exchanges often looks
     them up once.
     """
-    return {name: host_array(parameter).copy() for name, parameter in parameters.items()}
+    if isinstance(parameters, PackedParameters) and parameters.whole:
+        return PackedArrays(_host(parameters.flat).copy(), parameters.packing)
+    return {name: _host(parameter).copy() for name, parameter in parameters.items()}
 
 
-def host_array(parameter: nn.Parameter) -> np.ndarray:
-    """Return the parameter as a float32 array; a view of it where it lies on the CPU in that type."""
-    array: np.ndarray = parameter.detach().to(device="cpu", dtype=torch.float32).numpy()
+def changes(
+    parameters: Mapping[str, nn.Parameter], start: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """Return parameter minus `start` for each parameter, one float32 rounding per entry.
+
+    Args:
+        start: float32 arrays with the parameters' names and shapes.
+    """
+    if isinstance(start, PackedArrays) and (flat := _flat(parameters, start.packing)) is not None:
+        return PackedArrays(_host(flat) - start.flat, start.packing)
+    return {name: _host(parameter) - start[name] for name, parameter in parameters.items()}
+
+
+def _flat(parameters: Mapping[str, nn.Parameter], packing: Packing) -> torch.Tensor | None:
+    """The one tensor of parameters that are packed like this."""
+    packed = isinstance(parameters, PackedParameters) and parameters.packing == packing and parameters.whole
+    return parameters.flat if packed else None  # type: ignore[attr-defined]  # what `packed` says
+
+
+def _host(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor as a float32 array; a view of it where it lies on the CPU in that type."""
+    array: np.ndarray = tensor.detach().to(device="cpu", dtype=torch.float32).numpy()
     return array
 
 
@@ -52,6 +117,9 @@ def write_parameters(parameters: Mapping[str, nn.Parameter], arrays: Mapping[str
     Raises:
         ModelError: a name is missing or unknown, or a shape differs.
     """
+    if isinstance(arrays, PackedArrays) and (flat := _flat(parameters, arrays.packing)) is not None:
+        _copy(arrays.flat, flat)
+        return
     for name in sorted(parameters.keys() ^ arrays.keys()):
         kind = "misses" if name in parameters else "has an unknown"
         raise ModelError(
@@ -63,16 +131,27 @@ def write_parameters(parameters: Mapping[str, nn.Parameter], arrays: Mapping[str
                 f"array '{name}' has shape {arrays[name].shape}, the model needs {tuple(parameter.shape)}; "
                 "it must come from the same model and [peft] section"
             )
+    for name, parameter in parameters.items():
+        _copy(np.ascontiguousarray(arrays[name], dtype=np.float32), parameter)
+
+
+def _copy(source: np.ndarray, tensor: torch.Tensor) -> None:
+    """Copy a float32 array into a tensor of its shape."""
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            source = np.ascontiguousarray(arrays[name], dtype=np.float32)
-            # A read-only array (a memory map, say) cannot back a tensor without a warning.
-            parameter.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))
+        if tensor.device.type == "cpu" and tensor.dtype == torch.float32:
+            np.copyto(tensor.detach().numpy(), source)
+        else:  # a read-only array (a memory map, say) cannot back a tensor without a warning
+            tensor.copy_(torch.from_numpy(source if source.flags.writeable else source.copy()))
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return (trainable, all) parameters; a packed 4-bit weight counts its logical elements."""
-    sizes = [(_logical_size(p), p.requires_grad) for p in model.parameters()]
+    """Return (trainable, all) parameters; a packed weight counts its logical elements, scales count none."""
+    packed = {
+        id(module.weight): module.in_features * module.out_features
+        for module in model.modules()
+        if isinstance(module, RoundedLinear)
+    }
+    sizes = [(packed.get(id(p), _logical_size(p)), p.requires_grad) for p in model.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/update.proto\x12\nfedpeft.v1\"Z\n\x0b\x44\x65nseTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedpeft.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"1\n\x05\x44\x65nse\x12(\n\x07tensors\x18\x01 \x03(\x0b\x32\x17.fedpeft.v1.DenseTensor\"/\n\x05\x43oded\x12\x15\n\rlayout_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07tensors\x18\x02 \x03(\x0c\"1\n\x0bSeedScalars\x12\x11\n\tnum_seeds\x18\x01 \x01(\r\x12\x0f\n\x07\x61mounts\x18\x02 \x01(\x0c\"C\n\x0eProjectedBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x11\n\tnum_seeds\x18\x02 \x01(\r\x12\x0f\n\x07\x61mounts\x18\x03 \x01(\x0c\"7\n\tProjected\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.fedpeft.v1.ProjectedBlock\"9\n\x0cMaskedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"I\n\x06Masked\x12\x14\n\x0cmodulus_bits\x18\x01 \x01(\r\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.fedpeft.v1.MaskedTensor\")\n\x05Stage\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\t\"\xb4\x02\n\x06Header\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrun_digest\x18\x02 \x01(\x0c\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x14\n\x0cstate_digest\x18\x05 \x01(\x0c\x12\r\n\x05space\x18\x06 \x01(\t\x12\x13\n\x06weight\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x30\n\x07metrics\x18\x08 \x03(\x0b\x32\x1f.fedpeft.v1.Header.MetricsEntry\x12\x13\n\x0b\x62\x61se_digest\x18\t \x01(\x0c\x12!\n\x06stages\x18\n \x03(\x0b\x32\x11.fedpeft.v1.Stage\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_weight\"\x86\x03\n\x06Update\x12\"\n\x06header\x18\x01 \x01(\x0b\x32\x12.fedpeft.v1.Header\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x07\x12\"\n\x05\x64\x65nse\x18\x10 \x01(\x0b\x32\x11.fedpeft.v1.DenseH\x00\x12#\n\x06sparse\x18\x11 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12$\n\x07ternary\x18\x12 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12&\n\tquantised\x18\x13 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12!\n\x04sign\x18\x14 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12/\n\x0cseed_scalars\x18\x15 \x01(\x0b\x32\x17.fedpeft.v1.SeedScalarsH\x00\x12*\n\tprojected\x18\x16 \x01(\x0b\x32\x15.fedpeft.v1.ProjectedH\x00\x12$\n\x06masked\x18\x17 \x01(\x0b\x32\x12.fedpeft.v1.MaskedH\x00\x42\t\n\x07payload*B\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x66\x65\x64peft/v1/update.proto\x12\nfedpeft.v1\"K\n\nTensorHead\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05\x64type\x18\x02 \x01(\x0e\x32\x11.fedpeft.v1.DType\x12\r\n\x05shape\x18\x03 \x03(\x04\"0\n\x05Index\x12\'\n\x07tensors\x18\x01 \x03(\x0b\x32\x16.fedpeft.v1.TensorHead\"J\n\x05\x44\x65nse\x12 \n\x05index\x18\x01 \x01(\x0b\x32\x11.fedpeft.v1.Index\x12\x0f\n\x07padding\x18\x02 \x01(\x0c\x12\x0e\n\x06values\x18\x03 \x01(\x0c\"/\n\x05\x43oded\x12\x15\n\rlayout_digest\x18\x01 \x01(\x0c\x12\x0f\n\x07tensors\x18\x02 \x03(\x0c\"1\n\x0bSeedScalars\x12\x11\n\tnum_seeds\x18\x01 \x01(\r\x12\x0f\n\x07\x61mounts\x18\x02 \x01(\x0c\"w\n\x0eProjectedBlock\x12\r\n\x05\x62lock\x18\x01 \x01(\t\x12\x11\n\tnum_seeds\x18\x02 \x01(\r\x12\x0f\n\x07\x61mounts\x18\x03 \x01(\x0c\x12&\n\x08relation\x18\x04 \x01(\x0e\x32\x14.fedpeft.v1.Relation\x12\n\n\x02of\x18\x05 \x01(\t\"7\n\tProjected\x12*\n\x06\x62locks\x18\x01 \x03(\x0b\x32\x1a.fedpeft.v1.ProjectedBlock\"9\n\x0cMaskedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"I\n\x06Masked\x12\x14\n\x0cmodulus_bits\x18\x01 \x01(\r\x12)\n\x07tensors\x18\x02 \x03(\x0b\x32\x18.fedpeft.v1.MaskedTensor\")\n\x05Stage\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\t\"\xb4\x02\n\x06Header\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\nrun_digest\x18\x02 \x01(\x0c\x12\r\n\x05round\x18\x03 \x01(\r\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\x14\n\x0cstate_digest\x18\x05 \x01(\x0c\x12\r\n\x05space\x18\x06 \x01(\t\x12\x13\n\x06weight\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x30\n\x07metrics\x18\x08 \x03(\x0b\x32\x1f.fedpeft.v1.Header.MetricsEntry\x12\x13\n\x0b\x62\x61se_digest\x18\t \x01(\x0c\x12!\n\x06stages\x18\n \x03(\x0b\x32\x11.fedpeft.v1.Stage\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_weight\"\x86\x03\n\x06Update\x12\"\n\x06header\x18\x01 \x01(\x0b\x32\x12.fedpeft.v1.Header\x12\x10\n\x08\x63hecksum\x18\x0f \x01(\x06\x12\"\n\x05\x64\x65nse\x18\x10 \x01(\x0b\x32\x11.fedpeft.v1.DenseH\x00\x12#\n\x06sparse\x18\x11 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12$\n\x07ternary\x18\x12 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12&\n\tquantised\x18\x13 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12!\n\x04sign\x18\x14 \x01(\x0b\x32\x11.fedpeft.v1.CodedH\x00\x12/\n\x0cseed_scalars\x18\x15 \x01(\x0b\x32\x17.fedpeft.v1.SeedScalarsH\x00\x12*\n\tprojected\x18\x16 \x01(\x0b\x32\x15.fedpeft.v1.ProjectedH\x00\x12$\n\x06masked\x18\x17 \x01(\x0b\x32\x12.fedpeft.v1.MaskedH\x00\x42\t\n\x07payload*B\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x0f\n\x0b\x44TYPE_INT64\x10\x02*F\n\x08Relation\x12\x11\n\rRELATION_NONE\x10\x00\x12\x11\n\rRELATION_SIZE\x10\x01\x12\x14\n\x10RELATION_SUPPORT\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_HEADER_METRICSENTRY']._loaded_options = None
   _globals['_HEADER_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=1289
-  _globals['_DTYPE']._serialized_end=1355
-  _globals['_DENSETENSOR']._serialized_start=39
-  _globals['_DENSETENSOR']._serialized_end=129
-  _globals['_DENSE']._serialized_start=131
-  _globals['_DENSE']._serialized_end=180
-  _globals['_CODED']._serialized_start=182
-  _globals['_CODED']._serialized_end=229
-  _globals['_SEEDSCALARS']._serialized_start=231
-  _globals['_SEEDSCALARS']._serialized_end=280
-  _globals['_PROJECTEDBLOCK']._serialized_start=282
-  _globals['_PROJECTEDBLOCK']._serialized_end=349
-  _globals['_PROJECTED']._serialized_start=351
-  _globals['_PROJECTED']._serialized_end=406
-  _globals['_MASKEDTENSOR']._serialized_start=408
-  _globals['_MASKEDTENSOR']._serialized_end=465
-  _globals['_MASKED']._serialized_start=467
-  _globals['_MASKED']._serialized_end=540
-  _globals['_STAGE']._serialized_start=542
-  _globals['_STAGE']._serialized_end=583
-  _globals['_HEADER']._serialized_start=586
-  _globals['_HEADER']._serialized_end=894
-  _globals['_HEADER_METRICSENTRY']._serialized_start=837
-  _globals['_HEADER_METRICSENTRY']._serialized_end=883
-  _globals['_UPDATE']._serialized_start=897
-  _globals['_UPDATE']._serialized_end=1287
+  _globals['_DTYPE']._serialized_start=1401
+  _globals['_DTYPE']._serialized_end=1467
+  _globals['_RELATION']._serialized_start=1469
+  _globals['_RELATION']._serialized_end=1539
+  _globals['_TENSORHEAD']._serialized_start=39
+  _globals['_TENSORHEAD']._serialized_end=114
+  _globals['_INDEX']._serialized_start=116
+  _globals['_INDEX']._serialized_end=164
+  _globals['_DENSE']._serialized_start=166
+  _globals['_DENSE']._serialized_end=240
+  _globals['_CODED']._serialized_start=242
+  _globals['_CODED']._serialized_end=289
+  _globals['_SEEDSCALARS']._serialized_start=291
+  _globals['_SEEDSCALARS']._serialized_end=340
+  _globals['_PROJECTEDBLOCK']._serialized_start=342
+  _globals['_PROJECTEDBLOCK']._serialized_end=461
+  _globals['_PROJECTED']._serialized_start=463
+  _globals['_PROJECTED']._serialized_end=518
+  _globals['_MASKEDTENSOR']._serialized_start=520
+  _globals['_MASKEDTENSOR']._serialized_end=577
+  _globals['_MASKED']._serialized_start=579
+  _globals['_MASKED']._serialized_end=652
+  _globals['_STAGE']._serialized_start=654
+  _globals['_STAGE']._serialized_end=695
+  _globals['_HEADER']._serialized_start=698
+  _globals['_HEADER']._serialized_end=1006
+  _globals['_HEADER_METRICSENTRY']._serialized_start=949
+  _globals['_HEADER_METRICSENTRY']._serialized_end=995
+  _globals['_UPDATE']._serialized_start=1009
+  _globals['_UPDATE']._serialized_end=1399
 # @@protoc_insertion_point(module_scope)

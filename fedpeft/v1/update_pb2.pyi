@@ -12,27 +12,44 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[DType]
     DTYPE_FLOAT32: _ClassVar[DType]
     DTYPE_INT64: _ClassVar[DType]
+
+class Relation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RELATION_NONE: _ClassVar[Relation]
+    RELATION_SIZE: _ClassVar[Relation]
+    RELATION_SUPPORT: _ClassVar[Relation]
 DTYPE_UNSPECIFIED: DType
 DTYPE_FLOAT32: DType
 DTYPE_INT64: DType
+RELATION_NONE: Relation
+RELATION_SIZE: Relation
+RELATION_SUPPORT: Relation
 
-class DenseTensor(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "data")
+class TensorHead(_message.Message):
+    __slots__ = ("name", "dtype", "shape")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
-    data: bytes
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class Dense(_message.Message):
+class Index(_message.Message):
     __slots__ = ("tensors",)
     TENSORS_FIELD_NUMBER: _ClassVar[int]
-    tensors: _containers.RepeatedCompositeFieldContainer[DenseTensor]
-    def __init__(self, tensors: _Optional[_Iterable[_Union[DenseTensor, _Mapping]]] = ...) -> None: ...
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorHead]
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorHead, _Mapping]]] = ...) -> None: ...
+
+class Dense(_message.Message):
+    __slots__ = ("index", "padding", "values")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    index: Index
+    padding: bytes
+    values: bytes
+    def __init__(self, index: _Optional[_Union[Index, _Mapping]] = ..., padding: _Optional[bytes] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class Coded(_message.Message):
     __slots__ = ("layout_digest", "tensors")
@@ -51,14 +68,18 @@ class SeedScalars(_message.Message):
     def __init__(self, num_seeds: _Optional[int] = ..., amounts: _Optional[bytes] = ...) -> None: ...
 
 class ProjectedBlock(_message.Message):
-    __slots__ = ("block", "num_seeds", "amounts")
+    __slots__ = ("block", "num_seeds", "amounts", "relation", "of")
     BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_SEEDS_FIELD_NUMBER: _ClassVar[int]
     AMOUNTS_FIELD_NUMBER: _ClassVar[int]
+    RELATION_FIELD_NUMBER: _ClassVar[int]
+    OF_FIELD_NUMBER: _ClassVar[int]
     block: str
     num_seeds: int
     amounts: bytes
-    def __init__(self, block: _Optional[str] = ..., num_seeds: _Optional[int] = ..., amounts: _Optional[bytes] = ...) -> None: ...
+    relation: Relation
+    of: str
+    def __init__(self, block: _Optional[str] = ..., num_seeds: _Optional[int] = ..., amounts: _Optional[bytes] = ..., relation: _Optional[_Union[Relation, str]] = ..., of: _Optional[str] = ...) -> None: ...
 
 class Projected(_message.Message):
     __slots__ = ("blocks",)

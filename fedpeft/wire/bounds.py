@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
 
 from fedpeft.errors import UpdateError
+from fedpeft.packed import Packing
 from fedpeft.update import Layout
 from fedpeft.v1 import update_pb2 as pb
 
@@ -22,6 +24,20 @@ def max_payload_bytes(layout: Layout) -> int:
     """No update of this layout needs more bytes, in any form: twice the plain values, and some room."""
     values = sum(2 * math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in layout.values())
     return _MAX_HEADER_BYTES + values + sum(len(name.encode()) + _TENSOR_OVERHEAD for name in layout)
+
+
+def check_size(payload: bytes, layout: Layout, who: str) -> None:
+    """Refuse a message longer than any of this layout.
+
+    Raises:
+        UpdateError: naming `who` sent it.
+    """
+    most = _most(layout) if isinstance(layout, Packing) else max_payload_bytes(layout)
+    if len(payload) > most:
+        raise UpdateError(f"{who}: {len(payload)} bytes came, an update of this run has at most {most}")
+
+
+_most = functools.lru_cache(maxsize=8)(max_payload_bytes)
 
 
 def check_header(header: pb.Header, who: str) -> None:

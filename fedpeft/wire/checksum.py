@@ -1,33 +1,39 @@
-"""The trailer that shows a changed byte: protobuf's own field 15, always the last five bytes."""
+"""The trailer that shows a changed byte: protobuf's own field 15, always the last nine bytes.
+
+XXH3 in 64 bits (Collet 2019): ten times as fast as a CRC-32 and an accident passes it with probability
+2**-64. It is no protection against an attacker, who computes it as well as we do; signatures are.
+"""
 
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
+
+import xxhash
 
 from fedpeft.errors import UpdateError
 
-_TAG = bytes(((15 << 3) | 5,))  # field 15, wire type 5: four bytes, little-endian
-SIZE = 5
+_TAG = bytes(((15 << 3) | 1,))  # field 15, wire type 1: eight bytes, little-endian
+SIZE = 9
 
 
 def sealed(pieces: Sequence[bytes | memoryview]) -> bytes:
-    """The pieces of a message and their CRC-32 as a protobuf field; the whole is again one message."""
-    crc = 0
+    """The pieces of a message and their checksum as a protobuf field; the whole is again one message."""
+    checksum = xxhash.xxh3_64()
     for piece in pieces:
-        crc = zlib.crc32(piece, crc)
-    return b"".join((*pieces, _TAG, struct.pack("<I", crc)))
+        checksum.update(piece)
+    return b"".join((*pieces, _TAG, struct.pack("<Q", checksum.intdigest())))
 
 
 def check_seal(payload: bytes, who: str) -> None:
     """Refuse bytes that were changed or cut on their way.
 
     Raises:
-        UpdateError: the last five bytes are no checksum of those before.
+        UpdateError: the last nine bytes are no checksum of those before.
     """
     body, trailer = memoryview(payload)[:-SIZE], payload[-SIZE:]
-    if len(trailer) < SIZE or trailer[:1] != _TAG or struct.unpack("<I", trailer[1:])[0] != zlib.crc32(body):
+    whole = len(trailer) == SIZE and trailer[:1] == _TAG
+    if not whole or struct.unpack("<Q", trailer[1:])[0] != xxhash.xxh3_64_intdigest(body):
         raise UpdateError(
             f"{who}: {len(payload)} bytes came that are no whole update message (changed, truncated or"
             " foreign); send it again"

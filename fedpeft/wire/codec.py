@@ -10,16 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import cast, get_args
 
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
 from fedpeft.update import Arrays, EncodedArray, Layout, frozen_arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.bounds import DIGEST_BYTES, check_header, max_payload_bytes
-from fedpeft.wire.checksum import check_seal, sealed
-from fedpeft.wire.exact import codable, exact_payload, read_exact, write_exact
-from fedpeft.wire.payloads import Payload, dense_field, payload_of, read_coded, read_dense, write_coded
+from fedpeft.wire.bounds import DIGEST_BYTES, check_header, check_size
+from fedpeft.wire.checksum import SIZE, check_seal, sealed
+from fedpeft.wire.dense import Pieces, dense_field, find_dense, read_dense
+from fedpeft.wire.exact import Exact, codable, exact_payload, read_exact, write_exact
+from fedpeft.wire.fields import Field, MalformedError
+from fedpeft.wire.payloads import Payload, payload_of, read_coded, write_coded
 
 PROTOCOL_VERSION = 1
 
@@ -67,21 +70,22 @@ def encode(envelope: Envelope) -> bytes:
         UpdateError: an array whose dtype or form has no place in the schema, plain arrays beside compressed
             ones, or a header field beyond its bound.
     """
-    message, field = pb.Update(), list[bytes | memoryview]()
+    message = pb.Update()
     payload = payload_of(envelope.encoded)
     if envelope.encoded and envelope.arrays:
         name = next(iter(envelope.arrays))
         raise UpdateError(f"array {name!r} is plain beside compressed ones; a message holds one kind")
+    _write_header(message.header, envelope)
+    check_header(message.header, "the message")
     exact = exact_payload(layout_of(envelope.arrays))
+    large: Pieces = []
     if exact is not None and codable(envelope.arrays):
         write_exact(message, envelope.arrays, exact)
     elif payload == "dense":
-        field = dense_field(envelope.arrays)
+        large = dense_field(envelope.arrays, message.ByteSize())
     else:
         write_coded(getattr(message, payload), envelope.encoded)
-    _write_header(message.header, envelope)
-    check_header(message.header, "the message")
-    return sealed([message.SerializeToString(deterministic=True), *field])
+    return sealed([message.SerializeToString(deterministic=True), *large])
 
 
 def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Payload = "dense") -> Envelope:
@@ -101,15 +105,13 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
     """
     if layout is None and expect != "dense":
         raise UpdateError(f"{who}: a {expect} payload can only be read by the layout of its run")
-    if layout is not None and len(payload) > max_payload_bytes(layout):
-        raise UpdateError(
-            f"{who}: {len(payload)} bytes came, an update of this run has at most {max_payload_bytes(layout)}"
-        )
+    if layout is not None:
+        check_size(payload, layout, who)
     check_seal(payload, who)
-    message = _parsed(payload, who)
-    came = message.WhichOneof("payload")
-    if layout is None and came in ("seed_scalars", "projected"):
-        return _envelope(message.header, read_exact(message, came, who, None), {})
+    message, dense = _parsed(payload, who)
+    came = "dense" if dense is not None else message.WhichOneof("payload")
+    if layout is None and came in get_args(Exact):
+        return _envelope(message.header, read_exact(message, cast(Exact, came), who, None), {})
     exact = exact_payload(layout) if layout is not None and expect == "dense" else None
     if came is None or came not in (exact, expect):
         raise UpdateError(
@@ -117,25 +119,32 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
         )
     if exact is not None and came == exact:
         return _envelope(message.header, read_exact(message, exact, who, layout), {})
-    if layout is None or expect == "dense":
-        return _envelope(message.header, read_dense(message.dense, who, layout), {})
+    if dense is not None:
+        return _envelope(message.header, read_dense(payload, dense, who, layout), {})
+    if layout is None:  # never: what is neither dense nor exact was refused above
+        raise UpdateError(f"{who}: a {came} payload can only be read by the layout of its run")
     return _envelope(message.header, {}, read_coded(getattr(message, expect), expect, who, layout))
 
 
-def _parsed(payload: bytes, who: str) -> pb.Update:
+def _parsed(payload: bytes, who: str) -> tuple[pb.Update, Field | None]:
+    """The message without its dense payload, and where that lies."""
     try:
-        message = pb.Update.FromString(payload)
-    except DecodeError as error:
+        dense = find_dense(payload, len(payload) - SIZE)
+        rest = payload if dense is None else payload[: dense.key] + payload[dense.end :]
+        message = pb.Update.FromString(rest)
+    except (DecodeError, MalformedError) as error:
         raise UpdateError(
             f"{who}: {len(payload)} bytes came that are no update message (foreign or malformed)"
         ) from error
+    if dense is not None and message.WhichOneof("payload") is not None:
+        raise UpdateError(f"{who}: two payloads came in one message")
     version = message.header.protocol_version
     if version != PROTOCOL_VERSION:
         raise UpdateError(
             f"{who}: protocol version {version} came, {PROTOCOL_VERSION} is spoken here; update one side"
         )
     check_header(message.header, who)
-    return message
+    return message, dense
 
 
 def _write_header(header: pb.Header, envelope: Envelope) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedpeft.aggregation import ExactSum
 from fedpeft.errors import UpdateError
+from fedpeft.packed import Packing
 from fedpeft.update import Layout, Update, arrays_digest, layout_of
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.checksum import SIZE, sealed
@@ -91,7 +92,9 @@ FLOATS = {"a": ARRAYS["a"], "c": np.ones(3, np.float32)}
 FLOAT_PAYLOAD = encode(envelope(Update(FLOATS, 5)))
 
 
-@pytest.mark.parametrize("layout", [layout_of(FLOATS), None], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    "layout", [layout_of(FLOATS), Packing(layout_of(FLOATS)), None], ids=["known", "packed", "unknown"]
+)
 def test_every_truncation_and_every_changed_byte(layout: Layout | None) -> None:
     """As damage on the way, and as an attacker's work with a checksum that is right."""
     body = FLOAT_PAYLOAD[:-SIZE]
@@ -120,13 +123,15 @@ def test_spliced_messages(rng: random.Random) -> None:
     for _ in range(rng.randint(1, 4)):
         start, end = sorted(rng.randrange(len(payload) + 1) for _ in range(2))
         payload[start:end] = rng.choice([b"", payload[start:end] * 2, rng.randbytes(3), PAYLOAD[:20]])
-    harmless(sealed([bytes(payload)]), rng.choice([layout_of(FLOATS), None]))
+    harmless(sealed([bytes(payload)]), rng.choice([layout_of(FLOATS), Packing(layout_of(FLOATS)), None]))
 
 
 def message(**tensor: object) -> bytes:
-    fields: dict[str, object] = {"name": "a", "dtype": pb.DTYPE_FLOAT32, "shape": [1], "data": b"\0" * 4}
+    values = tensor.pop("data", b"\0" * 4)
+    fields: dict[str, object] = {"name": "a", "dtype": pb.DTYPE_FLOAT32, "shape": [1]}
     result = pb.Update(header=pb.Header(protocol_version=PROTOCOL_VERSION))
-    result.dense.tensors.append(pb.DenseTensor(**{**fields, **tensor}))  # type: ignore[arg-type]
+    result.dense.index.tensors.append(pb.TensorHead(**{**fields, **tensor}))  # type: ignore[arg-type]
+    result.dense.values = values  # type: ignore[assignment]
     return sealed([result.SerializeToString()])
 
 
@@ -151,8 +156,9 @@ def message(**tensor: object) -> bytes:
 )
 def test_arrays_that_contradict_themselves(tensor: dict[str, object]) -> None:
     assert decode(message(), who="x").arrays["a"].shape == (1,)
-    for layout in (None, {"a": ((1,), "<f4")}):
-        with pytest.raises(UpdateError, match="'a'"):
+    one: Layout = {"a": ((1,), "<f4")}
+    for layout in (None, one, Packing(one)):
+        with pytest.raises(UpdateError, match=r"'a'|bytes are declared"):
             decode(message(**tensor), who="x", layout=layout)
 
 
@@ -180,7 +186,7 @@ def test_other_versions_are_refused(version: int) -> None:
 
 def test_an_array_that_comes_twice_is_refused() -> None:
     twice = pb.Update.FromString(PAYLOAD)
-    twice.dense.tensors.append(twice.dense.tensors[0])
+    twice.dense.index.tensors.append(twice.dense.index.tensors[0])
     with pytest.raises(UpdateError, match="'a' came twice"):
         decode(sealed([twice.SerializeToString()]), who="x", layout=LAYOUT)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fedpeft.errors import FederationError, UpdateError
-from fedpeft.workers import InlineWorkers, ProcessWorkers, Shared, open_workers, result_of
+from fedpeft.workers import AHEAD, InlineWorkers, ProcessWorkers, Shared, open_workers
 
 
 def product(seed: int, shared: Shared) -> bytes:
@@ -58,24 +58,24 @@ def test_one_two_and_three_workers_give_the_same_bits(size: int) -> None:
         with open_workers(width) as workers:
             assert workers.width == width
             shared = workers.share(value)
-            results.append([result_of(f) for f in [workers.submit(product, s, shared) for s in range(6)]])
+            results.append([f.result() for f in [workers.submit(product, s, shared) for s in range(6)]])
     assert results[0] == results[1] == results[2]
     assert len(set(results[0])) == 6
 
 
 def test_every_worker_computes_with_one_thread() -> None:
     with open_workers(2) as workers:
-        came = [result_of(workers.submit(threads_and_process)) for _ in range(8)]
+        came = [workers.submit(threads_and_process).result() for _ in range(8)]
     assert {threads for threads, _ in came} == {1}
     assert os.getpid() not in {process for _, process in came}
     with open_workers(1) as inline:
-        assert result_of(inline.submit(threads_and_process)) == (1, os.getpid())
+        assert inline.submit(threads_and_process).result() == (1, os.getpid())
 
 
 def test_a_large_value_is_read_once_per_process() -> None:
     with open_workers(2) as workers:
         shared = workers.share(np.zeros(1 << 16))
-        came = [result_of(workers.submit(identity_of, shared)) for _ in range(12)]
+        came = [workers.submit(identity_of, shared).result() for _ in range(12)]
     assert len(set(came)) == len({process for process, _ in came})
 
 
@@ -83,8 +83,8 @@ def test_a_large_value_is_read_once_per_process() -> None:
 def test_an_error_of_ours_comes_back_as_itself(width: int) -> None:
     with open_workers(width) as workers:
         with pytest.raises(UpdateError, match="refused in the worker"):
-            result_of(workers.submit(refuse))
-        assert result_of(workers.submit(os.getpid)) > 0  # and the worker goes on
+            workers.submit(refuse).result()
+        assert workers.submit(os.getpid).result() > 0  # and the worker goes on
 
 
 def test_a_killed_worker_is_one_line_and_leaves_nobody() -> None:
@@ -92,9 +92,9 @@ def test_a_killed_worker_is_one_line_and_leaves_nobody() -> None:
     workers = ProcessWorkers(2)
     try:
         with pytest.raises(FederationError, match=r"a worker process died.*--workers"):
-            result_of(workers.submit(die))
+            workers.submit(die).result()
         with pytest.raises(FederationError, match="a worker process died"):
-            result_of(workers.submit(os.getpid))
+            workers.submit(os.getpid).result()
     finally:
         workers.close()
     assert wait_until(lambda: set(psutil.Process().children(recursive=True)) <= before)
@@ -115,9 +115,14 @@ def test_closing_ends_processes_and_deletes_shared_values() -> None:
 def test_large_results_come_whole_and_leave_nothing() -> None:
     workers = ProcessWorkers(1)
     try:
-        came = result_of(workers.submit(np.arange, 1 << 17))
+        came = workers.submit(np.arange, 1 << 17).result()
         assert came.tolist() == list(range(1 << 17))
-        assert list(workers.folder.iterdir()) == []
+        slots = sorted(workers.folder.iterdir())  # the memory that calls and results pass through
+        assert {path.name for path in slots} == {f"slot-0-{index}" for index in range(AHEAD)}
+        sizes = [path.stat().st_size for path in slots]
+        for _ in range(2 * AHEAD):
+            workers.submit(np.arange, 1 << 17).result()
+        assert [path.stat().st_size for path in slots] == sizes
     finally:
         workers.close()
 
@@ -139,9 +144,9 @@ def test_old_shared_values_are_forgotten() -> None:
     workers = ProcessWorkers(1)
     try:
         values = [workers.share(np.full(1 << 15, index)) for index in range(6)]
-        assert result_of(workers.submit(total, values[5])) == 5 * (1 << 15)
+        assert workers.submit(total, values[5]).result() == 5 * (1 << 15)
         with pytest.raises(FileNotFoundError):
-            result_of(workers.submit(total, values[0]))
+            workers.submit(total, values[0]).result()
     finally:
         workers.close()
 
@@ -179,6 +184,6 @@ def test_workers_end_when_the_parent_is_killed() -> None:
     assert gone
 
 
-def test_inline_workers_keep_exceptions_in_the_future() -> None:
-    future = InlineWorkers().submit(refuse)
-    assert isinstance(future.exception(), UpdateError)
+def test_inline_workers_keep_exceptions_in_the_job() -> None:
+    job = InlineWorkers().submit(refuse)
+    assert isinstance(job.exception(), UpdateError)

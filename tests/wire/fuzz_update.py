@@ -23,6 +23,8 @@ from collections.abc import Callable
 import numpy as np
 
 from fedpeft.errors import MissingExtraError, UpdateError
+from fedpeft.packed import Packing
+from fedpeft.update import Layout
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.checksum import SIZE, sealed
 from fedpeft.wire.codec import decode, encode
@@ -65,18 +67,23 @@ def forged(data: bytes, rng: random.Random) -> bytes:
     message = pb.Update.FromString(data)
     kind = message.WhichOneof("payload")
     if kind == "dense":
-        tensor = rng.choice(message.dense.tensors)
-        match rng.randrange(5):
+        tensor = rng.choice(message.dense.index.tensors)
+        match rng.randrange(7):
             case 0:
                 tensor.shape[:] = [rng.choice(_VALUES) for _ in range(rng.randrange(10))]
             case 1:
-                tensor.data = damaged(tensor.data, rng)
+                message.dense.values = damaged(message.dense.values, rng)
+            case 5:
+                message.dense.padding = rng.randbytes(rng.randrange(20))
+            case 6:  # a payload twice, or two kinds of payload: the last of a oneof would win
+                second = ORIGINALS[rng.choice(PAYLOADS)][:-SIZE]
+                return sealed([data[:-SIZE], second] if rng.random() < 0.5 else [second, data[:-SIZE]])
             case 2:
-                tensor.dtype = rng.choice((0, 1, 2, 3, 77))  # type: ignore[assignment]  # a hostile number
+                tensor.dtype = rng.choice((0, 1, 2, 3, 77))  # type: ignore[assignment]  # hostile
             case 3:
                 tensor.name = rng.choice(("", "a.weight", "x" * 5000))
             case _:
-                message.dense.tensors.add().CopyFrom(tensor)
+                message.dense.index.tensors.add().CopyFrom(tensor)
     else:
         coded = getattr(message, str(kind))
         index = rng.randrange(len(coded.tensors))
@@ -101,6 +108,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
     return sealed([message.SerializeToString()])
 
 
+PACKING = Packing(LAYOUT)
 ORIGINALS: dict[Payload, bytes] = {payload: encode(ENVELOPES[payload]) for payload in PAYLOADS}
 ATTACKS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "damaged": damaged,
@@ -109,14 +117,14 @@ ATTACKS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 
 
-def attempt(data: bytes, expect: Payload) -> bool:
+def attempt(data: bytes, expect: Payload, layout: Layout) -> bool:
     """Whether the message was read; what was read is checked.
 
     Raises:
         AssertionError: it was read as something that no run of this layout can send.
     """
     try:
-        envelope = decode(data, who="ward-7", layout=LAYOUT, expect=expect)
+        envelope = decode(data, who="ward-7", layout=layout, expect=expect)
         dense = {name: tensor.dense() for name, tensor in envelope.encoded.items()}
     except (UpdateError, MissingExtraError):
         return False
@@ -136,7 +144,9 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
         attack = rng.choice(tuple(ATTACKS))
         data = ATTACKS[attack](ORIGINALS[expect], rng)
         try:
-            read = _measured(data, expect) if number % MEASURED_EVERY == 0 else attempt(data, expect)
+            layout = rng.choice((LAYOUT, PACKING))
+            check = _measured if number % MEASURED_EVERY == 0 else attempt
+            read = check(data, expect, layout)
             assert not (read and attack == "damaged") or data == ORIGINALS[expect], "a change went unnoticed"
         except BaseException:
             print(f"message {number} of seed {seed}: {attack} {expect} {data.hex()}")
@@ -145,10 +155,10 @@ def fuzz(count: int, seed: int) -> dict[str, int]:
     return dict(tally)
 
 
-def _measured(data: bytes, expect: Payload) -> bool:
+def _measured(data: bytes, expect: Payload, layout: Layout) -> bool:
     tracemalloc.start()
     try:
-        read = attempt(data, expect)
+        read = attempt(data, expect, layout)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
