@@ -1,0 +1,130 @@
+"""Certificates as files and PEM: reading, what they are called, when they end."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fedpeft.errors import CredentialError
+from fedpeft.files import storage
+
+MAX_PEM = 16_384  # bytes; ours are under 1,200
+_WARN = timedelta(days=14)
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """PEM of one certificate."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def certificate_der(certificate: x509.Certificate) -> bytes:
+    """DER of one certificate."""
+    return certificate.public_bytes(serialization.Encoding.DER)
+
+
+def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
+    """One certificate with a P-256 key from PEM.
+
+    Args:
+        where: a file or a peer, for errors.
+
+    Raises:
+        CredentialError: too large, not a certificate, or of another kind of key.
+    """
+    return _parsed(x509.load_pem_x509_certificate, pem, where)
+
+
+def parse_der(der: bytes, where: str) -> x509.Certificate:
+    """As `parse_certificate`, from DER.
+
+    Raises:
+        CredentialError: as there.
+    """
+    return _parsed(x509.load_der_x509_certificate, der, where)
+
+
+def _parsed(load: Callable[[bytes], x509.Certificate], content: bytes, where: str) -> x509.Certificate:
+    try:
+        if len(content) > MAX_PEM:
+            raise ValueError
+        certificate = load(content)
+        public_p256(certificate)
+    except ValueError:
+        raise CredentialError(f"{where}: no certificate with a P-256 key; provision or enrol again") from None
+    return certificate
+
+
+def read_certificate(path: Path) -> x509.Certificate:
+    """A certificate from its file.
+
+    Raises:
+        CredentialError: missing or not one of ours.
+        StorageError: it cannot be read.
+    """
+    with storage(path):
+        if not path.is_file():
+            raise CredentialError(
+                f"{path}: there is no certificate; enrol with a token, or copy the provisioned folder"
+            )
+        content = path.read_bytes()
+    return parse_certificate(content, str(path))
+
+
+def public_p256(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
+    """The certificate's key.
+
+    Raises:
+        ValueError: it is not on P-256.
+    """
+    try:
+        key = certificate.public_key()
+    except Exception as error:  # an unknown algorithm raises one of several
+        raise ValueError("unknown kind of key") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("not a P-256 key")
+    return key
+
+
+def fingerprint(certificate: x509.Certificate) -> bytes:
+    """SHA-256 of the certificate's DER, 32 bytes."""
+    return hashlib.sha256(certificate_der(certificate)).digest()
+
+
+def check_dates(certificate: x509.Certificate, now: datetime, what: str) -> None:
+    """Refuse a certificate that has expired or has not begun.
+
+    Raises:
+        CredentialError: with the date and the remedy.
+    """
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now > ends:
+        raise CredentialError(
+            f"the certificate of {what} expired on {ends:%Y-%m-%d %H:%M} UTC; renew or enrol again"
+        )
+    if now < begins:
+        raise CredentialError(
+            f"the certificate of {what} begins on {begins:%Y-%m-%d %H:%M} UTC, and here it is"
+            f" {now:%Y-%m-%d %H:%M}; set this machine's clock"
+        )
+
+
+def expiry_warning(certificate: x509.Certificate, now: datetime, what: str) -> str | None:
+    """One line if the certificate ends within 14 days or has ended, else nothing."""
+    left = certificate.not_valid_after_utc - now
+    if left > _WARN:
+        return None
+    if left <= timedelta(0):
+        return f"the certificate of {what} has expired; renew or enrol again"
+    return f"the certificate of {what} expires in {left.days} days; renew it"
+
+
+def renewal_due(certificate: x509.Certificate, now: datetime) -> bool:
+    """Whether two thirds of the certificate's life are over: early enough for a device that is often off."""
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return now >= begins + (ends - begins) * 2 / 3
