@@ -1,1 +1,6 @@
 """The agent that trains beside the data and sends updates."""
+
+import os
+
+# Before gRPC is loaded: it writes errors to stderr that are reported by us, in one line.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

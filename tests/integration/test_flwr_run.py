@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +19,10 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.server_app import NodeGrid, read_order
 from fedpeft.workers import InlineWorkers
+from simulations.deployment import Superlink, program, superlink
 from tests.simulation.runs import strip
 
-ROOT = Path(__file__).resolve().parents[2]
-APP = ROOT / "simulations" / "flower_app"
 CLIENTS, ROUNDS = 3, 2
-RUN_TIMEOUT_S, START_TIMEOUT_S = 400.0, 90.0
 RUN = f"""
 [run]
 name = "tiny"
@@ -57,127 +47,14 @@ metrics = ["exact-match"]
 """
 
 
-@dataclass(frozen=True)
-class Flown:
-    """One `flwr run` that has ended: its log, Flower's status of it, and the status's details."""
-
-    log: str
-    status: str
-    details: str
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A SuperLink with as many SuperNodes as the run has clients."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def flwr(self, *words: str, timeout_s: float = 60.0) -> str:
-        """The output of a `flwr` command."""
-        command = [program("flwr"), *words]
-        done = subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
-        )
-        return done.stdout + done.stderr
-
-    def run(self, run_file: Path, out: Path) -> Flown:
-        """`flwr run` to its end."""
-        config = f'fedpeft.run-file="{run_file}" fedpeft.out="{out}"'
-        words = ("run", str(APP), "local", "--stream", "--run-config", config)
-        log = self.flwr(*words, timeout_s=RUN_TIMEOUT_S)
-        started = re.search(r"started run (\d+)", log)
-        assert started is not None, log
-        deadline = time.monotonic() + 30
-        while True:  # the log ends a moment before the status changes
-            listed = json.loads(self.flwr("ls", "local", "--run-id", started[1], "--format", "json"))
-            row = listed["runs"][0]
-            if row["status"].startswith("finished") or time.monotonic() > deadline:
-                return Flown(log, row["status"], row["status-details"])
-            time.sleep(1)
-
-
-def program(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-
-
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"nothing listens on port {port}: {log.read_text()[-2000:]}")
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
-
-
-def environment(home: Path) -> dict[str, str]:
-    return os.environ | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "NO_COLOR": "1",
-    }
-
-
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    folder = tmp_path_factory.mktemp("flower")
-    link, *ports = free_ports(1 + CLIENTS)
-    (folder / "home").mkdir()
-    (folder / "home" / "config.toml").write_text(
-        f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
-    )
-    made = Deployment(folder, environment(folder / "home"))
-    with ExitStack() as stack:
-
-        def start(name: str, words: Sequence[str], port: int) -> None:
-            (folder / name).mkdir()
-            log = stack.enter_context((folder / f"{name}.log").open("wb"))
-            process = subprocess.Popen(
-                words,
-                cwd=folder / name,
-                env=made.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            stack.callback(end_group, process)
-            wait_for_port(port, process, folder / f"{name}.log")
-
-        options = ["--insecure", "--port", str(link), "--disable-runtime-dependency-installation"]
-        start("superlink", [program("flower-superlink"), *options], link)
-        for number, port in enumerate(ports):
-            node = f"partition-id={number} num-partitions={CLIENTS}"
-            where = ["--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port)]
-            start(f"node-{number}", [program("flower-supernode"), *where, "--node-config", node], port)
+def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Superlink]:
+    with superlink(tmp_path_factory.mktemp("flower"), CLIENTS) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def run_file(deployment: Deployment) -> Path:
+def run_file(deployment: Superlink) -> Path:
     """A run file whose rows lie beside it, by a relative path: every process has to find them."""
     folder = deployment.folder / "input"
     (folder / "rows").mkdir(parents=True)
@@ -188,7 +65,7 @@ def run_file(deployment: Deployment) -> Path:
 
 
 @pytest.fixture(scope="module")
-def simulated(deployment: Deployment, run_file: Path) -> Path:
+def simulated(deployment: Superlink, run_file: Path) -> Path:
     """The folder that `fedpeft simulate` makes of the run file."""
     out = deployment.folder / "simulated"
     words = [program("fedpeft"), "simulate", str(run_file), "--out", str(out), "--quiet", "--workers", "2"]
@@ -200,7 +77,7 @@ def simulated(deployment: Deployment, run_file: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flown(deployment: Deployment, run_file: Path) -> Path:
+def flown(deployment: Superlink, run_file: Path) -> Path:
     """The folder that `flwr run` makes of it."""
     out = deployment.folder / "flown"
     result = deployment.run(run_file, out)
@@ -228,7 +105,7 @@ def test_a_run_on_supernodes_gives_the_bytes_of_a_simulation(flown: Path, simula
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_goes_on(deployment: Deployment, run_file: Path, flown: Path) -> None:
+def test_an_unfinished_run_goes_on(deployment: Superlink, run_file: Path, flown: Path) -> None:
     """What is left of a run that was killed in its last round: everything that follows is made anew."""
     out = deployment.folder / "interrupted"
     shutil.copytree(flown, out)
@@ -245,7 +122,7 @@ def test_an_unfinished_run_goes_on(deployment: Deployment, run_file: Path, flown
 
 @pytest.mark.slow
 def test_another_run_in_the_folder_fails_with_one_line(
-    deployment: Deployment, run_file: Path, flown: Path
+    deployment: Superlink, run_file: Path, flown: Path
 ) -> None:
     other = run_file.with_name("other.toml")
     other.write_text(RUN.replace("lr = 7e-3", "lr = 1e-3"))

@@ -1,0 +1,164 @@
+"""The agent: dial, work, and dial again, for days."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import grpc
+import psutil
+
+from fedpeft.credentials import Material
+from fedpeft.errors import FedPEFTError, StateError
+from fedpeft.files import storage
+from fedpeft_client.desk import Desk, Trade
+from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
+from fedpeft_client.link import Link
+from fedpeft_client.settings import Settings
+from fedpeft_client.status import STATUS_FILE, Status
+from fedpeft_client.workshop import CLIENT_APP, Bounds, Doer, Workshop
+
+LOG = logging.getLogger("fedpeft.client")
+Renewing = Callable[[], Awaitable[Material]]
+_LOCK = ".lock"
+
+
+class Agent:
+    """One agent of one server. Create it and `run` it in one event loop.
+
+    Args:
+        material: gives key and certificate before every attempt to connect, so that they can be renewed;
+            None for plaintext.
+        app: the client's functions; others than the default are for tests and benchmarks.
+        workshop: where they run; None: in a process of their own.
+
+    Raises:
+        StateError: another process holds the home folder, or its files are corrupt.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        home: Path,
+        material: Renewing | None,
+        app: str = CLIENT_APP,
+        workshop: Doer | None = None,
+    ) -> None:
+        self._settings, self._name, self._renewing = settings, name, material
+        with storage(home):
+            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _locked(home)
+        policy = settings.policy
+        bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
+        self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
+        self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
+        trade = Trade(name, settings.data, settings.model, policy, app)
+        self._desk = Desk(trade, home, self.workshop, self.status)
+        self._stopping = asyncio.Event()
+        self._known = False  # whether this server has ever let us in
+
+    async def run(self) -> None:
+        """Work until `stop`; network and server may come and go.
+
+        Raises:
+            FedPEFTError: the first contact failed for good; see `Settings.connect_s`.
+        """
+        work = asyncio.create_task(self._desk.work())
+        dial = asyncio.create_task(self._dial())
+        idle = asyncio.create_task(self._release_when_idle())
+        stop = asyncio.create_task(self._stopped())
+        try:
+            done, _ = await asyncio.wait((work, dial, stop), return_when=asyncio.FIRST_COMPLETED)
+            for task in (work, dial):
+                if task in done:
+                    task.result()
+        finally:
+            for task in (work, dial, idle, stop):
+                task.cancel()
+            await asyncio.gather(work, dial, idle, stop, return_exceptions=True)
+            await self.workshop.close()
+            self.status.now("stopped")
+            os.close(self._lock)
+
+    def stop(self) -> None:
+        """End `run`; a task under way is done again at the next start."""
+        self._stopping.set()
+
+    async def _stopped(self) -> None:
+        await self._stopping.wait()
+
+    async def _release_when_idle(self) -> None:
+        """Give the model's memory back to a device that has not been asked for a while."""
+        while self._settings.idle_release_s:
+            rest = self._settings.idle_release_s - self._desk.idle_s()
+            if rest <= 0:
+                await self.workshop.release()
+                rest = self._settings.idle_release_s
+            await asyncio.sleep(rest)
+
+    async def _dial(self) -> None:
+        began, waits = time.monotonic(), pauses(random.Random())
+        while True:
+            self.status.now("connecting")
+            met = time.monotonic()
+            error = await self._session()
+            if time.monotonic() - met > STEADY_S:
+                waits = pauses(random.Random())
+            if error is not None:
+                self.status.failed(str(error))
+                LOG.warning("%s", error)
+                late = self._settings.connect_s and time.monotonic() - began > self._settings.connect_s
+                if not self._known and (is_final(error) or late):
+                    raise error
+            await asyncio.sleep(next(waits))
+
+    async def _session(self) -> FedPEFTError | None:
+        """One connection from dialling to its end; why it ended, if not in peace."""
+        material = await self._renewing() if self._renewing is not None else None
+        channel = open_channel(self._settings.server, material)
+        link: Link | None = None
+        try:
+            link = await Link.open(channel, self._name, capabilities())
+            LOG.info("connected to %s as %s", self._settings.server, link.welcome.name)
+            self._known = True
+            self._desk.connected(link, material)
+            self.status.now("connected")
+            async for message in link.messages():
+                await self._desk.handle(message)
+        except (FedPEFTError, grpc.aio.AioRpcError, OSError) as error:
+            return error_of(error, self._settings.server)
+        finally:
+            self._desk.connected(None)
+            if link is not None:
+                link.close()
+            await channel.close()
+        return None
+
+
+def capabilities() -> Mapping[str, str]:
+    """What this device can do, for people who look at the server's list of agents."""
+    return {
+        "cores": str(os.cpu_count() or 1),
+        "memory-mib": str(psutil.virtual_memory().total >> 20),
+    }
+
+
+def _locked(home: Path) -> int:
+    with storage(home):
+        lock = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise StateError(
+            f"{home} is in use by another agent; end it, or give this one its own --home"
+        ) from error
+    return lock

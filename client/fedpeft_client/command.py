@@ -1,0 +1,139 @@
+"""`fedpeft client` and `fedpeft client status`."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedpeft.credentials import Material, Role, check_name, identity_of
+from fedpeft.errors import CredentialError, UsageError
+from fedpeft_client.agent import Agent
+from fedpeft_client.enrolment import own_material, renewed
+from fedpeft_client.settings import Settings, read_settings
+from fedpeft_client.status import STATUS_FILE, read_status
+
+AGENTS = ".fedpeft"  # in the user's home: one folder per agent
+KEYS = "keys"
+
+
+def client_command(config: Path | None, given: Mapping[str, Any], token: str) -> None:
+    """Be an agent until told to stop.
+
+    Raises:
+        UsageError: the settings contradict themselves.
+        FedPEFTError: the first contact failed; see `fedpeft.errors`.
+    """
+    settings = read_settings(config, given)
+    _log()
+    if settings.insecure and not _is_loopback(settings.host):
+        raise UsageError(
+            f"--insecure is plaintext and {settings.host} is another machine; enrol with --token instead"
+        )
+    asyncio.run(_serve(settings, token))
+
+
+def client_status_command(home: Path | None, name: str, *, as_json: bool) -> None:
+    """Print what an agent did and has spent.
+
+    Raises:
+        UsageError: several agents were started here, and none was named.
+        StateError: none was.
+    """
+    table = read_status(home or _only_home(name))
+    if as_json:
+        print(json.dumps(table))
+        return
+    for label, text in _lines(table):
+        print(f"{label:<13} {text}")
+
+
+async def _serve(settings: Settings, token: str) -> None:
+    home = settings.home or Path.home() / AGENTS / check_name(settings.name or settings.data.stem)
+    keys = settings.keys or home / KEYS
+    material = (
+        None
+        if settings.insecure
+        else await own_material(keys, settings.server, token, patience_s=settings.connect_s or math.inf)
+    )
+    name = settings.name or settings.data.stem if material is None else _certified(material, settings)
+    renewing = None if material is None else lambda: renewed(keys, settings.server)
+    agent = Agent(settings, check_name(name), home, renewing)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
+    await agent.run()
+
+
+def _certified(material: Material, settings: Settings) -> str:
+    who = identity_of(material.certificate)
+    if who.role is not Role.AGENT:
+        raise CredentialError(
+            f"the certificate is that of {who.name!r}, who is {who.role}; an agent needs one of its own"
+        )
+    if settings.name not in ("", who.name):
+        raise UsageError(
+            f"--name is {settings.name!r} and the certificate says {who.name!r}; leave --name out"
+        )
+    return who.name
+
+
+def _only_home(name: str) -> Path:
+    agents = Path.home() / AGENTS
+    if name:
+        return agents / name
+    found = sorted(path.parent for path in agents.glob(f"*/{STATUS_FILE}"))
+    if len(found) > 1:
+        raise UsageError(
+            f"several agents were started here ({', '.join(p.name for p in found)}); give --name"
+        )
+    return found[0] if found else agents
+
+
+def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
+    state = (
+        table["state"] if table["running"] or table["state"] == "stopped" else "not running (it was killed)"
+    )
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(table["since"]))
+    lines = [
+        ("agent", f"{table['agent']} of {table['server']}"),
+        ("state", f"{state} since {since}" + (f"; {table['doing']}" if table["doing"] else "")),
+        ("results", f"{table['results']} accepted, {table['refusals']} refused, {table['failures']} failed"),
+        ("bytes", f"{table['bytes_up']} up, {table['bytes_down']} down, {table['bytes_today']} today"),
+        ("epsilon", f"{table['epsilon']:g} at most, by what the runs promise"),
+        *((f"run {run['name']}", _run_line(run)) for run in table["runs"]),
+    ]
+    optional = {"base model": "base_digest", "last refusal": "last_refusal", "last error": "last_error"}
+    return lines + [(label, str(table[key])) for label, key in optional.items() if table[key]]
+
+
+def _run_line(run: Mapping[str, Any]) -> str:
+    promise = (
+        f"{run['kind']}, epsilon {run['epsilon']:g}" if run["epsilon"] is not None else "no privacy promised"
+    )
+    return f"{run['rounds']} rounds, the last is {run['last_round']}; {promise}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("fedpeft")
+    logger.addHandler(handler)
+    logger.setLevel(os.environ.get("FEDPEFT_LOG", "INFO").upper())

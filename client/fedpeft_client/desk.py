@@ -1,0 +1,392 @@
+"""The agent's work, whatever the connection does: tasks in, the owner's policy, the worker, results out.
+
+A task ends in one of three ways: its result is acknowledged, it is refused, or nobody wants it any more.
+Until then it survives everything: a broken connection (the server pushes it again), the worker's death (an
+error is the result), a restart of the agent (a result that was done lies in the outbox; one that wasn't is
+done again, from the same memory, with the same bytes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedpeft.config import RunConfig
+from fedpeft.credentials import Material, UpdateHeader, sign_body_digest
+from fedpeft.errors import FederationError, FedPEFTError, UpdateError
+from fedpeft.faults import crash_point
+from fedpeft.runfile import run_digest, run_from_json
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.content import decode_content
+from fedpeft_client.dialing import error_of, pauses
+from fedpeft_client.frames import Frame
+from fedpeft_client.link import Link
+from fedpeft_client.outbox import Finished, Outbox
+from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
+from fedpeft_client.stage_memory import Remembered, StageMemory
+from fedpeft_client.status import Status
+from fedpeft_client.usage import RunUsage, UsageBook
+from fedpeft_client.workshop import CLIENT_APP, Doer
+
+LOG = logging.getLogger("fedpeft.client")
+MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
+MAX_BODY_BYTES = 4 << 30
+
+
+class _RefusedError(Exception):
+    """The owner's policy speaks against a task; the message says what."""
+
+
+@dataclass(frozen=True)
+class Trade:
+    """What an agent works with.
+
+    Attributes:
+        app: the client's functions, named by us and never by a message.
+    """
+
+    name: str
+    data: Path
+    model: str
+    policy: Policy
+    app: str = CLIENT_APP
+
+
+class Desk:
+    """One agent's tasks."""
+
+    def __init__(self, trade: Trade, home: Path, workshop: Doer, status: Status) -> None:
+        self._trade, self._workshop, self._status = trade, workshop, status
+        self._memory = StageMemory(home / "memory")
+        self._outbox = Outbox(home / "outbox")
+        self._book = UsageBook(home / "usage.json")
+        self._link: Link | None = None
+        self._material: Material | None = None
+        self._linked = asyncio.Event()
+        self._tasks: dict[bytes, pb.Task] = {}  # queued or at work
+        self._queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self._delivering: set[bytes] = set()
+        self._begun: dict[bytes, bytearray] = {}  # bodies that are half fetched
+        self._errands: set[asyncio.Task[None]] = set()
+        self._rested = time.monotonic()
+        self._approved: dict[str, str] = {}  # run digest to run file, of runs that were let in
+        status.usage = self._book.usage
+
+    def connected(self, link: Link | None, material: Material | None = None) -> None:
+        """A session has begun, with the key that signs results if there is one; without a link: it ended."""
+        self._link, self._material = link, material
+        (self._linked.set if link is not None else self._linked.clear)()
+
+    async def handle(self, message: pb.ServerMessage) -> None:
+        """One message of the server's."""
+        kind = message.WhichOneof("message")
+        if kind == "task":
+            await self._take(message.task)
+        elif kind == "ack":
+            self._acknowledged(message.ack)
+        elif kind == "cancel":
+            self._withdrawn(message.cancel)
+        elif kind == "goodbye":
+            LOG.info("the server says goodbye: %s", message.goodbye.reason)
+
+    async def work(self) -> None:
+        """Do tasks, one after the other, for ever."""
+        while True:
+            id_ = await self._queue.get()
+            task = self._tasks.get(id_)
+            if task is not None:
+                await self._done(task)
+                self._tasks.pop(id_, None)
+                self._rested = time.monotonic()
+
+    def idle_s(self) -> float:
+        """Seconds since the last task; 0 while there is one."""
+        return 0.0 if self._tasks else time.monotonic() - self._rested
+
+    async def _take(self, task: pb.Task) -> None:
+        size = task.blob.size if task.WhichOneof("body") == "blob" else len(task.inline)
+        if task.id in self._outbox:
+            self._errand(self._deliver(task.id))
+        elif len(self._tasks) >= MAX_QUEUED or size > MAX_BODY_BYTES:
+            await self._refuse(
+                task, f"{len(self._tasks)} tasks wait here already, and this one has {size} bytes"
+            )
+        elif task.id not in self._tasks:
+            self._tasks[task.id] = task
+            self._queue.put_nowait(task.id)
+            self._say(pb.AgentMessage(received=pb.Received(task=task.id)))
+
+    async def _done(self, task: pb.Task) -> None:
+        """One task to its end, or to the outbox."""
+        self._status.working(task.kind, task.round)
+        try:
+            content = await self._content(task)
+            run_json = self._permitted(task, content)
+            await self._executed(task, content, run_json)
+        except _RefusedError as refusal:
+            await self._refuse(task, str(refusal))
+        except FedPEFTError as error:
+            await self._failed(task, f"{type(error).__name__}: {error}")
+        finally:
+            self._status.idle()
+
+    async def _executed(self, task: pb.Task, content: bytes, run_json: str) -> None:
+        key = _key(task.run)
+        remembered = self._memory.get(key)
+        before = remembered.for_task(task.id.hex())
+        answer = await self._workshop.do(self._order(task, content, run_json, before))
+        if task.id not in self._tasks:
+            return  # withdrawn meanwhile: as if it had never been begun
+        self._status.base_digest = answer.header.get("base_digest", "") or self._status.base_digest
+        self._status.loads += bool(answer.header.get("loaded", False))
+        if answer.header["error"]:
+            if answer.header["refused"]:
+                raise _RefusedError(str(answer.header["error"]).partition(": ")[2])
+            await self._failed(task, str(answer.header["error"]))
+            return
+        body, after = answer.parts["content"], answer.parts["memory"]
+        over = over_bytes(self._trade.policy, self._book.today(_today()), len(body))
+        if over is not None:
+            raise _RefusedError(over)
+        if before or after or remembered.after:
+            self._memory.put(key, Remembered(task.id.hex(), before, after))
+        self._outbox.put(Finished(_without_body(task), body))
+        self._errand(self._deliver(task.id))
+
+    def _order(self, task: pb.Task, content: bytes, run_json: str, memory: bytes) -> Frame:
+        trade = self._trade
+        header = {
+            "app": trade.app,
+            "kind": task.kind,
+            "group": str(task.round),
+            "run_digest": task.run_digest.hex(),
+            "run": run_json,
+            "client": trade.name,
+            "data": str(trade.data),
+            "model": trade.model,
+            "base_digests": list(trade.policy.base_digests or ()),
+        }
+        return Frame(header, {"content": content, "memory": memory})
+
+    # ---- What the owner allows
+
+    def _permitted(self, task: pb.Task, content: bytes) -> str:
+        """The run file of a task that the policy lets through; its promise is booked before it begins."""
+        digest = task.run_digest.hex()
+        stated = decode_content(content, who="the server").get("task", {}).get("run", "")
+        if self._trade.app != CLIENT_APP and not stated:
+            return ""  # apps of tests and benchmarks, which have no run file
+        run_json = str(stated) or self._approved.get(digest, "")
+        if not run_json:
+            raise FederationError(
+                f"a task of run {digest[:12]} came without its run file; nothing was trained"
+            )
+        if self._approved.get(digest) == run_json:
+            return run_json
+        run = run_from_json(run_json)
+        if run_digest(run) != digest:
+            raise UpdateError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
+        against = objections(self._trade.policy, run.of_client(self._trade.name))
+        if against:
+            raise _RefusedError("; ".join(against))
+        self._book_run(task, run)
+        self._approved[digest] = run_json
+        return run_json
+
+    def _book_run(self, task: pb.Task, run: RunConfig) -> None:
+        key, usage = _key(task.run), self._book.usage
+        if key in usage.runs:
+            return
+        over = over_epsilon(self._trade.policy, usage.epsilon, run)
+        if over is not None:
+            raise _RefusedError(over)
+        promise = run.privacy
+        usage.runs[key] = RunUsage(
+            name=run.run.name,
+            kind=promise.kind if promise else "",
+            epsilon=promise.max_epsilon if promise else None,
+        )
+        self._book.save()  # before anything is spent
+        crash_point("agent.budget.booked")
+
+    async def _refuse(self, task: pb.Task, reason: str) -> None:
+        LOG.warning("refused %s of round %d: %s", task.kind, task.round, reason)
+        self._book.usage.refusals += 1
+        self._book.save()
+        self._status.refused(reason)
+        self._say(pb.AgentMessage(refusal=pb.Refusal(task=task.id, reason=reason[:4000])))
+
+    async def _failed(self, task: pb.Task, error: str) -> None:
+        """An error is a result too, but none to keep: a task that comes again is done again."""
+        line = " ".join(error.split())
+        LOG.warning("%s of round %d failed: %s", task.kind, task.round, line)
+        self._book.usage.failures += 1
+        self._book.save()
+        self._status.failed(line)
+        kind, _, reason = line.partition(": ")
+        failure = pb.Failure(kind=kind[:64], reason=reason[:4000])
+        self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=failure)))
+
+    # ---- What travels
+
+    async def _content(self, task: pb.Task) -> bytes:
+        """The task's body; fetched over as many connections as it takes."""
+        over = over_bytes(self._trade.policy, self._book.today(_today()), task.ByteSize() + task.blob.size)
+        if over is not None:
+            raise _RefusedError(over)
+        if task.WhichOneof("body") != "blob":
+            self._moved(down=len(task.inline))
+            return bytes(task.inline)
+        begun = self._begun.setdefault(task.id, bytearray())
+        for pause in pauses(random.Random()):
+            await self._linked.wait()
+            link, had = self._link, len(begun)
+            if link is None:
+                continue
+            try:
+                body = await link.pull(task.id, task.blob, begun)
+            except (grpc.aio.AioRpcError, UpdateError, FederationError, TimeoutError) as error:
+                if (
+                    isinstance(error, grpc.aio.AioRpcError)
+                    and error.code() == grpc.StatusCode.INVALID_ARGUMENT
+                ):
+                    self._begun.pop(task.id, None)
+                    raise UpdateError(
+                        "the server has withdrawn a task before its body was fetched"
+                    ) from error
+                await asyncio.sleep(pause)
+            else:
+                del self._begun[task.id]
+                return body
+            finally:
+                self._moved(down=max(0, len(begun) - had))
+        raise AssertionError("pauses never end")
+
+    async def _deliver(self, id_: bytes) -> None:
+        """Send a result over the connection that is there; on the next one the server asks for it again."""
+        link, finished = self._link, None if id_ in self._delivering else self._outbox.get(id_)
+        if link is None or finished is None:
+            return
+        self._delivering.add(id_)
+        try:
+            await self._send_result(link, finished)
+        except UpdateError as error:  # it will never be wanted
+            LOG.warning("the result of round %d does not count: %s", finished.task.round, error)
+            self._undo(finished.task)
+        except (grpc.aio.AioRpcError, FedPEFTError, TimeoutError) as error:
+            if self._link is link:
+                LOG.info(
+                    "a result of round %d is not through: %s", finished.task.round, error_of(error, "server")
+                )
+                self._errand(self._deliver_later(id_))
+        finally:
+            self._delivering.discard(id_)
+
+    async def _deliver_later(self, id_: bytes) -> None:
+        await asyncio.sleep(random.uniform(0.5, 2.0))
+        await self._deliver(id_)
+
+    async def _send_result(self, link: Link, finished: Finished) -> None:
+        task, body = finished.task, finished.body
+        digest = await asyncio.to_thread(lambda: hashlib.sha256(body).digest())
+        result = pb.Result(task=task.id, signature=self._signature(task, digest, len(body)))
+        if len(body) <= link.welcome.max_inline_bytes:
+            result.inline = body
+        else:
+            result.blob.CopyFrom(await link.push(task.id, body, digest))
+        crash_point("agent.result.sending")
+        await link.send(pb.AgentMessage(result=result))
+        self._moved(up=len(body))
+
+    def _signature(self, task: pb.Task, digest: bytes, size: int) -> bytes:
+        if self._material is None:
+            return b""
+        header = UpdateHeader(task.run, task.run_digest.hex(), task.round, self._trade.name)
+        return sign_body_digest(self._material.key, header, digest, size)
+
+    def _acknowledged(self, ack: pb.Ack) -> None:
+        finished = self._outbox.get(ack.task) if ack.task in self._outbox else None
+        if finished is None:
+            return
+        if not ack.accepted:
+            LOG.warning("the result of round %d does not count: %s", finished.task.round, ack.reason)
+            self._status.failed(ack.reason)
+            self._undo(finished.task)
+            return
+        crash_point("agent.result.acknowledged")
+        self._outbox.drop(ack.task)
+        usage = self._book.usage
+        usage.results += 1
+        if (run := usage.runs.get(_key(finished.task.run))) is not None and finished.task.round:
+            run.rounds += finished.task.round != run.last_round
+            run.last_round = finished.task.round
+        self._book.save()
+        self._status.changed(at_once=True)
+        LOG.info(
+            "%s of round %d: %d bytes accepted", finished.task.kind, finished.task.round, len(finished.body)
+        )
+
+    def _withdrawn(self, cancel: pb.Cancel) -> None:
+        LOG.info("a task was withdrawn: %s", cancel.reason)
+        self._tasks.pop(cancel.task, None)
+        self._begun.pop(cancel.task, None)
+        if cancel.task in self._outbox and (finished := self._outbox.get(cancel.task)) is not None:
+            self._undo(finished.task)
+
+    def _undo(self, task: pb.Task) -> None:
+        """A result that does not count leaves no trace in the stages' memory."""
+        self._outbox.drop(task.id)
+        key = _key(task.run)
+        remembered = self._memory.get(key)
+        without = remembered.without(task.id.hex())
+        if without is not remembered:
+            self._memory.put(key, without)
+
+    def _moved(self, *, up: int = 0, down: int = 0) -> None:
+        self._book.moved(_today(), up=up, down=down)
+        self._status.changed()
+
+    def _say(self, message: pb.AgentMessage) -> None:
+        """Send if someone is there; whoever isn't asks again."""
+        link = self._link
+        if link is not None:
+            self._errand(_quietly(lambda: link.send(message)))
+
+    def _errand(self, work: Coroutine[Any, Any, None]) -> None:
+        errand = asyncio.create_task(work)
+        self._errands.add(errand)
+        errand.add_done_callback(self._errands.discard)
+
+
+async def _quietly(call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """A message that does not get through is no error: the server asks again on the next connection."""
+    try:
+        await call()
+    except (grpc.aio.AioRpcError, FederationError) as error:
+        LOG.debug("not sent: %s", error)
+
+
+def _without_body(task: pb.Task) -> pb.Task:
+    bare = pb.Task()
+    bare.CopyFrom(task)
+    bare.ClearField("body")
+    return bare
+
+
+def _key(run: str) -> str:
+    """A run's files: its name may hold anything."""
+    return hashlib.sha256(run.encode()).hexdigest()[:32]
+
+
+def _today() -> str:
+    return datetime.now(UTC).date().isoformat()

@@ -1,0 +1,22 @@
+"""Orders carried out in the agent's own process: for many light agents in one, in benchmarks and tests."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fedpeft_client.frames import Frame
+from fedpeft_client.worker import done
+
+
+class InlineWorkshop:
+    """A `Doer` without a process; a crash of the client's function is a crash of the agent."""
+
+    async def do(self, order: Frame) -> Frame:
+        """On a thread, so that the connection lives on."""
+        return await asyncio.to_thread(done, order)
+
+    async def release(self) -> None:
+        """Nothing is held that is not the process's."""
+
+    async def close(self) -> None:
+        """Nothing to end."""

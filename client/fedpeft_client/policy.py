@@ -1,0 +1,143 @@
+"""What the owner of an agent allows. The owner's word wins: a task outside it is refused, with the reason."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedpeft.config import RunConfig
+
+Positive = Annotated[float, Field(gt=0.0)]
+PrivacyKind = Literal["client-level", "record-level", "local"]
+
+
+class Policy(BaseModel):
+    """The table `[policy]` of client.toml; what is left out is not restricted.
+
+    Attributes:
+        base_digests: fingerprints (hex) of base models; `fedpeft client status` shows that of the one loaded.
+        runs: names of runs.
+        tasks, methods, training, spaces: as the run file names them.
+        stages: client stages that may be applied; an empty list allows none.
+        needs_stages: client stages that must be applied.
+        privacy: a run must promise one of these kinds, with noise that the server does not know.
+        min_noise_multiplier, max_run_epsilon: of that promise.
+        max_total_epsilon: sum of what all runs together may spend; a run without a promise is refused then.
+        max_memory_mib, max_task_s: of the worker; a task that exceeds them is ended.
+        max_bytes_per_day: up and down, by UTC days.
+        max_local_steps: of one round.
+        allow_download: whether a run file may name a model of the hub, which would be fetched.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    base_digests: tuple[str, ...] | None = None
+    runs: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+    training: tuple[str, ...] | None = None
+    spaces: tuple[str, ...] | None = None
+    stages: tuple[str, ...] | None = None
+    needs_stages: tuple[str, ...] = ()
+    privacy: tuple[PrivacyKind, ...] | None = None
+    min_noise_multiplier: Positive | None = None
+    max_run_epsilon: Positive | None = None
+    max_total_epsilon: Positive | None = None
+    max_memory_mib: Positive | None = None
+    max_task_s: Positive | None = None
+    max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
+    max_local_steps: Annotated[int, Field(ge=1)] | None = None
+    allow_download: bool = False
+
+
+def objections(policy: Policy, run: RunConfig) -> list[str]:
+    """Why the owner does not want to take part in a run; empty if nothing speaks against it."""
+    return [*_names(policy, run), *_stages(policy, run), *_privacy(policy, run), *_work(policy, run)]
+
+
+def over_epsilon(policy: Policy, booked: float, run: RunConfig) -> str | None:
+    """Why a run that is new here would spend too much; `booked` is what earlier runs may spend."""
+    if policy.max_total_epsilon is None or run.privacy is None:
+        return None
+    total = booked + run.privacy.max_epsilon
+    if total <= policy.max_total_epsilon:
+        return None
+    return (
+        f"the run may spend epsilon {run.privacy.max_epsilon:g} and earlier runs {booked:g};"
+        f" policy.max_total_epsilon is {policy.max_total_epsilon:g}"
+    )
+
+
+def over_bytes(policy: Policy, used: int, more: int) -> str | None:
+    """Why `more` bytes would be too many today."""
+    if policy.max_bytes_per_day is None or used + more <= policy.max_bytes_per_day:
+        return None
+    return (
+        f"{more} bytes more than today's {used} exceed policy.max_bytes_per_day = {policy.max_bytes_per_day}"
+    )
+
+
+def _names(policy: Policy, run: RunConfig) -> list[str]:
+    stated = {
+        "runs": run.run.name,
+        "tasks": run.model.task,
+        "methods": run.peft.method,
+        "training": run.training.kind,
+        "spaces": run.space.kind,
+    }
+    return [
+        f"{value!r} is not in policy.{key} ({', '.join(allowed) or 'which is empty'})"
+        for key, value in stated.items()
+        if (allowed := getattr(policy, key)) is not None and value not in allowed
+    ]
+
+
+def _stages(policy: Policy, run: RunConfig) -> list[str]:
+    kinds = [stage.kind for stage in run.stages]
+    unwanted = [kind for kind in kinds if policy.stages is not None and kind not in policy.stages]
+    missing = [kind for kind in policy.needs_stages if kind not in kinds]
+    return [f"stage {kind!r} is not in policy.stages" for kind in unwanted] + [
+        f"stage {kind!r}, which policy.needs_stages asks for, is missing" for kind in missing
+    ]
+
+
+def _privacy(policy: Policy, run: RunConfig) -> list[str]:
+    asked = {
+        "privacy": policy.privacy,
+        "min_noise_multiplier": policy.min_noise_multiplier,
+        "max_run_epsilon": policy.max_run_epsilon,
+        "max_total_epsilon": policy.max_total_epsilon,
+    }
+    wanted = [f"policy.{key}" for key, value in asked.items() if value is not None]
+    promise = run.privacy
+    if not wanted:
+        return []
+    if promise is None:
+        return [f"the run promises no privacy, which {wanted[0]} asks for"]
+    problems = []
+    if promise.seeded:
+        problems.append(
+            f"the run's noise is drawn from its seed, which protects nobody; {wanted[0]} asks for privacy"
+        )
+    if policy.privacy is not None and promise.kind not in policy.privacy:
+        problems.append(f"{promise.kind!r} is not in policy.privacy ({', '.join(policy.privacy)})")
+    if policy.min_noise_multiplier is not None and promise.noise_multiplier < policy.min_noise_multiplier:
+        problems.append(
+            f"noise_multiplier {promise.noise_multiplier:g} is below policy.min_noise_multiplier ="
+            f" {policy.min_noise_multiplier:g}"
+        )
+    if policy.max_run_epsilon is not None and promise.max_epsilon > policy.max_run_epsilon:
+        problems.append(
+            f"max_epsilon {promise.max_epsilon:g} is above policy.max_run_epsilon ="
+            f" {policy.max_run_epsilon:g}"
+        )
+    return problems
+
+
+def _work(policy: Policy, run: RunConfig) -> list[str]:
+    steps = run.training.steps
+    if policy.max_local_steps is None or (steps is not None and steps <= policy.max_local_steps):
+        return []
+    stated = "as many local steps as it likes (training.epochs)" if steps is None else f"{steps} local steps"
+    return [f"the run asks for {stated}; policy.max_local_steps is {policy.max_local_steps}"]

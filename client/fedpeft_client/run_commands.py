@@ -1,0 +1,164 @@
+"""`fedpeft run submit | list | show | logs | stop | pull`: runs on a server, from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedpeft.errors import StateError
+from fedpeft.records import Baseline, Finished, Round, Started, parse_row
+from fedpeft.reporting import lines
+from fedpeft.reporting.text import metric_name, metric_value, printable
+from fedpeft.runfile import load_run, run_toml
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_client.administration import Desk, answered, new_submission
+
+Rules = pb.CohortRules
+
+
+def submit_command(
+    desk: Desk, run_file: Path, overrides: Sequence[str], rules: Rules, *, as_json: bool
+) -> None:
+    """Queue a run and print its id. The server, whose versions count, says what it would refuse.
+
+    Raises:
+        RunFileError: every problem of the run file.
+        FedPEFTError: what the server answered.
+    """
+    run = load_run(run_file, overrides)
+    request = pb.SubmitRunRequest(run_toml=run_toml(run), cohort=rules, submission=new_submission())
+    info = answered(desk.call(lambda stub: stub.SubmitRun(request)))
+    print(json.dumps(info_table(info)) if as_json else f"{info.id}  {info.status}")
+
+
+def list_command(desk: Desk, *, limit: int, as_json: bool) -> None:
+    """Print the runs, the newest first."""
+    reply = answered(desk.call(lambda stub: stub.ListRuns(pb.ListRunsRequest(limit=limit))))
+    if as_json:
+        print(json.dumps([info_table(info) for info in reply.runs]))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("run", "status", "round", "changed", "detail"):
+        table.add_column(column, no_wrap=column != "detail")
+    for info in reply.runs:
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.updated_ms / 1000))
+        where = f"{info.round}/{info.rounds}"
+        table.add_row(info.id, info.status, where, changed, Text(printable(info.detail)))
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def show_command(desk: Desk, run_id: str, *, as_json: bool) -> None:
+    """Print how a run stands."""
+    _show(answered(desk.call(lambda stub: stub.ShowRun(pb.RunRequest(id=run_id)))), as_json=as_json)
+
+
+def stop_command(desk: Desk, run_id: str, reason: str, *, as_json: bool) -> None:
+    """End a run; what it has reached can be pulled."""
+    request = pb.StopRunRequest(id=run_id, reason=reason)
+    _show(answered(desk.call(lambda stub: stub.StopRun(request))), as_json=as_json)
+
+
+def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> None:
+    """Print a run's log; when followed, until the run has ended."""
+
+    async def shown() -> None:
+        primary, rounds = "", 0
+        async for line in desk.lines(run_id, follow=follow):
+            if as_json:
+                print(line.json, flush=True)
+                continue
+            row = json.loads(line.json)
+            primary, rounds = row.get("primary_metric", primary), row.get("rounds", rounds)
+            at = time.strftime("%H:%M:%S", time.localtime(line.time_ms / 1000))
+            print(f"{at}  {_line_text(line.json, row, primary, rounds)}", flush=True)
+
+    asyncio.run(shown())
+
+
+def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bool) -> None:
+    """Write an ended run's adapter, report and rows to a folder.
+
+    Raises:
+        StateError: `out` is in the way.
+        FedPEFTError: what the server answered.
+    """
+    if out.exists() and not force:
+        raise StateError(f"--out {out} is there already; replace it with --force, or choose another name")
+    names = answered(desk.pull(run_id, out))
+    if as_json:
+        print(json.dumps({"out": str(out), "files": names}))
+        return
+    print(f"{out}: {len(names)} files")
+    for label, name in (("adapter", "adapter"), ("report", "report.html")):
+        if (out / name).exists():
+            print(f"{label:<8} {out / name}")
+
+
+def info_table(info: pb.RunInfo) -> Mapping[str, Any]:
+    """A run's standing as plain values."""
+    table: dict[str, Any] = {
+        "id": info.id,
+        "name": info.name,
+        "digest": info.digest,
+        "status": info.status,
+        "detail": info.detail,
+        "round": info.round,
+        "rounds": info.rounds,
+        "agents": list(info.agents),
+        "submitted": info.submitted_ms / 1000,
+        "changed": info.updated_ms / 1000,
+        "metrics": dict(info.metrics),
+        "adapter_digest": info.adapter_digest or None,
+    }
+    return table | ({"epsilon": info.epsilon} if info.HasField("epsilon") else {})
+
+
+def _show(info: pb.RunInfo, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(info_table(info)))
+        return
+    for label, text in _facts(info):
+        print(f"{label:<9} {text}")
+
+
+def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
+    status = info.status + (f": {printable(info.detail)}" if info.detail else "")
+    facts = [
+        ("run", info.id),
+        ("status", status),
+        ("round", f"{info.round} of {info.rounds}"),
+        ("agents", ", ".join(map(printable, info.agents)) or "none yet"),
+        *((metric_name(name), metric_value(name, value)) for name, value in sorted(info.metrics.items())),
+        ("run file", info.digest[:12]),
+    ]
+    if info.HasField("epsilon"):
+        facts.append(("epsilon", f"{info.epsilon:.3g}"))
+    if info.adapter_digest:
+        facts.append(("adapter", info.adapter_digest[:12]))
+    return facts
+
+
+def _line_text(text: str, row: Mapping[str, Any], primary: str, rounds: int) -> str:
+    """A log line for people."""
+    if row.get("event") == "status":
+        return f"{row['status']}: {printable(row['reason'])}" if row["reason"] else str(row["status"])
+    if "text" in row:
+        return printable(str(row["text"]))
+    known = parse_row(text)
+    if isinstance(known, Started):
+        return lines.started_line(known)
+    if isinstance(known, Round):
+        return lines.round_line(known, rounds, primary)
+    if isinstance(known, Baseline):
+        return lines.baseline_line(known, primary)
+    return lines.finished_line(known) if isinstance(known, Finished) else text

@@ -1,0 +1,97 @@
+"""client.toml and the command line as one frozen value."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedpeft.errors import UsageError
+from fedpeft_client.policy import Policy
+
+
+class Settings(BaseModel):
+    """What an agent is started with.
+
+    Attributes:
+        server: host and port to dial.
+        data: the agent's rows, a file or a folder; they never leave the device.
+        name: in the federation; with certificates it is the certificate's. Default: the data file's name
+            without its suffix.
+        keys: folder with the device's key and certificate; default: HOME/keys.
+        home: folder of state and status. Default: ~/.fedpeft/NAME.
+        model: where this device's copy of the base model lies; default: where the run file says.
+        insecure: plaintext, for servers on this very machine.
+        connect_s: how long a first contact is tried before the agent gives up; 0: for ever. An agent that
+            was connected once always goes on trying.
+        idle_release_s: the worker, and with it the model, goes after so long without work; 0: never.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    server: str
+    data: Path
+    name: str = ""
+    keys: Path | None = None
+    home: Path | None = None
+    model: str = ""
+    insecure: bool = False
+    connect_s: Annotated[float, Field(ge=0.0)] = 60.0
+    idle_release_s: Annotated[float, Field(ge=0.0)] = 0.0
+    policy: Policy = Policy()
+
+    @property
+    def host(self) -> str:
+        """The server's host alone."""
+        return self.server.rpartition(":")[0]
+
+
+def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
+    """The file's settings with those given on the command line over them; relative paths are the file's.
+
+    Raises:
+        UsageError: every problem, in one line.
+    """
+    table = {**_table(config), **given}
+    try:
+        settings = Settings.model_validate(table)
+    except ValidationError as error:
+        raise UsageError(
+            f"{config or 'fedpeft client'}: {'; '.join(_problem(d) for d in error.errors())}"
+        ) from error
+    host, colon, port = settings.server.rpartition(":")
+    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+        raise UsageError(f"server {settings.server!r} is no address; give HOST:PORT")
+    if not settings.data.exists():
+        raise UsageError(f"{settings.data}: there is no such file or folder; give --data the agent's rows")
+    return settings
+
+
+def _table(config: Path | None) -> dict[str, Any]:
+    if config is None:
+        return {}
+    try:
+        table = tomllib.loads(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{config}: cannot be read as TOML ({error})") from error
+    for key in ("data", "keys", "home", "model"):
+        value = table.get(key)
+        if (
+            isinstance(value, str)
+            and not Path(value).is_absolute()
+            and (key != "model" or (config.parent / value).exists())
+        ):
+            table[key] = str((config.parent / Path(value).expanduser()).resolve())
+    return table
+
+
+def _problem(detail: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "missing":
+        return f"{where} is needed; give it with --{where} or in client.toml"
+    if detail["type"] == "extra_forbidden":
+        return f"{where}: unknown key; check its spelling"
+    return f"{where}: {detail['msg']}, got {detail['input']!r}"

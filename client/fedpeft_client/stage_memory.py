@@ -1,0 +1,114 @@
+"""What client-side stages remember between rounds (error feedback), as bytes and durably on the agent.
+
+A result and the memory that it leaves belong together: if the result never counts, the memory is as it was
+before. So the file of a run holds both, and the task between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedpeft.errors import StateError
+from fedpeft.faults import crash_point
+from fedpeft.files import storage, write_atomically
+
+Memory = Mapping[str, NDArray[Any]]
+
+
+def memory_bytes(memory: Memory) -> bytes:
+    """Named arrays as bytes; empty for none."""
+    return save({name: memory[name] for name in sorted(memory)}) if memory else b""
+
+
+def memory_of(content: bytes) -> dict[str, NDArray[Any]]:
+    """Inverse of `memory_bytes`."""
+    return dict(load(content)) if content else {}
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One run's memory around the task that was done last.
+
+    Attributes:
+        task: its id, hex; empty before the first.
+        before, after: see `memory_bytes`.
+    """
+
+    task: str = ""
+    before: bytes = b""
+    after: bytes = b""
+
+    def for_task(self, task: str) -> bytes:
+        """The memory that a task starts from: a task that is done again starts where it started."""
+        return self.before if task == self.task else self.after
+
+    def without(self, task: str) -> Remembered:
+        """As if that task had not been done."""
+        return Remembered("", self.before, self.before) if task == self.task else self
+
+
+@dataclass
+class StageMemory:
+    """The memories of all runs, one file each, in the folder of the agent's state.
+
+    Raises:
+        StorageError, StateError: the folder cannot be read or written, or a file in it is corrupt.
+    """
+
+    folder: Path
+    _known: dict[str, Remembered] = field(default_factory=dict)
+
+    def get(self, run: str) -> Remembered:
+        """What is remembered of a run."""
+        if run not in self._known:
+            self._known[run] = self._read(run)
+        return self._known[run]
+
+    def put(self, run: str, remembered: Remembered) -> None:
+        """Replace it durably; a run that remembers nothing has no file."""
+        path = self._path(run)
+        if not (remembered.before or remembered.after):
+            with storage(path):
+                path.unlink(missing_ok=True)
+        else:
+            crash_point("agent.memory.begun")
+            write_atomically(path, _file(remembered), mode=0o600)
+            crash_point("agent.memory.durable")
+        self._known[run] = remembered
+
+    def _path(self, run: str) -> Path:
+        with storage(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder / f"{run}.memory"
+
+    def _read(self, run: str) -> Remembered:
+        path = self._path(run)
+        if not path.exists():
+            return Remembered()
+        with storage(path):
+            content = path.read_bytes()
+        try:
+            head, _, rest = content.partition(b"\n")
+            header = json.loads(head)
+            before, after = rest[: header["before"]], rest[header["before"] :]
+            if len(after) != header["after"]:
+                raise ValueError
+            memory_of(before), memory_of(after)
+            return Remembered(str(header["task"]), before, after)
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise StateError(
+                f"{path}: the memory of a run is corrupt; delete the file, the run begins it anew"
+            ) from error
+
+
+def _file(remembered: Remembered) -> bytes:
+    header = {"task": remembered.task, "before": len(remembered.before), "after": len(remembered.after)}
+    return json.dumps(header).encode() + b"\n" + remembered.before + remembered.after

@@ -1,0 +1,115 @@
+"""What an agent is doing, in a file that `fedpeft client status` reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import StateError
+from fedpeft.files import storage
+from fedpeft_client.usage import Usage
+
+STATUS_FILE = "status.json"
+_EVERY_S = 1.0
+
+
+class Status:
+    """The file is for people: written about once a second, not flushed, and never the source of anything."""
+
+    def __init__(self, path: Path, *, name: str, server: str) -> None:
+        self._path = path
+        self._fixed = {"agent": name, "server": server, "pid": os.getpid()}
+        self.usage = Usage()
+        self.state = "starting"
+        self.doing = ""
+        self.base_digest = ""
+        self.loads = 0  # of the base model, since the agent was started
+        self.last_error = ""
+        self.last_refusal = ""
+        self._since = time.time()
+        self._written = 0.0
+
+    def now(self, state: str) -> None:
+        """The connection's state: connecting, connected, stopped."""
+        if state != self.state:
+            self.state, self._since = state, time.time()
+        self.changed(at_once=True)
+
+    def working(self, kind: str, round_: int) -> None:
+        """A task is under way."""
+        self.doing = f"{kind}, round {round_}"
+        self.changed(at_once=True)
+
+    def idle(self) -> None:
+        """No task is."""
+        self.doing = ""
+        self.changed(at_once=True)
+
+    def failed(self, line: str) -> None:
+        """Something went wrong."""
+        self.last_error = line
+        self.changed(at_once=True)
+
+    def refused(self, reason: str) -> None:
+        """A task was refused."""
+        self.last_refusal = reason
+        self.changed(at_once=True)
+
+    def changed(self, *, at_once: bool = False) -> None:
+        """Write the file, unless that was just done."""
+        if at_once or time.monotonic() - self._written > _EVERY_S:
+            self._written = time.monotonic()
+            fresh = self._path.with_name(f".{self._path.name}")
+            with storage(self._path):
+                fresh.write_text(json.dumps(self._table(), indent=1) + "\n")
+                os.replace(fresh, self._path)
+
+    def _table(self) -> dict[str, Any]:
+        usage = self.usage
+        return {
+            **self._fixed,
+            "state": self.state,
+            "since": self._since,
+            "written": time.time(),
+            "doing": self.doing,
+            "results": usage.results,
+            "refusals": usage.refusals,
+            "failures": usage.failures,
+            "bytes_up": usage.bytes_up,
+            "bytes_down": usage.bytes_down,
+            "bytes_today": usage.bytes_today,
+            "epsilon": usage.epsilon,
+            "runs": [run.model_dump() for run in usage.runs.values()],
+            "base_digest": self.base_digest,
+            "loads": self.loads,
+            "last_error": self.last_error,
+            "last_refusal": self.last_refusal,
+        }
+
+
+def read_status(home: Path) -> dict[str, Any]:
+    """The status of an agent, with whether it is running.
+
+    Raises:
+        StateError: no agent was ever started with that folder.
+    """
+    path = home / STATUS_FILE
+    if not path.is_file():
+        raise StateError(f"{home}: no agent has run with this folder; give --home or --name as at its start")
+    with storage(path):
+        table: dict[str, Any] = json.loads(path.read_text())
+    table["running"] = table["state"] != "stopped" and _alive(int(table["pid"]))
+    return table
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,90 @@
+"""The resident worker: a process of its own that keeps the base model loaded and runs the client's functions.
+
+It is started afresh, not forked: gRPC's threads do not survive a fork. It reads orders from a socket that it
+inherits and ends when the agent closes it. Nothing of an order is code: the app is named by the agent itself.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedpeft.errors import FedPEFTError, ModelError
+from fedpeft.faults import crash_point
+from fedpeft.flower.execute import Outcome, execute, named_app
+from fedpeft.runfile import run_digest, run_from_json
+from fedpeft_client.frames import Frame, pack, read_frame
+from fedpeft_client.stage_memory import memory_bytes, memory_of
+from fedpeft_client.workshop import CLIENT_APP
+
+
+def main(fd: int) -> None:
+    """Serve orders until the agent hangs up."""
+    with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
+        while (order := read_frame(orders)) is not None:
+            pipe.sendall(pack(done(order)))
+
+
+def done(order: Frame) -> Frame:
+    """One order's answer; what goes wrong is part of it."""
+    header = order.header
+    try:
+        digest, fresh = _loaded(header)
+    except FedPEFTError as error:
+        return Frame(
+            {"error": f"{type(error).__name__}: {error}", "refused": isinstance(error, _NotPinnedError)}
+        )
+    crash_point("agent.worker.loaded")
+    outcome: Outcome = execute(
+        named_app(header["app"]),
+        header["kind"],
+        header["group"],
+        order.parts["content"],
+        memory_of(order.parts["memory"]),
+        client=header["client"],
+    )
+    crash_point("agent.worker.done")
+    return Frame(
+        {"error": outcome.error, "refused": False, "base_digest": digest, "loaded": fresh},
+        {"content": outcome.content, "memory": memory_bytes(outcome.memory)},
+    )
+
+
+class _NotPinnedError(ModelError):
+    """The base model is not one that the owner accepts."""
+
+
+def _loaded(header: Any) -> tuple[str, bool]:
+    """Load the order's run unless it is loaded; the base model's digest, and whether it was loaded now.
+
+    Foreign apps load for themselves.
+    """
+    if header["app"] != CLIENT_APP:
+        return "", False
+    # Here, as it brings torch and all that stands on it.
+    from fedpeft.resident import Own, install_resident, load_own_resident, resident_for
+
+    digest, pins, fresh = header["run_digest"], header["base_digests"], False
+    try:
+        resident = resident_for(digest)
+    except FedPEFTError:
+        run = run_from_json(header["run"])
+        if run_digest(run) != digest:
+            raise ModelError(
+                f"the run file that came is not that of run {digest[:12]}; nothing was trained"
+            ) from None
+        own = Own(header["client"], Path(header["data"]), header["model"])
+        resident = load_own_resident(run, own)
+        install_resident(resident)
+        fresh = True
+    if pins and resident.base_digest not in pins:
+        raise _NotPinnedError(
+            f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name"
+        )
+    return resident.base_digest, fresh
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

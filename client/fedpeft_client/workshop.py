@@ -1,0 +1,177 @@
+"""The agent's side of the resident worker: starting it, giving it orders, and outliving its death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Protocol
+
+import psutil
+
+from fedpeft.errors import FederationError
+from fedpeft_client.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
+
+CLIENT_APP = "fedpeft.flower.client_app:deployed_app"
+_WATCH_S = 0.25
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one task may take; None: as much as it wants."""
+
+    seconds: float | None = None
+    memory_mib: float | None = None
+
+
+class Doer(Protocol):
+    """Where an agent's orders are carried out."""
+
+    async def do(self, order: Frame) -> Frame:
+        """Give an order and wait for its answer.
+
+        Raises:
+            FederationError: there will be none.
+        """
+        ...
+
+    async def release(self) -> None:
+        """Give back what is held between orders, once none is under way."""
+        ...
+
+    async def close(self) -> None:
+        """End at once."""
+        ...
+
+
+class Workshop:
+    """At most one worker process, started when there is work.
+
+    Args:
+        bounds: a worker that exceeds them is ended.
+        download: whether a worker may fetch what a run file names from the hub.
+    """
+
+    def __init__(self, bounds: Bounds, *, download: bool = False) -> None:
+        self._bounds, self._download = bounds, download
+        self._process: subprocess.Popen[bytes] | None = None
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._busy = asyncio.Lock()
+        self.started = 0
+        self.peak_mib = 0.0
+
+    async def do(self, order: Frame) -> Frame:
+        """Give an order and wait for its answer.
+
+        Raises:
+            FederationError: the worker died, or was ended for exceeding its bounds; the next order starts
+                another.
+        """
+        async with self._busy:
+            reader, writer = await self._running()
+            answer = asyncio.create_task(_exchange(reader, writer, order))
+            watch = asyncio.create_task(self._watch())
+            try:
+                done, _ = await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
+                if watch in done:
+                    await self._end()
+                    raise FederationError(watch.result())
+                return answer.result()
+            except (asyncio.IncompleteReadError, OSError) as error:
+                raise FederationError(
+                    f"the worker process died ({self._epitaph()}); it is started anew"
+                ) from error
+            except asyncio.CancelledError:
+                await self._end()
+                raise
+            finally:
+                answer.cancel()
+                watch.cancel()
+
+    async def release(self) -> None:
+        """End the worker once it is idle, and with it what it holds; the next order starts another."""
+        async with self._busy:
+            await self._end()
+
+    async def close(self) -> None:
+        """End the worker now."""
+        await self._end()
+
+    async def _running(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._streams is not None and self._process is not None and self._process.poll() is None:
+            return self._streams
+        await self._end()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fedpeft_client.worker", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=_environment(self._download),
+                start_new_session=True,  # a terminal's Ctrl-C is the agent's to handle
+            )
+        self.started += 1
+        self._streams = await asyncio.open_connection(sock=ours)
+        return self._streams
+
+    async def _watch(self) -> str:
+        """Returns when the worker exceeds a bound, saying which."""
+        process = psutil.Process(self._process.pid) if self._process is not None else psutil.Process()
+        begun = asyncio.get_running_loop().time()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                held = process.memory_info().rss / _MIB
+            except psutil.Error:  # it has just died; whoever reads its answer notices
+                held = 0.0
+            self.peak_mib = max(self.peak_mib, held)
+            if self._bounds.memory_mib is not None and held > self._bounds.memory_mib:
+                return (
+                    f"the task took {held:.0f} MiB and policy.max_memory_mib is {self._bounds.memory_mib:g};"
+                    " its worker was ended"
+                )
+            took = asyncio.get_running_loop().time() - begun
+            if self._bounds.seconds is not None and took > self._bounds.seconds:
+                return f"the task took longer than policy.max_task_s = {self._bounds.seconds:g}; it was ended"
+
+    def _epitaph(self) -> str:
+        code = self._process.wait() if self._process is not None else 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
+        return f"exit code {code}"
+
+    async def _end(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            with contextlib.suppress(OSError):
+                await self._streams[1].wait_closed()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._streams = None
+
+
+async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, order: Frame) -> Frame:
+    writer.write(pack(order))
+    await writer.drain()
+    header, parts = sizes_of(await reader.readexactly(HEAD_BYTES))
+    return unpack(await reader.readexactly(header), await reader.readexactly(parts))
+
+
+def _environment(download: bool) -> dict[str, str]:
+    """The agent's own, with one thread: results are those of one thread, and the device has other work."""
+    offline = {} if download else {"HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        **offline,
+    }

@@ -1,0 +1,144 @@
+"""Who calls: by certificate, or by their own word where that is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+from fedpeft.credentials import (
+    Identity,
+    PeerCheck,
+    Role,
+    UpdateHeader,
+    check_name,
+    require_role,
+    verify_body_digest,
+)
+from fedpeft.errors import CredentialError
+from fedpeft_server.contracts import Arrival
+
+
+class Context(Protocol):
+    """What is needed of a gRPC call's context."""
+
+    def auth_context(self) -> Any:
+        """Properties of the peer, each a list of bytes."""
+        ...
+
+    def peer(self) -> str:
+        """Address."""
+        ...
+
+
+@dataclass(frozen=True)
+class Caller:
+    """An agent on a connection.
+
+    Attributes:
+        name: under which it is known.
+        certificate: PEM; empty without TLS.
+    """
+
+    name: str
+    certificate: bytes = b""
+
+
+class Gate(Protocol):
+    """Decides who may do what."""
+
+    def agent(self, context: Context, claimed: str) -> Caller:
+        """The agent that calls.
+
+        Args:
+            claimed: the name that it gives itself; it must be the certificate's where there is one.
+
+        Raises:
+            CredentialError: it may not come in.
+        """
+        ...
+
+    def require(self, context: Context, role: Role) -> Identity:
+        """Anyone with a role that covers `role`; raises as `agent`."""
+        ...
+
+    def still(self, caller: Caller) -> None:
+        """Check again that an agent whose session is open may be here; cheap.
+
+        Raises:
+            CredentialError: no longer: its certificate was revoked or has ended.
+        """
+        ...
+
+    def verify(self, caller: Caller, arrival: Arrival) -> None:
+        """Check a result's signature.
+
+        Raises:
+            UpdateError: it is not by this agent, or over something else.
+        """
+        ...
+
+
+class OpenGate:
+    """Plaintext on loopback: everyone on the machine is believed. Refused elsewhere by `serve`."""
+
+    def agent(self, context: Context, claimed: str) -> Caller:
+        """See `Gate`."""
+        return Caller(check_name(claimed))
+
+    def require(self, context: Context, role: Role) -> Identity:
+        """See `Gate`."""
+        return Identity("local", role)
+
+    def still(self, caller: Caller) -> None:
+        """Nobody is ever sent away."""
+
+    def verify(self, caller: Caller, arrival: Arrival) -> None:
+        """There are no keys without certificates."""
+
+
+class CertificateGate:
+    """Names and roles by certificate, checked at every call."""
+
+    def __init__(self, peers: PeerCheck, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._peers, self._now = peers, now
+
+    def agent(self, context: Context, claimed: str) -> Caller:
+        """See `Gate`."""
+        who = self.require(context, Role.AGENT)
+        if claimed not in ("", who.name):
+            raise CredentialError(
+                f"the agent calls itself {claimed[:64]!r}, its certificate {who.name!r}; leave --name out"
+            )
+        return Caller(who.name, certificate_of(context))
+
+    def require(self, context: Context, role: Role) -> Identity:
+        """See `Gate`."""
+        who = self._peers.identity(certificate_of(context), self._now())
+        require_role(who, role)
+        return who
+
+    def still(self, caller: Caller) -> None:
+        """See `Gate`."""
+        self._peers.certificate(caller.certificate, self._now())
+
+    def verify(self, caller: Caller, arrival: Arrival) -> None:
+        """See `Gate`."""
+        certificate = self._peers.certificate(caller.certificate, self._now())
+        header = UpdateHeader(arrival.run, arrival.run_digest, arrival.round, arrival.agent)
+        verify_body_digest(
+            certificate, header, bytes.fromhex(arrival.digest), arrival.size, arrival.signature
+        )
+
+
+def certificate_of(context: Context) -> bytes:
+    """The certificate that the caller showed in the handshake, PEM.
+
+    Raises:
+        CredentialError: none.
+    """
+    shown = context.auth_context().get("x509_pem_cert")
+    if not shown:
+        raise CredentialError("the caller shows no certificate; enrol first")
+    return bytes(shown[0])

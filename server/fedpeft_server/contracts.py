@@ -1,0 +1,115 @@
+"""What the transport asks of the room that stores things: accepted results and blobs.
+
+Everything here is called from worker threads, never on the event loop, and by several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One agent's result for one task, verified as far as the transport can.
+
+    Attributes:
+        run: the server's name for the run.
+        run_digest: of the resolved run file, hex.
+        round: 0 at roll call.
+        kind: the task's kind, "train" or "query.hello".
+        agent: who sent it, by its certificate where there is one.
+        task: the task's id, 16 bytes; equal work has an equal id after a restart.
+        digest: SHA-256 of the body, hex; verified.
+        size: of the body in bytes.
+        body: the body itself; None where it lies in the blob store under `digest`.
+        signature: by the device key, verified before; empty on connections without certificates.
+    """
+
+    run: str
+    run_digest: str
+    round: int
+    kind: str
+    agent: str
+    task: bytes
+    digest: str
+    size: int
+    body: bytes | None = None
+    signature: bytes = b""
+
+
+class Acceptor(Protocol):
+    """Makes results durable before they are acknowledged."""
+
+    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+        """Make all of them durable in one transaction; one verdict each, in order.
+
+        A result that is there already (same run, task and agent) is accepted again without being stored
+        twice if its digest is the same, and refused if it differs.
+
+        Returns:
+            None for a result that is durable now, else one line that says why it does not count.
+
+        Raises:
+            StorageError: nothing was stored. No result is acknowledged; agents keep theirs and send again.
+        """
+        ...
+
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+        """Results that were accepted before, also before a restart: they are not asked for again."""
+        ...
+
+
+class Partial(Protocol):
+    """A blob on its way in. One thread at a time uses it."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes that are there already; writing goes on from here."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Append.
+
+        Raises:
+            UpdateError: beyond the declared size.
+            StorageError: the disk is full.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Verify size and digest and make the blob durable under its digest.
+
+        Raises:
+            UpdateError: the bytes are not those announced; the partial blob is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Put it aside; what came stays for the next attempt. After `finish`, nothing."""
+        ...
+
+
+class Blobs(Protocol):
+    """Bytes by their SHA-256 (hex)."""
+
+    def has(self, digest: str) -> bool:
+        """Whether the whole blob is there."""
+        ...
+
+    def begin(self, digest: str, size: int) -> Partial:
+        """Open a partial blob, new or begun before.
+
+        Raises:
+            StorageError: it cannot be written, or another upload of it is under way.
+        """
+        ...
+
+    def read(self, digest: str, offset: int = 0, length: int = -1) -> bytes:
+        """Bytes of a whole blob; fewer at its end, none beyond it. A negative length: to the end.
+
+        Raises:
+            StateError: no such blob.
+        """
+        ...

@@ -1,0 +1,141 @@
+"""What may keep a run from going on: people who stop it, the server that ends, a clock that jumps."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+TOLERANCE_S = 5.0
+
+
+class Halt(Exception):  # noqa: N818 - not an error: what it carries out was asked for
+    """The run's thread is to leave the run; everything durable stays."""
+
+
+class Stopped(Halt):
+    """A person ended the run, with a reason."""
+
+
+class Draining(Halt):
+    """The server ends; the run goes on after its next start."""
+
+
+class Paused(Halt):
+    """Something outside the run is in the way; the run is to be tried again."""
+
+
+class SteadyClock:
+    """Notices when the wall clock jumps against the monotonic one.
+
+    Rounds' deadlines run on the monotonic clock and don't care. Certificates, tokens and everything that
+    people read go by the wall clock, so a jump shall be seen before more is written.
+    """
+
+    def __init__(
+        self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._wall, self._monotonic = wall, monotonic
+        self._lock = threading.Lock()
+        self._offset = wall() - monotonic()
+
+    def check(self) -> None:
+        """Pause on a jump; from then on the new time is taken as right.
+
+        Raises:
+            Paused: the clock jumped since the last check.
+        """
+        with self._lock:
+            offset = self._wall() - self._monotonic()
+            jump, self._offset = offset - self._offset, offset
+        if abs(jump) > TOLERANCE_S:
+            raise Paused(f"the clock jumped by {jump:+.0f} s; check this machine's time, the run goes on")
+
+
+class Control:
+    """One run's switch. Its methods may be called on any thread."""
+
+    def __init__(self, clock: SteadyClock) -> None:
+        self._clock = clock
+        self._asked = threading.Event()
+        self._halt: Halt | None = None
+
+    def halt(self, why: Halt) -> None:
+        """Ask the run's thread to leave the run; a person's word outweighs the server's end."""
+        if self._halt is None or isinstance(why, Stopped):
+            self._halt = why
+        self._asked.set()
+
+    def check(self) -> None:
+        """Leave if that was asked for.
+
+        Raises:
+            Halt: what was asked.
+        """
+        if self._halt is not None:
+            raise self._halt
+
+    def gate(self) -> None:
+        """What must hold before a round is opened or closed.
+
+        Raises:
+            Paused: it doesn't, for now.
+        """
+        self._clock.check()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, and leave as `check` does."""
+        self._asked.wait(seconds)
+        self.check()
+
+
+class WatchedGrid(Grid):
+    """A grid whose user leaves when the run's switch says so."""
+
+    def __init__(self, inner: Grid, control: Control) -> None:
+        self._inner, self._control = inner, control
+
+    def set_run(self, run: Any) -> None:
+        """As the inner grid."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """As the inner grid."""
+        return self._inner.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """As the inner grid."""
+        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As the inner grid; leaves."""
+        self._control.check()
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """As the inner grid; leaves."""
+        self._control.check()
+        return self._inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """As the inner grid; leaves."""
+        self._control.check()
+        return self._inner.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """As the inner grid."""
+        return self._inner.send_and_receive(messages, timeout=timeout)

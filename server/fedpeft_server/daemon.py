@@ -1,0 +1,177 @@
+"""`fedpeft server`: the store, the runs and the transport, put together and taken down in order."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from flwr.serverapp import Grid
+
+from fedpeft.credentials import (
+    REVOKED_FILE,
+    Authority,
+    PeerCheck,
+    expiry_warning,
+    open_authority,
+    read_material,
+)
+from fedpeft.errors import FedPEFTError, StorageError
+from fedpeft.faults import crash_point
+from fedpeft_server.admin import Admin, Administration
+from fedpeft_server.doors import Doors, certificate_doors
+from fedpeft_server.grid import GrpcGrid, RunIdentity
+from fedpeft_server.serving import RunningServer, serve
+from fedpeft_server.settings import Settings
+from fedpeft_server.store import Store, StoredRun
+from fedpeft_server.supervisor import Supervisor
+
+LOG = logging.getLogger("fedpeft.server")
+SIGHTINGS_S = 30.0  # between two notes of who is here
+
+
+def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
+    """Serve until SIGTERM or SIGINT; the exit code.
+
+    Whatever a kill cuts short goes on at the next start; the signals only make the end polite: commits are
+    finished and agents are told.
+
+    Raises:
+        UsageError, CredentialError: settings, keys or address cannot be used.
+        StateError: another server holds the state, or it is of another version.
+        StorageError: the state cannot be written.
+        FederationError: the port is taken.
+    """
+    told = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: told.set())
+    set_up_log(settings)
+    doors, authority = doors_of(settings)
+    with Store(settings.state, url=settings.database or None, migrate=migrate) as store:
+        store.collect()
+        crash_point("server.daemon.opened")
+        line = _Line()
+        supervisor = Supervisor(store, line.open_grid, parallel=settings.parallel_runs)
+        admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
+        running = serve(
+            settings.transport(),
+            store.results,
+            store.blobs,
+            doors=doors,
+            admin=admin,
+            trouble=supervisor.trouble,
+        )
+        line.running = running
+        try:
+            crash_point("server.daemon.listening")
+            supervisor.start()
+            LOG.info("listening on %s, state in %s", running.address, settings.state)
+            _until(told, store, running)
+            LOG.info("ending: runs are put aside, they go on at the next start")
+            if not supervisor.drain(settings.drain_s):
+                LOG.warning(
+                    "a run did not reach a safe point in %g s; it goes on from its last commit",
+                    settings.drain_s,
+                )
+            crash_point("server.daemon.drained")
+        finally:
+            running.stop()
+    return 0
+
+
+def doors_of(settings: Settings) -> tuple[Doors, Authority | None]:
+    """Who is let in, by the settings' certificates; everyone on this machine where it is insecure.
+
+    Raises:
+        CredentialError: a key or certificate cannot be used.
+    """
+    if settings.tls.keys is None:
+        return Doors(), None
+    now = datetime.now(UTC)
+    material = read_material(settings.tls.keys, now)
+    warning = expiry_warning(material.certificate, now, "the server")
+    if warning:
+        LOG.warning("%s", warning)
+    authority = None if settings.tls.authority is None else open_authority(settings.tls.authority)
+    revoked = settings.tls.keys / REVOKED_FILE if authority is None else authority.revoked_file
+    peers = PeerCheck(material.authority, revoked)
+    return certificate_doors(material, peers, authority, keys=settings.tls.keys), authority
+
+
+class _Line:
+    """The transport, which needs the admin service before it listens, and which that service needs."""
+
+    running: RunningServer | None = None
+
+    def server(self) -> RunningServer:
+        if self.running is None:
+            raise StorageError("the server is starting; ask again in a moment")
+        return self.running
+
+    @contextmanager
+    def open_grid(self, stored: StoredRun) -> Iterator[_Agents]:
+        """A run's grid; its agents' work is withdrawn when the run lets go of it."""
+        agents = stored.rules.agents or None
+        grid = self.server().grid(RunIdentity(stored.id, stored.digest), agents=agents)
+        try:
+            yield _Agents(grid)
+        finally:
+            grid.stop(FedPEFTError("the run was left"))
+
+
+@dataclass(frozen=True)
+class _Agents:
+    """A `GrpcGrid` as a run takes it."""
+
+    inner: GrpcGrid
+
+    @property
+    def grid(self) -> Grid:
+        return self.inner
+
+    def know(self, agents: Iterable[str]) -> None:
+        self.inner.know(agents)
+
+    def bound(self, result_bytes: int) -> None:
+        self.inner.bound(result_bytes)
+
+
+def _until(told: threading.Event, store: Store, running: RunningServer) -> None:
+    """Wait for a signal; note now and then who is here."""
+    while not told.wait(SIGHTINGS_S):
+        here = [status.name for status in running.agents() if status.connected]
+        with contextlib.suppress(StorageError):
+            store.agents.seen(here)
+
+
+def set_up_log(settings: Settings) -> None:
+    """The daemon's log on standard error: lines for people, or one JSON object each."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(_JsonLines() if settings.log.format == "json" else text)
+    logger = logging.getLogger("fedpeft")
+    logger.handlers[:] = [handler]
+    logger.setLevel(settings.log.level.upper())
+    logger.propagate = False
+
+
+class _JsonLines(logging.Formatter):
+    """One object per line: time, level, text, and what else was given with the line."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the class."""
+        extra = {key: value for key, value in vars(record).items() if key not in self._STANDARD}
+        time = datetime.fromtimestamp(record.created, UTC).isoformat()
+        line = {"time": time, "level": record.levelname.lower(), "text": record.getMessage(), **extra}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

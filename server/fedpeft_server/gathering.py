@@ -1,0 +1,86 @@
+"""Waiting for a run's agents: until enough of them are there, hold the same base model and want the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from flwr.serverapp import Grid
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import FederationError, FedPEFTError, UsageError
+from fedpeft.flower.roster import Roster, roll_call
+from fedpeft.flower.tasks import Task
+from fedpeft.sampling import cohort_size
+from fedpeft_server.control import Control
+from fedpeft_server.store import Rules
+
+POLL_S, ASK_AGAIN_S = 0.1, 5.0
+
+
+def agents_wanted(run: RunConfig, rules: Rules) -> int:
+    """For how many agents a run waits: as its submitter says, else as the run file's partitioner does.
+
+    Raises:
+        UsageError: nobody says, or they are too few for a round's cohort.
+    """
+    named, train = run.data.partitioner, run.data.train
+    files = len(train) if named.kind == "files" and isinstance(train, tuple) else 0
+    wanted = rules.min_agents or len(rules.agents) or named.clients or files
+    if not wanted:
+        raise UsageError("the run file doesn't say how many clients there are; give --min-agents")
+    try:
+        cohort_size(run.federation.sampling, wanted)
+    except FederationError as error:
+        raise UsageError(f"{error}; or give a larger --min-agents") from error
+    return wanted
+
+
+def gather(
+    grid: Grid,
+    task: Task,
+    *,
+    wanted: int,
+    wait_s: float,
+    control: Control,
+    check: Callable[[Roster], None],
+    waiting: Callable[[str], None],
+) -> Roster:
+    """The roster of a run's agents, as soon as there is a sound one.
+
+    Agents that refuse the run or cannot load it don't end the wait: owners may mend that, or others come.
+
+    Args:
+        wait_s: for how long at most; 0: as long as it takes.
+        check: refuses a roster.
+        waiting: told what is waited for, in one line, whenever that changes.
+
+    Raises:
+        FederationError: not within `wait_s`.
+        Halt: the run was stopped.
+    """
+    began, said = time.monotonic(), ""
+
+    def wait(reason: str, seconds: float) -> None:
+        nonlocal said
+        if reason != said:
+            said = reason
+            waiting(reason)
+        if wait_s and time.monotonic() - began > wait_s:
+            raise FederationError(f"{reason}; waited for {wait_s:g} s, submit it again when they are there")
+        control.sleep(seconds)
+
+    while True:
+        here = len(list(grid.get_node_ids()))
+        if here < wanted:
+            wait(f"{here} of {wanted} agents are connected", POLL_S)
+            continue
+        try:
+            roster = roll_call(grid, task, expected=wanted)
+            if len(roster.members) < wanted:
+                raise FederationError(f"{len(roster.members)} of {wanted} agents answered the roll call")
+            check(roster)
+        except FedPEFTError as error:
+            wait(" ".join(str(error).split()), ASK_AGAIN_S)
+            continue
+        return roster

@@ -1,0 +1,260 @@
+"""`GrpcGrid`: Flower's `Grid` over connected agents, for one run and one thread."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+import time
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.errors import FederationError, FedPEFTError, UpdateError
+from fedpeft.flower.content import content_bytes, content_of
+from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.tasks import ERROR_CODE, HELLO, read_hello
+from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.sessions import Hub
+from fedpeft_server.work import Body, Done, Failed, Outcome, Work, work_id
+
+WAIT_S = 0.25  # how long `pull_messages` waits for the first reply; bounds how late a deadline is noticed
+
+
+def node_id(agent: str) -> int:
+    """An agent's number: from its name alone, so that it is the same after a restart of either side."""
+    return (int.from_bytes(hashlib.sha256(agent.encode()).digest()[:8], "little") >> 1) | 2
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """A run as the transport names it: the server's name for it, and its run file's digest (hex)."""
+
+    id: str
+    digest: str
+
+
+class GrpcGrid(Grid):
+    """One run's view of the agents.
+
+    Replies are given out once they are durable. A message to an agent that is away waits for it, and is
+    pushed again to one that comes back; a reply that was accepted before a restart is there at once. Messages
+    of older rounds that nobody has answered are withdrawn when those of a new round are pushed.
+
+    Args:
+        agents: who may take part; None: every agent.
+        max_result_bytes: of one reply; larger ones are refused.
+    """
+
+    def __init__(
+        self,
+        run: RunIdentity,
+        hub: Hub,
+        loop: asyncio.AbstractEventLoop,
+        acceptor: Acceptor,
+        blobs: Blobs,
+        *,
+        agents: Collection[str] | None = None,
+        max_result_bytes: int,
+    ) -> None:
+        ensure_identity()
+        self._run, self._hub, self._loop = run, hub, loop
+        self._acceptor, self._blobs = acceptor, blobs
+        self._allowed = None if agents is None else frozenset(agents)
+        self._max_result_bytes = max_result_bytes
+        self._names: dict[int, str] = {}
+        self._count = 0
+        self._content: tuple[RecordDict, Body] | None = None
+        self._changed = threading.Condition()
+        self._waiting: dict[str, tuple[Message, Work]] = {}  # by message id
+        self._ready: dict[str, Outcome] = {}
+        self._ids: dict[bytes, str] = {}  # of work under way, to its message
+        self._stopped: FedPEFTError | None = None
+
+    def set_run(self, run: Any) -> None:
+        """Flower's runtimes call this; there is nothing to set here."""
+
+    @property
+    def run(self) -> Any:
+        """There is no Flower run behind this grid."""
+        raise NotImplementedError("GrpcGrid is not bound to a Flower run")
+
+    @property
+    def connected(self) -> list[str]:
+        """Names of agents that are here now and may take part, sorted."""
+        here = self._hub.connected
+        return sorted(here if self._allowed is None else here & self._allowed)
+
+    def know(self, agents: Iterable[str]) -> None:
+        """Make agents addressable by `node_id` that are not connected, such as those of a stored roster."""
+        for agent in agents:
+            self._names[node_id(agent)] = agent
+
+    def bound(self, result_bytes: int) -> None:
+        """Refuse replies that are larger, from the next messages on; the grid's own bound stays one."""
+        self._max_result_bytes = min(self._max_result_bytes, result_bytes)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to one agent."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Numbers of the agents in `connected`."""
+        names = self.connected
+        self.know(names)
+        return [node_id(name) for name in names]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send; returns ids.
+
+        Raises:
+            FederationError: an unknown node, or the grid was stopped.
+            UpdateError: a content that cannot be sent.
+            StateError, StorageError: what was accepted before cannot be read.
+        """
+        works = [(message, self._work(message)) for message in messages]
+        recalled = self._recalled({(work.round, work.kind) for _, work in works})
+        fresh: list[Work] = []
+        ids = []
+        with self._changed:
+            self._refuse_if_stopped()
+            stale = self._stale({work.round for _, work in works})
+            for message, work in works:
+                self._count += 1
+                ids.append(str(self._count))
+                self._waiting[ids[-1]] = (message, work)
+                arrival = recalled.get((work.id, work.agent))
+                if arrival is not None:
+                    self._ready[ids[-1]] = Done(arrival.digest, arrival.size, arrival.body)
+                else:
+                    self._ids[work.id] = ids[-1]
+                    fresh.append(work)
+        self._withdraw(stale, "its round is over")
+        self._loop.call_soon_threadsafe(self._hub.offer, fresh)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Replies that are ready, in any order; waits a moment for the first.
+
+        Raises:
+            FedPEFTError: what the grid was stopped with.
+        """
+        wanted = list(message_ids)
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or any(id_ in self._ready for id_ in wanted), WAIT_S)
+            self._refuse_if_stopped()
+            taken = [(*self._waiting.pop(id_), self._ready.pop(id_)) for id_ in wanted if id_ in self._ready]
+        # One at a time, as the caller takes them: blobs are read when their turn comes.
+        return (self._reply(message, work, outcome) for message, work, outcome in taken)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies, in any order; those that haven't come after `timeout` seconds are withdrawn."""
+        ids = list(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while len(replies) < len(ids) and (deadline is None or time.monotonic() < deadline):
+            replies.extend(self.pull_messages(ids))
+        self.cancel(ids)
+        return replies
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Forget messages and tell their agents; replies that are there already go too."""
+        with self._changed:
+            works = [self._forget(id_) for id_ in message_ids if id_ in self._waiting]
+        self._withdraw(works, "nobody waits for it any more")
+
+    def stop(self, error: FedPEFTError) -> None:
+        """From any thread: let whoever waits, now or later, raise `error`; withdraw all work."""
+        with self._changed:
+            self._stopped = error
+            works = [self._forget(id_) for id_ in list(self._waiting)]
+            self._changed.notify_all()
+        self._withdraw(works, "the run was stopped")
+
+    def deliver(self, work: Work, outcome: Outcome) -> None:
+        """On the event loop: an outcome of work of this grid."""
+        with self._changed:
+            id_ = self._ids.pop(work.id, None)
+            if id_ is not None and id_ in self._waiting:
+                self._ready[id_] = outcome
+                self._changed.notify_all()
+
+    def _work(self, message: Message) -> Work:
+        meta = message.metadata
+        agent = self._names.get(meta.dst_node_id)
+        if agent is None:
+            raise FederationError(f"node {meta.dst_node_id} is no agent of this run; ask get_node_ids first")
+        body, round_ = self._body(message.content), int(meta.group_id or 0)
+        return Work(
+            id=work_id(self._run.id, round_, meta.message_type, agent, body),
+            run=self._run.id,
+            run_digest=self._run.digest,
+            round=round_,
+            kind=meta.message_type,
+            agent=agent,
+            body=body,
+            owner=self,
+            max_result_bytes=self._max_result_bytes,
+        )
+
+    def _body(self, content: RecordDict) -> Body:
+        """Serialised once for all messages that share a content object."""
+        if self._content is None or self._content[0] is not content:
+            self._content = (content, Body.of(content_bytes(content)))
+        return self._content[1]
+
+    def _recalled(self, asked: set[tuple[int, str]]) -> Mapping[tuple[bytes, str], Arrival]:
+        return {
+            (arrival.task, arrival.agent): arrival
+            for round_, kind in asked
+            for arrival in self._acceptor.recall(self._run.id, round_, kind)
+        }
+
+    def _stale(self, rounds: set[int]) -> list[Work]:
+        """Forget work of rounds before the ones that are pushed now."""
+        first = min(rounds, default=0)
+        return [self._forget(id_) for id_, (_, work) in list(self._waiting.items()) if work.round < first]
+
+    def _forget(self, id_: str) -> Work:
+        _, work = self._waiting.pop(id_)
+        self._ready.pop(id_, None)
+        self._ids.pop(work.id, None)
+        return work
+
+    def _reply(self, message: Message, work: Work, outcome: Outcome) -> Message:
+        if isinstance(outcome, Failed):
+            return _error(f"{outcome.kind}: {outcome.reason}", message)
+        try:
+            body = outcome.body if outcome.body is not None else self._blobs.read(outcome.digest)
+            reply = Message(content_of(body, who=work.agent), reply_to=message)
+            if work.kind == HELLO and read_hello(reply).client != work.agent:
+                raise UpdateError(
+                    f"{work.agent}: an agent answered the roll call under another name than its own"
+                )
+        except FedPEFTError as error:
+            return _error(f"{type(error).__name__}: {error}", message)
+        return reply
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped is not None:
+            raise self._stopped
+
+    def _withdraw(self, works: list[Work], reason: str) -> None:
+        if works:
+            self._loop.call_soon_threadsafe(self._hub.withdraw, works, reason)
+
+
+def _error(reason: str, message: Message) -> Message:
+    return Message(Error(code=ERROR_CODE, reason=reason), reply_to=message)

@@ -1,0 +1,188 @@
+"""From a result's message to a durable, acknowledged outcome.
+
+Hashing, verification of signatures and the store's transaction run on one thread of their own, for all
+results that have come in meanwhile at once: under load a transaction carries many results, without load one
+waits for nothing. The event loop only reads and writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from fedpeft.errors import FedPEFTError, StorageError
+from fedpeft.faults import crash_point
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_server.callers import Caller, Gate
+from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.sessions import Hub
+from fedpeft_server.work import Done, Failed, Outcome, Work
+
+RETRY_S = 1.0  # between attempts to store, while the disk is full or the database locked
+_REASON = 4096
+
+
+@dataclass(frozen=True)
+class _Item:
+    work: Work
+    caller: Caller
+    arrival: Arrival
+
+    @property
+    def held(self) -> int:
+        return len(self.arrival.body or b"") + 1024
+
+
+class Intake:
+    """The queue between sessions and the store.
+
+    Args:
+        trouble: told one line when results cannot be stored, and None once they can be again; any thread.
+        capacity: bytes of results that may wait.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        acceptor: Acceptor,
+        blobs: Blobs,
+        gate: Gate,
+        *,
+        capacity: int,
+        trouble: Callable[[str | None], None],
+    ) -> None:
+        self._hub, self._acceptor, self._blobs, self._gate = hub, acceptor, blobs, gate
+        self._capacity, self._trouble = capacity, trouble
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Condition()
+        self._queue: list[_Item] = []
+        self._held = 0
+        self._ended = False
+        self._room = asyncio.Event()
+        self._room.set()
+        self._thread = threading.Thread(target=self._work, name="fedpeft-intake", daemon=True)
+        self._thread.start()
+
+    async def take(self, caller: Caller, result: pb.Result) -> None:
+        """Queue a result; waits while the queue is full, and with it whoever reads this agent's session."""
+        work = self._hub.pending(caller.name, result.task)
+        if work is None:
+            self._acknowledge(caller.name, result.task, "nobody waits for this task any more")
+            return
+        if result.WhichOneof("body") is None:
+            reason = result.failure.reason[:_REASON] or "the agent failed without a reason"
+            self._hub.settle(work, Failed(result.failure.kind[:64], reason))
+            self._acknowledge(caller.name, result.task, "")
+            return
+        item = _Item(work, caller, _arrival(work, result))
+        while self._held >= self._capacity:
+            self._room.clear()
+            await self._room.wait()
+        self._held += item.held
+        with self._lock:
+            self._queue.append(item)
+            self._lock.notify()
+
+    def end(self) -> None:
+        """Store what has come in, then stop; blocks, so not on the event loop."""
+        with self._lock:
+            self._ended = True
+            self._lock.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                while not self._queue and not self._ended:
+                    self._lock.wait()
+                batch, self._queue = self._queue, []
+                if not batch:
+                    return
+            verdicts = self._verdicts(batch)
+            if verdicts is not None:
+                self._loop.call_soon_threadsafe(self._finish, batch, verdicts)
+
+    def _verdicts(self, batch: list[_Item]) -> list[str | None] | None:
+        """Why each item does not count, None for those that are durable; None altogether if cut short."""
+        batch[:] = [replace(item, arrival=_hashed(item.arrival)) for item in batch]
+        reasons = [self._unsound(item) for item in batch]
+        sound = [index for index, reason in enumerate(reasons) if reason is None]
+        crash_point("server.results.verified")
+        stored = self._stored([batch[index].arrival for index in sound])
+        if stored is None:
+            return None
+        crash_point("server.results.durable")
+        for index, reason in zip(sound, stored, strict=True):
+            reasons[index] = reason
+        return reasons
+
+    def _unsound(self, item: _Item) -> str | None:
+        try:
+            if item.arrival.body is None and not self._blobs.has(item.arrival.digest):
+                return "its blob is not here; send it first"
+            self._gate.verify(item.caller, item.arrival)
+        except FedPEFTError as error:
+            return str(error)
+        return None
+
+    def _stored(self, arrivals: Sequence[Arrival]) -> Sequence[str | None] | None:
+        """Store, for as long as it takes: until then nothing is acknowledged, and agents keep results."""
+        failed = False
+        while arrivals:
+            try:
+                verdicts = self._acceptor.accept(arrivals)
+            except StorageError as error:
+                failed = True
+                self._trouble(str(error))
+                with self._lock:
+                    if self._ended or self._lock.wait_for(lambda: self._ended, RETRY_S):
+                        return None
+                continue
+            if failed:
+                self._trouble(None)
+            return verdicts
+        return []
+
+    def _finish(self, batch: Sequence[_Item], verdicts: Sequence[str | None]) -> None:
+        """On the loop: tell agents and runs."""
+        for item, reason in zip(batch, verdicts, strict=True):
+            self._held -= item.held
+            arrival = item.arrival
+            outcome: Outcome = (
+                Done(arrival.digest, arrival.size, arrival.body)
+                if reason is None
+                else Failed("UpdateError", reason[:_REASON])
+            )
+            self._hub.settle(item.work, outcome)
+            self._acknowledge(item.caller.name, item.work.id, reason or "")
+        self._room.set()
+
+    def _acknowledge(self, name: str, task: bytes, reason: str) -> None:
+        ack = pb.Ack(task=task, accepted=not reason, reason=reason[:_REASON])
+        self._hub.tell(name, pb.ServerMessage(ack=ack))
+
+
+def _arrival(work: Work, result: pb.Result) -> Arrival:
+    """What came, its inline body not yet hashed."""
+    inline = result.WhichOneof("body") == "inline"
+    return Arrival(
+        run=work.run,
+        run_digest=work.run_digest,
+        round=work.round,
+        kind=work.kind,
+        agent=work.agent,
+        task=work.id,
+        digest="" if inline else result.blob.digest.hex(),
+        size=len(result.inline) if inline else result.blob.size,
+        body=result.inline if inline else None,
+        signature=result.signature,
+    )
+
+
+def _hashed(arrival: Arrival) -> Arrival:
+    if arrival.body is None:
+        return arrival
+    return replace(arrival, digest=hashlib.sha256(arrival.body).hexdigest())

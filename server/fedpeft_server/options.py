@@ -1,0 +1,76 @@
+"""How the server's connections are set up; every number has its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROTOCOL_VERSION = 1
+SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities
+
+ChannelOptions = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class TransportOptions:
+    """Bounds and times of the transport.
+
+    Attributes:
+        host, port: where to listen; port 0 takes a free one.
+        max_inline_bytes: larger bodies travel as blobs, so that no session's stream is held up by one.
+        chunk_bytes: of blobs: large enough that a chunk's fixed cost vanishes, small enough that what
+            connections buffer stays small.
+        max_blob_bytes: no blob may be larger; runs have tighter bounds of their own.
+        upload_credits, download_credits: blobs that may be under way at a time; the rest wait their turn, so
+            that memory doesn't grow with the number of agents.
+        heartbeat_s: agents say something at least as often; after three times as long without a word a
+            connection is given up.
+        stall_s: a peer that neither reads nor sends for so long in the middle of a blob loses its turn.
+        hello_s: a connection that doesn't introduce itself in time is closed.
+        max_session_s: after so long an agent has to dial again, with the certificate that it has then.
+        max_sessions: agents connected at a time.
+        intake_bytes: of results that wait to be made durable; sessions aren't read from beyond it.
+        drain_s: what running calls get at shutdown.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    max_inline_bytes: int = 64 * 1024
+    chunk_bytes: int = 256 * 1024
+    max_blob_bytes: int = 4 << 30
+    upload_credits: int = 4
+    download_credits: int = 16
+    heartbeat_s: float = 15.0
+    stall_s: float = 30.0
+    hello_s: float = 10.0
+    max_session_s: float = 86_400.0
+    max_sessions: int = 4096
+    intake_bytes: int = 32 << 20
+    drain_s: float = 5.0
+
+    @property
+    def max_message_bytes(self) -> int:
+        """What one message may weigh; gRPC refuses a longer one before it is read."""
+        return max(self.max_inline_bytes, self.chunk_bytes) + SLACK_BYTES
+
+
+def server_channel_options(options: TransportOptions) -> ChannelOptions:
+    """What gRPC is told, and why."""
+    return (
+        ("grpc.max_receive_message_length", options.max_message_bytes),
+        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.max_metadata_size", 8192),  # ours is empty; a hostile caller's shall be small
+        ("grpc.max_concurrent_streams", 16),  # one session, a few blobs and calls per connection
+        # Flow control as small as a few chunks: gRPC otherwise widens windows to what the network carries,
+        # which for many uploads at once is gigabytes of buffers.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 65536),
+        ("grpc.tcp_max_read_chunk_size", 65536),
+        # Notice peers that vanished without a word (a NAT that forgot them, a laptop that was closed).
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 0),
+        # Agents behind NAT ping every 20 s; more often is abuse and ends the connection.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 4),
+        ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a sharing of agents
+    )

@@ -1,0 +1,210 @@
+"""The `Federation` service: lets callers in, reads and writes, and leaves the rest to the rooms behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from fedpeft import __version__
+from fedpeft.errors import FederationError, FedPEFTError, UpdateError
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft_server.callers import Caller, Gate
+from fedpeft_server.doors import Enrol
+from fedpeft_server.intake import Intake
+from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.sessions import Connection, Hub
+from fedpeft_server.statuses import status_of
+from fedpeft_server.transfer import Transfers
+
+LOG = logging.getLogger("fedpeft.server")
+
+# Sent by itself, before anything: else it goes with the first message, and gRPC cannot end a call whose first
+# message is still on its way to a peer that does not read.
+_NONE: tuple[tuple[str, str], ...] = ()
+_LET_DOWN_S = 1.0
+
+
+class Federation(rpc.FederationServicer):
+    """One instance serves all agents.
+
+    Args:
+        enrol: what `Enroll` does, on a thread; None where there are no certificates.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        intake: Intake,
+        transfers: Transfers,
+        gate: Gate,
+        options: TransportOptions,
+        enrol: Enrol | None,
+    ) -> None:
+        self._hub, self._intake, self._transfers, self._gate = hub, intake, transfers, gate
+        self._options, self._enrol = options, enrol
+
+    async def Enroll(self, request: pb.EnrollRequest, context: Any) -> pb.EnrollReply:  # noqa: N802  # the schema's
+        """Token and signing request to certificate."""
+        try:
+            if self._enrol is None:
+                raise FederationError(
+                    "this server issues no certificates; ask its admin for a provisioned folder"
+                )
+            return await asyncio.to_thread(self._enrol, request, context)
+        except FedPEFTError as error:
+            await context.abort(*status_of(error))
+            raise
+
+    async def Session(self, _: Any, context: Any) -> None:  # noqa: N802
+        """An agent's connection, until one side ends it."""
+        await context.send_initial_metadata(_NONE)
+        try:
+            connection = await self._admitted(context)
+        except (FedPEFTError, TimeoutError) as error:
+            code, details = status_of(error)
+            LOG.warning("session refused: %s", details, extra={"peer": context.peer()})
+            await context.abort(code, details)
+            return
+        ending: tuple[grpc.StatusCode, str] | None = None
+        try:
+            await self._held(connection, context)
+        except (FedPEFTError, TimeoutError) as error:
+            ending = status_of(error)
+            LOG.warning("session ended: %s", ending[1], extra={"agent": connection.caller.name})
+        finally:
+            self._hub.gone(connection)
+        if ending is not None:  # last, as a peer that does not read keeps this waiting
+            await context.abort(*ending)
+
+    async def PushBlob(self, _: Any, context: Any) -> None:  # noqa: N802
+        """A result too large for its session."""
+        await context.send_initial_metadata(_NONE)
+        try:
+            await self._transfers.receive(self._known(context), context)
+        except (FedPEFTError, TimeoutError) as error:
+            code, details = status_of(error)
+            if not isinstance(
+                error, TimeoutError
+            ):  # then a read is still under way, and there can be one only
+                await _let_down(context, details)
+            await context.abort(code, details)
+
+    async def PullBlob(self, request: pb.PullBlobRequest, context: Any) -> AsyncIterator[pb.BlobChunk]:  # noqa: N802
+        """A task's body too large for its session."""
+        await context.send_initial_metadata(_NONE)
+        try:
+            chunks = self._transfers.send(self._known(context), request)
+            async for chunk in chunks:
+                async with asyncio.timeout(self._options.stall_s):
+                    await context.write(chunk)
+        except (FedPEFTError, TimeoutError) as error:
+            await context.abort(*status_of(error))
+        return
+        yield  # makes this a generator, as gRPC wants it
+
+    def _known(self, context: Any) -> Caller:
+        """The agent behind a call beside its session: by certificate, or without TLS by the name it gives."""
+        claimed = dict(context.invocation_metadata() or ()).get("fedpeft-agent", "")
+        return self._gate.agent(context, claimed)
+
+    async def _admitted(self, context: Any) -> Connection:
+        """The first message, answered."""
+        async with asyncio.timeout(self._options.hello_s):
+            first = await context.read()
+        if not isinstance(first, pb.AgentMessage) or first.WhichOneof("message") != "hello":
+            raise UpdateError("a session begins with a hello; another message came")
+        hello = first.hello
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise FederationError(
+                f"protocol version {hello.protocol_version} came, this server speaks {PROTOCOL_VERSION};"
+                " install the same version of fedpeft on both sides"
+            )
+        if len(self._hub.connected) >= self._options.max_sessions:
+            raise FederationError(f"{self._options.max_sessions} agents are connected already; try later")
+        if len(hello.capabilities) > 32 or sum(len(k) + len(v) for k, v in hello.capabilities.items()) > 4096:
+            raise UpdateError("the hello states too many capabilities; at most 32 are accepted")
+        caller = self._gate.agent(context, hello.name)
+        connection = self._hub.open(caller, context.peer(), hello)
+        connection.tell(
+            pb.ServerMessage(
+                welcome=pb.Welcome(
+                    protocol_version=PROTOCOL_VERSION,
+                    server=f"fedpeft {__version__}",
+                    name=caller.name,
+                    heartbeat_ms=round(1000 * self._options.heartbeat_s),
+                    max_inline_bytes=self._options.max_inline_bytes,
+                    chunk_bytes=self._options.chunk_bytes,
+                    session=connection.session,
+                )
+            )
+        )
+        return connection
+
+    async def _held(self, connection: Connection, context: Any) -> None:
+        """Read and write until the agent leaves, says nothing, doesn't read, or the connection is closed."""
+        tasks = [
+            asyncio.create_task(self._read(connection, context)),
+            asyncio.create_task(self._write(connection, context)),
+        ]
+        aged = asyncio.get_running_loop().call_later(
+            self._options.max_session_s, connection.close, "it is time to dial again"
+        )
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            aged.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    async def _read(self, connection: Connection, context: Any) -> None:
+        silence_s = 3 * self._options.heartbeat_s
+        while True:
+            async with asyncio.timeout(silence_s):
+                message = await context.read()
+            if not isinstance(message, pb.AgentMessage):  # the agent has ended its side
+                return
+            self._hub.seen(connection.caller.name)
+            await self._handle(connection, message)
+
+    async def _write(self, connection: Connection, context: Any) -> None:
+        while True:
+            message = await connection.next_message()
+            if message.WhichOneof("message") == "task":
+                self._gate.still(connection.caller)
+            async with asyncio.timeout(self._options.stall_s):
+                await context.write(message)
+            if message.WhichOneof("message") == "goodbye":
+                return
+
+    async def _handle(self, connection: Connection, message: pb.AgentMessage) -> None:
+        kind, name = message.WhichOneof("message"), connection.caller.name
+        if kind == "result":
+            await self._intake.take(connection.caller, message.result)
+        elif kind == "refusal":
+            self._hub.refused(name, message.refusal.task, message.refusal.reason[:4096])
+        elif kind == "heartbeat":
+            self._gate.still(connection.caller)  # results are checked with their signatures
+            connection.tell(pb.ServerMessage(heartbeat=message.heartbeat))
+        elif kind != "received":
+            raise UpdateError(f"a {kind or 'message of no known kind'} came in the middle of a session")
+
+
+async def _let_down(context: Any, details: str) -> None:
+    """Tell an uploader that its blob is refused, and wait a moment for it to stop.
+
+    A call that ends while its other side writes shows that side gRPC's own error instead of the reason.
+    """
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LET_DOWN_S):
+            await context.write(pb.BlobProgress(refused=details))
+            while isinstance(await context.read(), pb.BlobUpload):
+                pass

@@ -1,0 +1,215 @@
+"""Agents and their connections: who is there, what they have been asked, what waits to be sent.
+
+Everything here runs on the event loop unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_server.callers import Caller
+from fedpeft_server.work import Body, Failed, Outcome, Work
+
+_RETRY_MS = 1000  # after which an agent that was sent away dials again
+
+
+class Connection:
+    """One open session. What waits to be sent are references to bodies that all agents share, so it is small.
+
+    Attributes:
+        session: counts the connections since the server started.
+    """
+
+    def __init__(self, caller: Caller, address: str, session: int, max_inline_bytes: int) -> None:
+        self.caller, self.address, self.session = caller, address, session
+        self._max_inline_bytes = max_inline_bytes
+        self._waiting: OrderedDict[bytes, Work] = OrderedDict()
+        self._notes: list[pb.ServerMessage] = []
+        self._something = asyncio.Event()
+        self._goodbye: pb.ServerMessage | None = None
+
+    def push(self, work: Work) -> None:
+        """Send a task when its turn comes."""
+        self._waiting[work.id] = work
+        self._something.set()
+
+    def tell(self, message: pb.ServerMessage) -> None:
+        """Send a small message before any task."""
+        self._notes.append(message)
+        self._something.set()
+
+    def withdraw(self, task: bytes, reason: str) -> None:
+        """Don't send a task, or say that it is no longer wanted."""
+        if self._waiting.pop(task, None) is None:
+            self.tell(pb.ServerMessage(cancel=pb.Cancel(task=task, reason=reason)))
+
+    def close(self, reason: str) -> None:
+        """End the session; the reason is what the agent is told, last of all."""
+        if self._goodbye is None:
+            self._goodbye = pb.ServerMessage(goodbye=pb.Goodbye(reason=reason, retry_ms=_RETRY_MS))
+            self._something.set()
+
+    async def next_message(self) -> pb.ServerMessage:
+        """What to send next; waits for it. After a goodbye there is nothing more."""
+        while True:
+            if self._goodbye is not None:
+                return self._goodbye
+            if self._notes:
+                return self._notes.pop(0)
+            if self._waiting:
+                _, work = self._waiting.popitem(last=False)
+                return work.message(self._max_inline_bytes)
+            self._something.clear()
+            await self._something.wait()
+
+
+@dataclass
+class Agent:
+    """What is known of one agent while the server runs.
+
+    Attributes:
+        pending: work without an outcome, in the order in which it was asked; a new connection gets it again.
+    """
+
+    name: str
+    connection: Connection | None = None
+    pending: OrderedDict[bytes, Work] = field(default_factory=OrderedDict)
+    capabilities: Mapping[str, str] = field(default_factory=dict)
+    address: str = ""
+    last_seen: float = 0.0
+    sessions: int = 0
+    results: int = 0
+    refusals: int = 0
+    last_refusal: str = ""
+
+
+@dataclass(frozen=True)
+class AgentStatus:
+    """One agent as people and rules see it; times are seconds since 1970."""
+
+    name: str
+    connected: bool
+    address: str
+    last_seen: float
+    sessions: int
+    results: int
+    refusals: int
+    last_refusal: str
+    capabilities: Mapping[str, str]
+
+
+class Hub:
+    """All agents. Work waits here for agents that are away."""
+
+    def __init__(self, max_inline_bytes: int) -> None:
+        self.max_inline_bytes = max_inline_bytes
+        self._agents: dict[str, Agent] = {}
+        self._sessions = 0
+        self.connected: frozenset[str] = frozenset()  # replaced, never changed: any thread may read it
+
+    def open(self, caller: Caller, address: str, hello: pb.Hello) -> Connection:
+        """A new connection of an agent; an older one of the same name ends. Pending work is pushed again."""
+        agent = self._agents.setdefault(caller.name, Agent(caller.name))
+        if agent.connection is not None:
+            agent.connection.close("another connection of the same agent took its place")
+        self._sessions += 1
+        connection = Connection(caller, address, self._sessions, self.max_inline_bytes)
+        agent.connection, agent.address = connection, address
+        agent.sessions += 1
+        agent.capabilities = dict(hello.capabilities)
+        agent.last_seen = time.time()
+        for work in agent.pending.values():
+            connection.push(work)
+        self.connected = self.connected | {caller.name}
+        return connection
+
+    def gone(self, connection: Connection) -> None:
+        """A connection has ended; its work stays pending."""
+        agent = self._agents[connection.caller.name]
+        agent.last_seen = time.time()
+        if agent.connection is connection:
+            agent.connection = None
+            self.connected = self.connected - {agent.name}
+
+    def seen(self, name: str) -> None:
+        """The agent said something."""
+        self._agents[name].last_seen = time.time()
+
+    def offer(self, works: Iterable[Work]) -> None:
+        """Push work, now or when its agent connects."""
+        for work in works:
+            agent = self._agents.setdefault(work.agent, Agent(work.agent))
+            agent.pending[work.id] = work
+            if agent.connection is not None:
+                agent.connection.push(work)
+
+    def withdraw(self, works: Iterable[Work], reason: str) -> None:
+        """Work that is no longer wanted."""
+        for work in works:
+            agent = self._agents.get(work.agent)
+            if agent is not None and agent.pending.get(work.id) is work:
+                del agent.pending[work.id]
+                if agent.connection is not None:
+                    agent.connection.withdraw(work.id, reason)
+
+    def pending(self, name: str, task: bytes) -> Work | None:
+        """The work that an agent's result answers; None if nobody waits for it."""
+        agent = self._agents.get(name)
+        return None if agent is None else agent.pending.get(task)
+
+    def settle(self, work: Work, outcome: Outcome) -> None:
+        """Hand an outcome to whoever asked, once."""
+        agent = self._agents[work.agent]
+        if agent.pending.get(work.id) is not work:
+            return
+        del agent.pending[work.id]
+        agent.results += not isinstance(outcome, Failed)
+        work.owner.deliver(work, outcome)
+
+    def refused(self, name: str, task: bytes, reason: str) -> None:
+        """The agent's owner does not want a task done."""
+        agent, work = self._agents[name], self.pending(name, task)
+        agent.refusals += 1
+        agent.last_refusal = reason
+        if work is not None:
+            self.settle(work, Failed("FederationError", f"refused by the agent's policy: {reason}"))
+
+    def body(self, name: str, task: bytes, digest: bytes) -> Body | None:
+        """A body that the agent may fetch: that of a task of its own."""
+        work = self.pending(name, task)
+        return work.body if work is not None and work.body.digest == digest else None
+
+    def tell(self, name: str, message: pb.ServerMessage) -> None:
+        """A small message to an agent, if it is there."""
+        agent = self._agents.get(name)
+        if agent is not None and agent.connection is not None:
+            agent.connection.tell(message)
+
+    def close(self, reason: str, name: str | None = None) -> None:
+        """End the session of one agent, or of all."""
+        for agent in self._agents.values():
+            if agent.connection is not None and name in (None, agent.name):
+                agent.connection.close(reason)
+
+    def status(self) -> list[AgentStatus]:
+        """All agents that were ever here, by name."""
+        return [
+            AgentStatus(
+                name=agent.name,
+                connected=agent.connection is not None,
+                address=agent.address,
+                last_seen=agent.last_seen,
+                sessions=agent.sessions,
+                results=agent.results,
+                refusals=agent.refusals,
+                last_refusal=agent.last_refusal,
+                capabilities=agent.capabilities,
+            )
+            for _, agent in sorted(self._agents.items())
+            if agent.sessions
+        ]

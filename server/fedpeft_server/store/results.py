@@ -1,0 +1,172 @@
+"""Agents' results, durable before they are acknowledged."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, tuple_
+
+from fedpeft.faults import crash_point
+from fedpeft.flower.tasks import TRAIN
+from fedpeft_server.contracts import Arrival
+from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.schema import refusals, rounds, runs, updates
+
+Key = tuple[str, int, str]  # run, round, agent
+_ASKED = 400  # keys per question; databases bound the number of parameters
+CLOSED, DIFFERENT, UNKNOWN, LOST = "round-closed", "different-result", "unknown-run", "blob-missing"
+_WORDS = {
+    CLOSED: "the round that it belongs to is closed",
+    DIFFERENT: "another result for this task was accepted before",
+    UNKNOWN: "there is no such run or round",
+    LOST: "its content is not there; upload it again",
+}
+
+
+class Results:
+    """Updates that agents sent, at most one per run, round and agent. See `contracts.Acceptor`.
+
+    Greetings are taken and not kept: after a restart agents are asked anew, and may have changed.
+    """
+
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database = database
+        self._blobs = blobs
+
+    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+        """Make all of them durable in one transaction; for each None, or why it does not count.
+
+        Raises:
+            StorageError: nothing was stored.
+        """
+        crash_point("server.accept.begun")
+        with self._database.writing() as connection:
+            verdicts, fresh = self._judge(connection, arrivals)
+            if fresh:
+                connection.execute(updates.insert(), fresh)
+            crash_point("server.accept.inserted")
+            _count(connection, arrivals, verdicts)
+        crash_point("server.accept.committed")
+        return [None if verdict is None else _WORDS[verdict] for verdict in verdicts]
+
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+        """Results that were accepted before, also before a restart; bodies of blobs stay where they are."""
+        if kind != TRAIN:
+            return []
+        wanted = (
+            select(updates, runs.c.digest.label("run_digest"))
+            .join(runs, runs.c.id == updates.c.run)
+            .where(updates.c.run == run, updates.c.round == round_, updates.c.counted.is_(False))
+            .order_by(updates.c.agent)
+        )
+        with self._database.reading() as connection:
+            return [_arrival(row) for row in connection.execute(wanted)]
+
+    def _judge(
+        self, connection: Connection, arrivals: Sequence[Arrival]
+    ) -> tuple[list[str | None], list[dict[str, Any]]]:
+        """A verdict for each, and the rows to insert."""
+        standing = _standing(connection, {arrival.run for arrival in arrivals})
+        known = _known(connection, [_key(arrival) for arrival in arrivals])
+        verdicts: list[str | None] = []
+        fresh: list[dict[str, Any]] = []
+        for arrival in arrivals:
+            key = _key(arrival)
+            verdict = self._verdict(arrival, key, standing, known)
+            verdicts.append(verdict)
+            if verdict is None and key not in known and arrival.kind == TRAIN:
+                known[key] = arrival.digest
+                fresh.append(_row(arrival, key))
+        return verdicts, fresh
+
+    def _verdict(
+        self, arrival: Arrival, key: Key, standing: Mapping[str, int | None], known: Mapping[Key, str]
+    ) -> str | None:
+        if key in known and arrival.kind == TRAIN:
+            return None if known[key] == arrival.digest else DIFFERENT
+        if arrival.run not in standing:
+            return UNKNOWN
+        if arrival.kind == TRAIN and standing[arrival.run] != key[1]:
+            return CLOSED
+        if arrival.body is None and not self._blobs.has(arrival.digest):
+            return LOST
+        return None
+
+
+def _key(arrival: Arrival) -> Key:
+    return arrival.run, arrival.round, arrival.agent
+
+
+def _standing(connection: Connection, names: Iterable[str]) -> dict[str, int | None]:
+    """Runs that exist, and their open round."""
+    wanted = list(names)
+    there = connection.execute(select(runs.c.id).where(runs.c.id.in_(wanted))).scalars()
+    standing: dict[str, int | None] = dict.fromkeys(there)
+    under_way = select(rounds.c.run, rounds.c.number).where(
+        rounds.c.run.in_(wanted), rounds.c.status == "open"
+    )
+    standing.update((run, number) for run, number in connection.execute(under_way))
+    return standing
+
+
+def _known(connection: Connection, keys: Sequence[Key]) -> dict[Key, str]:
+    """Digests of those results that are there already."""
+    columns = (updates.c.run, updates.c.round, updates.c.agent)
+    found: dict[Key, str] = {}
+    for start in range(0, len(keys), _ASKED):
+        some = keys[start : start + _ASKED]
+        wanted = select(*columns, updates.c.digest).where(tuple_(*columns).in_(some))
+        for run, round_, agent, digest in connection.execute(wanted):
+            found[run, round_, agent] = digest
+    return found
+
+
+def _row(arrival: Arrival, key: Key) -> dict[str, Any]:
+    run, round_, agent = key
+    return {
+        "run": run,
+        "round": round_,
+        "agent": agent,
+        "task": arrival.task,
+        "digest": arrival.digest,
+        "size": arrival.size,
+        "body": arrival.body,
+        "signature": arrival.signature,
+        "accepted_at": time.time(),
+        "counted": False,
+    }
+
+
+def _count(connection: Connection, arrivals: Sequence[Arrival], verdicts: Sequence[str | None]) -> None:
+    """Count the refusals of runs that exist by their reasons."""
+    counts = Counter(
+        (arrival.run, verdict)
+        for arrival, verdict in zip(arrivals, verdicts, strict=True)
+        if verdict is not None
+    )
+    for (run, reason), count in counts.items():
+        place = (refusals.c.run == run) & (refusals.c.reason == reason)
+        changed = connection.execute(
+            refusals.update().where(place).values(count=refusals.c.count + count)
+        ).rowcount
+        if not changed:
+            connection.execute(refusals.insert().values(run=run, reason=reason, count=count))
+
+
+def _arrival(row: Row[Any]) -> Arrival:
+    return Arrival(
+        run=row.run,
+        run_digest=row.run_digest,
+        round=row.round,
+        kind=TRAIN,
+        agent=row.agent,
+        task=bytes(row.task),
+        digest=row.digest,
+        size=row.size,
+        body=None if row.body is None else bytes(row.body),
+        signature=bytes(row.signature),
+    )

@@ -1,0 +1,226 @@
+"""One run's rounds in the store: the journal of its round loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, select
+
+from fedpeft.errors import StateError
+from fedpeft.faults import crash_point
+from fedpeft.ledger import Checkpoint, Cohort
+from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
+from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.database import Database
+from fedpeft_server.store.runs import add_line
+from fedpeft_server.store.schema import budget, checkpoints, rounds, runs, updates
+
+OPEN, CLOSED = "open", "closed"
+_COHORT = TypeAdapter(Cohort)
+
+
+class StoredRounds:
+    """A journal whose every round is one transaction.
+
+    Args:
+        keep: how many checkpoints stay, the newest ones; None: all.
+        deadline_s: of a round; written down for people only.
+        gate: called before each durable step; may raise to keep the run from going on.
+    """
+
+    resumes = True
+
+    def __init__(
+        self,
+        database: Database,
+        blobs: Blobs,
+        run_id: str,
+        digest: str,
+        *,
+        keep: int | None = None,
+        deadline_s: float | None = None,
+        gate: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._database = database
+        self._blobs = blobs
+        self._run = run_id
+        self._digest = digest
+        self._keep = keep
+        self._deadline_s = deadline_s
+        self._gate = gate
+
+    def open_round(self, number: int, draw: Callable[[], Cohort]) -> Cohort:
+        """The round's cohort: drawn and made durable before anyone is asked, or the one of before a restart.
+
+        Raises:
+            StateError: the round is closed already.
+            StorageError: it cannot be stored; nobody may be asked.
+        """
+        self._gate()
+        place = (rounds.c.run == self._run) & (rounds.c.number == number)
+        with self._database.reading() as connection:
+            known = connection.execute(select(rounds.c.status, rounds.c.cohort).where(place)).first()
+        if known is not None:
+            if known.status != OPEN:
+                raise StateError(f"round {number} of run {self._run} is closed already; restore a backup")
+            return _COHORT.validate_json(known.cohort)
+        cohort = draw()
+        crash_point("server.round.drawn")
+        now = time.time()
+        with self._database.writing() as connection:
+            connection.execute(
+                rounds.insert().values(
+                    run=self._run,
+                    number=number,
+                    status=OPEN,
+                    cohort=_COHORT.dump_json(cohort).decode(),
+                    opened_at=now,
+                    deadline_at=None if self._deadline_s is None else now + self._deadline_s,
+                )
+            )
+            crash_point("server.round.written")
+        crash_point("server.round.opened")
+        return cohort
+
+    def commit(self, checkpoint: Checkpoint) -> None:
+        """Close a round: checkpoint, row and the end of its results' life, all in one transaction.
+
+        The checkpoint's content is a blob and durable before the transaction that names it.
+
+        Raises:
+            StorageError: nothing is committed; the round is still open.
+        """
+        self._gate()
+        crash_point("server.checkpoint.begun")
+        content = checkpoint_bytes(checkpoint)
+        digest = self._blobs.put(content)
+        crash_point("server.checkpoint.written")
+        with self._database.writing() as connection:
+            self._close(connection, checkpoint)
+            connection.execute(
+                checkpoints.insert().values(
+                    run=self._run, round=checkpoint.round, digest=digest, size=len(content)
+                )
+            )
+            crash_point("server.commit.written")
+            unused = [*self._counted(connection, checkpoint.round), *self._outdated(connection)]
+            crash_point("server.commit.counted")
+        crash_point("server.commit.committed")
+        self._forget(unused)
+
+    def latest(self) -> Checkpoint | None:
+        """The newest committed round; None before the first.
+
+        Raises:
+            StateError: its content is missing or corrupt.
+        """
+        newest = (
+            select(checkpoints)
+            .where(checkpoints.c.run == self._run)
+            .order_by(checkpoints.c.round.desc())
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            row = connection.execute(newest).first()
+        if row is None:
+            return None
+        return parse_checkpoint(self._blobs.get(row.digest), self._blobs.path(row.digest), self._digest)
+
+    def last_row(self) -> str | None:
+        """JSON of the newest closed round's record; None before the first."""
+        newest = (
+            select(rounds.c.row)
+            .where(rounds.c.run == self._run, rounds.c.row.is_not(None))
+            .order_by(rounds.c.number.desc())
+        )
+        with self._database.reading() as connection:
+            return connection.execute(newest.limit(1)).scalar_one_or_none()
+
+    def spent(self) -> str | None:
+        """The ledger of spent privacy that was committed last; None before the first charge."""
+        with self._database.reading() as connection:
+            return connection.execute(
+                select(budget.c.ledger).where(budget.c.run == self._run)
+            ).scalar_one_or_none()
+
+    def commit_spent(self, ledger: str) -> None:
+        """Make the ledger durable; nothing may be released before this returns."""
+        self._gate()
+        crash_point("server.budget.begun")
+        mine = budget.c.run == self._run
+        with self._database.writing() as connection:
+            if not connection.execute(budget.update().where(mine).values(ledger=ledger)).rowcount:
+                connection.execute(budget.insert().values(run=self._run, ledger=ledger))
+            crash_point("server.budget.written")
+        crash_point("server.budget.committed")
+
+    def contents(self) -> dict[int, bytes]:
+        """The first and the last checkpoint as files, by round: what commands ask of a run's folder."""
+        wanted = (
+            select(checkpoints.c.round, checkpoints.c.digest)
+            .where(checkpoints.c.run == self._run)
+            .order_by(checkpoints.c.round)
+        )
+        with self._database.reading() as connection:
+            rows = [(row.round, row.digest) for row in connection.execute(wanted)]
+        return {number: self._blobs.get(digest) for number, digest in (*rows[:1], *rows[1:][-1:])}
+
+    def _close(self, connection: Connection, checkpoint: Checkpoint) -> None:
+        row = checkpoint.row.model_dump_json()
+        place = (rounds.c.run == self._run) & (rounds.c.number == checkpoint.round)
+        closed = connection.execute(
+            rounds.update().where(place & (rounds.c.status == OPEN)).values(status=CLOSED, row=row)
+        ).rowcount
+        if not closed:  # round 0 asks nobody; any other has been opened, and the key refuses a second time
+            connection.execute(
+                rounds.insert().values(
+                    run=self._run,
+                    number=checkpoint.round,
+                    status=CLOSED,
+                    cohort="null",
+                    opened_at=time.time(),
+                    row=row,
+                )
+            )
+        add_line(connection, self._run, row)
+        changed = runs.update().where(runs.c.id == self._run).values(changed_at=time.time())
+        connection.execute(changed)
+
+    def _counted(self, connection: Connection, number: int) -> list[str]:
+        """Mark the round's results as counted and let go of their contents; digests of those in blobs."""
+        mine = (updates.c.run == self._run) & (updates.c.round == number)
+        in_blobs = select(updates.c.digest).where(mine & updates.c.body.is_(None))
+        digests = list(connection.execute(in_blobs).scalars())
+        connection.execute(updates.update().where(mine).values(counted=True, body=None))
+        return digests
+
+    def _outdated(self, connection: Connection) -> list[str]:
+        """Drop the checkpoints beyond those to keep; their digests."""
+        if self._keep is None:
+            return []
+        mine = checkpoints.c.run == self._run
+        newest = select(checkpoints.c.round).where(mine).order_by(checkpoints.c.round.desc())
+        kept = list(connection.execute(newest.limit(self._keep)).scalars())
+        old = mine & checkpoints.c.round.not_in(kept)
+        digests = list(connection.execute(select(checkpoints.c.digest).where(old)).scalars())
+        connection.execute(checkpoints.delete().where(old))
+        return digests
+
+    def _forget(self, digests: Sequence[str]) -> None:
+        """Delete contents that nothing refers to any more."""
+        if not digests:
+            return
+        with self._database.reading() as connection:
+            still = used_blobs(connection)
+        self._blobs.remove(sorted(set(digests) - still))
+        crash_point("server.commit.cleaned")
+
+
+def used_blobs(connection: Connection) -> set[str]:
+    """Digests of all contents that something refers to."""
+    waiting = select(updates.c.digest).where(updates.c.body.is_(None), updates.c.counted.is_(False))
+    found = set(connection.execute(waiting).scalars())
+    found.update(connection.execute(select(checkpoints.c.digest)).scalars())
+    return found

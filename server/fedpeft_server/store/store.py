@@ -1,0 +1,100 @@
+"""Everything that outlives the daemon: one folder, one database, one owner at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from fedpeft.errors import StateError
+from fedpeft.files import storage
+from fedpeft_server.store.agents import Agents
+from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.database import BUSY_S, Database
+from fedpeft_server.store.results import Results
+from fedpeft_server.store.rounds import StoredRounds, used_blobs
+from fedpeft_server.store.runs import Runs, StoredRun
+
+DATABASE, BLOBS, RUNS, LOCK = "state.db", "blobs", "runs", ".lock"
+_ABANDONED_S = 24 * 3600.0  # an upload that nobody has gone on with for so long
+
+
+class Store:
+    """The state of a daemon, held until it is closed; use it as a context manager.
+
+    Args:
+        folder: made if missing, readable by its owner only.
+        url: of the database; None: an SQLite file in the folder.
+        migrate: bring a database of an older version up to date.
+        busy_s: how long a statement waits for another process's lock before the run pauses.
+
+    Raises:
+        StateError: another server holds the folder, or the database is of another version.
+        StorageError: it cannot be made or written.
+        UsageError: the URL cannot be used.
+    """
+
+    def __init__(
+        self, folder: Path, *, url: str | None = None, migrate: bool = False, busy_s: float = BUSY_S
+    ) -> None:
+        with storage(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / RUNS).mkdir(exist_ok=True)
+        self.folder = folder
+        self._lock = _locked(folder)
+        try:
+            url = url or f"sqlite:///{folder.resolve() / DATABASE}"
+            self.database = Database(url, migrate=migrate, busy_s=busy_s)
+            self.blobs = Blobs(folder / BLOBS)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self.agents = Agents(self.database)
+        self.runs = Runs(self.database)
+        self.results = Results(self.database, self.blobs)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.database.close()
+        os.close(self._lock)
+
+    def rounds(self, stored: StoredRun, gate: Callable[[], None] = lambda: None) -> StoredRounds:
+        """The journal of a run; `gate` may keep it from going on."""
+        return StoredRounds(
+            self.database,
+            self.blobs,
+            stored.id,
+            stored.digest,
+            keep=stored.run.output.keep_checkpoints,
+            deadline_s=stored.run.federation.deadline_s,
+            gate=gate,
+        )
+
+    def run_folder(self, run_id: str) -> Path:
+        """Where a run's adapter and report are written."""
+        return self.folder / RUNS / run_id
+
+    def collect(self) -> int:
+        """Delete blobs that nothing refers to; uploads under way stay for a day. Returns how many went."""
+        with self.database.reading() as connection:
+            used = used_blobs(connection)
+        return self.blobs.collect(used, older_than_s=_ABANDONED_S)
+
+
+def _locked(folder: Path) -> int:
+    with storage(folder):
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise StateError(
+            f"{folder} is in use by another fedpeft server; end it, or give another --state"
+        ) from error
+    return lock

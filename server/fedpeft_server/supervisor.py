@@ -1,0 +1,253 @@
+"""The runs of a daemon: queued, held one or more at a time, paused and tried again, stopped, drained."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
+from fedpeft.preflight import refuse_problems
+from fedpeft.privacy.sources import refuse_seeded
+from fedpeft_server.control import Control, Draining, Paused, SteadyClock, Stopped
+from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.hosting import Host, OpenGrid
+from fedpeft_server.store import Rules, Status, Store, StoredRun
+
+LOG = logging.getLogger("fedpeft.server")
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
+
+
+@dataclass
+class _Active:
+    control: Control
+    digest: str
+    thread: threading.Thread
+
+
+class Supervisor:
+    """Holds runs on threads of their own. Its methods may be called on any thread.
+
+    Args:
+        open_grid: a run's way to its agents.
+        parallel: runs that are held at a time; two of the same run file never are.
+    """
+
+    def __init__(
+        self, store: Store, open_grid: OpenGrid, *, parallel: int = 1, clock: SteadyClock | None = None
+    ) -> None:
+        self._store, self._open_grid, self._parallel = store, open_grid, parallel
+        self._clock = clock or SteadyClock()
+        self._lock = threading.RLock()
+        self._active: dict[str, _Active] = {}
+        self._draining = False
+        self._unwritten: dict[str, str] = {}  # why a run pauses, while that cannot be written
+        self._idle = threading.Condition(self._lock)
+
+    def start(self) -> None:
+        """Go on with what was under way when the server ended, then with what is queued.
+
+        Raises:
+            StorageError: the store cannot be used.
+        """
+        for stored in self._store.runs.list():
+            if not stored.status.final:
+                self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
+        self._fill()
+
+    def submit(self, run: RunConfig, rules: Rules, *, submission: str, submitter: str) -> StoredRun:
+        """Queue a run; the same submission again is the same run.
+
+        Raises:
+            RunFileError: everything that is wrong with it.
+            PrivacyError: its noise is no secret.
+            UsageError: it is not said for how many agents it waits, or the server is ending.
+            StorageError: it cannot be stored.
+        """
+        refuse_problems(run, source="run file")
+        refuse_seeded(run)
+        agents_wanted(run, rules)
+        if self._draining:
+            raise UsageError("the server is ending; submit the run again when it is back")
+        stored = self._store.runs.submit(run, rules, submission=submission, submitter=submitter)
+        self._fill()
+        return stored
+
+    def get(self, run_id: str) -> StoredRun:
+        """One run as it stands, even where its standing cannot be written.
+
+        Raises:
+            UsageError: there is none of that id.
+            StorageError: the store cannot be read.
+        """
+        return self._as_it_stands(self._store.runs.get(run_id))
+
+    def list(self) -> list[StoredRun]:
+        """All runs, the oldest first; raises as `get`."""
+        return [self._as_it_stands(stored) for stored in self._store.runs.list()]
+
+    def _as_it_stands(self, stored: StoredRun) -> StoredRun:
+        reason = self._unwritten.get(stored.id)
+        return stored if reason is None else replace(stored, status=Status.PAUSED, reason=reason)
+
+    def stop(self, run_id: str, reason: str) -> StoredRun:
+        """End a run for good; what is committed stays. A run that has ended is left as it is.
+
+        Raises:
+            UsageError: there is no such run.
+        """
+        with self._lock:
+            stored = self._store.runs.get(run_id)
+            active = self._active.get(run_id)
+            if active is not None:
+                active.control.halt(Stopped(reason))
+            elif not stored.status.final:
+                self._store.runs.set_status(run_id, Status.STOPPED, reason)
+        if active is not None:
+            active.thread.join(timeout=10.0)
+        return self._store.runs.get(run_id)
+
+    def trouble(self, line: str | None) -> None:
+        """What keeps updates from being stored, for people to see; None: nothing any more."""
+        with self._lock:
+            names = list(self._active)
+        for name in names:
+            if line is not None:
+                self._note(name, Status.PAUSED, line)
+            elif self.get(name).status == Status.PAUSED:
+                self._note(name, Status.RUNNING, "")
+
+    def drain(self, timeout_s: float) -> bool:
+        """Let every run reach a point from which it goes on later; whether all have in time.
+
+        A commit that has begun is finished. It is safe to leave without it.
+        """
+        with self._lock:
+            self._draining = True
+            for active in self._active.values():
+                active.control.halt(Draining("the server is ending"))
+            return self._idle.wait_for(lambda: not self._active, timeout_s)
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until no run is held; whether that came to be."""
+        with self._lock:
+            return self._idle.wait_for(lambda: not self._active, timeout_s)
+
+    def _fill(self) -> None:
+        """Start the oldest queued runs while there is room."""
+        with self._lock:
+            for stored in self._store.runs.list():
+                if self._draining or len(self._active) >= self._parallel:
+                    return
+                held = {active.digest for active in self._active.values()}
+                if stored.status == Status.QUEUED and stored.id not in self._active:
+                    if stored.digest in held:
+                        continue  # a process holds one model per run file
+                    self._start(stored)
+
+    def _start(self, stored: StoredRun) -> None:
+        control = Control(self._clock)
+        host = Host(self._store, stored, self._open_grid, control)
+        thread = threading.Thread(target=self._hold, args=(host,), name=f"fedpeft-{stored.id}", daemon=True)
+        self._active[stored.id] = _Active(control, stored.digest, thread)
+        thread.start()
+
+    def _hold(self, host: Host) -> None:
+        """On the run's thread: attempts until the run has ended or the server does."""
+        try:
+            retry_s = FIRST_RETRY_S
+            while self._attempt(host):
+                try:
+                    host.control.sleep(retry_s)
+                except Stopped as why:
+                    self._end(host, str(why))
+                    break
+                except Draining:
+                    break
+                retry_s = min(2 * retry_s, LONGEST_RETRY_S)
+        finally:
+            host.release()
+            self._unwritten.pop(host.stored.id, None)
+            self._leave(host.stored.id)
+
+    def _attempt(self, host: Host) -> bool:
+        """One attempt; whether another one is due."""
+        run_id = host.stored.id
+        try:
+            host.attempt()
+        except Stopped as why:
+            self._end(host, str(why))
+        except Draining:
+            LOG.info("run %s: put aside, it goes on when the server is back", run_id)
+        except (Paused, StorageError, QuorumError) as why:
+            self._note(run_id, Status.PAUSED, _line(why))
+            return True
+        except FedPEFTError as error:
+            self._settle(host, Status.FAILED, f"{type(error).__name__}: {_line(error)}")
+        except Exception as error:
+            LOG.exception("run %s failed", run_id)
+            self._settle(host, Status.FAILED, f"internal error: {type(error).__name__}: {_line(error)}")
+        return False
+
+    def _end(self, host: Host, reason: str) -> None:
+        """A person stopped the run: what it has reached is worth an adapter."""
+        try:
+            host.export()
+        except FedPEFTError as error:
+            LOG.warning("run %s: its adapter cannot be written: %s", host.stored.id, _line(error))
+        self._settle(host, Status.STOPPED, reason)
+
+    def _settle(self, host: Host, status: Status, reason: str) -> None:
+        """Write a final status for as long as it takes; if the server ends before, the run is tried again."""
+        LOG.info("run %s: %s %s", host.stored.id, status, reason)
+        _patiently(
+            lambda: self._store.runs.set_status(host.stored.id, status, reason), lambda: self._draining
+        )
+
+    def _note(self, run_id: str, status: Status, reason: str) -> None:
+        """Write a passing status if that is possible; it says why it may not be."""
+        LOG.warning("run %s: %s: %s", run_id, status, reason)
+        try:
+            self._store.runs.set_status(run_id, status, reason)
+        except StorageError:
+            self._unwritten[run_id] = reason
+        else:
+            self._unwritten.pop(run_id, None)
+
+    def _leave(self, run_id: str) -> None:
+        """A place is free: tidy up, and take the next run before anyone sees the place empty."""
+        try:
+            self._store.collect()
+        except FedPEFTError as error:
+            LOG.warning("nothing was tidied up: %s", error)
+        with self._lock:
+            self._active.pop(run_id, None)
+            try:
+                self._fill()
+                unfilled = False
+            except StorageError:
+                unfilled = True
+            self._idle.notify_all()
+        if unfilled:
+            _patiently(self._fill, lambda: self._draining)
+
+
+def _patiently(work: Callable[[], None], give_up: Callable[[], bool]) -> None:
+    """Do it, again and again while the store cannot be used."""
+    while True:
+        try:
+            work()
+        except StorageError as error:
+            LOG.warning("%s", _line(error))
+            if give_up():
+                return
+            time.sleep(FIRST_RETRY_S)
+        else:
+            return
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,136 @@
+"""The owner's word: what a run file says against what client.toml allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import UsageError
+from fedpeft.runfile import build_run
+from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
+from fedpeft_client.settings import read_settings
+
+LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
+
+
+def run(**tables: Any) -> RunConfig:
+    return build_run({"run": {"name": "study", "rounds": 2}, **tables}, source="test")
+
+
+CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
+    "run": ({"runs": ["other"]}, run(), "'study' is not in policy.runs (other)"),
+    "task": ({"tasks": ["sequence-classification"]}, run(), "'causal-lm' is not in policy.tasks"),
+    "method": ({"methods": ["vera"]}, run(), "'lora' is not in policy.methods (vera)"),
+    "training": ({"training": []}, run(), "'first-order' is not in policy.training (which is empty)"),
+    "space": ({"spaces": ["seed-scalars"]}, run(), "'adapter-delta' is not in policy.spaces"),
+    "stage": (
+        {"stages": ["clip"]},
+        run(stages=[{"kind": "compeft"}]),
+        "stage 'compeft' is not in policy.stages",
+    ),
+    "no stage": (
+        {"needs_stages": ["clip"]},
+        run(),
+        "stage 'clip', which policy.needs_stages asks for, is missing",
+    ),
+    "no privacy": ({"privacy": ["local"]}, run(), "promises no privacy, which policy.privacy asks for"),
+    "no budget": (
+        {"max_total_epsilon": 1.0},
+        run(),
+        "promises no privacy, which policy.max_total_epsilon asks",
+    ),
+    "other privacy": (
+        {"privacy": ["record-level"]},
+        run(privacy=LOCAL),
+        "'local' is not in policy.privacy (record-level)",
+    ),
+    "seeded": ({"privacy": ["local"]}, run(privacy=LOCAL | {"seeded": True}), "which protects nobody"),
+    "little noise": ({"min_noise_multiplier": 2.5}, run(privacy=LOCAL), "noise_multiplier 2 is below"),
+    "large budget": ({"max_run_epsilon": 3.5}, run(privacy=LOCAL), "max_epsilon 4 is above"),
+    "many steps": ({"max_local_steps": 9}, run(training={"steps": 10}), "the run asks for 10 local steps"),
+    "any steps": ({"max_local_steps": 9}, run(), "as many local steps as it likes"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_run_outside_the_policy_is_told_why(name: str) -> None:
+    table, asked, words = CASES[name]
+    (objection,) = objections(Policy.model_validate(table), asked)
+    assert words in objection
+    assert objections(Policy(), asked) == []
+
+
+def test_a_run_inside_the_policy_is_let_in() -> None:
+    policy = Policy(
+        runs=("study",),
+        tasks=("causal-lm",),
+        methods=("lora",),
+        training=("first-order",),
+        spaces=("adapter-delta",),
+        stages=("clip", "compeft"),
+        needs_stages=("compeft",),
+        privacy=("local",),
+        min_noise_multiplier=2.0,
+        max_run_epsilon=4.0,
+        max_total_epsilon=4.0,
+        max_local_steps=10,
+    )
+    asked = run(privacy=LOCAL, training={"steps": 10}, stages=[{"kind": "compeft"}])
+    assert objections(policy, asked) == []
+
+
+def test_all_objections_come_at_once() -> None:
+    policy = Policy(runs=(), methods=(), privacy=("local",))
+    assert len(objections(policy, run())) == 3
+
+
+def test_budgets_add_up() -> None:
+    policy, asked = Policy(max_total_epsilon=10.0), run(privacy=LOCAL)
+    assert over_epsilon(policy, 6.0, asked) is None
+    assert "earlier runs 6.5" in (over_epsilon(policy, 6.5, asked) or "")
+    assert over_epsilon(Policy(), 1e9, asked) is None
+    assert over_bytes(Policy(max_bytes_per_day=100), 60, 40) is None
+    assert "exceed policy.max_bytes_per_day = 100" in (
+        over_bytes(Policy(max_bytes_per_day=100), 60, 41) or ""
+    )
+
+
+def test_client_toml(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    config = tmp_path / "client.toml"
+    config.write_text('server = "host:7070"\ndata = "rows.jsonl"\n[policy]\nmax_task_s = 5\n')
+    settings = read_settings(config, {"server": "other:7071"})
+    assert settings.server == "other:7071"
+    assert settings.data == tmp_path / "rows.jsonl"
+    assert settings.policy.max_task_s == 5.0
+
+
+BAD: dict[str, tuple[str, str]] = {
+    "nothing": ("", "server is needed"),
+    "no port": ('server = "host"\ndata = "."', "is no address; give HOST:PORT"),
+    "port": ('server = "host:70000"\ndata = "."', "is no address"),
+    "no data": ('server = "host:1"\ndata = "missing.jsonl"', "there is no such file or folder"),
+    "key": ('server = "host:1"\ndata = "."\nserv = 1', "serv: unknown key"),
+    "policy": ('server = "host:1"\ndata = "."\n[policy]\nmax_task_s = -1', "policy.max_task_s"),
+    "toml": ("server = ", "cannot be read as TOML"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(BAD))
+def test_bad_settings_are_one_line(name: str, tmp_path: Path) -> None:
+    text, words = BAD[name]
+    config = tmp_path / "client.toml"
+    config.write_text(text)
+    with pytest.raises(UsageError) as raised:
+        read_settings(config, {})
+    assert words in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_unknown_policies_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        Policy.model_validate({"max_epsilonn": 1.0})

@@ -1,0 +1,140 @@
+"""The worker process: it dies, eats and dawdles without taking the agent along."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedpeft.errors import FederationError
+from fedpeft.flower.content import content_bytes, content_of
+from fedpeft.flower.tasks import TRAIN, Task, task_content
+from fedpeft_client.frames import Frame
+from fedpeft_client.policy import Policy
+from fedpeft_client.workshop import Bounds, Workshop
+from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, reason, server, wait_for
+
+
+def order(state: bytes, memory: bytes = b"") -> Frame:
+    header = {
+        "app": APP,
+        "kind": TRAIN,
+        "group": "1",
+        "run_digest": "",
+        "run": "",
+        "client": "site-a",
+        "data": "",
+        "model": "",
+        "base_digests": [],
+    }
+    return Frame(header, {"content": content_bytes(task_content(Task("d", 1, state))), "memory": memory})
+
+
+def update(answered: Frame) -> dict[str, Any]:
+    assert answered.header["error"] == ""
+    return dict(content_of(answered.parts["content"], who="worker").config_records["update"])
+
+
+def lived(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 60))
+
+
+def test_one_process_does_all_orders_and_remembers_through_them() -> None:
+    async def live() -> None:
+        workshop = Workshop(Bounds())
+        first = await workshop.do(order(b"one"))
+        second = await workshop.do(order(b"two", first.parts["memory"]))
+        assert update(first)["payload"] == b"one"
+        assert update(second)["asked"] == 2
+        assert update(first)["pid"] == update(second)["pid"]
+        failed = await workshop.do(order(b"fail"))
+        assert "a bug in the client" in failed.header["error"]
+        assert workshop.started == 1
+        await workshop.release()
+        assert update(await workshop.do(order(b"three")))["pid"] != update(first)["pid"]
+        assert workshop.started == 2
+        await workshop.close()
+
+    lived(live())
+
+
+def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> None:
+    async def live() -> None:
+        workshop = Workshop(Bounds())
+        with pytest.raises(FederationError, match=r"the worker process died \(exit code 3\)"):
+            await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
+        again = await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
+        assert update(again)["client"] == "site-a"
+        await workshop.close()
+
+    lived(live())
+
+
+def test_bounds_end_a_worker() -> None:
+    async def live() -> None:
+        slow = Workshop(Bounds(seconds=0.5))
+        with pytest.raises(FederationError, match=r"took longer than policy.max_task_s = 0.5"):
+            await slow.do(order(b"sleep:30"))
+        greedy = Workshop(Bounds(memory_mib=600))
+        with pytest.raises(FederationError, match=r"policy.max_memory_mib is 600"):
+            await greedy.do(order(b"eat:800"))
+        assert greedy.peak_mib > 600
+        await slow.close()
+        await greedy.close()
+
+    lived(live())
+
+
+def test_a_worker_that_dies_in_a_round_costs_its_agents_update_only(tmp_path: Path) -> None:
+    with (
+        server() as running,
+        fleet(running.address, ["site-a", "site-b"], tmp_path, processes=True) as agents,
+    ):
+        grid = running.grid(RUN)
+        wait_for(lambda: len(grid.connected) == 2)
+        mark = tmp_path / "died"
+        ids = list(grid.push_messages(messages(grid, ["site-a", "site-b"], f"die:{mark}".encode())))
+        replies = collected(grid, ids, 60.0)
+        failed = [reason(reply) for reply in replies if reply.has_error()]
+        assert 1 <= len(failed) <= 2
+        assert all("the worker process died (exit code 3)" in why for why in failed)
+        again = list(grid.send_and_receive(messages(grid, ["site-a", "site-b"], b"hi", 2), timeout=60.0))
+        assert sorted(answer(reply)["client"] for reply in again) == ["site-a", "site-b"]
+        assert all(agent.workshop.started <= 2 for agent in agents.values())  # type: ignore[attr-defined]
+    status = [json.loads((tmp_path / name / "status.json").read_text()) for name in agents]
+    assert sum(s["failures"] for s in status) == len(failed)
+    assert any("exit code 3" in s["last_error"] for s in status)
+
+
+def test_a_worker_killed_by_the_system_says_so() -> None:
+    async def live() -> None:
+        workshop = Workshop(Bounds())
+        pid = update(await workshop.do(order(b"")))["pid"]
+        asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
+        with pytest.raises(FederationError, match="SIGKILL, perhaps out of memory"):
+            await workshop.do(order(b"sleep:20"))
+        await workshop.close()
+
+    lived(live())
+
+
+def test_refusals_are_shown_at_both_ends(tmp_path: Path) -> None:
+    policy = Policy(max_bytes_per_day=100)
+    with server() as running, fleet(running.address, ["site-a"], tmp_path, policy=policy):
+        grid = running.grid(RUN)
+        wait_for(lambda: grid.connected)
+        (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"x" * 500))
+        assert "refused by the agent's policy" in reason(reply)
+        assert "policy.max_bytes_per_day = 100" in reason(reply)
+        (status,) = running.agents()
+        assert status.refusals == 1
+        assert "max_bytes_per_day" in status.last_refusal
+    kept = json.loads((tmp_path / "site-a" / "status.json").read_text())
+    assert kept["refusals"] == 1
+    assert "max_bytes_per_day" in kept["last_refusal"]

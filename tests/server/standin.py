@@ -1,0 +1,146 @@
+"""A daemon's runs without a network: agents are clients in this process, behind durable acceptance."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.tasks import TRAIN, read_update, update_reply
+from fedpeft.workers import InlineWorkers
+from fedpeft_server.contracts import Arrival
+from fedpeft_server.store import Store, StoredRun
+
+
+class StandIn(Grid):
+    """As the real grid does: replies are given out once they are durable, and recalled after a restart."""
+
+    def __init__(self, inner: LocalGrid, store: Store, stored: StoredRun) -> None:
+        self._inner, self._store, self._stored = inner, store, stored
+        self._recalled: dict[str, Message] = {}
+        self.worked: list[tuple[int, int]] = []  # round, node of every update that came
+        self.away: set[int] = set()
+        self.leaving: set[int] = set()  # away once the roll was called
+        self.hold_after: int | None = None  # so many updates, no further one comes
+        self.held = threading.Event()
+        self.before_accept: Callable[[], object] = lambda: None
+
+    @property
+    def grid(self) -> Grid:
+        return self
+
+    def know(self, agents: Iterable[str]) -> None: ...
+
+    def bound(self, result_bytes: int) -> None: ...
+
+    def set_run(self, run: Any) -> None: ...
+
+    @property
+    def run(self) -> Any:
+        return None
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return [node for node in self._inner.get_node_ids() if node not in self.away]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            meta = message.metadata
+            if meta.message_type == TRAIN:
+                self.away |= self.leaving
+            kept = {
+                arrival.agent: arrival
+                for arrival in self._store.results.recall(
+                    self._stored.id, int(meta.group_id), meta.message_type
+                )
+            }.get(str(meta.dst_node_id))
+            if kept is not None:
+                body = kept.body if kept.body is not None else self._store.blobs.get(kept.digest)
+                ids.append(f"recalled-{meta.group_id}-{meta.dst_node_id}")
+                self._recalled[ids[-1]] = update_reply(body, message)
+            elif meta.dst_node_id in self.away:
+                ids.append(f"away-{meta.group_id}-{meta.dst_node_id}")
+            else:
+                ids.extend(self._inner.push_messages([message]))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = list(message_ids)
+        replies = [self._recalled.pop(id_) for id_ in wanted if id_ in self._recalled]
+        if replies:
+            return replies
+        if self.hold_after is not None and len(self.worked) >= self.hold_after:
+            self.held.set()
+            return []
+        return [self._durable(reply) for reply in self._inner.pull_messages(wanted)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def _durable(self, reply: Message) -> Message:
+        meta = reply.metadata
+        if reply.has_error() or meta.message_type != TRAIN:
+            return reply
+        self.before_accept()
+        payload = read_update(reply)
+        came = arrival(self._stored, meta, payload)
+        if meta.src_node_id % 2:  # half of them as the large ones come: in pieces, then by reference
+            if not self._store.blobs.has(came.digest):
+                self._upload(came.digest, payload)
+            came = replace(came, body=None)
+        assert self._store.results.accept([came]) == [None]
+        self.worked.append((int(meta.group_id), meta.src_node_id))
+        return reply
+
+    def _upload(self, digest: str, payload: bytes) -> None:
+        partial = self._store.blobs.begin(digest, len(payload))
+        while partial.offset < len(payload):
+            partial.write(payload[partial.offset : partial.offset + 10_000])
+        partial.finish()
+
+
+def arrival(stored: StoredRun, meta: Any, payload: bytes) -> Arrival:
+    return Arrival(
+        run=stored.id,
+        run_digest=stored.digest,
+        round=int(meta.group_id),
+        kind=TRAIN,
+        agent=str(meta.src_node_id),
+        task=b"t" * 16,
+        digest=hashlib.sha256(payload).hexdigest(),
+        size=len(payload),
+        body=payload,
+        signature=b"s" * 64,
+    )
+
+
+def standins(
+    store: Store, made: list[StandIn], clients: int = 4
+) -> Callable[[StoredRun], AbstractContextManager[StandIn]]:
+    """Opens stand-ins and keeps them in `made`."""
+
+    @contextmanager
+    def open_grid(stored: StoredRun) -> Iterator[StandIn]:
+        made.append(StandIn(LocalGrid(clients, InlineWorkers()), store, stored))
+        yield made[-1]
+
+    return open_grid

@@ -1,0 +1,42 @@
+"""What tests of the store put into it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from fedpeft.ledger import Checkpoint, Cohort
+from fedpeft.records import ClientOutcome, Round
+from fedpeft_server.contracts import Arrival
+from fedpeft_server.store import StoredRun
+
+AGENTS = ("ann", "bob", "eve")
+
+
+def cohort(names: tuple[str, ...] = AGENTS) -> Cohort:
+    lost = (ClientOutcome(client="gone", status="dropped", reason="vanished"),)
+    return Cohort(names, dict.fromkeys(names, 0.25), lost, 1.5)
+
+
+def update(
+    stored: StoredRun, round_: int, agent: str, body: bytes | None = None, kind: str = "train"
+) -> Arrival:
+    body = f"{agent} in round {round_}".encode() if body is None else body
+    return Arrival(
+        run=stored.id,
+        run_digest=stored.digest,
+        round=round_,
+        kind=kind,
+        agent=agent,
+        task=hashlib.sha256(agent.encode()).digest()[:16],
+        digest=hashlib.sha256(body).hexdigest(),
+        size=len(body),
+        body=body,
+        signature=b"signed by " + agent.encode(),
+    )
+
+
+def checkpoint(stored: StoredRun, round_: int) -> Checkpoint:
+    state = {"a": np.full((2, 3), round_, dtype=np.float32)}
+    return Checkpoint(stored.digest, round_, state, Round(round=round_), {"m": np.arange(round_ + 1.0)})

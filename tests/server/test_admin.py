@@ -1,0 +1,123 @@
+"""The service of people over a real port, through the commands that people type."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedpeft.cli import main
+from fedpeft_server.admin import Admin, Administration
+from fedpeft_server.doors import Doors
+from fedpeft_server.options import TransportOptions
+from fedpeft_server.serving import RunningServer, serve
+from fedpeft_server.store import Status, Store
+from tests.server.test_supervisor import LONG_S, Daemon, tables
+
+
+@dataclass
+class Site:
+    """A daemon whose agents are stand-ins, and its address."""
+
+    daemon: Daemon
+    address: str
+    folder: Path
+
+    def run_file(self, made: dict[str, Any]) -> str:
+        path = self.folder / "run.toml"
+        path.write_text(tomli_w.dumps(made))
+        return str(path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with Store(tmp_path / "state") as store:
+        daemon = Daemon(store)
+        doors = Doors()
+        running: list[RunningServer] = []
+        base = Administration(store, daemon.supervisor, doors.gate, None, lambda: running[0])
+        running.append(serve(TransportOptions(), store.results, store.blobs, doors=doors, admin=Admin(base)))
+        yield Site(daemon, running[0].address, tmp_path)
+        assert daemon.supervisor.drain(LONG_S)
+        running[0].stop()
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    """What a command prints; of one that fails, its line on standard error."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    printed = capsys.readouterr()
+    assert ended.value.code == code, printed.err
+    return printed.err if code else printed.out
+
+
+def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ("--server", site.address)
+    run_id = json.loads(said(capsys, "run", "submit", site.run_file(tables()), *at, "--json"))["id"]
+    log = said(capsys, "run", "logs", run_id, "--follow", *at)
+    for text in ("roll call", "running", "round 1/2", "4/4 clients", "finished after 2 rounds"):
+        assert text in log
+    assert log.rstrip().endswith("finished")
+    rows = [json.loads(line) for line in said(capsys, "run", "logs", run_id, *at, "--json").splitlines()]
+    assert [row["round"] for row in rows if row["event"] == "round"] == [0, 1, 2]
+    shown = json.loads(said(capsys, "run", "show", run_id, *at, "--json"))
+    assert (shown["status"], shown["round"], shown["rounds"]) == ("finished", 2, 2)
+    assert shown["agents"] == [f"client-{number}" for number in range(4)]
+    assert set(shown["metrics"]) >= {"token-accuracy"}
+    listed = json.loads(said(capsys, "run", "list", *at, "--json"))
+    assert [run["id"] for run in listed] == [run_id]
+    assert run_id in said(capsys, "run", "list", *at)
+    out = site.folder / "pulled"
+    assert "adapter" in said(capsys, "run", "pull", run_id, "--out", str(out), *at)
+    kept = site.daemon.store.run_folder(run_id)
+    for name in ("adapter/adapter_model.safetensors", "report.html", "metrics.jsonl", "run.toml"):
+        assert (out / name).read_bytes() == (kept / name).read_bytes()
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "round-000000.safetensors",
+        "round-000002.safetensors",
+    ]
+    assert "--force" in said(capsys, "run", "pull", run_id, "--out", str(out), *at, code=7)
+    said(capsys, "run", "pull", run_id, "--out", str(out), "--force", *at)
+
+
+def test_a_waiting_run_is_shown_and_stopped(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.daemon.prepared = lambda grid: grid.away.update(range(1, 5))
+    at = ("--server", site.address)
+    said(capsys, "run", "submit", site.run_file(tables()), "--min-agents", "3", *at)
+    site.daemon.reaches("tiny-1", Status.WAITING)
+    assert "waiting-for-agents: 0 of 3 agents are connected" in said(capsys, "run", "show", "tiny-1", *at)
+    assert "stop tiny-1" in said(
+        capsys, "run", "pull", "tiny-1", "--out", str(site.folder / "x"), *at, code=2
+    )
+    assert not (site.folder / "x").exists()
+    stopped = said(capsys, "run", "stop", "tiny-1", "--reason", "wrong data", *at, "--json")
+    assert (json.loads(stopped)["status"], json.loads(stopped)["detail"]) == ("stopped", "wrong data")
+
+
+def test_what_the_server_refuses_ends_with_its_line_and_code(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at = ("--server", site.address)
+    bad = tables()
+    bad["peft"]["method"] = "nonsense"
+    assert "nonsense" in said(capsys, "run", "submit", site.run_file(bad), *at, code=3)
+    assert "there is no run 'x-1'" in said(capsys, "run", "show", "x-1", *at, code=2)
+    assert "there is no run 'x-1'" in said(capsys, "run", "logs", "x-1", *at, code=2)
+    assert "there is no run 'x-1'" in said(capsys, "run", "pull", "x-1", *at, code=2)
+    assert "plaintext" in said(capsys, "run", "list", "--server", "192.0.2.1:9440", code=2)
+    assert "HOST:PORT" in said(capsys, "run", "list", "--server", "nonsense", code=2)
+
+
+def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    line = said(capsys, "run", "list", "--server", f"127.0.0.1:{port}", code=9)
+    assert line.count("\n") == 1
+    assert "does not answer" in line

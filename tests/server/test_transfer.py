@@ -1,0 +1,218 @@
+"""Blobs: resumed from the last byte, bounded, checked, a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_client.link import Link
+from fedpeft_server.grid import GrpcGrid
+from fedpeft_server.memory_store import MemoryBlobs
+from fedpeft_server.serving import RunningServer
+from tests.server.fleet import RUN, federation, messages, played, server
+
+CHUNK = 1000
+BODY = bytes(range(256)) * 40  # 10,240 bytes
+DIGEST = hashlib.sha256(BODY).digest()
+META = (("fedpeft-agent", "site-a"),)
+
+
+class Scene:
+    """A server, an agent's stub, and the task that the agent was given."""
+
+    def __init__(self, running: RunningServer, stub: Any, link: Link, task: pb.Task) -> None:
+        self.running, self.stub, self.link, self.task = running, stub, link, task
+
+    async def upload(
+        self,
+        chunks: list[pb.BlobChunk],
+        *,
+        digest: bytes = DIGEST,
+        size: int = len(BODY),
+        task: bytes | None = None,
+    ) -> tuple[list[pb.BlobProgress], grpc.StatusCode, str]:
+        """Open, wait for the go-ahead, send chunks, end; what came back."""
+        call = self.stub.PushBlob(metadata=META)
+        came = []
+        try:
+            await call.write(
+                pb.BlobUpload(open=pb.BlobOpen(digest=digest, size=size, task=task or self.task.id))
+            )
+            progress = await call.read()
+            if progress is not grpc.aio.EOF:
+                came.append(progress)
+            for chunk in chunks:
+                await call.write(pb.BlobUpload(chunk=chunk))
+            await call.done_writing()
+            while (progress := await call.read()) is not grpc.aio.EOF:
+                came.append(progress)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass
+        return (
+            [progress for progress in came if not progress.refused],
+            await call.code(),
+            await call.details(),
+        )
+
+
+def pieces(start: int = 0, end: int = len(BODY), body: bytes = BODY) -> list[pb.BlobChunk]:
+    return [
+        pb.BlobChunk(offset=at, data=body[at : at + CHUNK], crc32=zlib.crc32(body[at : at + CHUNK]))
+        for at in range(start, end, CHUNK)
+    ]
+
+
+@asynccontextmanager
+async def scene(running: RunningServer, grid: GrpcGrid, state: bytes = b"s" * 5000) -> AsyncIterator[Scene]:
+    async with grpc.aio.insecure_channel(running.address) as channel:
+        link = await Link.open(channel, "site-a", {})
+        grid.push_messages(messages(grid, ["site-a"], state))
+        async for message in link.messages():
+            if message.WhichOneof("message") == "task":
+                break
+        yield Scene(running, federation(channel), link, message.task)
+        link.close()
+
+
+@pytest.fixture
+def running() -> Iterator[RunningServer]:
+    with server(max_inline_bytes=1024, chunk_bytes=CHUNK, upload_credits=1, stall_s=0.5) as started:
+        yield started
+
+
+@pytest.fixture
+def grid(running: RunningServer) -> GrpcGrid:
+    return running.grid(RUN, max_result_bytes=20_000)
+
+
+def test_an_upload_that_was_cut_goes_on_from_its_last_byte(running: RunningServer, grid: GrpcGrid) -> None:
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            came, code, details = await on.upload(pieces(0, 3000))
+            assert [progress.offset for progress in came] == [0]
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "ended after 3000 of 10240 bytes" in details
+            came, code, _ = await on.upload(pieces(3000))
+            assert [(progress.offset, progress.complete) for progress in came] == [
+                (3000, False),
+                (10_240, True),
+            ]
+            assert code is grpc.StatusCode.OK
+            came, code, _ = await on.upload([])  # once more, after a lost answer
+            assert [progress.complete for progress in came] == [True]
+
+    played(play())
+
+
+def test_the_agents_own_upload_resumes(running: RunningServer, grid: GrpcGrid) -> None:
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            await on.upload(pieces(0, 7000))
+            reference = await on.link.push(on.task.id, BODY, hashlib.sha256(BODY).digest())
+            assert reference == pb.BlobRef(digest=DIGEST, size=len(BODY))
+
+    played(play())
+
+
+def changed() -> list[pb.BlobChunk]:
+    chunk = pieces()[0]
+    return [pb.BlobChunk(offset=0, data=b"y" + chunk.data[1:], crc32=chunk.crc32)]
+
+
+REFUSED: dict[str, tuple[list[pb.BlobChunk], dict[str, Any], str]] = {
+    "a chunk changed on its way": (changed(), {}, "was changed on its way"),
+    "a chunk left out": (pieces(CHUNK), {}, "the chunk at 0 was due"),
+    "more than announced": (pieces(), {"size": 500}, "more than the announced 500 bytes"),
+    "other bytes than announced": (pieces(body=BODY[::-1]), {}, "other bytes came than were announced"),
+    "too large": ([], {"size": 20_001}, "20001 bytes was announced, this run takes 20000"),
+    "another task": ([], {"task": b"?" * 16}, "nobody waits for a result of this task"),
+    "no digest": ([], {"digest": b"short"}, "was announced"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_refused_leaves_nothing_whole(running: RunningServer, grid: GrpcGrid, name: str) -> None:
+    chunks, options, words = REFUSED[name]
+
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            came, code, details = await on.upload(chunks, **options)
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert words in details
+            assert not any(progress.complete for progress in came)
+
+    played(play())
+
+
+def test_uploads_wait_for_a_credit_and_stalled_ones_lose_theirs(
+    running: RunningServer, grid: GrpcGrid
+) -> None:
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            opened = pb.BlobUpload(open=pb.BlobOpen(digest=DIGEST, size=len(BODY), task=on.task.id))
+            holder = on.stub.PushBlob(metadata=META)
+            await holder.write(opened)
+            assert (await holder.read()).offset == 0  # it has the only credit, and sends nothing
+            waiting = asyncio.create_task(on.upload(pieces()))
+            await asyncio.sleep(0.2)
+            assert not waiting.done()
+            came, code, _ = await waiting
+            assert came[-1].complete
+            assert code is grpc.StatusCode.OK
+            assert await holder.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+    played(play())
+
+
+def test_a_body_comes_from_any_byte_and_to_its_own_agent_only(running: RunningServer, grid: GrpcGrid) -> None:
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            whole = await on.link.pull(on.task.id, on.task.blob, bytearray())
+            assert hashlib.sha256(whole).digest() == on.task.blob.digest
+            assert await on.link.pull(on.task.id, on.task.blob, bytearray(whole[:2345])) == whole
+            request = pb.PullBlobRequest(digest=on.task.blob.digest, task=on.task.id)
+            call = on.stub.PullBlob(request, metadata=(("fedpeft-agent", "site-b"),))
+            assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    played(play())
+
+
+def test_an_agent_notices_a_body_that_is_another(running: RunningServer, grid: GrpcGrid) -> None:
+    async def play() -> None:
+        async with scene(running, grid) as on:
+            begun = bytearray(b"wrong" * 100)
+            with pytest.raises(Exception, match="not the one announced"):
+                await on.link.pull(on.task.id, on.task.blob, begun)
+            assert not begun
+
+    played(play())
+
+
+def test_the_memory_blobs_of_tests_keep_whole_blobs_only() -> None:
+    blobs = MemoryBlobs()
+    partial = blobs.begin(DIGEST.hex(), len(BODY))
+    partial.write(BODY)
+    assert not blobs.has(DIGEST.hex())
+    partial.finish()
+    assert blobs.read(DIGEST.hex(), 3, 4) == BODY[3:7]
+
+
+def test_a_run_may_narrow_what_its_grid_takes(running: RunningServer) -> None:
+    grid = running.grid(RUN, max_result_bytes=20_000)
+    grid.bound(15_000)
+    grid.bound(30_000)
+
+    async def play() -> str:
+        async with scene(running, grid) as on:
+            _, _, details = await on.upload([], size=15_001)
+            return str(details)
+
+    assert "15001 bytes was announced, this run takes 15000" in played(play())

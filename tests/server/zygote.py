@@ -1,0 +1,56 @@
+"""Daemons by the dozen: one process that has loaded everything, and forks one daemon per line it is sent.
+
+A line is a JSON object: ``state`` (folder), ``run`` (tables), ``crash_at`` (as FEDPEFT_CRASH_AT). The daemon
+holds the run with stand-in agents to its end. The answer is the exit code, negative for a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpeft.faults import arm
+from fedpeft.runfile import build_run
+from fedpeft_server.store import Rules, Store
+from fedpeft_server.supervisor import Supervisor
+from tests.server.standin import standins
+
+
+def hold(order: dict[str, Any]) -> int:
+    """One daemon's life: start, take the submission, go on with what is there, end."""
+    torch.set_num_threads(1)
+    arm(order["crash_at"])
+    with Store(Path(order["state"])) as store:
+        supervisor = Supervisor(store, standins(store, []))
+        supervisor.start()
+        run = build_run(order["run"], source="test")
+        stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
+        supervisor.wait_idle(120.0)
+        status = supervisor.get(stored.id)
+        if status.status != "finished":
+            print(status.status, status.reason, file=sys.stderr)
+            return 1
+    return 0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(hold(json.loads(line)))
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                os._exit(2)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    main()
