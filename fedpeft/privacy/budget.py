@@ -2,9 +2,9 @@
 
 The ledger is plain frozen data, committed with a round's checkpoint: charge it *before* anything of the round
 is released, then commit, then release. A charge belongs to a round and a holder, the one whose data it is
-about, so charging the same round again after a crash changes nothing, and a different charge for it is
-refused. One charge pays for one draw of noise: who resends after a crash sends the committed bytes, never a
-second draw.
+about, so committing the same charge twice changes nothing, and a different charge for it is refused. One
+charge pays for one draw of noise: who draws again after a crash, instead of sending the committed bytes,
+charges the round anew (`BudgetLedger.recharge`), since nobody knows whether the first draw was seen.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from fedpeft.errors import PrivacyError, StateError
 from fedpeft.privacy.accountant import check_delta, epsilon
-from fedpeft.privacy.events import Event, event_from_plain, event_to_plain, one_kind
+from fedpeft.privacy.events import ClientLevel, Event, event_from_plain, event_to_plain, one_kind
 
 VERSION = 1
 FEDERATION = (
@@ -80,6 +80,11 @@ class BudgetLedger:
         ]
 
     @property
+    def last_round(self) -> int:
+        """The last round that anything was charged for, released or not; 0 before the first."""
+        return max((round_ for round_, _ in self.charges), default=0)
+
+    @property
     def holders(self) -> list[str]:
         """Who has spent anything, sorted."""
         return sorted({holder for _, holder in self.charges})
@@ -95,8 +100,7 @@ class BudgetLedger:
             PrivacyError: a charge for a round and holder already charged with other events, or a round before
                 one that is charged, or events of another kind.
         """
-        held = dict(self.charges)
-        last = max((round_ for round_, _ in held), default=0)
+        held, last = dict(self.charges), self.last_round
         for charge in charges:
             key = (charge.round, charge.holder)
             if held.get(key, charge.events) != charge.events:
@@ -113,6 +117,27 @@ class BudgetLedger:
         one_kind([event for events in held.values() for event in events])
         return replace(self, charges=held)
 
+    def recharge(self, round_: int, holders: Sequence[str], event: Event) -> BudgetLedger:
+        """The ledger with one more attempt at a round that may have released something before it was cut off.
+
+        Under client-level privacy the attempts share a cohort, hence they are one event of several draws;
+        elsewhere each attempt is a release of its own.
+
+        Raises:
+            PrivacyError: an event of another kind.
+        """
+        held = dict(self.charges)
+        for holder in holders:
+            before = held.get((round_, holder), ())
+            held[round_, holder] = _one_more(before, event)
+        one_kind([event for events in held.values() for event in events])
+        return replace(self, charges=held)
+
+    def dry_run(self, after: BudgetLedger, target_delta: float) -> Spending:
+        """What it would cost to go on from this ledger to `after`."""
+        cost, holder = after._dearest(target_delta)
+        return Spending(before=self.epsilon(target_delta), after=cost, holder=holder)
+
     def spend(self, charges: Sequence[Charge], budget: Budget) -> tuple[BudgetLedger, Spending]:
         """Dry-run the next round and charge it if the budget allows; call it before the round begins.
 
@@ -123,16 +148,16 @@ class BudgetLedger:
             PrivacyError: the budget would be exceeded, or as `charge`. This ledger is unchanged either way.
         """
         after = self.charge(charges)
-        cost, holder = after._dearest(budget.target_delta)
-        spent = self.epsilon(budget.target_delta)
-        if cost > budget.max_epsilon:
+        spending = self.dry_run(after, budget.target_delta)
+        if spending.after > budget.max_epsilon:
             round_ = max((charge.round for charge in charges), default=0)
             raise PrivacyError(
-                f"round {round_} would take {holder!r} to epsilon {cost:.4g} at delta"
-                f" {budget.target_delta:g}; the budget is {budget.max_epsilon:g} and {spent:.4g} is spent:"
+                f"round {round_} would take {spending.holder!r} to epsilon {spending.after:.4g} at delta"
+                f" {budget.target_delta:g}; the budget is {budget.max_epsilon:g} and {spending.before:.4g} is"
+                " spent:"
                 " the run stops here; raise privacy.noise_multiplier in a new run, or ask for fewer rounds"
             )
-        return after, Spending(before=spent, after=cost, holder=holder)
+        return after, spending
 
     def to_json(self) -> str:
         """One line of JSON; equal events are written once."""
@@ -169,6 +194,13 @@ class BudgetLedger:
             alike.setdefault(tuple(spent), holder)
         costs = [(epsilon(spent, target_delta), holder) for spent, holder in alike.items()]
         return max(costs, key=lambda cost: cost[0], default=(0.0, None))
+
+
+def _one_more(before: tuple[Event, ...], event: Event) -> tuple[Event, ...]:
+    if not isinstance(event, ClientLevel):
+        return (*before, event)
+    draws = sum(earlier.draws for earlier in before if isinstance(earlier, ClientLevel))
+    return (replace(event, draws=draws + event.draws),)
 
 
 def _read(plain: Mapping[str, Any]) -> dict[tuple[int, str], tuple[Event, ...]]:

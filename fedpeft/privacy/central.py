@@ -232,20 +232,33 @@ def sample_rate_of(federation: FederationSection, *, max_weight: int | None = No
         PrivacyError: sampling whose amplification isn't proven under adding and removing a client, a cohort
             that depends on who answers first, or weights that are private.
     """
+    problems = federation_problems(federation, max_weight=max_weight)
+    if problems:
+        raise PrivacyError(problems[0])
     sampling = federation.sampling
+    return 1.0 if sampling.kind == "all" else float(sampling.rate or 0.0)
+
+
+def federation_problems(federation: FederationSection, *, max_weight: int | None = None) -> list[str]:
+    """Why a run file's federation may claim no sample rate, one line each; see `sample_rate_of`."""
+    sampling, problems = federation.sampling, []
     if sampling.kind not in ("poisson", "all"):
-        raise PrivacyError(
+        problems.append(
             f"federation.sampling '{sampling.kind}' draws cohorts of one size, and client-level privacy is"
             " accounted for Poisson sampling; set sampling = { kind = 'poisson', rate = ... } or 'all'"
         )
     if federation.over_selection > 0.0:
-        raise PrivacyError(
+        problems.append(
             f"federation.over_selection is {federation.over_selection:g}: the first to answer choose"
             " themselves, which voids amplification by sampling; set it to 0"
         )
     if federation.weighting != "uniform" and max_weight is None:
-        raise PrivacyError(
+        problems.append(
             "federation.weighting 'examples' makes weights private and the sensitivity unknown; set"
-            " 'uniform', or name a largest weight that every client's is cut to"
+            " 'uniform', or privacy.max_weight, which every client's is cut to"
         )
-    return 1.0 if sampling.kind == "all" else float(sampling.rate or 0.0)
+    if federation.weighting == "uniform" and max_weight is not None:
+        problems.append(
+            "privacy.max_weight: with federation.weighting 'uniform' all weights are 1; remove one of the two"
+        )
+    return problems

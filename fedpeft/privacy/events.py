@@ -1,4 +1,4 @@
-"""What was released about whom, as frozen data: three kinds of privacy, three types.
+"""What was released about whom, as frozen data: one type for each kind of protected unit.
 
 A *multiplier* is the noise's standard deviation over the clipping bound, which is the largest length of what
 one protected unit adds. Each type names its neighbouring relation, and a ledger holds events of one type
@@ -65,6 +65,35 @@ class RecordLevel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PersonLevel:
+    """As `RecordLevel`, where a person enters a step by one coin and with one row, however many he has.
+
+    Attributes:
+        noise_multiplier: noise's standard deviation over `max_grad_norm`.
+        sample_rate: chance with which each person enters a step.
+        steps: local steps, the empty ones included.
+    """
+
+    kind: ClassVar[str] = "person-level"
+    neighbours: ClassVar[str] = "one client's data sets that differ by adding or removing one person's rows"
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_multiplier(self.noise_multiplier, self.kind)
+        _check_rate(self.sample_rate, self.kind)
+        _check_count(self.steps, self.kind)
+
+    def release(self) -> GaussianRelease:
+        """One Poisson-sampled Gaussian per step; a person adds at most the bound."""
+        return GaussianRelease(
+            noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=self.steps
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientLevel:
     """Noise at the server on the sum of clipped updates: who sees the model learns little about any client.
 
@@ -73,6 +102,7 @@ class ClientLevel:
     Attributes:
         noise_multiplier: noise's standard deviation over `clip_norm` (times the largest weight).
         sample_rate: chance with which each client is asked in a round; 1: all are.
+        draws: how often noise was drawn over one round's cohort; more than once only after a crash.
     """
 
     kind: ClassVar[str] = "client-level"
@@ -80,14 +110,22 @@ class ClientLevel:
 
     noise_multiplier: float
     sample_rate: float
+    draws: int = 1
 
     def __post_init__(self) -> None:
         _check_multiplier(self.noise_multiplier, self.kind)
         _check_rate(self.sample_rate, self.kind)
+        _check_count(self.draws, self.kind)
 
     def release(self) -> GaussianRelease:
-        """One Poisson-sampled Gaussian."""
-        return GaussianRelease(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, count=1)
+        """One Poisson-sampled Gaussian.
+
+        Several draws over one cohort tell what their mean tells, whose noise is sqrt(draws) times smaller.
+        Were the cohort drawn anew as well, they would cost less: with X the likelihood ratio under one coin,
+        the moments of independent ones are E[X]^draws, at most E[X^draws].
+        """
+        multiplier = self.noise_multiplier / math.sqrt(self.draws)
+        return GaussianRelease(noise_multiplier=multiplier, sample_rate=self.sample_rate, count=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +152,10 @@ class Local:
         return GaussianRelease(noise_multiplier=self.noise_multiplier / 2.0, sample_rate=1.0, count=1)
 
 
-Event = RecordLevel | ClientLevel | Local
+Event = RecordLevel | PersonLevel | ClientLevel | Local
 
-EVENTS: dict[str, type[RecordLevel] | type[ClientLevel] | type[Local]] = {
-    event.kind: event for event in (RecordLevel, ClientLevel, Local)
+EVENTS: dict[str, type[RecordLevel] | type[PersonLevel] | type[ClientLevel] | type[Local]] = {
+    event.kind: event for event in (RecordLevel, PersonLevel, ClientLevel, Local)
 }
 
 
@@ -177,7 +215,7 @@ def _check_rate(value: float, kind: str) -> None:
 
 def _check_count(value: int, kind: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise PrivacyError(f"{kind}: {value!r} steps came; a whole number of at least 1 is needed")
+        raise PrivacyError(f"{kind}: {value!r} releases came; a whole number of at least 1 is needed")
 
 
 def _is_number(value: object) -> bool:

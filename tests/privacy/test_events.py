@@ -1,4 +1,4 @@
-"""Events: three kinds that cannot be confused, and their plain form."""
+"""Events: kinds that cannot be confused, and their plain form."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fedpeft.privacy.events import (
     ClientLevel,
     Event,
     Local,
+    PersonLevel,
     RecordLevel,
     event_from_plain,
     event_to_plain,
@@ -26,14 +27,15 @@ MULTIPLIERS = st.floats(1e-3, 1e3)
 RATES = st.floats(1e-6, 1.0)
 ANY: st.SearchStrategy[Event] = st.one_of(
     st.builds(RecordLevel, noise_multiplier=MULTIPLIERS, sample_rate=RATES, steps=st.integers(1, 10**6)),
-    st.builds(ClientLevel, noise_multiplier=MULTIPLIERS, sample_rate=RATES),
+    st.builds(PersonLevel, noise_multiplier=MULTIPLIERS, sample_rate=RATES, steps=st.integers(1, 10**6)),
+    st.builds(ClientLevel, noise_multiplier=MULTIPLIERS, sample_rate=RATES, draws=st.integers(1, 9)),
     st.builds(Local, noise_multiplier=MULTIPLIERS),
 )
 
 
-def test_three_kinds_three_relations() -> None:
-    assert EVENTS.keys() == {"record-level", "client-level", "local"}
-    assert len({event.neighbours for event in EVENTS.values()}) == 3
+def test_every_kind_has_its_own_relation() -> None:
+    assert EVENTS.keys() == {"record-level", "person-level", "client-level", "local"}
+    assert len({event.neighbours for event in EVENTS.values()}) == 4
 
 
 def test_events_are_frozen_and_equal_numbers_of_two_kinds_differ() -> None:

@@ -1,0 +1,119 @@
+"""What a private run file may not ask for, with the reason: everything that can be known from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from fedpeft.config import ClientLevelPrivacy, LocalPrivacy, RecordLevelPrivacy, RunConfig
+from fedpeft.errors import PrivacyError
+from fedpeft.privacy.accountant import epsilon
+from fedpeft.privacy.central import federation_problems
+from fedpeft.privacy.kinds import budget_of, event_of
+
+
+def privacy_problems(run: RunConfig) -> list[str]:
+    """One line per thing that would void the promise, or make the run spend what it doesn't account for."""
+    if run.privacy is None:
+        user = "data.user: only record-level privacy asks whose row it is; remove it, or add [privacy]"
+        return [] if run.data.user is None else [user]
+    problems = [*_common(run), *_OF_KIND[run.privacy.kind](run)]
+    return problems or list(_budget(run))
+
+
+def _common(run: RunConfig) -> Iterator[str]:
+    kind = run.privacy.kind if run.privacy is not None else ""
+    if run.evaluation.baselines:
+        yield (
+            "evaluation.baselines: they train on the clients' rows without noise and would be published; run"
+            " them without [privacy]"
+        )
+    if run.model.task == "sequence-classification" and run.data.labels is None:
+        yield "data.labels: classes found in the clients' rows would tell about them; list them, in order"
+    if kind != "record-level" and run.data.user is not None:
+        yield f"data.user: {kind} privacy protects clients, whose rows count together; remove it"
+    if run.federation.strategy.kind == "qfedavg":
+        yield "federation.strategy: qfedavg weighs by the clients' losses, which are private; use fedavg"
+
+
+def _client_level(run: RunConfig) -> Iterator[str]:
+    section = run.privacy
+    if not isinstance(section, ClientLevelPrivacy):
+        return
+    yield from federation_problems(run.federation, max_weight=section.max_weight)
+    if section.max_weight is not None and section.target_quantile is not None:
+        yield "privacy.max_weight: adaptive clipping is accounted for uniform weights; remove one of the two"
+    yield from _weighted_seeds(run)
+
+
+def _record_level(run: RunConfig) -> Iterator[str]:
+    section, training = run.privacy, run.training
+    if not isinstance(section, RecordLevelPrivacy):
+        return
+    if training.kind == "none":
+        yield "training.kind: 'none' has no records to protect; use 'first-order' or 'zeroth-order'"
+    if training.steps is None:
+        yield (
+            "training.steps: is needed, since epochs would make the number of releases depend on how many"
+            " rows a client has"
+        )
+    if run.data.explode is not None and run.data.user is None:
+        yield (
+            "data.explode: several rows of one record would each be hidden alone, not the person behind"
+            " them; name the field that tells persons apart with data.user"
+        )
+    if run.groups:
+        yield "groups: all clients' steps are accounted for alike, as [training] says them; remove the groups"
+    yield from _uniform(run)
+    for place, stage in enumerate(run.stages):
+        if stage.options.get("error_feedback"):
+            yield (
+                f"stages.{place}.error_feedback: memory on the client couples rounds that are accounted for"
+                " one by one; remove it"
+            )
+    if run.space.options.get("feedback"):
+        yield "space.feedback: memory on the client couples rounds accounted for one by one; remove it"
+
+
+def _local(run: RunConfig) -> Iterator[str]:
+    if isinstance(run.privacy, LocalPrivacy):
+        yield from _uniform(run)
+        yield from _weighted_seeds(run)
+
+
+def _uniform(run: RunConfig) -> Iterator[str]:
+    if run.federation.weighting != "uniform":
+        yield (
+            "federation.weighting: 'examples' sends how many rows a client has, which is private; set"
+            " 'uniform'"
+        )
+
+
+def _weighted_seeds(run: RunConfig) -> Iterator[str]:
+    """Magnitudes and visit counts are sizes, not changes: noise makes them negative and chances of them."""
+    if run.space.kind == "seed-scalars" and run.space.options.get("mode") == "fedkseed-pro":
+        yield (
+            "space.mode: 'fedkseed-pro' draws seeds by what clients measured, a further release; use 'common'"
+            " or 'fedkseed'"
+        )
+
+
+def _budget(run: RunConfig) -> Iterator[str]:
+    """A budget that doesn't reach for one round is a mistake of the file, not an end of the run."""
+    try:
+        budget = budget_of(run)
+        once = epsilon([event_of(run)], budget.target_delta)
+    except PrivacyError as error:
+        yield f"privacy: {error}"
+        return
+    if once > budget.max_epsilon:
+        yield (
+            f"privacy.max_epsilon: {budget.max_epsilon:g} came and one round costs {once:.4g} at delta"
+            f" {budget.target_delta:g}; raise noise_multiplier or max_epsilon"
+        )
+
+
+_OF_KIND: dict[str, Callable[[RunConfig], Iterator[str]]] = {
+    "client-level": _client_level,
+    "record-level": _record_level,
+    "local": _local,
+}

@@ -1,0 +1,99 @@
+"""Record-level privacy as the run file asks for it: the right trainer with the right mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from fedpeft.config import RecordLevelPrivacy, TrainingSection
+from fedpeft.data.encoded import Task
+from fedpeft.privacy.noise import NoiseSource
+from fedpeft.spaces.base import Route, Trail
+from fedpeft.training import dp_sgd, zeroth_private
+from fedpeft.training.dp_oracle import verify_per_example
+from fedpeft.training.dp_sgd import PrivateReport, RecordMechanism
+from fedpeft.training.first_order import Rows
+from fedpeft.training.zeroth_prober import Prober
+
+
+@dataclass(frozen=True)
+class Told:
+    """What every private trainer is told of a client's part of a round.
+
+    Attributes:
+        section: `steps` is set; it is public, as everything here but the rows.
+        rng: needs no secrecy.
+        source: of noise and coins, which do.
+    """
+
+    rows: Rows
+    section: TrainingSection
+    privacy: RecordLevelPrivacy
+    rng: np.random.Generator
+    source: NoiseSource
+
+    @property
+    def steps(self) -> int:
+        """Local steps; preflight refuses a run file that doesn't say how many."""
+        return self.section.steps or 1
+
+    @property
+    def mechanism(self) -> RecordMechanism:
+        """What the run file's section promises; rows that say whose they are make persons the unit."""
+        return RecordMechanism(
+            max_grad_norm=self.privacy.max_grad_norm,
+            noise_multiplier=self.privacy.noise_multiplier,
+            sample_rate=self.privacy.sample_rate,
+            expected_batch_size=self.privacy.expected_batch_size,
+            unit="record" if self.rows.encoded.users is None else "person",
+        )
+
+
+def train_by_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], told: Told, *, proximal_mu: float = 0.0
+) -> PrivateReport:
+    """DP-SGD; see `fedpeft.training.dp_sgd.train`."""
+    return dp_sgd.train(
+        model,
+        parameters,
+        told.rows,
+        told.section,
+        steps=told.steps,
+        rng=told.rng,
+        mechanism=told.mechanism,
+        source=told.source,
+        proximal_mu=proximal_mu,
+    )
+
+
+def train_by_scalars(probe: Prober, route: Route, told: Told) -> tuple[PrivateReport, Trail]:
+    """Private zeroth order; see `fedpeft.training.zeroth_private.train`."""
+    return zeroth_private.train(
+        probe,
+        told.rows,
+        told.section,
+        route,
+        steps=told.steps,
+        rng=told.rng,
+        mechanism=told.mechanism,
+        source=told.source,
+    )
+
+
+def verify_model(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    task: Task,
+    *,
+    vocabulary: int,
+    labels: int | None,
+) -> None:
+    """Prove per-example gradients on the run's own model, on made-up rows, before any client trains it.
+
+    Raises:
+        PrivacyError: they are wrong.
+    """
+    verify_per_example(model, parameters, task, vocabulary=vocabulary, labels=labels or 2)
