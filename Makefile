@@ -13,6 +13,11 @@ TEST_EXTRAS := dev,quant,ray,tensorboard
 ALL_EXTRAS := $(TEST_EXTRAS),bench
 
 PY := $(VENV)/bin/python
+
+# Of `make fuzz`; the seed is printed, so that a finding can be repeated.
+COUNT ?= 2000000
+SEED := $(or $(SEED),$(shell date +%s))
+
 # An editable install names its folder: the stamps carry the folder's checksum, so a copy is installed anew.
 HERE := $(shell pwd -P | cksum | cut -d' ' -f1)
 RUNTIME := $(VENV)/.runtime-$(HERE)
@@ -30,8 +35,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check test test-fast protos demo bench lock clean \
-        lint format-check types protos-check pytest pytest-fast
+.PHONY: help setup check test test-fast federation fuzz protos demo bench lock clean \
+        lint format-check types protos-check pytest pytest-fast pytest-exhaustive exhaustive
 
 help:  ## list the targets
 	@echo "usage: make TARGET"; echo
@@ -50,6 +55,15 @@ test: check  ## every check, then every test
 
 test-fast: $(TESTING)  ## the tests that take seconds
 	@$(MAKE) --no-print-directory pytest-fast
+
+federation: $(TESTING)  ## a server and three agents on this machine, killed midway; one minute on idle cores
+	$(PY) -m pytest -q -s tests/integration/test_federation.py
+
+fuzz: $(TESTING)  ## millions of hostile update messages; COUNT=N SEED=N, a random seed by default
+	$(PY) -m tests.wire.fuzz_update --count $(COUNT) --seed $(SEED)
+
+exhaustive: $(TESTING)  ## kill a federation at every crash point, one by one; ten minutes
+	@$(MAKE) --no-print-directory pytest-exhaustive
 
 protos: $(TESTING)  ## regenerate fedpeft/v1 from protos/
 	$(call generate,.)
@@ -96,6 +110,9 @@ pytest: $(TESTING)
 
 pytest-fast: $(TESTING)
 	$(PY) -m pytest -m "not slow"
+
+pytest-exhaustive: $(TESTING)
+	$(PY) -m pytest -m exhaustive
 
 # Installation. A stamp is older than pyproject.toml or the lock when they change, and the install is repeated.
 

@@ -139,7 +139,13 @@ def compress(
     scale: Annotated[
         str, typer.Option(help="least-squares, or std for alpha times the standard deviation.")
     ] = "least-squares",
-    alpha: Annotated[float | None, typer.Option(help="Multiple for --scale std.")] = None,
+    alpha: Annotated[
+        str | None,
+        typer.Option(help="Multiple for --scale std; search: the best one on the clients' held-out rows."),
+    ] = None,
+    run_file: Annotated[
+        Path | None, typer.Option("--run", help="Run file for --alpha search [default: the adapter's run].")
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Compress the weights, not their change since the run began.")
     ] = False,
@@ -148,7 +154,9 @@ def compress(
     """Write an adapter as a file some twenty times smaller: signs of the largest changes, one scale each."""
     from fedpeft.commands.compress import compress_command
 
-    compress_command(adapter, out, density=density, scale=scale, alpha=alpha, raw=raw, force=force)
+    compress_command(
+        adapter, out, density=density, scale=scale, alpha=alpha, raw=raw, force=force, run_file=run_file
+    )
 
 
 @app.command()
@@ -222,6 +230,262 @@ def methods(
     from fedpeft.commands.methods import methods_command
 
     methods_command(as_json=json_)
+
+
+@app.command()
+def provision(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the federation's keys.")],
+    host: Annotated[
+        list[str] | None,
+        typer.Option(help="Host name or IP address that agents dial; may be repeated. Makes DIR."),
+    ] = None,
+    agent: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A device that trains.")] = None,
+    submitter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Someone who submits and watches runs.")
+    ] = None,
+    admin: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Someone who also invites and revokes.")
+    ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Print one-time tokens instead of making folders with keys.")
+    ] = False,
+    token_days: Annotated[
+        float, typer.Option(min=0.001, max=30.0, help="Days that a token can be used.")
+    ] = 7.0,
+    renew_server: Annotated[
+        bool, typer.Option("--renew-server", help="New key and certificate for the server.")
+    ] = False,
+    revoke: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Revoke what a name holds; may be repeated.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make a federation's certificates: authority, server, agents, admins; add, renew, revoke, list."""
+    from datetime import timedelta
+
+    from fedpeft.commands.provision import Asked, members_named, provision_command
+
+    asked = Asked(
+        hosts=host or [],
+        members=members_named(agent or [], submitter or [], admin or []),
+        tokens=tokens,
+        token_life=timedelta(days=token_days),
+        renew_server=renew_server,
+        revoke=revoke or [],
+    )
+    provision_command(folder, asked, as_json=json_)
+
+
+client_app = typer.Typer(
+    help="Be an agent: train on this device's rows for a server's runs.", rich_markup_mode=None
+)
+app.add_typer(client_app, name="client")
+
+
+@client_app.callback(invoke_without_command=True)
+def client(
+    context: typer.Context,
+    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="The server to dial.")] = None,
+    data: Annotated[Path | None, typer.Option(help="This device's rows; they never leave it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="client.toml: these options, and the owner's policy.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name in the federation [default: the certificate's].")
+    ] = None,
+    token: Annotated[
+        str,
+        typer.Option(envvar="FEDPEFT_TOKEN", show_envvar=False, help="One-time token, or $FEDPEFT_TOKEN."),
+    ] = "",
+    keys: Annotated[
+        Path | None, typer.Option(help="Folder with key and certificate [default: HOME/keys].")
+    ] = None,
+    home: Annotated[Path | None, typer.Option(help="Folder of state [default: ~/.fedpeft/NAME].")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="This device's copy of the base model [default: the run file's].")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plaintext, to a server on this very machine.")
+    ] = False,
+) -> None:
+    """Be an agent: train on this device's rows for a server's runs."""
+    if context.invoked_subcommand is not None:
+        return
+    from fedpeft_client.command import client_command
+
+    given = {"server": server, "data": data, "name": name, "keys": keys, "home": home, "model": model}
+    stated: dict[str, object] = {key: value for key, value in given.items() if value is not None}
+    client_command(config, stated | ({"insecure": True} if insecure else {}), token)
+
+
+@client_app.command("status")
+def client_status(
+    home: Annotated[Path | None, typer.Option(help="Folder of the agent's state.")] = None,
+    name: Annotated[str, typer.Option(help="The agent, if several were started here.")] = "",
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what an agent did here and what it has spent."""
+    from fedpeft_client.command import client_status_command
+
+    client_status_command(home, name, as_json=json_)
+
+
+run_app = typer.Typer(no_args_is_help=True, help="Runs on a server: submit, list, show, logs, stop, pull.")
+app.add_typer(run_app, name="run")
+
+ServerAddress = Annotated[
+    str, typer.Option("--server", envvar="FEDPEFT_SERVER", metavar="HOST:PORT", help="The server to ask.")
+]
+OwnKeys = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        envvar="FEDPEFT_KEYS",
+        metavar="DIR",
+        help="Your folder of key and certificate; without it plaintext, to this machine only.",
+    ),
+]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as submit and list print it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+LOCAL_SERVER = "127.0.0.1:9440"
+
+
+@app.command()
+def server(
+    config: Annotated[
+        Path | None, typer.Option(metavar="server.toml", help="Settings; options given here go over them.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where to listen [default: 127.0.0.1:9440].")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of runs and updates [default: fedpeft-state].")
+    ] = None,
+    database: Annotated[
+        str | None, typer.Option(metavar="URL", help="SQLAlchemy URL [default: a file in --state].")
+    ] = None,
+    keys: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The server's folder that provision made.")
+    ] = None,
+    authority: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The authority's folder, if devices enrol here.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plaintext, for agents on this very machine.")
+    ] = False,
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Bring the database of an older version up to date first.")
+    ] = False,
+) -> None:
+    """Hold runs for agents that connect, until told to end; a killed server goes on at its next start."""
+    from fedpeft_server.command import server_command
+
+    given = {
+        "listen": listen,
+        "state": state,
+        "database": database,
+        "insecure": insecure or None,
+        "tls": {"keys": keys, "authority": authority},
+    }
+    raise typer.Exit(server_command(config, given, migrate=migrate))
+
+
+@run_app.command("submit")
+def run_submit(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="Run file.")],
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    set_: Overrides = None,
+    min_agents: Annotated[
+        int, typer.Option(min=0, help="Begin with so many agents [default: the run file's clients].")
+    ] = 0,
+    agent: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Ask this agent only; may be repeated.")
+    ] = None,
+    wait_s: Annotated[
+        int, typer.Option(min=0, help="Fail if they are not there after so many seconds; 0: wait on.")
+    ] = 0,
+    json_: AsJson = False,
+) -> None:
+    """Queue a run on a server; prints its id."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import Rules, submit_command
+
+    rules = Rules(min_agents=min_agents, agents=agent or [], wait_s=wait_s)
+    submit_command(Desk(server, keys), run_file, list(set_ or []), rules, as_json=json_)
+
+
+@run_app.command("list")
+def run_list(
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    limit: Annotated[int, typer.Option(min=0, help="The newest so many; 0: all.")] = 0,
+    json_: AsJson = False,
+) -> None:
+    """List a server's runs."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import list_command
+
+    list_command(Desk(server, keys), limit=limit, as_json=json_)
+
+
+@run_app.command("show")
+def run_show(
+    run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
+) -> None:
+    """Show how a run stands."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import show_command
+
+    show_command(Desk(server, keys), run, as_json=json_)
+
+
+@run_app.command("logs")
+def run_logs(
+    run: RunId,
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Print a run's log."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import logs_command
+
+    logs_command(Desk(server, keys), run, follow=follow, as_json=json_)
+
+
+@run_app.command("stop")
+def run_stop(
+    run: RunId,
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    reason: Annotated[str, typer.Option(help="Why, for whoever looks at it later.")] = "",
+    json_: AsJson = False,
+) -> None:
+    """End a run for good; what it has reached can be pulled."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import stop_command
+
+    stop_command(Desk(server, keys), run, reason, as_json=json_)
+
+
+@run_app.command("pull")
+def run_pull(
+    run: RunId,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to write [default: runs/RUN].")
+    ] = None,
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Write an ended run's adapter, report and rows to a folder here."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import pull_command
+
+    pull_command(Desk(server, keys), run, out or Path("runs") / run, force=force, as_json=json_)
 
 
 def _version(asked: bool) -> None:

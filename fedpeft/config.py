@@ -7,9 +7,10 @@ need heavy imports; everything that can be known from the file alone is checked 
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -54,8 +55,29 @@ class ModelSection(Section):
         "embedded"  # a folder, a hub name, or the model that ships with us
     )
     task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    quantization: Literal["none", "int8", "nf4", "fp4"] = "none"
+    quantization: Literal["none", "int8", "nf4", "fp4", "rtn8", "rtn4"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; trained parameters are float32
+    double_quantization: bool | None = None  # nf4, fp4: the scales are quantised too; default true
+    compute_dtype: Literal["float32", "bfloat16"] | None = None  # of products with quantised weights
+    group_size: Annotated[int, Field(ge=2)] | None = None  # rtn: columns per scale; default a whole row
+    keep_modules: tuple[str, ...] = ()  # modules left as they are, by name or its end; the head always is
+
+    @model_validator(mode="after")
+    def _quantised(self) -> ModelSection:
+        takes = {
+            "double_quantization": ("nf4", "fp4"),
+            "compute_dtype": ("nf4", "fp4", "rtn8", "rtn4"),
+            "group_size": ("rtn8", "rtn4"),
+            "keep_modules": ("int8", "nf4", "fp4", "rtn8", "rtn4"),
+        }
+        idle = [
+            f"{key} belongs to {', '.join(kinds)}"
+            for key, kinds in takes.items()
+            if getattr(self, key) not in (None, ()) and self.quantization not in kinds
+        ]
+        if idle:
+            raise ValueError(f"quantization is '{self.quantization}', and {'; '.join(idle)}; remove them")
+        return self
 
 
 class PeftSection(OpenSection):
@@ -122,6 +144,7 @@ class DataSection(Section):
         None  # label map; default: the sorted distinct values
     )
     filter: dict[str, str | int | float | bool] | None = None  # keep rows whose fields equal these
+    user: str | None = None  # name of the field that says whose row it is, for record-level privacy
     explode: str | None = None  # a field that holds a list: one row per item; before `filter` and `limit`
     limit: Count | None = None  # at most so many training rows, the first ones
     test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
@@ -152,10 +175,15 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass
     max_grad_norm: PositiveFloat | None = None  # per step, over the whole batch's gradient
-    rule: str = "zo-sgd"  # zeroth order: zo-sgd, sign, conservative, momentum, adam
+    rule: str = "zo-sgd"  # zeroth order: how a step measures and moves; `fedpeft methods` lists the rules
     radius: PositiveFloat = 1e-3  # zeroth order: each weight is moved by so much to measure the loss
     queries: Count = 1  # zeroth order: directions per step, averaged
     max_scalar: PositiveFloat | None = None  # zeroth order: directional derivatives are cut to this size
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = (
+        0.25  # rule sparse: share of each tensor's weights that move, the smallest of theta_0
+    )
+    layers_below: Annotated[int, Field(ge=0)] | None = None  # rule hybrid: layers that are zeroth order
+    lr_above: PositiveFloat | None = None  # rule hybrid: of the first-order layers; default lr
 
 
 class SpaceSection(OpenSection):
@@ -226,6 +254,77 @@ class FederationSection(Section):
     quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
 
 
+class PrivacyPromise(Section):
+    """What every kind of differential privacy says: how much noise, and how much may be spent in all.
+
+    `seeded` draws noise and secret coins from the run's seed, so that a simulated experiment repeats itself.
+    Whoever knows the seed can subtract that noise: it protects nobody, and deployed runs refuse it.
+    """
+
+    noise_multiplier: PositiveFloat  # the noise's standard deviation over the clipping bound
+    target_delta: Annotated[float, Field(gt=0.0, lt=1.0)]  # well below one over the number of protected units
+    max_epsilon: PositiveFloat  # the run ends before the round that would exceed it
+    seeded: bool = False
+
+
+class ClientLevelPrivacy(PrivacyPromise):
+    """Noise at the server on the sum of clipped updates: the models hide whether a client took part.
+
+    `clip_norm` bounds an update's L2 norm, in the space's own unit: parameters, or quanta where updates are
+    integers. With `target_quantile` it is only the first bound, and later ones follow that quantile of the
+    clients' norms; `count_std` is the noise on the count that this takes (default: a twentieth of the
+    expected cohort, at least `noise_multiplier`).
+    """
+
+    kind: Literal["client-level"]
+    clip_norm: PositiveFloat
+    target_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    clip_learning_rate: PositiveFloat | None = None  # of the adaptive bound; default 0.2
+    count_std: PositiveFloat | None = None
+    max_weight: Count | None = None  # with weighting 'examples': larger weights are cut to it
+
+    @model_validator(mode="after")
+    def _adaptive(self) -> ClientLevelPrivacy:
+        given = [key for key in ("clip_learning_rate", "count_std") if getattr(self, key) is not None]
+        if given and self.target_quantile is None:
+            raise ValueError(
+                f"{' and '.join(given)} came without target_quantile, which makes clipping adaptive"
+            )
+        if self.count_std is not None and self.noise_multiplier >= 2.0 * self.count_std:
+            raise ValueError(
+                f"count_std {self.count_std:g} came and noise_multiplier is {self.noise_multiplier:g}: the"
+                f" count alone would cost more than a round; give more than {self.noise_multiplier / 2.0:g}"
+            )
+        return self
+
+
+class RecordLevelPrivacy(PrivacyPromise):
+    """DP-SGD on each client: its updates hide any one row, or with `data.user` any one person.
+
+    `max_grad_norm` bounds what one record adds to a step: its gradient, or with a zeroth-order trainer its
+    directional derivatives. Noised sums are divided by `expected_batch_size`, which is public as the number
+    of a client's rows is not.
+    """
+
+    kind: Literal["record-level"]
+    max_grad_norm: PositiveFloat
+    sample_rate: Annotated[float, Field(gt=0.0, le=1.0)]  # each record's chance to enter a local step
+    expected_batch_size: PositiveFloat
+
+
+class LocalPrivacy(PrivacyPromise):
+    """Noise on the client before anything leaves: the server need not be trusted.
+
+    `clip_norm` bounds an update's L2 norm, in the space's own unit.
+    """
+
+    kind: Literal["local"]
+    clip_norm: PositiveFloat
+
+
+PrivacySection = ClientLevelPrivacy | RecordLevelPrivacy | LocalPrivacy
+
+
 class EvaluationSection(Section):
     """What is measured, on what and how often."""
 
@@ -247,6 +346,22 @@ class OutputSection(Section):
     keep_checkpoints: Count | None = None  # default: one per round
 
 
+class GroupSection(Section):
+    """Clients that differ from the rest of the run, by name, with the keys in which they do.
+
+    A table is laid over the run's own section of that name. One with a `kind` of its own starts from the
+    defaults instead, since other kinds take other keys.
+    """
+
+    clients: Annotated[tuple[str, ...], Field(min_length=1)]
+    training: dict[str, Any] = {}
+
+    @property
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """Section of the run to what is laid over it."""
+        return {"training": self.training}
+
+
 class RunConfig(Section):
     """A whole run file. Also a run's identity: `fedpeft.runfile.run_digest` hashes it."""
 
@@ -257,6 +372,49 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     space: Annotated[SpaceSection, BeforeValidator(_kind_table)] = SpaceSection()
     stages: tuple[StageSection, ...] = ()
+    downlink: StageSection | None = (
+        None  # one compressing stage for the state's way down; absent: whole states
+    )
     federation: FederationSection = FederationSection()
+    privacy: Annotated[PrivacySection, Field(discriminator="kind")] | None = None  # absent: none
     evaluation: EvaluationSection = EvaluationSection()
     output: OutputSection = OutputSection()
+    groups: tuple[GroupSection, ...] = ()  # clients not named in any train as the sections above say
+
+    @model_validator(mode="after")
+    def _sound_groups(self) -> RunConfig:
+        named = Counter(client for group in self.groups for client in group.clients)
+        twice = sorted(client for client, count in named.items() if count > 1)
+        if twice:
+            raise ValueError(f"groups: client {twice[0]!r} is named twice; a client is in one group at most")
+        for place, group in enumerate(self.groups):
+            try:
+                self.of_group(group)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, ("groups", place, *first["loc"])))
+                known = first["type"] != "extra_forbidden"
+                raise ValueError(f"{where}: {first['msg'] if known else 'unknown key; remove it'}") from error
+        return self
+
+    def group_of(self, client: str) -> int | None:
+        """Position of the group that names a client; None: no group does."""
+        found = (place for place, group in enumerate(self.groups) if client in group.clients)
+        return next(found, None)
+
+    def of_client(self, client: str) -> RunConfig:
+        """The run as one client takes part in it."""
+        place = self.group_of(client)
+        return self if place is None else self.of_group(self.groups[place])
+
+    def of_group(self, group: GroupSection) -> RunConfig:
+        """The run with a group's keys in place of its own, and without groups.
+
+        Raises:
+            ValidationError: a key or value that the section doesn't take.
+        """
+        tables = self.model_dump(exclude={"groups"})
+        for name, keys in group.overrides.items():
+            inherited = {} if keys.get("kind", tables[name]["kind"]) != tables[name]["kind"] else tables[name]
+            tables[name] = {**inherited, **keys}
+        return RunConfig.model_validate(tables)

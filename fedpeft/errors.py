@@ -11,10 +11,12 @@ The tree::
     ├── StateError               7   checkpoints, run folders, ledgers
     │   └── RunExistsError       7   a finished run would be overwritten
     ├── UpdateError              8   an update that must not be folded in
-    ├── FederationError          9   cohorts, quorum, clients, grids
+    ├── FederationError          9   cohorts, clients, grids
+    │   └── QuorumError          9   too few clients answered in time
     ├── PrivacyError            10   a broken privacy precondition or a spent budget
     ├── StorageError            11   disk full, unreadable or unwritable files
-    └── MissingExtraError       12   an optional package is not installed
+    ├── MissingExtraError       12   an optional package is not installed
+    └── CredentialError         13   keys, certificates, tokens and roles that are refused
 
 Every message is one line and says what came, what is needed and what to do.
 """
@@ -85,6 +87,10 @@ class FederationError(FedPEFTError):
     exit_code = 9
 
 
+class QuorumError(FederationError):
+    """Too few of the asked clients answered in time; the round can be tried again."""
+
+
 class PrivacyError(FedPEFTError):
     """A privacy precondition is broken or the budget is spent."""
 
@@ -101,3 +107,9 @@ class MissingExtraError(FedPEFTError):
     """An optional package is needed and not installed."""
 
     exit_code = 12
+
+
+class CredentialError(FedPEFTError):
+    """A key, certificate, token or role is missing, expired, revoked or not sufficient."""
+
+    exit_code = 13

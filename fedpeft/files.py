@@ -35,8 +35,11 @@ def storage(path: Path) -> Iterator[None]:
         raise storage_error(path, error) from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Replace `path` by `content`; a crash leaves either the old file or the new one.
+
+    Args:
+        mode: the file's permissions; they never are wider, not even for a moment.
 
     Raises:
         StorageError: the disk is full or the folder can't be written.
@@ -48,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
+            os.chmod(name, mode)
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

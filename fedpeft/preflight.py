@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedpeft.config import RunConfig
+from fedpeft.config import ClientLevelPrivacy, RecordLevelPrivacy, RunConfig
 from fedpeft.data.layout import section_problems
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.evaluation.metrics import metrics_of
-from fedpeft.flower.strategies import strategy_problems
-from fedpeft.models.methods import METHODS
+from fedpeft.flower.strategies import RULES, strategy_problems
+from fedpeft.groups import group_problems
+from fedpeft.models.base import architecture_of
+from fedpeft.models.loftq import loftq_problem
+from fedpeft.models.methods import METHODS, base_refusal
 from fedpeft.models.options import peft_problems
+from fedpeft.privacy.rules import privacy_problems
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import space_options
-from fedpeft.stages import build_stages
+from fedpeft.stages import build_downlink, build_stages
+from fedpeft.training.dp_allowed import record_problems
 from fedpeft.training.optimizers import check_names
 from fedpeft.training.zeroth_rules import zeroth_problems
 
@@ -29,6 +34,10 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: space_options(run.space),
         lambda: _refuse(zeroth_problems(run)),
         lambda: build_stages(run),
+        lambda: build_downlink(run),
+        lambda: _refuse(group_problems(run)),
+        lambda: _refuse(privacy_problems(run)),
+        lambda: _refuse(_private_training_problems(run)),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
     )
     for check in checks:
@@ -40,6 +49,9 @@ def problems_of(run: RunConfig) -> list[str]:
             problems.append(str(error))
     clients = run.data.partitioner.clients
     problems.extend(_federation_problems(run, clients))
+    for place, group in enumerate(run.groups):  # what is wrong with a group and not with the run itself
+        own = problems_of(run.of_group(group))
+        problems.extend(f"groups.{place}: {problem}" for problem in own if problem not in problems)
     return problems
 
 
@@ -67,12 +79,25 @@ def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
         problems.append(
             "federation.over_selection: needs a virtual clock ([federation.clock]) to tell who answers first"
         )
+    rule = RULES.get(federation.strategy.kind)
+    if isinstance(run.privacy, ClientLevelPrivacy) and rule is not None and not rule.folds:
+        problems.append(
+            f"federation.strategy: {federation.strategy.kind} looks at single updates, and under"
+            " client-level privacy only their noised sum is released; use fedavg or another rule of the mean"
+        )
     if clients is None:
         return problems + strategy_problems(federation.strategy, cohort=10**9)
     try:
         return problems + strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
     except FedPEFTError as error:
         return [*problems, str(error)]
+
+
+def _private_training_problems(run: RunConfig) -> list[str]:
+    """What record-level privacy asks of the model, whose configuration is read for it."""
+    if not isinstance(run.privacy, RecordLevelPrivacy):
+        return []
+    return record_problems(run, architecture_of(run.model))
 
 
 def _base_problems(run: RunConfig) -> list[str]:
@@ -83,9 +108,12 @@ def _base_problems(run: RunConfig) -> list[str]:
     problems = []
     if run.training.gradient_checkpointing and not method.gradient_checkpointing:
         problems.append(f"training.gradient_checkpointing: {method.name} cannot train with it; remove it")
-    reason = method.refused_quantization.get(run.model.quantization)
+    reason = base_refusal(method, run.model.quantization)
     if reason is not None:
         problems.append(f"model.quantization: {method.name} on {run.model.quantization}: {reason}")
+    start = loftq_problem(method.name, run.peft.options, run.model.quantization)
+    if start is not None:
+        problems.append(start)
     return problems
 
 

@@ -54,6 +54,50 @@ class ClientOutcome(Record):
     virtual_s: float | None = None  # when its answer arrived on the virtual clock, from the round's start
 
 
+class Leg(Record):
+    """One direction of one round, as means over its transfers; sizes are bytes.
+
+    `stages` has the size of the values as they were ("plain") and after each stage, in order; `message` is
+    what went over the socket: values and header. On the way down `stages` is the step that the round made,
+    `message` the state that clients were sent before it: whole, or the steps that they lacked.
+    """
+
+    stages: tuple[tuple[str, float], ...]
+    message: float
+    distortion: float | None = None  # relative L2 of what lossy stages sent against what they were given
+    cosine: float | None = None  # between the same two
+
+
+SCALAR_QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+class Scalars(Record):
+    """The integers, other than zero, that the counted clients of a round sent in an exact seed space.
+
+    `quantiles` are at `SCALAR_QUANTILES`, in quanta. `negative` and `positive` count them by size: entry b
+    has those from 2**b up to 2**(b + 1); both are of one length.
+    """
+
+    count: int
+    quantiles: Annotated[tuple[float, ...], Field(min_length=7, max_length=7)]
+    negative: tuple[int, ...]
+    positive: tuple[int, ...]
+
+
+class Promise(Record):
+    """What a private run promises, as it is to be read beside its epsilon."""
+
+    kind: str
+    neighbours: str  # epsilon tells apart two of these at most
+    against: str  # whom it protects from
+    noise_multiplier: float
+    sample_rate: float  # 1: everybody takes part in everything
+    target_delta: float
+    max_epsilon: float
+    seeded: bool  # noise from the run's seed, which protects nobody: an experiment
+    measured: bool  # scores are published; without a test set of its own a private run has none to publish
+
+
 class Started(Record):
     """First row: what the run is."""
 
@@ -72,6 +116,7 @@ class Started(Record):
     labels: tuple[str, ...] = ()  # of a classifier, by class number
     primary_metric: str
     higher_is_better: dict[str, bool]  # for every metric of the run
+    privacy: Promise | None = None  # its clients' row counts are 0 then: they are private
     versions: dict[str, str]
 
 
@@ -83,8 +128,12 @@ class Round(Record):
     outcomes: tuple[ClientOutcome, ...] = ()
     train_loss: float | None = None  # weighted as the updates are
     state_norm_change: float | None = None  # L2 of the change applied to the global state
+    up: Leg | None = None  # clients to server
+    down: Leg | None = None  # server to clients
+    scalars: Scalars | None = None  # of an exact seed space
     evaluation: Evaluation | None = None
     virtual_s: float | None = None  # length of the round on the virtual clock
+    epsilon: float | None = None  # spent so far, this round included, by the account that spent most
     notes: tuple[str, ...] = ()
     wall_s: float = 0.0
 
@@ -110,6 +159,7 @@ class Finished(Record):
     bytes_up_per_client: float  # mean over clients that were asked at least once, all rounds
     bytes_down_per_client: float
     peak_rss_mib: float | None = None  # largest worker or parent process; a measurement, not reproducible
+    stopped: str = ""  # why it ended before its last round; empty: it didn't
     wall_s: float = 0.0
 
 

@@ -162,6 +162,10 @@ def _problem(detail: Mapping[str, Any]) -> str:
         return f"{where}: unknown key; remove it or check its spelling"
     if detail["type"] == "missing":
         return f"{where}: is needed and missing"
+    if detail["type"] == "union_tag_not_found":
+        return f"{where}.kind: is needed and missing"
+    if detail["type"] == "union_tag_invalid":
+        return f"{where}.kind: {detail['ctx']['tag']!r} came; use one of {detail['ctx']['expected_tags']}"
     if detail["type"] == "value_error":
         return f"{where}: {message}"
     return f"{where}: {message}, got {detail['input']!r}"
@@ -170,8 +174,10 @@ def _problem(detail: Mapping[str, Any]) -> str:
 def _locations(loc: Iterable[Any]) -> list[str]:
     """Location parts without the names of union members, which mean nothing to a reader."""
     noise = ("function-", "tuple[", "dict[", "constrained-", "str", "int", "float", "bool")
+    parts = list(loc)
+    tagged = parts[:1] == ["privacy"]  # pydantic puts the kind behind it
     return [
         str(part)
-        for part in loc
+        for part in (parts[:1] + parts[2:] if tagged else parts)
         if isinstance(part, int) or not str(part).startswith(noise) or part in ("strategy",)
     ]

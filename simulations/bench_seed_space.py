@@ -30,9 +30,10 @@ from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.jit_perturb import JustInTime
 from fedpeft.seedspace.layout import Stream, tensor_ids
 from fedpeft.seedspace.perturb import perturb
-from fedpeft.seedspace.scalar_codec import decode_amounts, encode_amounts
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
+from fedpeft.wire.codec import Envelope, decode, encode
+from fedpeft.wire.state_message import StateMessage, encode_state
 
 NUM_SEEDS, LOCAL_STEPS, CLIENTS = 4096, 200, 10
 TOKENS, SCALE = 128, 1e-3
@@ -239,8 +240,9 @@ def anonymous_bytes() -> int:
 
 
 def wire_bytes(clients: int) -> dict[str, object]:
-    """Serialised bytes of tau = 200 zeroth-order steps on a small language model, up and down.
+    """Serialised messages of tau = 200 zeroth-order steps on a small language model, up and down.
 
+    Down goes what the round changed; `whole_state_bytes` is what a late joiner gets, all seeds visited.
     `clients` of the ten really train; the others' scalars are theirs, reordered over seeds of their own.
     """
     rng = np.random.default_rng(1)
@@ -252,18 +254,39 @@ def wire_bytes(clients: int) -> dict[str, object]:
         visited = rng.choice(NUM_SEEDS, size=np.count_nonzero(scalars), replace=False)
         other[visited] = rng.permutation(scalars[scalars != 0])
         uploads.append(other)
-    payloads = [encode_amounts(upload) for upload in uploads]
-    down = encode_amounts(np.sum(uploads, axis=0))
+    payloads = [message(upload, f"client-{number:02d}") for number, upload in enumerate(uploads)]
+    change = message(np.rint(np.mean(uploads, axis=0)).astype(np.int64), "")
+    down = encode_state(StateMessage("cd" * 32, steps=(change,), keep=True))
     for payload, upload in zip(payloads, uploads, strict=True):
-        if not np.array_equal(decode_amounts(payload, NUM_SEEDS, 2**31), upload):
+        if not np.array_equal(decode(payload, who="a client").arrays["amounts"], upload):
             raise SystemExit("decoded scalars differ from those sent")
     return {
         "uplink_bytes": max(map(len, payloads)),
         "downlink_bytes": len(down),
+        "whole_state_bytes": len(message(np.rint(rng.normal(0, 40, NUM_SEEDS)).astype(np.int64), "")),
         "scalar_bits": round(float(np.log2(np.abs(uploads[0]).max())) + 1, 1),
         "clients_trained": clients,
         "wire_model": "stories260K" if STORIES.is_dir() else "random Llama",
     }
+
+
+def message(amounts: NDArray[np.int64], client: str) -> bytes:
+    """An update (or, without a client, a step of the state) as it travels, digests and all."""
+    metrics = {"loss": 2.5, "steps": 200.0, "examples": 200.0} if client else {}
+    state = {} if client else {"fingerprint": np.full(8, 2**31, dtype=np.int64)}
+    return encode(
+        Envelope(
+            {"amounts": amounts, **state},
+            "ab" * 32,
+            7,
+            "cd" * 32,
+            "seed-scalars",
+            client,
+            weight=200 if client else 0,
+            metrics=metrics,
+            base_digest="ef" * 32 if client else "",
+        )
+    )
 
 
 def local_amounts(client: int) -> NDArray[np.int64]:

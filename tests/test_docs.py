@@ -14,7 +14,7 @@ import typer
 from fedpeft.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/flower.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/federation.md", "docs/flower.md", "docs/threat-model.md")
 FENCE = re.compile(r"^```([a-z]*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 WRITTEN_BY_A_RUN = ("runs/", ".venv/")
@@ -87,6 +87,8 @@ def unknown_parts(words: list[str]) -> list[str]:
         command = known[words[0]]
     else:
         return [words[0]]
+    while isinstance(nested := getattr(command, "commands", None), dict) and words[1:] and words[1] in nested:
+        command, words = nested[words[1]], words[1:]
     options = {"--help"} | {
         option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)
     }
@@ -117,5 +119,5 @@ def test_the_readers_find_what_they_look_for() -> None:
 def test_help_lists_every_public_target() -> None:
     makefile = text_of("Makefile")
     public = set(re.findall(r"^([a-z-]+):.*  ## ", makefile, re.MULTILINE))
-    expected = "help setup check test test-fast protos demo bench lock clean"
+    expected = "help setup check test test-fast federation fuzz exhaustive protos demo bench lock clean"
     assert public == set(expected.split())

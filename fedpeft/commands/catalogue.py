@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fedpeft.evaluation.metrics import METRICS, TASKS
 from fedpeft.flower.strategies import RULES
 from fedpeft.models.methods import METHODS, Method
+from fedpeft.privacy.kinds import KINDS
 from fedpeft.stages import STAGES
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 
@@ -59,6 +60,8 @@ QUANTIZATION = {
     "int8": "8-bit weights (LLM.int8, Dettmers et al. 2022), extra quant",
     "nf4": "4-bit normal floats, double quantisation (QLoRA, Dettmers et al. 2023), extra quant",
     "fp4": "4-bit floats, double quantisation, extra quant",
+    "rtn8": "8-bit integers, one scale per row or model.group_size columns, rounded to nearest",
+    "rtn4": "4-bit integers, the same; scales can be trained (peft.method 'peqa')",
 }
 SAMPLING = {
     "all": "every client, every round",
@@ -87,6 +90,9 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
             for name, rule in RULES.items()
         ),
         "federation.sampling": _entries(SAMPLING),
+        "privacy": tuple(
+            Entry(name, kind.summary, () if kind.joint else ("per client",)) for name, kind in KINDS.items()
+        ),
         "evaluation.metrics": tuple(
             Entry(
                 name,

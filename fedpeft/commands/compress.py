@@ -9,27 +9,46 @@ LoRA's factor A starts at random, and its start is then part of what is thinned 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from fedpeft import __version__
-from fedpeft.codec import Distortion, Expert, compress_named, dense_named, distortion, write_expert
+from fedpeft.codec import Distortion, Encoded, Expert, compress_named, dense_named, distortion, write_expert
 from fedpeft.codec.expert_file import SUFFIX
-from fedpeft.commands.experts import Adapter, delta_of, read_adapter, write_folder
+from fedpeft.commands.experts import Adapter, delta_of, moved, read_adapter, write_folder
 from fedpeft.commands.export import check_out
+from fedpeft.commands.held_out import AdapterScores, held_out_run
+from fedpeft.commands.runs import adapter_and_run
 from fedpeft.errors import StateError, UsageError
 from fedpeft.files import folder_atomically, storage
 from fedpeft.options import build_option
 from fedpeft.reporting.text import byte_size
 from fedpeft.stages import STAGES, StageContext
-from fedpeft.update import arrays_digest
+from fedpeft.stages.alpha_search import SEARCH, searched
+from fedpeft.stages.compeft import Compeft
+from fedpeft.update import Arrays, Update, arrays_digest
 
 _HERE = StageContext(seed=0, round=1, client="expert")
 
 
 def compress_command(
-    adapter: Path, out: Path, *, density: float, scale: str, alpha: float | None, raw: bool, force: bool
+    adapter: Path,
+    out: Path,
+    *,
+    density: float,
+    scale: str,
+    alpha: str | None,
+    raw: bool,
+    force: bool,
+    run_file: Path | None = None,
 ) -> None:
     """Write an adapter's change as signs and scales to a `.fpz` file, and print what that costs.
+
+    Args:
+        alpha: a number, or "search" for the one that serves the held-out rows of the adapter's run best.
+        run_file: that run, where it is not beside the adapter.
 
     Raises:
         UsageError: `out` is no `.fpz` name, or options out of range.
@@ -37,8 +56,10 @@ def compress_command(
         FedPEFTError: the adapter or its run cannot be read.
     """
     _check_file(out, force=force)
-    options = {"density": density, "scale": scale} | ({} if alpha is None else {"alpha": alpha})
-    stage = build_option("compress", STAGES, "compeft", options)
+    options: dict[str, Any] = {"density": density, "scale": scale} | (
+        {} if alpha is None else {"alpha": _number(alpha)}
+    )
+    stage: Compeft = build_option("compress", STAGES, "compeft", options)
     source = read_adapter(adapter)
     if raw:
         source = Adapter(source.config, source.weights)
@@ -46,6 +67,11 @@ def compress_command(
     tensors = compress_named(
         delta, lambda name, array: stage.compress(name, array, _HERE), lambda name: delta[name].size > 0
     )
+    if stage.alpha == SEARCH:
+        found = _searched(adapter, run_file, source, tensors)
+        tensors = cast(dict[str, Encoded], dict(found.encoded))
+        options |= {"alpha": found.metrics["alpha"]}
+        print(f"alpha       {options['alpha']:g}, chosen on the clients' held-out rows")
     metadata = {
         "fedpeft": __version__,
         "base_digest": _base_of(source),
@@ -82,6 +108,26 @@ def decompress_command(path: Path, out: Path, *, init: Path | None, force: bool)
     with folder_atomically(out) as fresh:
         write_folder(fresh, source.config, source.weights)
     print(f"adapter  {out}\nweights  {arrays_digest(source.weights)}")
+
+
+def _searched(
+    adapter: Path, run_file: Path | None, source: Adapter, tensors: Mapping[str, Encoded]
+) -> Update:
+    """The tensors with the scale that serves the held-out rows of the adapter's run best."""
+    scores = AdapterScores(held_out_run(adapter_and_run(adapter, run_file, ())[1]), source.config)
+
+    def loss(delta: Arrays) -> float:
+        return scores.of(moved(source.initial, delta))["loss"]
+
+    context = replace(_HERE, client=str(adapter), held_out_loss=loss)
+    return searched(Update({}, encoded=tensors), Update(delta_of(source)), context)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # the stage says what it takes
 
 
 def _base_of(source: Adapter) -> str:

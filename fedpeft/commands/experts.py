@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,25 @@ def _first_checkpoint(folder: Path, run: RunConfig) -> Mapping[str, NDArray[Any]
     return read_checkpoint(path, run_digest(run)).state
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """A start, and the state that its first checkpoint keeps: told apart by text and fingerprint."""
+
+    start: str
+    fingerprint: str
+    state: Mapping[str, NDArray[Any]] | None = field(compare=False)
+
+
 def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> tuple[Start, Weights]:
     """The untrained adapter by the names of its file, in `state` if given; and `start` with both digests."""
+    plain = start.model_copy(update={"digest": "", "base_digest": ""})
+    made, initial = _drawn_once(_Origin(plain.model_dump_json(), arrays_digest(state or {}), state))
+    return start.model_copy(update={"digest": made.digest, "base_digest": made.base_digest}), dict(initial)
+
+
+@functools.lru_cache(maxsize=2)  # adapters that are merged began at one place: the base is loaded once
+def _drawn_once(origin: _Origin) -> tuple[Start, Weights]:
+    start, state = Start.model_validate_json(origin.start), origin.state
     base = load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
     model = attach(base, start.peft, task=start.model.task, seed=derive_seed(start.seed, "adapter"))
     if state is not None:

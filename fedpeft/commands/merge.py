@@ -7,23 +7,20 @@ the same one. Where that is not so, or not known, they act on the weights themse
 from __future__ import annotations
 
 import itertools
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.commands.evaluate import evaluate_adapter
 from fedpeft.commands.experts import Adapter, Weights, delta_of, moved, read_adapter, write_folder
 from fedpeft.commands.export import check_out
+from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.config import RunConfig
 from fedpeft.errors import ModelError, UsageError
-from fedpeft.evaluation.metrics import METRICS as SCORES
 from fedpeft.files import folder_atomically, storage
 from fedpeft.merging import AdapterStack, Merger, adapter_stack, best_on_held_out, merger_named
 from fedpeft.runfile import load_run
-from fedpeft.simulation.engine import run_metrics
 
 LAM = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {  # what --select tries, per method
@@ -121,23 +118,8 @@ def _selected(
     grid = {name: values for name, values in GRIDS[method].items() if name not in given}
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     candidates = [_merger(method, {**given, **point}) for point in points]
-    return best_on_held_out(stack, candidates, _score(run, like, initial))
-
-
-def _score(
-    run: RunConfig, like: Adapter, initial: Weights | None
-) -> Callable[[Mapping[str, NDArray[np.float32]]], float]:
-    """The run's first metric on its clients' held-out rows: its test set must not choose anything."""
-    heldout = run.model_copy(update={"data": run.data.model_copy(update={"test": None})})
-    metric = run_metrics(run)[0]
-    sign = 1.0 if SCORES[metric].higher_is_better else -1.0
-
-    def score(delta: Mapping[str, NDArray[np.float32]]) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), like.config, moved(initial, delta))
-            return sign * evaluate_adapter(heldout, Path(folder)).scores[metric].value
-
-    return score
+    scores = AdapterScores(held_out_run(run), like.config)
+    return best_on_held_out(stack, candidates, lambda delta: scores.gain(moved(initial, delta)))
 
 
 def _merger(method: str, options: Mapping[str, float]) -> Merger:

@@ -92,6 +92,7 @@ class Encoded:
             counts.
         labels: int64[N] class ids for classifiers; None for language models.
         answers: the answers as text, uncut, for metrics that compare text; None without answers.
+        users: int64[N], equal for rows of one person; None where nobody asked whose they are.
     """
 
     input_ids: NDArray[np.int32]
@@ -99,6 +100,7 @@ class Encoded:
     answer_start: NDArray[np.int32]
     labels: NDArray[np.int64] | None = None
     answers: Texts | None = None
+    users: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -129,4 +131,5 @@ class Encoded:
             answer_start=self.answer_start[indices],
             labels=None if self.labels is None else self.labels[indices],
             answers=None if self.answers is None else self.answers.take(indices),
+            users=None if self.users is None else self.users[indices],
         )

@@ -91,7 +91,8 @@ def encode(raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: 
     clients = tuple(_keep(client, useful) for client in raw.clients)
     cut, dropped = tokenized.cut, int(np.sum(~useful))
     if raw.test is None:
-        test = tokenized.rows.take(np.concatenate([client.heldout for client in clients]))
+        held = [client.heldout for client in clients] or [np.zeros(0, dtype=np.int64)]
+        test = tokenized.rows.take(np.concatenate(held))
     else:
         tested = tokenize(raw.test, tokenizer, section.max_length)
         useful = _useful(tested.rows, task)

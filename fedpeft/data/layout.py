@@ -22,7 +22,8 @@ def make_layout(section: DataSection, task: Task) -> Layout:
     """
     prompt, answer = _templates(section, task)
     by = section.partitioner.by if section.partitioner.kind in BY_COLUMN else None
-    return Layout(prompt, answer, section.label if task == "sequence-classification" else None, by)
+    label = section.label if task == "sequence-classification" else None
+    return Layout(prompt, answer, label, by, section.user)
 
 
 def _templates(section: DataSection, task: Task) -> tuple[Template, Template | None]:

@@ -45,12 +45,14 @@ class Layout:
         answer: what the loss is on; None for plain text and for classifiers.
         label: field of a classifier's label; None for language models.
         by: field that tells clients or classes apart for the partitioner; None where it needs none.
+        user: field that tells persons apart; None where nobody asks.
     """
 
     prompt: Template
     answer: Template | None = None
     label: str | None = None
     by: str | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,15 @@ class Selection:
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows as text; `answers` is None for plain text, `labels` (int64[N]) for language models."""
+    """Rows as text; `answers` is None for plain text, `labels` (int64[N]) for language models.
+
+    `users` (int64[N]) is equal for rows of one person; None where the run doesn't tell persons apart.
+    """
 
     prompts: Texts
     answers: Texts | None
     labels: NDArray[np.int64] | None
+    users: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -89,6 +95,7 @@ class RowSet:
             self.prompts.take(indices),
             None if self.answers is None else self.answers.take(indices),
             None if self.labels is None else self.labels[indices],
+            None if self.users is None else self.users[indices],
         )
 
 
@@ -100,6 +107,7 @@ class Collected:
     answers: TextsBuilder = field(default_factory=TextsBuilder)
     labels: list[str | int] = field(default_factory=list)
     by: list[str | int] = field(default_factory=list)
+    users: list[str] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
 
 
@@ -135,6 +143,8 @@ def collect(
             out.labels.append(label if labels is None else labels.class_id(label, layout.label, record.where))
         if layout.by is not None:
             out.by.append(plain_value(record.fields.get(layout.by), layout.by, record.where))
+        if layout.user is not None:
+            out.users.append(str(plain_value(record.fields.get(layout.user), layout.user, record.where)))
     return out
 
 
@@ -144,7 +154,13 @@ def row_set(collected: Collected, layout: Layout, class_ids: Sequence[int] | Non
         prompts=collected.prompts.build(),
         answers=None if layout.answer is None else collected.answers.build(),
         labels=None if class_ids is None else np.array(class_ids, dtype=np.int64),
+        users=None if layout.user is None else _numbered(collected.users),
     )
+
+
+def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
+    """Equal numbers for equal names, int64[N]."""
+    return np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def select(records: Iterable[Record], selection: Selection) -> Iterator[Record]:

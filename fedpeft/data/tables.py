@@ -115,6 +115,25 @@ def read_client_table(section: DataSection, path: Path, task: Task, seed: int, n
     return _split(training, everything, None, section.heldout, seed)
 
 
+def read_test_table(section: DataSection, task: Task) -> RawFederated:
+    """The global test set alone, for a server whose clients hold their rows elsewhere; without one, no rows.
+
+    Raises:
+        DataError: as `read_tables`; also a classifier's run without `data.labels`.
+    """
+    if task == "sequence-classification" and section.labels is None:
+        raise DataError(
+            "data.labels is not set, and the server sees no client's rows; list them in order in the run file"
+        )
+    _refuse_problems(section, task)
+    layout = make_layout(section, task)
+    labels = None if layout.label is None or section.labels is None else label_map(section.labels)
+    nobody = row_set(Collected(), layout, None if labels is None else [])
+    named = section.test is not None and section.test != EMBEDDED
+    test = _test_rows(section, task, find_parts(section.test), labels) if named and section.test else None
+    return RawFederated(nobody, (), test, labels.names if labels else (), 0, 0)
+
+
 def _refuse_problems(section: DataSection, task: Task) -> None:
     problems = section_problems(section, task)
     if problems:
@@ -134,7 +153,7 @@ def _training_rows(section: DataSection, task: Task, parts: Sequence[Part]) -> _
 
 
 def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: LabelMap | None) -> RowSet:
-    layout = replace(make_layout(section, task), by=None)
+    layout = replace(make_layout(section, task), by=None, user=None)  # nobody trains on these rows
     collected = collect(read_parts(parts), layout, Selection.of_test(section), labels)
     rows = row_set(collected, layout, None if labels is None else [int(label) for label in collected.labels])
     if len(rows) == 0:

@@ -77,6 +77,7 @@ def tokenize(rows: RowSet, tokenizer: Tokenizer, max_length: int) -> Tokenized:
         answer_start=np.array(starts, dtype=np.int32),
         labels=rows.labels,
         answers=rows.answers,
+        users=rows.users,
     )
     return Tokenized(encoded, cut)
 

@@ -1,8 +1,9 @@
-"""The `ClientApp`: one for every engine."""
+"""The `ClientApp`: one for every engine, and the same behind a door that simulated noise does not pass."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,16 +11,27 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
+from fedpeft.data.federated import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
+from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.replica import WHO, Replica, caught_up
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
+from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.resident import Resident, resident_for
 from fedpeft.runfile import run_from_json
 from fedpeft.stages import StageContext, on_client, stage_list
-from fedpeft.update import Arrays, arrays_digest
+from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, decode, encode
+from fedpeft.wire.state_message import decode_state
 
 app = ClientApp()
+deployed_app = ClientApp()  # what runs outside a simulation
+
+_REPLICA = "replica"  # record of a client's state: the global state that it holds
+_MOST_REPLICAS = 8
+_REPLICAS: dict[tuple[str, str], Replica] = {}  # a cache by run and client, for grids that keep no record
 
 
 @app.query("hello")
@@ -30,7 +42,7 @@ def hello(message: Message, context: Context) -> Message:
         task = read_task(message)
         resident = _resident(task)
         client = resident.data.clients[_partition(context, resident)]
-        return hello_reply(Hello(client.name, len(client.train), resident.base_digest), message)
+        return hello_reply(Hello(client.name, _told_rows(resident, client), resident.base_digest), message)
     except FedPEFTError as error:
         return error_reply(error, message)
 
@@ -47,15 +59,46 @@ def train(message: Message, context: Context) -> Message:
         return error_reply(error, message)
 
 
+@deployed_app.query("hello")
+def deployed_hello(message: Message, context: Context) -> Message:
+    """As `hello`, unless the run's noise comes from its seed."""
+    return _refusal(message) or hello(message, context)
+
+
+@deployed_app.train()
+def deployed_train(message: Message, context: Context) -> Message:
+    """As `train`, unless the run's noise comes from its seed."""
+    return _refusal(message) or train(message, context)
+
+
+def _refusal(message: Message) -> Message | None:
+    """A client's own answer to a run whose noise everybody can recompute, whatever its server thinks."""
+    ensure_identity()
+    try:
+        task = read_task(message)
+        refuse_seeded(run_from_json(task.run_json) if task.run_json else _resident(task).run)
+    except FedPEFTError as error:
+        return error_reply(error, message)
+    return None
+
+
+def _told_rows(resident: Resident, client: ClientRows) -> int:
+    """The client's number of rows; 0 where privacy hides it from the server."""
+    hidden = isinstance(resident.run.privacy, RecordLevelPrivacy | LocalPrivacy)
+    return 0 if hidden else len(client.train)
+
+
 def _train(task: Task, resident: Resident, index: int, context: Context) -> bytes:
-    state, digest = _state(task.state, task.run_digest)
-    update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu)
+    state, digest = _current_state(task, resident, index, context)
+    memory = _memory(context)
+    update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu, memory=memory)
     name = resident.data.clients[index].name
     stage_context = StageContext(
         seed=resident.run.run.seed,
         round=task.round,
         client=name,
-        memory=_memory(context),
+        memory=memory,
+        held_out_loss=_held_out_loss(resident, index, state),
     )
     update = on_client(resident.stages, update, stage_context)
     _remember(context, dict(stage_context.memory))
@@ -94,15 +137,57 @@ def _partition(context: Context, resident: Resident) -> int:
     return index
 
 
+def _held_out_loss(resident: Resident, index: int, state: Arrays) -> Callable[[Arrays], float] | None:
+    """How stages may ask the client's held-out rows; None where it has none."""
+    if not len(resident.data.clients[index].heldout):
+        return None
+    return functools.partial(resident.held_out_loss, index, state)
+
+
+def _current_state(task: Task, resident: Resident, index: int, context: Context) -> tuple[Arrays, str]:
+    """The round's state and its fingerprint; where states travel in steps, from the one that is held here."""
+    steps = steps_of(resident.run, task.run_digest, resident.space)
+    if steps is None:
+        return _state(task.state, task.run_digest, resident.base_digest)
+    message = decode_state(task.state, who=WHO)
+    if message.whole and not message.keep:
+        return _state(message.whole, task.run_digest, resident.base_digest)
+    holder = (task.run_digest, resident.data.clients[index].name)
+    replica = caught_up(message, _replica(context) or _REPLICAS.get(holder), steps)
+    context.state[_REPLICA] = ArrayRecord({name: Array(array) for name, array in replica.arrays.items()})
+    _hold(holder, replica)
+    return replica.arrays, replica.digest
+
+
+def _hold(holder: tuple[str, str], replica: Replica) -> None:
+    _REPLICAS.pop(holder, None)
+    _REPLICAS[holder] = replica
+    while len(_REPLICAS) > _MOST_REPLICAS:
+        del _REPLICAS[next(iter(_REPLICAS))]
+
+
+def _replica(context: Context) -> Replica | None:
+    record = context.state.array_records.get(_REPLICA)
+    if record is None:
+        return None
+    arrays = frozen_arrays({name: array.numpy() for name, array in record.items()})
+    return Replica(arrays_digest(arrays), arrays)
+
+
 @functools.lru_cache(maxsize=2)
-def _state(payload: bytes, run_digest: str) -> tuple[Arrays, str]:
+def _state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
     """Decode a round's state and check its fingerprint: once per process and round, not once per client."""
-    envelope = decode(payload, who="the server's state")
+    envelope = decode(payload, who=WHO)
     digest = arrays_digest(envelope.arrays)
     if digest != envelope.state_digest or envelope.run_digest != run_digest:
         raise FederationError(
             f"the state that came has fingerprint {digest[:12]}, announced was {envelope.state_digest[:12]};"
             " nothing was trained"
+        )
+    if envelope.base_digest and envelope.base_digest != base_digest:
+        raise FederationError(
+            f"the base model here has digest {base_digest[:12]}, the run's has {envelope.base_digest[:12]}:"
+            " other files, another quantisation or another version of its library; nothing was trained"
         )
     return envelope.arrays, digest
 

@@ -3,56 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from fedpeft.clock import VirtualClock
-from fedpeft.config import RunConfig
+from fedpeft.config import ClientLevelPrivacy, RunConfig
+from fedpeft.errors import PrivacyError
 from fedpeft.flower.roster import Roster
+from fedpeft.ledger import Cohort
+from fedpeft.privacy.central import poisson_cohort, sample_rate_of
+from fedpeft.privacy.noise import NoiseSource
 from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome
 from fedpeft.sampling import cohort_size, sample_cohort
 from fedpeft.training.steps import examples_per_round
 
 
-@dataclass(frozen=True)
-class Cohort:
-    """One round's clients.
-
-    Attributes:
-        asked: everyone who was sampled.
-        working: those whose answer will count, with their arrival in virtual seconds (0 without a clock).
-        lost: outcomes of the others: vanished, or later than the deadline or the quickest of an over-selected
-            cohort.
-        virtual_s: when the round closes on the virtual clock; None without one.
-    """
-
-    asked: tuple[str, ...]
-    working: Mapping[str, float]
-    lost: tuple[ClientOutcome, ...] = ()
-    virtual_s: float | None = None
-
-
-def draw_cohort(run: RunConfig, roster: Roster, round_: int, *, bytes_down: int, bytes_up: int) -> Cohort:
+def draw_cohort(
+    run: RunConfig,
+    roster: Roster,
+    round_: int,
+    *,
+    bytes_down: Callable[[str], int],
+    bytes_up: int,
+    coins: NoiseSource | None = None,
+) -> Cohort:
     """Sample a round's cohort from the run's seed; with a virtual clock, decide who answers in time.
 
-    Late clients don't train: nothing of what they would compute is used. `bytes_up` is what an update is
-    expected to weigh, since its true size is known only after training.
+    Late clients don't train: nothing of what they would compute is used. `bytes_down` says what each client
+    is sent, by name; `bytes_up` is what an update is expected to weigh, since its true size is known only
+    after training.
+
+    Args:
+        coins: secret ones, for client-level privacy: each client is asked by its own, and the run's seed has
+            no part in it.
     """
     federation, seed, names = run.federation, run.run.seed, roster.names
     rng = stream(seed, "cohort", round_)
     if federation.clock is None:
-        asked = sample_cohort(federation.sampling, names, len(names), rng, 0.0)
+        asked = (
+            sample_cohort(federation.sampling, names, len(names), rng, 0.0)
+            if coins is None
+            else _secretly(run, coins, names)
+        )
         return Cohort(tuple(asked), dict.fromkeys(asked, 0.0))
     clock = VirtualClock(federation.clock, seed)
     present = [name for name in names if clock.available(name, round_)]
-    asked = sample_cohort(federation.sampling, present, len(names), rng, federation.over_selection)
+    if coins is None:
+        asked = sample_cohort(federation.sampling, present, len(names), rng, federation.over_selection)
+    else:
+        asked = sorted(set(_secretly(run, coins, names)) & set(present))
     arrivals = {}
     for name in asked:
-        examples = examples_per_round(run.training, roster.members[name].examples)
-        fate = clock.fate(name, round_, examples=examples, bytes_down=bytes_down, bytes_up=bytes_up)
+        examples = examples_per_round(run.of_client(name).training, roster.members[name].examples)
+        fate = clock.fate(name, round_, examples=examples, bytes_down=bytes_down(name), bytes_up=bytes_up)
         arrivals[name] = fate.arrives_s
     return _close(run, len(names), tuple(asked), arrivals)
+
+
+def _secretly(run: RunConfig, coins: NoiseSource, names: list[str]) -> list[str]:
+    """A Poisson cohort at the rate that the accountant is told.
+
+    Raises:
+        PrivacyError: the run is not private at client level, or claims no sound rate.
+    """
+    if not isinstance(run.privacy, ClientLevelPrivacy):
+        raise PrivacyError("a secret cohort was asked for and the run has no client-level [privacy]")
+    return poisson_cohort(coins, names, sample_rate_of(run.federation, max_weight=run.privacy.max_weight))
 
 
 def _close(run: RunConfig, total: int, asked: tuple[str, ...], arrivals: Mapping[str, float]) -> Cohort:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fedpeft.flower.execute import Call, named_app
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import ERROR_CODE
-from fedpeft.workers import Shared, Workers, result_of
+from fedpeft.workers import AHEAD, Job, Shared, Workers
 
 CLIENT_APP = "fedpeft.flower.client_app:app"
 
@@ -24,9 +22,9 @@ CLIENT_APP = "fedpeft.flower.client_app:app"
 class LocalGrid(Grid):
     """Nodes 1 to N stand for clients 0 to N - 1.
 
-    Messages wait in a queue; `pull_messages` keeps as many in flight as there are workers (and one more, so
-    that none idles), and blocks until at least one reply is there. So memory holds replies in flight, never a
-    whole cohort. One content object that several messages share is sent to each worker once.
+    Messages wait in a queue; `pull_messages` keeps a few in flight for each worker, so that none idles, and
+    blocks until at least one reply is there. So memory holds replies in flight, never a whole cohort. One
+    content object that several messages share is sent to each worker once.
 
     Args:
         clients: N.
@@ -40,7 +38,7 @@ class LocalGrid(Grid):
         self._workers = workers
         self._app = client_app
         self._queue: deque[tuple[str, Message]] = deque()
-        self._running: dict[Future[Any], tuple[str, Message]] = {}
+        self._running: dict[Job[Any], tuple[str, Message]] = {}
         self._shared: tuple[RecordDict, Shared] | None = None
         self._count = 0
         self.states: dict[int, RecordDict] = {}  # what clients remember between rounds, by node
@@ -83,11 +81,10 @@ class LocalGrid(Grid):
         self._fill()
         if not self._running:
             return []
-        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
         replies = []
-        for future in done:
-            message_id, message = self._running.pop(future)
-            reply = self._reply(future, message)
+        for job in self._workers.wait(self._running):
+            message_id, message = self._running.pop(job)
+            reply = self._reply(job, message)
             if message_id in wanted:
                 replies.append(reply)
         if self._workers.width > 1:  # keep the processes busy while the caller folds
@@ -126,18 +123,18 @@ class LocalGrid(Grid):
         self.states = {node: RecordDict({"memory": ArrayRecord(arrays)}) for node, arrays in by_node.items()}
 
     def _fill(self) -> None:
-        while self._queue and len(self._running) <= self._workers.width:
+        while self._queue and len(self._running) < AHEAD * self._workers.width:
             message_id, message = self._queue.popleft()
             node = message.metadata.dst_node_id
-            future = self._workers.submit(
+            job = self._workers.submit(
                 _execute,
                 self._app,
                 (node, self._clients, message.metadata.message_type, message.metadata.group_id),
                 self._share(message.content),
                 self.states.get(node),
             )
-            self._running[future] = (message_id, message)
-            if future.done():  # an inline worker: hand the reply over before the next client starts
+            self._running[job] = (message_id, message)
+            if job.done:  # an inline worker: hand the reply over before the next client starts
                 return
 
     def _share(self, content: RecordDict) -> Shared:
@@ -145,8 +142,8 @@ class LocalGrid(Grid):
             self._shared = (content, self._workers.share(content))
         return self._shared[1]
 
-    def _reply(self, future: Future[Any], message: Message) -> Message:
-        content, state = result_of(future)
+    def _reply(self, job: Job[Any], message: Message) -> Message:
+        content, state = job.result()
         if state is not None:
             self.states[message.metadata.dst_node_id] = state
         if isinstance(content, str):
@@ -158,27 +155,9 @@ def _execute(
     app: str, address: Sequence[Any], content: Shared, state: RecordDict | None
 ) -> tuple[RecordDict | str, RecordDict | None]:
     """Run one client function; its reply's content (an error as text) and the client's state, if any."""
-    ensure_identity()
     node, clients, message_type, group = address
-    message = Message(content.get(), node, message_type, group_id=group)
-    context = Context(
-        run_id=1,
-        node_id=node,
-        node_config={"partition-id": node - 1, "num-partitions": clients},
-        state=state if state is not None else RecordDict(),
-        run_config={},
-    )
-    try:
-        reply = _client_app(app)(message, context)
-    except Exception as error:  # whatever a client does, the round goes on
-        return f"{type(error).__name__}: {error}", None
-    kept = context.state if len(context.state) else None
-    return (reply.error.reason or "" if reply.has_error() else reply.content), kept
-
-
-def _client_app(name: str) -> ClientApp:
-    module, _, attribute = name.partition(":")
-    app = getattr(importlib.import_module(module), attribute)
-    if not isinstance(app, ClientApp):
-        raise TypeError(f"{name} is {type(app).__name__}, a ClientApp is needed")
-    return app
+    config: UserConfig = {"partition-id": node - 1, "num-partitions": clients}
+    remembered = RecordDict() if state is None else state
+    reply = Call(content.get(), message_type, group, node, config).answer(named_app(app), remembered)
+    kept = None if isinstance(reply, str) or not len(remembered) else remembered
+    return reply, kept

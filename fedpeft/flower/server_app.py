@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
+from fedpeft.flower.private_rounds import BudgetStore
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.round_loop import (
     ClientMemory,
@@ -22,10 +23,12 @@ from fedpeft.flower.round_loop import (
     run_rounds,
 )
 from fedpeft.flower.tasks import Task
+from fedpeft.groups import refuse_unknown
 from fedpeft.ledger import Checkpoint
 from fedpeft.records import Evaluation
 from fedpeft.resident import Resident
 from fedpeft.runfile import run_json
+from fedpeft.stages import build_downlink
 from fedpeft.update import Arrays
 
 RUN_FILE_KEY, OUT_KEY = "fedpeft.run-file", "fedpeft.out"  # in the app's configuration
@@ -38,7 +41,8 @@ class Server:
     Attributes:
         evaluate: the global state's evaluation, in this process or its workers.
         step: told which set-up step begins.
-        ready: called once all clients have answered the roll call.
+        ready: told who takes part, once the roll call is over.
+        budget: where a private run's ledger lies.
     """
 
     resident: Resident
@@ -46,7 +50,8 @@ class Server:
     observer: Observer
     evaluate: Callable[[Arrays], Evaluation | None]
     step: Callable[[str], None]
-    ready: Callable[[], None]
+    ready: Callable[[Roster], None]
+    budget: BudgetStore | None = None
 
 
 def hold_rounds(
@@ -55,6 +60,7 @@ def hold_rounds(
     last: Checkpoint | None,
     memory: ClientMemory | None = None,
     timeout_s: float | None = None,
+    gather: Callable[[Task], Roster] | None = None,
 ) -> Checkpoint:
     """Call the roll, then hold all rounds after `last` (None: from the start); the final checkpoint.
 
@@ -62,6 +68,7 @@ def hold_rounds(
         memory: of a grid whose clients work in this process or forks of it. Without one the run file travels
             with every task, since other processes than ours must load the run themselves.
         timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
+        gather: how the roll is called; None: every client whose rows the server has must answer.
 
     Raises:
         FederationError: a client is missing, or holds another base model than the server.
@@ -70,8 +77,10 @@ def hold_rounds(
     resident = server.resident
     text = run_json(resident.run) if memory is None else ""
     server.step("roll call")
-    roster = _roster(resident, grid, text)
-    server.ready()
+    task = Task(resident.run_digest, 0, b"", text)
+    roster = gather(task) if gather is not None else _everyone(resident, grid, task)
+    refuse_unknown(resident.run, roster.members)
+    server.ready(roster)
     federation = Federation(
         run=resident.run,
         digest=resident.run_digest,
@@ -85,21 +94,32 @@ def hold_rounds(
         run_json=text,
         timeout_s=timeout_s,
         memory=memory,
+        downlink=build_downlink(resident.run),
+        budget=server.budget,
     )
     start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
     return run_rounds(federation, start)
 
 
-def _roster(resident: Resident, grid: Grid, text: str) -> Roster:
+def _everyone(resident: Resident, grid: Grid, task: Task) -> Roster:
     clients = len(resident.data.clients)
-    roster = roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=clients)
+    roster = roll_call(grid, task, expected=clients)
     if len(roster.members) < clients:
         raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
+    check_base(roster, resident)
+    return roster
+
+
+def check_base(roster: Roster, resident: Resident) -> None:
+    """Refuse clients whose base model is not the server's.
+
+    Raises:
+        FederationError: it differs.
+    """
     if roster.base_digest != resident.base_digest:
         raise FederationError(
             "the clients hold another base model than the server; all need the same files and versions"
         )
-    return roster
 
 
 @dataclass(frozen=True)

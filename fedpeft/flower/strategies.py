@@ -5,14 +5,16 @@ the strategy at zero: `configure_train` is told that the current arrays are zero
 what `aggregate_train` returns is the change to apply. This equals the strategy's own arithmetic on weights up
 to float rounding.
 
-Rules of the mean type get one reply, the exact mean of all (`ExactSum`), and need memory for one update; the
-others get every reply, sorted by client and copied, since several of them empty the records they are given.
+Rules of the mean type get one reply, the exact mean of all (`ExactSum`), and need memory for one update. They
+act on each entry by itself, so that reply is one long array. The others get every reply, sorted by client and
+copied, since several of them empty the records they are given.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,11 +30,13 @@ from fedpeft.config import RunConfig, StrategySection
 from fedpeft.errors import FederationError, RunFileError
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.options import unknown_name
+from fedpeft.packed import PackedArrays, Packing, packable
 from fedpeft.update import Arrays, Layout, Update
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # strategies log every call at INFO
 
 _LOSS_KEY = "train_loss"  # QFedAvg's default name for it
+_ALL = "update"  # the name of the one array that rules of the mean type are given
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ class Aggregator(Protocol):
         """
         ...
 
-    def close(self) -> dict[str, NDArray[np.float64]]:
+    def close(self) -> Arrays:
         """The change to apply, float64.
 
         Raises:
@@ -174,7 +178,7 @@ class StrategyRunner:
         self.rule = RULES[section.kind]
         self._options = section.options
         self._name = section.kind
-        self.layout = layout
+        self.layout: Layout = Packing(layout) if packable(layout) else layout
         self._quantum = run.federation.quantum_exponent
         self._strategy = self.rule.build(
             min_train_nodes=0, min_evaluate_nodes=0, min_available_nodes=0, **section.options
@@ -184,6 +188,18 @@ class StrategyRunner:
         """Start a round in which at most `capacity` updates will be counted."""
         exact = ExactSum(self.layout, quantum_exponent=self._quantum, capacity=capacity)
         return _Folding(self, round_, exact) if self.rule.folds else _Gathering(self, round_, exact)
+
+    @property
+    def _shown(self) -> Layout:
+        """The arrays that the strategy sees."""
+        if not self.rule.folds:
+            return self.layout
+        return {_ALL: ((sum(math.prod(shape) for shape, _ in self.layout.values()),), "<f8")}
+
+    def aggregate_mean(self, round_: int, mean: PackedArrays, weight: int) -> Arrays:
+        """Call a rule of the mean type with the one reply that it needs."""
+        result = self.aggregate(round_, [({_ALL: mean.flat}, weight, 0.0)])
+        return PackedArrays(result[_ALL], mean.packing)
 
     def aggregate(
         self, round_: int, replies: Sequence[tuple[Arrays, int, float]]
@@ -200,7 +216,7 @@ class StrategyRunner:
                 " num_malicious_nodes,"
                 " or ask more clients"
             )
-        zeros = {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self.layout.items()}
+        zeros = {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self._shown.items()}
         if hasattr(self._strategy, "current_arrays"):
             self._strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
         self._strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
@@ -216,7 +232,7 @@ class StrategyRunner:
             value = getattr(self._strategy, attribute)
             if value is not None:
                 named = (
-                    value.items() if isinstance(value, dict) else zip(sorted(self.layout), value, strict=True)
+                    value.items() if isinstance(value, dict) else zip(sorted(self._shown), value, strict=True)
                 )
                 kept.update({f"{attribute}/{name}": np.asarray(array) for name, array in named})
         return kept
@@ -226,7 +242,7 @@ class StrategyRunner:
         for attribute in self.rule.memory:
             named = {
                 name: memory[f"{attribute}/{name}"]
-                for name in sorted(self.layout)
+                for name in sorted(self._shown)
                 if f"{attribute}/{name}" in memory
             }
             if named:
@@ -244,8 +260,8 @@ class _Folding:
     def fold(self, client: str, update: Update) -> float:
         return self._sum.fold(update, who=client)
 
-    def close(self) -> dict[str, NDArray[np.float64]]:
-        return self._runner.aggregate(self._round, [(self._sum.mean(), self._sum.total_weight, 0.0)])
+    def close(self) -> Arrays:
+        return self._runner.aggregate_mean(self._round, self._sum.mean(), self._sum.total_weight)
 
 
 class _Gathering:
@@ -261,7 +277,7 @@ class _Gathering:
         self._updates[client] = update
         return norm
 
-    def close(self) -> dict[str, NDArray[np.float64]]:
+    def close(self) -> Arrays:
         ordered = [self._updates[client] for client in sorted(self._updates)]
         replies = [(update.arrays, update.weight, update.metrics.get("loss", 0.0)) for update in ordered]
         return self._runner.aggregate(self._round, replies)

@@ -59,7 +59,7 @@ def read_task(message: Message) -> Task:
     Raises:
         FederationError: the message holds no task.
     """
-    record = message.content.config_records.get("task")
+    record = _record(message, "task")
     if record is None:
         raise FederationError(
             "a message without a task came; server and client must run the same version of fedpeft"
@@ -87,12 +87,13 @@ def read_update(reply: Message) -> bytes:
     """
     if reply.has_error():
         raise client_error(reply.error)
-    record = reply.content.config_records.get("update")
-    if record is None or not isinstance(record.get("payload"), bytes):
+    record = _record(reply, "update")
+    payload = None if record is None else record.get("payload")
+    if not isinstance(payload, bytes):
         raise FederationError(
             "a reply without an update came; server and client must run the same version of fedpeft"
         )
-    return bytes(record["payload"])  # type: ignore[arg-type]
+    return payload
 
 
 def hello_reply(hello: Hello, message: Message) -> Message:
@@ -109,12 +110,18 @@ def read_hello(reply: Message) -> Hello:
     """Inverse of `hello_reply`; raises as `read_update` does."""
     if reply.has_error():
         raise client_error(reply.error)
-    record = reply.content.config_records.get("hello")
+    record = _record(reply, "hello")
     if record is None:
         raise FederationError(
             "a reply without a greeting came; server and client must run the same version of fedpeft"
         )
     return Hello(str(record["client"]), int(record["examples"]), str(record["base-digest"]))  # type: ignore[arg-type]
+
+
+def _record(message: Message, name: str) -> ConfigRecord | None:
+    """A content's record; its `config_records` would tie it into a cycle and keep it until collected."""
+    record = message.content.get(name)
+    return record if isinstance(record, ConfigRecord) else None
 
 
 def error_reply(error: Exception, message: Message) -> Message:

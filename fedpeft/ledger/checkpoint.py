@@ -19,7 +19,7 @@ from fedpeft.records import Round
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 
 VERSION = 1
-_PARTS = ("state", "strategy", "client")
+_PARTS = ("state", "strategy", "client", "downlink", "privacy")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Checkpoint:
         state: the global state after it.
         strategy: what the server's strategy remembers.
         clients: what clients remember, ``"<client>/<array>"`` to array.
+        downlink: what the server remembers of the state's way down: its error feedback, and who holds what.
+        privacy: what the next round's privacy needs: the adaptive clipping bound.
         row: the round's record.
     """
 
@@ -41,16 +43,30 @@ class Checkpoint:
     row: Round
     strategy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     clients: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    downlink: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    privacy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write it as safetensors, atomically; arrays and row are covered by a digest in the header.
+    """Write it to a file, atomically.
 
     Raises:
         StorageError: the disk is full or the folder can't be written.
     """
+    write_atomically(path, checkpoint_bytes(checkpoint))
+
+
+def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
+    """A checkpoint as safetensors; arrays and row are covered by a digest in the header."""
     tensors: dict[str, NDArray[Any]] = {}
-    for part, arrays in zip(_PARTS, (checkpoint.state, checkpoint.strategy, checkpoint.clients), strict=True):
+    held = (
+        checkpoint.state,
+        checkpoint.strategy,
+        checkpoint.clients,
+        checkpoint.downlink,
+        checkpoint.privacy,
+    )
+    for part, arrays in zip(_PARTS, held, strict=True):
         tensors.update({f"{part}/{name}": np.asarray(array, order="C") for name, array in arrays.items()})
     row = checkpoint.row.model_dump_json()
     header = {
@@ -61,7 +77,8 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "digest": _digest(tensors, row, checkpoint.run_digest, checkpoint.round),
     }
     # One key, since safetensors writes several in any order and equal checkpoints shall be equal files.
-    write_atomically(path, save(tensors, metadata={"fedpeft": json.dumps(header)}))
+    content: bytes = save(tensors, metadata={"fedpeft": json.dumps(header)})
+    return content
 
 
 def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
@@ -73,6 +90,15 @@ def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
     """
     with storage(path):
         content = path.read_bytes()
+    return parse_checkpoint(content, path, run_digest)
+
+
+def parse_checkpoint(content: bytes, path: Path, run_digest: str) -> Checkpoint:
+    """Inverse of `checkpoint_bytes`; raises as `read_checkpoint` does.
+
+    Args:
+        path: where it came from, for errors.
+    """
     try:
         tensors = load(content)
         length = int.from_bytes(content[:8], "little")
@@ -98,8 +124,9 @@ def read_checkpoint(path: Path, run_digest: str) -> Checkpoint:
     for key, array in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = array
-    state, strategy, clients = (frozen_arrays(parts[part]) for part in _PARTS)
-    return Checkpoint(run_digest, round_, state, Round.model_validate_json(row), strategy, clients)
+    state, strategy, clients, downlink, privacy = (frozen_arrays(parts[part]) for part in _PARTS)
+    known = Round.model_validate_json(row)
+    return Checkpoint(run_digest, round_, state, known, strategy, clients, downlink, privacy)
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int) -> str:

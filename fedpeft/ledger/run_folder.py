@@ -1,7 +1,7 @@
-"""The folder of one simulated run: run file, rows, checkpoints, adapter, report.
+"""The folder of one run: run file, rows, checkpoints, adapter, report.
 
-The checkpoint of a round is its transaction. `metrics.jsonl` is rebuilt from the checkpoints when a run is
-resumed, so a crash between the two is no loss.
+A round's commit is its transaction: a checkpoint in the folder, or what else the folder was opened with.
+`metrics.jsonl` is rebuilt from the commits when a run is resumed, so a crash between the two is no loss.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -18,7 +18,9 @@ from pydantic import ValidationError
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunExistsError, StateError
 from fedpeft.files import append_line, remove_partial, storage, write_atomically
-from fedpeft.ledger.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from fedpeft.ledger.checkpoint import Checkpoint
+from fedpeft.ledger.cohort import Cohort
+from fedpeft.ledger.folder_rounds import FolderRounds, Rounds
 from fedpeft.records import Baseline, Finished, Row, Started, parse_row
 from fedpeft.runfile import load_run, run_digest, run_toml
 
@@ -30,6 +32,7 @@ RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK = (
     "report.html",
     ".lock",
 )
+SPENT = "privacy.json"
 _OURS = (
     ROWS,
     CHECKPOINTS,
@@ -37,6 +40,7 @@ _OURS = (
     REPORT,
     "summary.json",
     "tensorboard",
+    SPENT,
     RUN_FILE,
 )  # the run file last: it marks a run
 
@@ -44,18 +48,24 @@ _OURS = (
 class RunFolder:
     """An open run folder. One process at a time holds it; use it as a context manager."""
 
-    def __init__(self, path: Path, run: RunConfig, lock: int) -> None:
+    def __init__(self, path: Path, run: RunConfig, lock: int, rounds: Rounds | None) -> None:
         self.path = path
         self.run = run
         self.digest = run_digest(run)
         self._lock = lock
+        self._rounds: Rounds = rounds or FolderRounds(
+            path / CHECKPOINTS, path / SPENT, self.digest, run.output.keep_checkpoints
+        )
 
     @classmethod
-    def create(cls, path: Path, run: RunConfig, *, force: bool = False) -> RunFolder:
+    def create(
+        cls, path: Path, run: RunConfig, *, force: bool = False, rounds: Rounds | None = None
+    ) -> RunFolder:
         """Start a new run in `path`.
 
         Args:
             force: delete a run that is there already, finished or not.
+            rounds: where rounds are committed; None: to files in the folder.
 
         Raises:
             RunExistsError: there is a run and `force` is off.
@@ -81,10 +91,10 @@ class RunFolder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, run, lock)
+        return cls(path, run, lock, rounds)
 
     @classmethod
-    def resume(cls, path: Path) -> RunFolder:
+    def resume(cls, path: Path, *, rounds: Rounds | None = None) -> RunFolder:
         """Open a run that was begun.
 
         Raises:
@@ -105,7 +115,7 @@ class RunFolder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, run, lock)
+        return cls(path, run, lock, rounds)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -149,23 +159,35 @@ class RunFolder:
         """Add a row durably."""
         append_line(self.path / ROWS, row.model_dump_json())
 
+    def open_round(self, number: int, draw: Callable[[], Cohort]) -> Cohort:
+        """The cohort of a round that begins; see `Rounds`."""
+        return self._rounds.open_round(number, draw)
+
     def commit(self, checkpoint: Checkpoint) -> None:
-        """Make a round durable: its checkpoint, then its row; old checkpoints go as the run file says."""
-        write_checkpoint(self._checkpoint_path(checkpoint.round), checkpoint)
+        """Make a round durable, then write its row."""
+        self._rounds.commit(checkpoint)
         self.append(checkpoint.row)
-        keep = self.run.output.keep_checkpoints
-        if keep is not None:
-            for path in self._checkpoint_paths()[:-keep]:
-                path.unlink()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a round that was cut short is gone on with; see `Rounds`."""
+        return self._rounds.resumes
+
+    def spent(self) -> str | None:
+        """The ledger of spent privacy; None before the first charge."""
+        return self._rounds.spent()
+
+    def commit_spent(self, ledger: str) -> None:
+        """Make the ledger durable; before this returns nothing of the round may be released."""
+        self._rounds.commit_spent(ledger)
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint; None before the first.
+        """The newest committed round; None before the first.
 
         Raises:
             StateError: it is corrupt or of another run.
         """
-        paths = self._checkpoint_paths()
-        return read_checkpoint(paths[-1], self.digest) if paths else None
+        return self._rounds.latest()
 
     def realign(self, checkpoint: Checkpoint | None) -> None:
         """Make `metrics.jsonl` say what the checkpoints say: every committed round and no other."""
@@ -197,12 +219,6 @@ class RunFolder:
     def _write_rows(self, rows: Sequence[Row]) -> None:
         text = "".join(row.model_dump_json() + "\n" for row in rows)
         write_atomically(self.path / ROWS, text.encode())
-
-    def _checkpoint_path(self, round_: int) -> Path:
-        return self.path / CHECKPOINTS / f"round-{round_:06d}.safetensors"
-
-    def _checkpoint_paths(self) -> list[Path]:
-        return sorted((self.path / CHECKPOINTS).glob("round-*.safetensors"))
 
 
 def _belongs(row: Row, last: int, rounds: int) -> bool:

@@ -11,8 +11,10 @@ from torch import nn
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
-from fedpeft.models.methods import Method, method_named
+from fedpeft.models.loftq import iterations_of, loftq_problem, start_near_full_precision
+from fedpeft.models.methods import Method, base_refusal, method_named
 from fedpeft.models.options import build_config, validate_peft
+from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.targets import check_targets, default_targets, fitted_options
 
@@ -41,7 +43,16 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
     validate_peft(section, task)
     method = method_named(section.method)
     _check_base(method, base, task)
-    config = build_config(method, _options(method, section.options, base, task), task)
+    problem = loftq_problem(section.method, section.options, quantization_of(base))
+    if problem is not None:
+        raise ModelError(problem)
+    iterations = iterations_of(section.options)
+    given = section.options
+    if iterations:  # ours, which `peft` must not try
+        given = {
+            key: value for key, value in given.items() if key not in ("init_lora_weights", "loftq_config")
+        }
+    config = build_config(method, _options(method, given, base, task), task)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -49,6 +60,9 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
         except Exception as error:  # peft's tuners raise every kind for values they cannot use
             raise ModelError(f"peft.method '{method.name}' cannot be attached: {one_line(error)}") from error
     settle(model, method)
+    if iterations:
+        start_near_full_precision(model, iterations)
+        model.loftq_iterations = iterations  # an adapter folder says so
     attached: nn.Module = model.eval()
     return attached
 
@@ -102,11 +116,9 @@ def _options(method: Method, given: dict[str, Any], base: nn.Module, task: str) 
 
 def _check_base(method: Method, base: nn.Module, task: str) -> None:
     kind = quantization_of(base)
-    if kind in method.refused_quantization:
-        raise ModelError(
-            f"peft.method '{method.name}' is refused on a {kind} base: {method.refused_quantization[kind]}; "
-            "set model.quantization 'none'"
-        )
+    refusal = base_refusal(method, kind)
+    if refusal is not None:
+        raise ModelError(f"peft.method '{method.name}' is refused on {_article(kind)} base: {refusal}")
     if method.virtual_tokens and task == "sequence-classification" and hasattr(base, "score"):
         raise ModelError(
             f"peft.method '{method.name}' is refused on a decoder that classifies: behind virtual tokens it "
@@ -136,14 +148,8 @@ def _check_base(method: Method, base: nn.Module, task: str) -> None:
         )
 
 
-def quantization_of(base: nn.Module) -> str:
-    """Return "int8", "nf4", "fp4" or "none"."""
-    if getattr(base, "is_loaded_in_8bit", False):
-        return "int8"
-    if getattr(base, "is_loaded_in_4bit", False):
-        config: Any = base.config
-        return str(config.quantization_config.bnb_4bit_quant_type)
-    return "none"
+def _article(kind: str) -> str:
+    return "a full-precision" if kind == "none" else f"a {kind}"
 
 
 def _trains(method: Method, name: str) -> bool:

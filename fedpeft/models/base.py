@@ -10,20 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from fedpeft.config import ModelSection
-from fedpeft.errors import MissingExtraError, ModelError
+from fedpeft.errors import ModelError
+from fedpeft.models.checkpoint_files import note_source
+from fedpeft.models.quantization import DTYPES, lean_heap, quantization_config, settle_quantised
 from fedpeft.models.quiet import one_line, quiet
 
 __all__ = [
     "HEAD_NAMES",
     "Tokenizer",
+    "architecture_of",
     "head_modules",
     "load_base",
     "load_tokenizer",
@@ -38,7 +41,6 @@ _AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "sequence-classification": AutoModelForSequenceClassification,
 }
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PACKAGE = "package:"
 _NEW_MODULES = "fedpeft_new_modules"
@@ -83,6 +85,21 @@ def _package_folder(path: str) -> str:
     return str(folder)
 
 
+def architecture_of(section: ModelSection) -> str:
+    """The base model's `model_type`, from its configuration alone; no weights are read.
+
+    Raises:
+        ModelError: there is no configuration.
+    """
+    path = model_path(section)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+        except Exception as error:  # broken files raise all kinds
+            raise ModelError(_unloadable("configuration", section, path, error)) from error
+    return str(config.model_type)
+
+
 def load_tokenizer(section: ModelSection) -> Tokenizer:
     """Load the tokenizer of the section's model, with a padding token in every case.
 
@@ -116,13 +133,13 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
     with a model is never run.
 
     Args:
-        section: path, task, quantisation (int8, nf4, fp4; 4 bits with double quantisation) and dtype.
+        section: path, task, dtype and quantisation; see `fedpeft.models.quantization`.
         num_labels: number of classes; needed for sequence classification, and only there.
         seed: of the new weights.
 
     Raises:
-        ModelError: missing folder, broken files, an architecture without the task's model class, or weights
-            missing outside the head.
+        ModelError: missing folder, broken files, an architecture without the task's model class, weights
+            missing outside the head, or layers that cannot be quantised as asked.
         MissingExtraError: quantisation without `bitsandbytes`.
     """
     if (section.task == "sequence-classification") != (num_labels is not None):
@@ -130,26 +147,49 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
             f"num_labels is {num_labels} for task '{section.task}'; only classifiers take it, and must"
         )
     path = model_path(section)
-    options: dict[str, Any] = {"dtype": _DTYPES[section.dtype], "local_files_only": Path(path).is_dir()}
+    options: dict[str, Any] = {"dtype": DTYPES[section.dtype], "local_files_only": Path(path).is_dir()}
     if num_labels is not None:
         options |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     if section.quantization != "none":
-        options["quantization_config"] = _quantization(section)
+        lean_heap()
+        options["quantization_config"] = quantization_config(
+            section, lambda: _skeleton(section, options), HEAD_NAMES
+        )
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
             model, report = _AUTO_CLASSES[section.task].from_pretrained(
                 path, output_loading_info=True, trust_remote_code=False, **options
             )
+        except ModelError:
+            raise
         except Exception as error:  # torch, safetensors and json each raise their own kind on broken files
             raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
     _note_new_modules(model, report, section)
-    _keep_codes(model)
+    settle_quantised(model)
+    note_source(model, path)
     model.requires_grad_(False)
     if section.task == "sequence-classification" or model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(section).pad_token_id
     base: nn.Module = model.eval()
     return base
+
+
+def _skeleton(section: ModelSection, options: dict[str, Any]) -> nn.Module:
+    """The model without its weights, for its names and shapes.
+
+    Raises:
+        ModelError: there is no configuration, or no such model class.
+    """
+    path = model_path(section)
+    labels = {key: options[key] for key in ("num_labels",) if key in options}
+    with quiet(), torch.device("meta"):
+        try:
+            config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **labels)
+            skeleton: nn.Module = _AUTO_CLASSES[section.task].from_config(config)
+        except Exception as error:  # broken files raise all kinds
+            raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
+    return skeleton
 
 
 def new_modules(base: nn.Module) -> tuple[str, ...]:
@@ -185,34 +225,6 @@ def _owner(key: str) -> str:
     """Name the module that is drawn as a whole: the head for anything inside it, else the parameter's own."""
     first = key.split(".")[0]
     return first if first in HEAD_NAMES else key.rpartition(".")[0]
-
-
-def _quantization(section: ModelSection) -> BitsAndBytesConfig:
-    if find_spec("bitsandbytes") is None:
-        raise MissingExtraError(
-            f"model.quantization '{section.quantization}' needs bitsandbytes; install the extra: "
-            "pip install 'fedpeft[quant]'"
-        )
-    if section.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=section.quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES[section.dtype],
-    )
-
-
-def _keep_codes(model: nn.Module) -> None:
-    """Keep 4-bit layers from repacking themselves at their first evaluation on some CPUs.
-
-    bitsandbytes does that for its AVX512-BF16 kernel, for good: scales lose bits, double quantisation is
-    undone, and the frozen digest would depend on the machine and on what ran before.
-    """
-    layers: list[Any] = list(model.modules())
-    for module in layers:
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _unloadable(what: str, section: ModelSection, path: str, error: BaseException) -> str:

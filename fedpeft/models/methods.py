@@ -13,10 +13,13 @@ from typing import Any, Literal
 
 from fedpeft.errors import ModelError
 
-Targets = Literal["linear", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"]
+Targets = Literal[
+    "linear", "rounded", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"
+]
 """Which modules a method wraps when the run file names none:
 
-linear: all linear layers but the head; ia3: keys, values and the second feed-forward layer; norm: norm
+linear: all linear layers but the head; rounded: all that hold rounded integers; ia3: keys, values and the
+second feed-forward layer; norm: norm
 layers; block-output: the layers that end an attention or a feed-forward block; every-leaf: every module that
 holds weights; head: the language-model head (a classification head is trained beside every method);
 first-linear: one linear layer, for a carrier that leaves it alone; none: nothing is wrapped.
@@ -61,6 +64,7 @@ class Method:
         gradient_checkpointing: works with it.
         quantized_bfloat16: works on a quantised base whose other weights are bfloat16.
         refused_quantization: quantisation -> why the method cannot work on such a base.
+        needs_quantization: the kinds of bases that the method is made for; empty: all that aren't refused.
     """
 
     name: str
@@ -84,13 +88,21 @@ class Method:
     gradient_checkpointing: bool = True
     quantized_bfloat16: bool = True
     refused_quantization: Mapping[str, str] = field(default_factory=_none)
+    needs_quantization: tuple[str, ...] = ()
 
 
-_UNPACKED = MappingProxyType(dict.fromkeys(("int8", "nf4", "fp4"), "it works on the unpacked weight matrix"))
-_TRAINED_WHOLE = MappingProxyType(
-    dict.fromkeys(("int8", "nf4", "fp4"), "quantised weights cannot be trained")
+ROUNDED = ("rtn8", "rtn4")
+"""Quantisations to frozen integers with scales of their own; see `fedpeft.models.rounding`."""
+
+_PACKED = ("int8", "nf4", "fp4", *ROUNDED)
+_UNPACKED = MappingProxyType(dict.fromkeys(_PACKED, "it works on the unpacked weight matrix"))
+_SCALES_LOST = MappingProxyType(
+    dict.fromkeys(_PACKED, "its fixed scales take the weight's integer type, and are lost")
 )
+_ON_ROUNDED = MappingProxyType(dict.fromkeys(ROUNDED, "it works on the unpacked weight matrix"))
+_TRAINED_WHOLE = MappingProxyType(dict.fromkeys(_PACKED, "quantised weights cannot be trained"))
 _NO_INT8 = MappingProxyType({"int8": "it fails on 8-bit layers on the CPU"})
+_NO_INT8_NOR_ROUNDED = MappingProxyType({**_NO_INT8, **_ON_ROUNDED})
 
 _TABLE = (
     Method(
@@ -112,7 +124,7 @@ _TABLE = (
         source="Liu et al. 2024, arXiv 2402.09353",
         config="LoraConfig",
         fixed={"use_dora": True},
-        refused_quantization=_NO_INT8,
+        refused_quantization=_NO_INT8_NOR_ROUNDED,
     ),
     Method(
         name="ffa-lora",
@@ -373,6 +385,7 @@ _TABLE = (
         config="UniLoraConfig",
         draws_frozen_tensors=True,
         starts_at_base=False,
+        refused_quantization=_SCALES_LOST,
     ),
     Method(
         name="lily",
@@ -437,6 +450,15 @@ _TABLE = (
         config="SSFConfig",
         linear_in_trained=True,
     ),
+    Method(
+        name="peqa",
+        summary="the scales of weights that were rounded to integers, the integers stay",
+        source="Kim et al. 2023, arXiv 2305.14152",
+        config="PEQAConfig",
+        targets="rounded",
+        linear_in_trained=True,
+        needs_quantization=ROUNDED,
+    ),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _TABLE})
@@ -449,17 +471,24 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "corda": "its initialisation needs a pass over training data, which only clients hold",
         "eva": "its initialisation needs a pass over training data, which only clients hold",
         "lora-ga": "its initialisation needs gradients on training data, which only clients hold",
-        "loftq": "its initialisation needs a CUDA device and would differ between clients",
+        "loftq": "it is a start of LoRA: set peft.method 'lora' and peft.init_lora_weights 'loftq'",
         "xlora": "it mixes several trained adapters; a run trains one",
         "multitask-prompt": "it needs task ids with every batch",
     }
 )
 """Known methods that a run cannot use, with the reason."""
 
-REFUSED_INITS: Mapping[str, str] = MappingProxyType(
-    {"corda": "corda", "eva": "eva", "lora_ga": "lora-ga", "loftq": "loftq"}
-)
+REFUSED_INITS: Mapping[str, str] = MappingProxyType({"corda": "corda", "eva": "eva", "lora_ga": "lora-ga"})
 """Values of `init_lora_weights` that are refused -> the key of `REFUSED` that says why."""
+
+
+def base_refusal(method: Method, quantization: str) -> str | None:
+    """Why a method cannot work on a base quantised so, with what to set instead; None if it can."""
+    if method.needs_quantization and quantization not in method.needs_quantization:
+        kinds = " or ".join(f"'{kind}'" for kind in method.needs_quantization)
+        return f"it trains the scales of rounded integers; set model.quantization {kinds}"
+    reason = method.refused_quantization.get(quantization)
+    return None if reason is None else f"{reason}; set model.quantization 'none'"
 
 
 def method_named(name: str) -> Method:

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
 from fedpeft.models.methods import Method
+from fedpeft.models.rounding import RoundedLinear
 
 NOTHING = "dummy-target-modules"
 """The value of `target_modules` for which `peft` wraps nothing."""
@@ -105,6 +106,10 @@ def _linear(base: nn.Module) -> list[str]:
     return sorted(leaves - shared) + sorted(name for name in wanted if name.rpartition(".")[2] in shared)
 
 
+def _rounded(base: nn.Module) -> list[str]:
+    return sorted(name for name, module in base.named_modules() if isinstance(module, RoundedLinear))
+
+
 def _first_linear(base: nn.Module) -> list[str]:
     heads = head_modules(base)
     names = (n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] not in heads)
@@ -189,6 +194,7 @@ def _smallest(shapes: Sequence[tuple[int, int]]) -> int:
 
 _FINDERS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "linear": _linear,
+    "rounded": _rounded,
     "ia3": _ia3,
     "norm": _norm,
     "block-output": _block_output,

@@ -1,4 +1,7 @@
-"""Who a run will ask, drawn exactly as its rounds will draw: from the run's seed, with its virtual clock."""
+"""Who a run will ask, drawn exactly as its rounds will draw: from the run's seed, with its virtual clock.
+
+Under client-level privacy the rounds draw by secret coins, and what is drawn here is only alike.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedpeft.config import RunConfig
-from fedpeft.flower.cohort import Cohort, draw_cohort
+from fedpeft.config import ClientLevelPrivacy, RunConfig
+from fedpeft.flower.cohort import draw_cohort
 from fedpeft.flower.roster import Member, Roster
 from fedpeft.flower.strategies import RULES
+from fedpeft.ledger import Cohort
 from fedpeft.training.steps import examples_per_round, local_steps
 
 MOST_DRAWS = 200_000  # client-rounds on the virtual clock; drawing takes about 50 microseconds each
@@ -37,6 +41,7 @@ class RoundsPlan:
             whose totals are then scaled up.
         clients: of the run.
         asked_per_round: clients sampled and sent a task.
+        asked_per_client: rounds in which a client is sent a task, whatever becomes of its answer.
         participations_per_client: rounds in which a client's answer counts.
         steps_per_client_round: local optimiser steps that one participation takes.
         steps: local optimiser steps of all clients in all rounds.
@@ -51,6 +56,7 @@ class RoundsPlan:
     drawn_rounds: int
     clients: int
     asked_per_round: Spread
+    asked_per_client: Spread
     participations_per_client: Spread
     steps_per_client_round: Spread
     steps: int
@@ -87,14 +93,17 @@ def draw_rounds(
     drawn = rounds if clock is None else min(rounds, max(1, MOST_DRAWS // len(rows)))
     roster = Roster({name: Member(node, count) for node, (name, count) in enumerate(rows.items())}, "")
     cohorts = [
-        draw_cohort(run, roster, number, bytes_down=bytes_down, bytes_up=bytes_up)
+        draw_cohort(run, roster, number, bytes_down=lambda _: bytes_down, bytes_up=bytes_up)
         for number in range(1, drawn + 1)
     ]
     turns = Counter(name for cohort in cohorts for name in cohort.working)
-    scale, training = rounds / drawn, run.training
-    works = training.kind != "none"
-    steps = {name: local_steps(training, count) if works else 0 for name, count in rows.items()}
-    reads = {name: examples_per_round(training, count) if works else 0 for name, count in rows.items()}
+    tasks = Counter(name for cohort in cohorts for name in cohort.asked)
+    scale = rounds / drawn
+    trainings = {name: run.of_client(name).training for name in rows}
+    working = {name: count for name, count in rows.items() if trainings[name].kind != "none"}
+    idle = dict.fromkeys(rows, 0)
+    steps = idle | {name: local_steps(trainings[name], count) for name, count in working.items()}
+    reads = idle | {name: examples_per_round(trainings[name], count) for name, count in working.items()}
     asked = sum(len(cohort.asked) for cohort in cohorts)
     lengths = [cohort.virtual_s for cohort in cohorts if cohort.virtual_s is not None]
     plan = RoundsPlan(
@@ -102,6 +111,7 @@ def draw_rounds(
         drawn_rounds=drawn,
         clients=len(rows),
         asked_per_round=spread([len(cohort.asked) for cohort in cohorts]),
+        asked_per_client=spread([tasks[name] * scale for name in rows]),
         participations_per_client=spread([turns[name] * scale for name in rows]),
         steps_per_client_round=spread(list(steps.values())),
         steps=round(scale * sum(steps[name] * count for name, count in turns.items())),
@@ -117,6 +127,8 @@ def draw_rounds(
 def _round_problems(run: RunConfig, cohorts: list[Cohort]) -> list[str]:
     """Rounds that will stop the run: no quorum, or too few answers for a rule that compares them."""
     federation = run.federation
+    if isinstance(run.privacy, ClientLevelPrivacy):  # its noised sum is released whoever came
+        return []
     rule = RULES.get(federation.strategy.kind)
     needed = 0 if rule is None or rule.folds else rule.needs(federation.strategy.options)
     without_quorum, too_few = [], []

@@ -12,25 +12,27 @@ tokens and V the vocabulary, the backward pass finds these numbers kept by the f
 Under gradient checkpointing the first line is L N h for the blocks' inputs, plus one layer's own share. A
 number takes 4 bytes, under bf16 autocast 3 on average (norms and the residual stream stay float32).
 
-Evaluation keeps one layer at a time: N V + 2 S V + N (4 h + 3 m), and the key-value cache 2 L k (T + new
-tokens) per row where it generates.
+Evaluation, and training without a backward pass, keep one layer at a time: N V + 2 S V + N (4 h + 3 m), and
+of language models the key-value cache 2 L k (T + new tokens) per row, which their forward pass always fills.
 
 Source: the accounting per layer follows Korthikanti et al. 2022, section 4.1, redone for float32, fused
 attention and frozen weights (a frozen linear layer keeps no input for itself; the adapter beside it does).
 
 Resident memory exceeds what is alive: glibc keeps freed blocks below 32 MiB in its heap, where blocks of
 other sizes leave gaps. `allocator` allows for it with 130% of the largest phase while single tensors are that
-small.
+small. A quantised base is loaded with a fixed threshold of 1 MiB instead (`fedpeft.models.quantization`), and
+nothing is added for it.
 
 Tolerance, measured by the tests on Llama models of 0.26 and 0.8 million parameters with LoRA on all linear
 layers: what is alive within 25%; resident growth between 0.75 of what is alive and 1.25 of the whole.
-Adapters on fewer layers keep less than this.
+Adapters on fewer layers keep less than this. Processes that load and train on a quantised Llama of 98 million
+parameters: within 15% of their peak (`simulations/bench_memory.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.data.federated import FederatedData
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.flower.strategies import proximal_mu
+from fedpeft.models.rounding import RoundedLinear
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.training.zeroth_rules import RULES
 
@@ -123,19 +126,21 @@ def estimate_memory(
     adapter = _FLOAT * sum(int(np.prod(shape)) for shape in shapes)
     training = run.training
     trains = training.kind != "none"
-    backward = trains and training.kind != "zeroth-order"
+    backward = trains and (training.kind != "zeroth-order" or RULES[training.rule].above)
     geometry = geometry_of(model)
     language = run.model.task == "causal-lm"
-    kept = (
-        geometry if backward else replace(geometry, layers=1)
-    )  # without a backward pass, one layer at a time
-    alive = activations(kept, training_batch(training, data), training, language) if trains else 0
+    batch = training_batch(training, data)
+    if backward:
+        kept = activations(geometry, batch, training, language)
+    else:
+        kept = forward_bytes(geometry, batch, language)
+    alive = kept if trains else 0
     scratch = _autocast_copies(model, training) + _unpacked_weight(model)
     parts = {
         "base": _frozen_bytes(model),
         "adapter": adapter,
         "state": _STATE_NUMBERS.get(run.space.kind, 1) * adapter,
-        "gradients": adapter if backward or _dense(training) else 0,
+        "gradients": adapter if backward or _copies(training) else 0,
         "optimizer": optimizer_bytes(training, shapes) if backward else 2 * _dense(training) * adapter,
         "proximal": adapter if trains and proximal_mu(run.federation.strategy) else 0,
         "activations": alive + scratch if trains else 0,
@@ -148,15 +153,22 @@ def estimate_memory(
     largest = (
         _FLOAT * training.batch_size * int(data.rows.lengths.max()) * max(geometry.inner, geometry.hidden)
     )
-    allocator = int(_HEAP_GAPS * phase) if largest < _HEAP_BLOCK else 0
+    gaps = largest < _HEAP_BLOCK and run.model.quantization == "none"
+    allocator = int(_HEAP_GAPS * phase) if gaps else 0
     peak = draft.base + draft.adapter + draft.state + phase + allocator
     return Memory(**parts, allocator=allocator, peak=peak)
 
 
 def _dense(training: TrainingSection) -> bool:
     """A zeroth-order rule that sums its estimate into gradients, for Adam's two moments at most."""
-    rule = RULES.get(training.rule)
-    return training.kind == "zeroth-order" and rule is not None and not rule.replays
+    return training.kind == "zeroth-order" and RULES[training.rule].dense is not None
+
+
+def _copies(training: TrainingSection) -> bool:
+    """Whether a zeroth-order rule holds something as large as the adapter: an estimate, a direction."""
+    rule = RULES[training.rule]
+    needs = rule.dense is not None or rule.measure == "tangent" or rule.step == "best-of-three"
+    return training.kind == "zeroth-order" and needs
 
 
 def activations(geometry: Geometry, batch: BatchShape, training: TrainingSection, language: bool) -> int:
@@ -176,18 +188,24 @@ def evaluation_bytes(
     geometry: Geometry, run: RunConfig, data: FederatedData, metrics: tuple[str, ...]
 ) -> int:
     """Bytes of one evaluation batch without gradients, by the module's formula."""
-    g, rows = geometry, run.evaluation.batch_size
     if not len(data.test):
         return 0
     encoded = data.test
-    rows = min(rows, len(encoded))
-    length = int(encoded.lengths.max()) + g.virtual_tokens
-    tokens = rows * length
+    rows = min(run.evaluation.batch_size, len(encoded))
+    batch = BatchShape(rows, int(encoded.lengths.max()), rows * int(encoded.loss_tokens.max()))
+    generates = any(METRICS[name].generates for name in metrics)
+    new_tokens = run.evaluation.max_new_tokens if generates else 0
+    return forward_bytes(geometry, batch, run.model.task == "causal-lm", new_tokens)
+
+
+def forward_bytes(geometry: Geometry, batch: BatchShape, language: bool, new_tokens: int = 0) -> int:
+    """Bytes of one batch's forward pass without gradients, by the module's formula."""
+    g, length = geometry, batch.tokens + geometry.virtual_tokens
+    tokens = batch.rows * length
     size = tokens * (4 * g.hidden + 3 * g.inner)
-    if run.model.task == "causal-lm":
-        size += (tokens + 2 * rows * int(encoded.loss_tokens.max())) * g.vocabulary
-    if any(METRICS[name].generates for name in metrics):
-        size += 2 * g.layers * g.keys * rows * (length + run.evaluation.max_new_tokens)
+    if language:
+        size += (tokens + 2 * batch.scored) * g.vocabulary
+        size += 2 * g.layers * g.keys * batch.rows * (length + new_tokens)
     return _FLOAT * size
 
 
@@ -277,4 +295,7 @@ def _unpacked_weight(model: nn.Module) -> int:
     """A quantised layer is unpacked while it computes; the largest one counts."""
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     sizes = [_FLOAT * int(np.prod(state.shape)) for state in states if state is not None]
+    rounded = [m for m in model.modules() if isinstance(m, RoundedLinear)]
+    # the weight, and beside it the integers less their zeros or the weight's gradient
+    sizes += [2 * _FLOAT * layer.in_features * layer.out_features for layer in rounded]
     return max(sizes, default=0)

@@ -13,11 +13,13 @@ from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError
 from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.strategies import strategy_problems
+from fedpeft.groups import refuse_unknown
 from fedpeft.models.methods import METHODS
 from fedpeft.models.trainable import count_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
 from fedpeft.planning.loading import Loaded, Problems, load
 from fedpeft.planning.memory import OPTIMIZER_NUMBERS, Memory, estimate_memory
+from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
 from fedpeft.planning.traffic import Sizes, measure_sizes
 from fedpeft.preflight import has_answers, problems_of
 from fedpeft.runfile import run_digest
@@ -74,10 +76,15 @@ class Traffic:
 
 @dataclass(frozen=True)
 class SpacePlan:
-    """How changes are expressed, and what must be known of it."""
+    """How changes are expressed, and what must be known of it.
+
+    `replay_s` is how long one thread here would take from theta_0 to the last state, from the time of a small
+    part; None where nothing is rebuilt.
+    """
 
     kind: str
     facts: dict[str, str]
+    replay_s: float | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,7 @@ class Plan:
     data: DataPlan | None
     space: SpacePlan | None
     rounds: RoundsPlan | None
+    privacy: PrivacyPlan | None
     traffic: Traffic | None
     memory: Memory | None
     problems: tuple[str, ...]
@@ -102,7 +110,7 @@ class Plan:
 
 def refused_plan(error: RunFileError) -> Plan:
     """The plan of a run file that cannot be read as one: its problems."""
-    return Plan(error.source, None, None, None, None, None, None, None, None, error.problems)
+    return Plan(error.source, None, None, None, None, None, None, None, None, None, error.problems)
 
 
 def make_plan(run: RunConfig) -> Plan:
@@ -113,6 +121,7 @@ def make_plan(run: RunConfig) -> Plan:
     sizes = rounds = memory = space = None
     if data is not None:
         problems.add(*_cohort_problems(run, len(data.clients)))
+        problems.attempt(lambda: refuse_unknown(run, {client.name for client in data.clients}))
     if data is not None and model is not None:
         space = problems.attempt(lambda: build_space(run, model))
         sizes = None if space is None else _sizes(run, Loaded(data, model), space, problems)
@@ -125,8 +134,9 @@ def make_plan(run: RunConfig) -> Plan:
         seed=run.run.seed,
         model=None if model is None else _model(run, model),
         data=None if data is None else _data(run, data),
-        space=None if space is None else SpacePlan(space.kind, dict(space.facts())),
+        space=None if space is None else SpacePlan(space.kind, dict(space.facts()), space.replay_s()),
         rounds=rounds,
+        privacy=problems.attempt(lambda: plan_privacy(run, rounds)),
         traffic=_traffic(sizes, rounds),
         memory=memory,
         problems=problems.lines,
@@ -178,14 +188,19 @@ def _sizes(run: RunConfig, loaded: Loaded, space: Space, problems: Problems) -> 
 
 
 def _memory(run: RunConfig, model: nn.Module, data: FederatedData) -> Memory | None:
-    """None if the optimiser or a metric is unknown, which the problems say already."""
-    if run.training.optimizer not in OPTIMIZER_NUMBERS:
-        return None
+    """Of the clients that need most; None if an optimiser or metric is unknown, which the problems say."""
     ignored = Problems()
     metrics = ignored.attempt(
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
     )
-    return None if metrics is None else ignored.attempt(lambda: estimate_memory(run, model, data, metrics))
+    parts = [run, *(run.of_group(group) for group in run.groups)]
+    if metrics is None or any(part.training.optimizer not in OPTIMIZER_NUMBERS for part in parts):
+        return None
+    return ignored.attempt(
+        lambda: max(
+            (estimate_memory(part, model, data, metrics) for part in parts), key=lambda memory: memory.peak
+        )
+    )
 
 
 def _rounds(

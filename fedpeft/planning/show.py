@@ -12,6 +12,7 @@ from rich.text import Text
 from fedpeft.planning.draws import RoundsPlan, Spread
 from fedpeft.planning.memory import Memory
 from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, SpacePlan, Traffic
+from fedpeft.planning.privacy import PrivacyPlan
 from fedpeft.reporting.text import byte_size, counted, duration, printable
 
 Line = tuple[str, str, str]  # what, how much, detail
@@ -24,6 +25,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         list(_data_lines(plan.data)) if plan.data else [],
         list(_space_lines(plan.space)) if plan.space else [],
         list(_round_lines(plan.rounds)) if plan.rounds else [],
+        list(_privacy_lines(plan.privacy)) if plan.privacy else [],
         list(_traffic_lines(plan.traffic)) if plan.traffic else [],
         list(_memory_lines(plan.memory)) if plan.memory else [],
     ]
@@ -76,6 +78,8 @@ def _space_lines(space: SpacePlan) -> Iterator[Line]:
     yield "space", space.kind, ""
     for what, amount in space.facts.items():
         yield f"  {what}", amount, ""
+    if space.replay_s is not None:
+        yield "  replay of a whole run", _short_time(space.replay_s), "one thread, by a timed part of it"
 
 
 def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
@@ -95,6 +99,23 @@ def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
             duration(rounds.run_s),
             f"{100 * rounds.lost:.1f}% of answers lost or late",
         )
+
+
+def _privacy_lines(privacy: PrivacyPlan) -> Iterator[Line]:
+    yield "differential privacy", privacy.kind, ""
+    if privacy.epsilon is None or privacy.max_epsilon is None or privacy.target_delta is None:
+        return
+    end = "where the budget ends it" if privacy.stops else "at the end"
+    yield "  epsilon", f"{privacy.epsilon:.4g}", f"{end}, at delta {privacy.target_delta:g}"
+    affordable = "over a million" if privacy.affordable_rounds is None else f"{privacy.affordable_rounds:,}"
+    detail = f"rounds reach epsilon {privacy.max_epsilon:g}; the run charges {privacy.charged_rounds:,}"
+    if privacy.stops:
+        detail += ": IT WILL STOP EARLY"
+    yield "  budget", affordable, detail
+    yield "  about", "", privacy.neighbours
+    yield "  against", "", privacy.against
+    if privacy.seeded:
+        yield "  noise", "seeded", "THE RUN IS NOT PRIVATE: whoever knows the seed can subtract it"
 
 
 def _traffic_lines(traffic: Traffic) -> Iterator[Line]:
@@ -125,6 +146,10 @@ def _memory_lines(memory: Memory) -> Iterator[Line]:
         ("allocator", memory.allocator, "freed blocks that the C library keeps"),
     ):
         yield f"    {what}", byte_size(size), detail
+
+
+def _short_time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
 
 
 def _range(spread: Spread, before: str = "") -> str:

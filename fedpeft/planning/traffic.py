@@ -7,15 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.config import RunConfig
+from fedpeft.flower.steps import CompressedSteps
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.planning.loading import Loaded
 from fedpeft.randomness import stream
 from fedpeft.runfile import run_digest
+from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space
-from fedpeft.stages import Stage, StageContext, on_client, stage_list
+from fedpeft.stages import Stage, StageContext, build_downlink, on_client, stage_list
 from fedpeft.training.steps import examples_per_round, local_steps
 from fedpeft.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
+from fedpeft.wire.state_message import StateMessage, encode_state
+
+_MOST_EXAMPLES = 100  # updates whose mean is a round's step: more visit hardly any further direction
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Sizes:
     """Serialised bytes per client and round.
 
     Attributes:
-        down: the state that a client gets, half-way through the run.
+        down: what a client gets half-way through the run: the state, or where that is less the step of one
+            round to it.
         up: an update after the run's stages. Both are the space's own examples, drawn at random, as entropy
             coders spend nothing on zeros.
         up_zero: the same for an all-zero update; equal to `up` unless a stage's output depends on the values.
@@ -45,17 +51,17 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
     digest = arrays_digest(state)
     name, rows = _middle_client(loaded)
     visits = local_steps(run.training, rows) * run.training.queries
-    midway, drawn = space.example(state, visits, stream(run.run.seed, "plan"))
-    down = encode(
-        Envelope(
-            arrays=midway,
-            run_digest=run_digest(run),
-            round=1,
-            state_digest=digest,
-            space=space.kind,
-            base_digest=digest,  # any digest: all have one length
-        )
-    )
+    rng = stream(run.run.seed, "plan")
+    midway, drawn = space.example(state, visits, rng)
+    down = _whole(run, space, midway, digest)
+    cohort = min(_MOST_EXAMPLES, cohort_size(run.federation.sampling, len(loaded.data.clients)))
+    updates = [drawn, *(space.example(state, visits, rng)[1] for _ in range(cohort - 1))]
+    change = space.example_step(midway, updates, rng)
+    if change is not None:
+        down = min(down, _step(run, space, change, digest))
+    stage = build_downlink(run)
+    if stage is not None:
+        down = min(down, _compressed_step(run, space, stage, midway, drawn))
     zeros = {key: np.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
 
     def up(arrays: Arrays) -> int:
@@ -80,7 +86,27 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
             )
         )
 
-    return Sizes(len(down), up(drawn), up(zeros))
+    return Sizes(down, up(drawn), up(zeros))
+
+
+def _whole(run: RunConfig, space: Space, state: Arrays, digest: str) -> int:
+    """Bytes of a state; any digest will do, as all have one length."""
+    envelope = Envelope(state, run_digest(run), 1, digest, space.kind, base_digest=digest)
+    return len(encode(envelope))
+
+
+def _step(run: RunConfig, space: Space, change: Arrays, digest: str) -> int:
+    """Bytes of one round's step, as a client gets it that took part in the round before."""
+    step = encode(Envelope(change, run_digest(run), 1, digest, space.kind))
+    return len(encode_state(StateMessage(digest, steps=(step,), keep=True)))
+
+
+def _compressed_step(run: RunConfig, space: Space, stage: Stage, state: Arrays, change: Arrays) -> int:
+    """As `_step`, through the run's downlink stage."""
+    steps = CompressedSteps(run_digest(run), run.run.seed, space, stage)
+    step = steps.make(1, state, {name: array.astype(np.float64) for name, array in change.items()}, {})
+    message = StateMessage(arrays_digest(step.state), steps=(step.payload,), keep=True)
+    return len(encode_state(message))
 
 
 def _middle_client(loaded: Loaded) -> tuple[str, int]:

@@ -86,7 +86,7 @@ def _metric_chart(summary: Summary, rounds: Sequence[Round], metric: str) -> Cha
         axes.plot(numbers, values, color=COLOUR["federated"], marker=_marker(numbers))
         ends = [end for _, score in scores for end in (score.low, score.high)]
         _value_axis(axes, metric, [*ends, *(level[0] for level in levels)])
-        _round_axis(axes)
+        round_axis(axes)
 
     name = metric_name(metric)
     ends = f"from {_point(metric, scores[0])} to {_point(metric, scores[-1])}" if scores else "no values"
@@ -114,7 +114,7 @@ def training_charts(rounds: Sequence[Round]) -> list[Chart]:
         _band(axes, [number for number, _ in ranges], lows, highs, "alone")
         axes.plot(numbers, [loss for _, loss in points], color=COLOUR["alone"], marker=_marker(numbers))
         _value_axis(axes, "loss", [loss for _, loss in points])
-        _round_axis(axes)
+        round_axis(axes)
 
     alt = f"Training loss per round: from {_point('loss', points[0])} to {_point('loss', points[-1])}."
     legend = [Key("mean, weighted as the updates are", "alone", "line")]
@@ -147,7 +147,7 @@ def spread_charts(summary: Summary, rounds: Sequence[Round]) -> list[Chart]:
             axes.plot(numbers, values, color=COLOUR[role], linestyle=dashes, marker=_marker(numbers))
         every = [value for _, spread in spreads for value in (spread.worst, spread.median, spread.mean)]
         _value_axis(axes, metric, every)
-        _round_axis(axes)
+        round_axis(axes)
 
     last = spreads[-1][1]
     values = ", ".join(f"{field} {metric_value(metric, getattr(last, field))}" for field, *_ in styles)
@@ -200,7 +200,7 @@ def _mirror_painter(
         axes.axhline(0, color=COLOUR["muted"], linewidth=0.8)
         axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
         axes.set_ylabel(unit)
-        _round_axis(axes)
+        round_axis(axes)
 
     return paint
 
@@ -222,7 +222,7 @@ def outcome_charts(rounds: Sequence[Round]) -> list[Chart]:
         axes.yaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.set_ylabel("clients")
         axes.set_ylim(0, 1.04 * max(base))
-        _round_axis(axes)
+        round_axis(axes)
 
     total = Counter(item.status for row in rows for item in row.outcomes)
     words = ", ".join(f"{total[status]} {status}" for status in present)
@@ -247,7 +247,7 @@ def _value_axis(axes: Any, metric: str, values: Iterable[float]) -> None:
     axes.set_ylim(floor, min(1.01, high + 0.08 * (high - floor) + 0.01))
 
 
-def _round_axis(axes: Any) -> None:
+def round_axis(axes: Any) -> None:
     """Whole numbers, at least one round wide."""
     axes.set_xlabel("round")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)

@@ -15,7 +15,10 @@ from fedpeft.files import write_atomically
 from fedpeft.records import Round, Row
 from fedpeft.reporting import charts, text
 from fedpeft.reporting.clients import client_charts, client_rows
+from fedpeft.reporting.journeys import leg_of
 from fedpeft.reporting.lines import clients_text, trouble_line
+from fedpeft.reporting.privacy import privacy_charts, privacy_statement
+from fedpeft.reporting.scalars import scalar_charts
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import (
     Summary,
@@ -71,6 +74,8 @@ def render_report(run_toml: str, rows: Sequence[Row], snippet: str | None = None
         printable=text.printable,
         arrow=lambda metric: text.direction(higher_is_better(summary.started, metric)),
         clients_text=clients_text,
+        leg_of=leg_of,
+        lossy=[journey.direction for journey in summary.journeys if journey.cosine is not None],
         drawing=lambda chart: Markup(chart.svg),
     )
     template = environment.from_string((package / "report.html").read_text(encoding="utf-8"))
@@ -83,9 +88,10 @@ def render_report(run_toml: str, rows: Sequence[Row], snippet: str | None = None
         spreads=_spreads(summary, rounds),
         rounds=rounds,
         clients=clients,
+        privacy=privacy_statement(summary),
         sections=_sections(summary, rounds, clients),
         messages=_messages(rounds),
-        facts=[*_facts(summary, run), *_compression(summary, rounds)],
+        facts=_facts(summary, run),
         run_toml=run_toml,
         snippet=load_snippet(run) if snippet is None else snippet,
     )
@@ -102,6 +108,8 @@ def _sections(
             "On the clients",
             [*client_charts(summary, clients), *charts.spread_charts(summary, rounds), *during],
         ),
+        ("Privacy budget", privacy_charts(summary, rounds)),
+        ("Scalars", scalar_charts(rounds)),
         ("Bytes", charts.traffic_charts(rounds)),
     ]
     return [(title, group) for title, group in groups if group]
@@ -143,12 +151,14 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Strategy", str(run.get("federation", {}).get("strategy", {}).get("kind", ""))),
         ("Stages", stages or "none"),
+        ("Stage of the way down", str(run.get("downlink", {}).get("kind", "none"))),
         ("Differential privacy", str(privacy)),
         (
             "Training rows",
-            f"{sum(started.clients.values()):,} over {text.counted(len(started.clients), 'client')}",
+            f"{'not told' if started.privacy else f'{sum(started.clients.values()):,}'} over"
+            f" {text.counted(len(started.clients), 'client')}",
         ),
-        ("Rows cut to the length limit", f"{started.cut_rows:,}"),
+        ("Rows cut to the length limit", "" if started.privacy else f"{started.cut_rows:,}"),
         ("Global test rows", f"{started.test_examples:,}"),
         ("Engine", started.engine),
         ("Seed", str(started.seed)),
@@ -159,20 +169,6 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Wall time", text.duration(summary.wall_s) + ("" if finished else " so far")),
     ]
     return [(label, value) for label, value in facts if value]
-
-
-def _compression(summary: Summary, rounds: Sequence[Round]) -> list[tuple[str, str]]:
-    """What lossy stages changed, over all updates that were counted, and what dense ones would have cost."""
-    outcomes = [item for row in rounds for item in row.outcomes if item.distortion is not None]
-    if not outcomes:
-        return []
-    distortion = sum(item.distortion or 0.0 for item in outcomes) / len(outcomes)
-    cosine = sum(item.cosine or 0.0 for item in outcomes) / len(outcomes)
-    entries = summary.started.trainable_parameters
-    return [
-        ("Update distortion", f"{distortion:.3f} relative L2, cosine {cosine:.3f} (means over updates)"),
-        ("A dense update", f"{text.byte_size(4 * entries)} as fp32, {text.byte_size(2 * entries)} as bf16"),
-    ]
 
 
 def _tables(run_toml: str) -> dict[str, Any]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Started
+from fedpeft.records import Baseline, ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.reporting.text import counted, duration, metric_name, metric_value, printable
 
+NOT_PRIVATE = (
+    "THIS RUN IS NOT PRIVATE: privacy.seeded draws the noise from the run's seed, for experiments that repeat"
+    " themselves; epsilon is what the same run would cost with secret noise"
+)
 _TROUBLES = frozenset(
     {"refused", "failed"}
 )  # shown with their reason; being away or late is part of the game
@@ -15,12 +19,35 @@ _TROUBLES = frozenset(
 def started_line(row: Started) -> str:
     """What the run is: clients, rows, and the share of parameters that is trained."""
     share = 100 * row.trainable_parameters / row.total_parameters if row.total_parameters else 0.0
+    rows = "" if row.privacy else f"{counted(sum(row.clients.values()), 'training row')}, "
     line = (
         f"{printable(row.run_name)}: {counted(len(row.clients), 'client')}, "
-        f"{counted(sum(row.clients.values()), 'training row')}, {counted(row.test_examples, 'test row')}; "
+        f"{rows}{counted(row.test_examples, 'test row')}; "
         f"training {row.trainable_parameters:,} of {row.total_parameters:,} parameters ({share:.2g}%)"
     )
     return line + (f"; {counted(row.cut_rows, 'row')} cut to the length limit" if row.cut_rows else "")
+
+
+def promise_line(promise: Promise) -> str:
+    """What epsilon is about, in one sentence."""
+    return (
+        f"{promise.kind} privacy: epsilon is about {promise.neighbours}, at delta {promise.target_delta:g},"
+        f" against {promise.against}; budget {promise.max_epsilon:g}"
+    )
+
+
+def promise_notes(promise: Promise | None) -> list[str]:
+    """What a person must know of a private run before its first round."""
+    if promise is None:
+        return []
+    notes = [promise_line(promise)]
+    if promise.seeded:
+        notes.append(NOT_PRIVATE)
+    if not promise.measured:
+        notes.append(
+            "nothing is scored: the only test rows are the clients' own, which are private; set data.test"
+        )
+    return notes
 
 
 def round_line(row: Round, rounds: int, primary: str) -> str:
@@ -32,9 +59,13 @@ def round_line(row: Round, rounds: int, primary: str) -> str:
         parts.append(f"{metric_name(primary)} {metric_value(primary, score.value):>5}")
     if row.train_loss is not None:
         parts.append(f"train loss {metric_value('loss', row.train_loss)}")
+    if row.epsilon is not None:
+        parts.append(f"epsilon {row.epsilon:.3f}")
     if row.outcomes:
         parts.append(clients_text(row.outcomes))
-    return f"{head}  " + " · ".join([*parts, duration(row.wall_s)])
+    if row.wall_s or row.epsilon is None:  # a secret cohort's size shows in its time, which is 0 then
+        parts.append(duration(row.wall_s))
+    return f"{head}  " + " · ".join(parts)
 
 
 def clients_text(outcomes: tuple[ClientOutcome, ...]) -> str:
@@ -65,4 +96,6 @@ def baseline_line(row: Baseline, primary: str) -> str:
 
 def finished_line(row: Finished) -> str:
     """The end of the run."""
+    if row.stopped:
+        return f"{row.stopped}; {duration(row.wall_s)}"
     return f"finished after {counted(row.rounds, 'round')} in {duration(row.wall_s)}"

@@ -87,15 +87,17 @@ class LiveProgress:
         self._current, self._asked, self._answered = number, asked, 0
         self._advance("rounds", "rounds", number - 1, self._rounds, f"{number - 1}/{self._rounds}")
         self._end("clients")
-        self._advance("clients", f"clients of round {number}", 0, asked, f"0/{asked}")
+        if asked:  # none are told of where the cohort is secret
+            self._advance("clients", f"clients of round {number}", 0, asked, f"0/{asked}")
 
     def client_done(self, outcome: ClientOutcome) -> None:
         """Move the bars; print a failure with its reason."""
         self._answered += 1
         done, asked = self._answered, max(self._asked, self._answered)
         within = self._current - 1 + done / (asked + 1)
-        self._advance("clients", f"clients of round {self._current}", done, asked, f"{done}/{asked}")
-        self._advance("rounds", "rounds", within, self._rounds, f"{self._current - 1}/{self._rounds}")
+        if self._asked:
+            self._advance("clients", f"clients of round {self._current}", done, asked, f"{done}/{asked}")
+            self._advance("rounds", "rounds", within, self._rounds, f"{self._current - 1}/{self._rounds}")
         line = lines.trouble_line(outcome)
         if line is not None:
             self._print(line, style="yellow")

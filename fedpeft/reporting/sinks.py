@@ -82,11 +82,17 @@ def _round_scalars(row: Round, started: Started | None) -> Iterator[Scalar]:
         yield "train/loss", row.train_loss, step
     if row.state_norm_change is not None:
         yield "train/state_norm_change", row.state_norm_change, step
+    if row.epsilon is not None:
+        yield "privacy/epsilon", row.epsilon, step
     if row.outcomes:
         yield "bytes/up", float(sum(item.bytes_up for item in row.outcomes)), step
         yield "bytes/down", float(sum(item.bytes_down for item in row.outcomes)), step
         yield "clients/asked", float(len(row.outcomes)), step
         yield "clients/folded", float(sum(item.status == "folded" for item in row.outcomes)), step
+    for direction, leg in (("up", row.up), ("down", row.down)):
+        if leg is not None and leg.distortion is not None and leg.cosine is not None:
+            yield f"distortion/{direction}", leg.distortion, step
+            yield f"cosine/{direction}", leg.cosine, step
     yield "cost/round_wall_s", row.wall_s, step
 
 

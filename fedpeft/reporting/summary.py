@@ -12,6 +12,7 @@ import numpy as np
 
 from fedpeft.errors import StateError
 from fedpeft.records import Baseline, Evaluation, Finished, Round, Row, Score, Started
+from fedpeft.reporting.journeys import Journey, journeys_of
 
 LineKey = Literal["start", "zero-shot", "alone-mean", "alone-worst", "federated", "pooled"]
 
@@ -87,6 +88,8 @@ class Summary:
     rounds_done: int
     finished: Finished | None
     wall_s: float
+    journeys: tuple[Journey, ...] = ()
+    epsilon: float | None = None  # spent so far; None without differential privacy
 
     @property
     def primary(self) -> str:
@@ -129,6 +132,8 @@ def build_summary(rows: Iterable[Row]) -> Summary:
         rounds_done=rounds[-1].round if rounds else 0,
         finished=finished,
         wall_s=finished.wall_s if finished else _wall_so_far(rounds, baselines),
+        journeys=journeys_of(started, rounds),
+        epsilon=next((row.epsilon for row in reversed(rounds) if row.epsilon is not None), None),
     )
 
 
@@ -204,6 +209,9 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         },
         "spread": dataclasses.asdict(summary.spread) if summary.spread else None,
         "bytes_per_client": dataclasses.asdict(summary.traffic) if summary.traffic else None,
+        "transfers": {journey.direction: dataclasses.asdict(journey) for journey in summary.journeys},
+        "privacy": started.privacy.model_dump() | {"epsilon": summary.epsilon} if started.privacy else None,
+        "stopped": summary.finished.stopped if summary.finished else "",
         "adapter_digest": summary.finished.adapter_digest if summary.finished else None,
         "wall_s": summary.wall_s,
     }
@@ -272,7 +280,7 @@ def _traffic(rounds: Sequence[Round], finished: Finished | None) -> Traffic | No
     asked = len({outcome.client for outcome in outcomes})
     up = [outcome.bytes_up for outcome in outcomes if outcome.bytes_up > 0]
     down = [outcome.bytes_down for outcome in outcomes if outcome.bytes_down > 0]
-    if not asked and finished is None:
+    if not asked and (finished is None or not finished.bytes_down_per_client):
         return None
     return Traffic(
         up_total=finished.bytes_up_per_client if finished else sum(up) / asked,

@@ -115,11 +115,18 @@ def _add_spread(table: Table, summary: Summary) -> None:
 def _add_cost(table: Table, summary: Summary) -> None:
     """What the run took: bytes per client and time."""
     table.add_section()
-    traffic = summary.traffic
+    traffic, promise = summary.traffic, summary.started.privacy
+    if promise is not None:
+        label = "epsilon, NOT PRIVATE" if promise.seeded else "epsilon"
+        table.add_row(label, f"{summary.epsilon or 0.0:.3f}", f"delta {promise.target_delta:g}")
     if traffic is not None:
         for label, total, each in (
             ("bytes up per client", traffic.up_total, traffic.up_round),
             ("bytes down per client", traffic.down_total, traffic.down_round),
         ):
             table.add_row(label, byte_size(total), f"{byte_size(each)}/round")
+        for journey in summary.journeys:
+            if journey.cosine is not None:
+                label, lost = f"  {journey.direction}, against bf16", f"cosine {journey.cosine:.3f}"
+                table.add_row(label, f"{journey.saving:.1f}x less", lost)
     table.add_row("wall time", duration(summary.wall_s), "" if summary.finished else "so far")

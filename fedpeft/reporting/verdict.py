@@ -24,6 +24,8 @@ def verdict(summary: Summary) -> str:
     of the difference; the words "within the intervals" mark the others.
     """
     federated, planned = summary.score("federated"), summary.started.rounds
+    if federated is None and summary.finished is not None:
+        return f"{_ended(summary)} Nothing was scored: there is no test set."
     if federated is None:
         return f"No training round has been evaluated yet ({summary.rounds_done} of {planned} rounds done)."
     name, value = metric_name(summary.primary), metric_value(summary.primary, federated.value)
@@ -32,9 +34,23 @@ def verdict(summary: Summary) -> str:
     compared = [text for key, rival in _RIVALS if (text := _compared(summary, federated, key, rival))]
     if compared:
         sentences.append(f"It is {' and '.join(compared)}.")
+    if summary.started.privacy is not None or (summary.finished is not None and summary.finished.stopped):
+        sentences.append(_ended(summary))
     if summary.finished is None:
         sentences.append(f"The run is not finished: {summary.rounds_done} of {planned} rounds done.")
     return " ".join(sentences)
+
+
+def _ended(summary: Summary) -> str:
+    """How far the run came, and what of its privacy budget that took."""
+    stopped = summary.finished.stopped if summary.finished is not None else ""
+    done = f"The run was {stopped}." if stopped else f"{counted(summary.rounds_done, 'round')} are done."
+    promise = summary.started.privacy
+    if promise is None:
+        return done
+    spent = f"Epsilon {summary.epsilon or 0.0:.3f} at delta {promise.target_delta:g} is spent"
+    simulated = ", with SIMULATED noise that hides nothing" if promise.seeded else ""
+    return f"{done} {spent} ({promise.kind}){simulated}."
 
 
 def _start(summary: Summary) -> str:

@@ -26,5 +26,9 @@ def accumulate(
     """
     check_amounts(directions, amounts)
     where = torch.device(device)
-    kernels = kernels_for(where, backend)
-    return kernels.accumulate(stream, span, directions.contiguous(), amounts.contiguous(), where, threads)
+    kernels, support, mask = kernels_for(where, backend), stream.support, None
+    if support is not None:
+        moving, mask = support.moves(span.tensor_id, directions), support.mask(span.tensor_id)
+        directions, amounts = directions[moving], amounts[moving]
+    sums = kernels.accumulate(stream, span, directions.contiguous(), amounts.contiguous(), where, threads)
+    return sums if mask is None else sums.mul_(mask[span.start : span.stop].to(where))

@@ -1,10 +1,11 @@
 """Which implementation of the kernels serves: one literal table, one choice by device."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -52,14 +53,29 @@ class Perturb(Protocol):
         """Writes source + scale * z to `out`, [pieces, length] each; piece p begins at starts[p]."""
 
 
+Shift: TypeAlias = Callable[[int, float, torch.Tensor], None]
+"""(direction, scale, out): writes certain weights plus scale * z to `out`, of their shape and dtype."""
+
+
+class Prepare(Protocol):
+    """Perturbs the same weights again and again."""
+
+    def __call__(self, stream: Stream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
+        """For contiguous float32 or float64 `source`, whose first element is coordinate `start`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """One backend's three kernels; all backends return the same bits."""
+    """One backend's three kernels; all backends return the same bits.
+
+    `prepare` is there where a call of `perturb` costs more than what a small layer's weights take.
+    """
 
     name: str
     accumulate: Accumulate
     project: Project
     perturb: Perturb
+    prepare: Prepare | None = None
 
 
 # Backend: the package it needs, the device types it serves in order of preference, its module.
@@ -105,4 +121,5 @@ def _has(package: str) -> bool:
 @cache
 def _load(backend: str) -> Kernels:
     module = import_module(_TABLE[backend][2])
-    return Kernels(backend, module.accumulate, module.project, module.perturb)
+    prepare = getattr(module, "prepare", None)
+    return Kernels(backend, module.accumulate, module.project, module.perturb, prepare)

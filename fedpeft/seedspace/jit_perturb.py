@@ -13,23 +13,23 @@ Source: the estimator is simultaneous perturbation (Spall, 1992) as in MeZO (Mal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fedpeft.errors import TrainingError
+from fedpeft.seedspace.backends import Shift
+from fedpeft.seedspace.bounds import check_scale
 from fedpeft.seedspace.layout import Stream
-from fedpeft.seedspace.perturb import perturb, perturb_rows
+from fedpeft.seedspace.perturb import perturb_rows, prepare
 from fedpeft.seedspace.trainable import ids_by_identity
 
 # Each block costs a call of the matrix product, so blocks are large; still small beside a language model's
 # logits.
-BLOCK_BYTES = 2**22
+BLOCK_BYTES = 2**21
 
 Forward = Callable[..., torch.Tensor]
-Part = Callable[[int, int], torch.Tensor]
 
 
 class Scratch:
@@ -39,14 +39,21 @@ class Scratch:
     """
 
     def __init__(self) -> None:
+        self._wanted: dict[tuple[torch.dtype, torch.device], int] = {}
         self._buffers: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
+    def announce(self, weights: torch.Tensor, numel: int) -> None:
+        """So many elements will be wanted: said of all before the first use, the buffer never moves."""
+        kind = (weights.dtype, weights.device)
+        self._wanted[kind] = max(numel, self._wanted.get(kind, 0))
+
     def like(self, weights: torch.Tensor) -> torch.Tensor:
-        """Memory of the shape, dtype and device of `weights`, until the next call."""
+        """Memory of the shape, dtype and device of `weights`, shared with all that came from here."""
         kind = (weights.dtype, weights.device)
         buffer = self._buffers.get(kind)
         if buffer is None or len(buffer) < weights.numel():
-            buffer = self._buffers[kind] = torch.empty(weights.numel(), dtype=kind[0], device=kind[1])
+            self.announce(weights, weights.numel())
+            buffer = self._buffers[kind] = torch.empty(self._wanted[kind], dtype=kind[0], device=kind[1])
         return buffer[: weights.numel()].view(weights.shape)
 
 
@@ -61,33 +68,69 @@ class Point:
         self.scale = 0.0
         self.scratch = Scratch()
 
-    def whole(self, tensor_id: int, weights: torch.Tensor) -> torch.Tensor:
-        """A perturbed copy of one tensor."""
-        return perturb(
-            self.stream, tensor_id, self.direction, weights.detach(), self.scale, backend=self.backend
-        )
-
     def rows(self, weights: torch.Tensor) -> int:
         """How many rows of a matrix make a block."""
         return max(1, self.block_bytes // (weights.shape[1] * weights.element_size()))
 
-    def fits(self, weights: torch.Tensor) -> bool:
-        """Whether the matrix is a single block."""
-        return self.rows(weights) >= len(weights)
 
-    def part(self, tensor_id: int, weights: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) of a perturbed matrix, in scratch memory: valid until the next part."""
-        rows = weights.detach()[first:last]
-        return perturb(
-            self.stream,
-            tensor_id,
-            self.direction,
-            rows,
-            self.scale,
-            start=first * weights.shape[1],
-            out=self.scratch.like(rows),
-            backend=self.backend,
-        )
+class Whole:
+    """Perturbed copies of one tensor."""
+
+    def __init__(self, point: Point, tensor_id: int, weights: torch.Tensor) -> None:
+        self._point, self._tensor_id, self._weights = point, tensor_id, weights
+        self._place = -1
+
+    def __call__(self) -> torch.Tensor:
+        """A fresh copy at the point."""
+        weights, point = self._weights.detach(), self._point
+        if weights.data_ptr() != self._place:  # the first time, or the parameter has moved
+            self._shift = prepare(point.stream, self._tensor_id, weights, backend=point.backend)
+            self._place = weights.data_ptr()
+        copy = torch.empty_like(weights, memory_format=torch.contiguous_format)
+        self._shift(point.direction, point.scale, copy)
+        return copy
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows [first, last) of a matrix; `values` is scratch memory that `shift` fills, until the next block."""
+
+    first: int
+    last: int
+    shift: Shift
+    values: torch.Tensor
+
+
+class Matrix:
+    """Blocks of rows of one perturbed matrix, one after another in scratch memory."""
+
+    def __init__(self, point: Point, tensor_id: int, weights: torch.Tensor) -> None:
+        self._point, self._tensor_id, self._weights = point, tensor_id, weights
+        self._place = -1
+        self._blocks: list[Block] = []
+        point.scratch.announce(weights, min(point.rows(weights), len(weights)) * weights.shape[1])
+
+    def __len__(self) -> int:
+        """How many blocks."""
+        return -(-len(self._weights) // self._point.rows(self._weights))
+
+    def __iter__(self) -> Iterator[Block]:
+        """Each block, perturbed: use it before the next."""
+        if self._weights.data_ptr() != self._place:  # the first time, or the parameter has moved
+            self._blocks, self._place = list(self._prepared()), self._weights.data_ptr()
+        for block in self._blocks:
+            block.shift(self._point.direction, self._point.scale, block.values)
+            yield block
+
+    def _prepared(self) -> Iterator[Block]:
+        point, weights = self._point, self._weights.detach()
+        height, rows = len(weights), point.rows(weights)
+        for first in range(0, height, rows):
+            part = weights[first : first + rows]
+            shift = prepare(
+                point.stream, self._tensor_id, part, start=first * weights.shape[1], backend=point.backend
+            )
+            yield Block(first, first + len(part), shift, point.scratch.like(part))
 
 
 @dataclass(frozen=True)
@@ -102,50 +145,52 @@ def linear(site: Site, point: Point) -> Forward:
     """The product by blocks of rows of the weight: a block of memory, not a layer."""
     weight = site.module.get_parameter("weight")
     plain_bias: torch.Tensor | None = dict(site.module.named_parameters(recurse=False)).get("bias")
+    matrix = Matrix(point, site.ids["weight"], weight) if "weight" in site.ids else None
+    whole = Whole(point, site.ids["weight"], weight) if "weight" in site.ids else None
+    moved = (
+        Whole(point, site.ids["bias"], plain_bias) if plain_bias is not None and "bias" in site.ids else None
+    )
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
-        bias = plain_bias
-        if bias is not None and "bias" in site.ids:
-            bias = point.whole(site.ids["bias"], bias)
-        if "weight" not in site.ids:
+        bias = plain_bias if moved is None else moved()
+        if matrix is None or whole is None:
             return nn.functional.linear(inputs, weight, bias)
-        if point.fits(weight) or torch.is_autocast_enabled(inputs.device.type):
-            whole = point.part(site.ids["weight"], weight, 0, len(weight))
-            return nn.functional.linear(inputs, whole, bias)
-        return _by_blocks(
-            inputs, weight, bias, partial(point.part, site.ids["weight"], weight), point.rows(weight)
-        )
+        if torch.is_autocast_enabled(inputs.device.type):
+            return nn.functional.linear(inputs, whole(), bias)
+        if len(matrix) > 1:
+            return _by_blocks(inputs, weight, bias, matrix)
+        (only,) = matrix
+        return nn.functional.linear(inputs, only.values, bias)
 
     return forward
 
 
 def _by_blocks(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, part: Part, rows: int
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, matrix: Matrix
 ) -> torch.Tensor:
     """[..., height] products of [..., width] inputs, each block's written straight to its columns."""
     height, width = weight.shape
     flat = inputs.reshape(-1, width)  # [tokens, width]
     result = flat.new_empty(flat.shape[0], height)
-    for first in range(0, height, rows):
-        last = min(first + rows, height)
-        block = part(first, last).t()
+    for block in matrix:
+        columns, values = result[:, block.first : block.last], block.values.t()
         if bias is None:
-            torch.mm(flat, block, out=result[:, first:last])
+            torch.mm(flat, values, out=columns)
         else:
-            torch.addmm(bias[first:last], flat, block, out=result[:, first:last])
+            torch.addmm(bias[block.first : block.last], flat, values, out=columns)
     return result.view(*inputs.shape[:-1], height)
 
 
 def embedding(site: Site, point: Point) -> Forward:
-    """The looked-up rows of the perturbed table, each perturbed once."""
+    """The looked-up rows of the perturbed table."""
     table = site.module.get_parameter("weight")
 
     def forward(tokens: torch.Tensor) -> torch.Tensor:
-        rows, places = torch.unique(tokens, return_inverse=True)
+        rows, scale = tokens.reshape(-1), point.scale
         picked = perturb_rows(
-            point.stream, site.ids["weight"], point.direction, table, rows, point.scale, backend=point.backend
+            point.stream, site.ids["weight"], point.direction, table, rows, scale, backend=point.backend
         )
-        return picked[places]
+        return picked.view(*tokens.shape, -1)
 
     return forward
 
@@ -153,15 +198,18 @@ def embedding(site: Site, point: Point) -> Forward:
 def swapped(site: Site, point: Point) -> Forward:
     """Any module: its own forward while perturbed copies stand in for its parameters."""
     original: Forward = site.module.forward
-    places: list[tuple[dict[str, Any], str, torch.Tensor, int]] = []
+    places: list[tuple[dict[str, Any], str, torch.Tensor, Whole]] = []
     for path, tensor_id in site.ids.items():
         owner, name = _owner(site.module, path)
-        places.append((cast(dict[str, Any], owner._parameters), name, owner.get_parameter(name), tensor_id))
+        weights = owner.get_parameter(name)
+        places.append(
+            (cast(dict[str, Any], owner._parameters), name, weights, Whole(point, tensor_id, weights))
+        )
 
     def forward(*inputs: object, **named: object) -> torch.Tensor:
         try:
-            for parameters, name, weights, tensor_id in places:
-                parameters[name] = point.whole(tensor_id, weights)
+            for parameters, name, _, whole in places:
+                parameters[name] = whole()
             return original(*inputs, **named)
         finally:
             for parameters, name, weights, _ in places:
@@ -213,10 +261,12 @@ class JustInTime:
     def at(self, direction: int, scale: float) -> Iterator[None]:
         """Within the block, the model's forward is that of theta + scale * z of this direction.
 
-        Raises: TrainingError where gradients are enabled: perturbed weights aren't leaves of any graph.
+        Raises: TrainingError where gradients are enabled: perturbed weights aren't leaves of any graph;
+        UpdateError for a scale that isn't finite.
         """
         if torch.is_grad_enabled():
             raise TrainingError("a perturbed forward keeps no graph: run it under torch.no_grad()")
+        check_scale(scale)
         self._point.direction, self._point.scale = direction, scale
         # An attribute of the instance goes before the class's method; `__dict__` spares Module's bookkeeping.
         previous = [module.__dict__.get("forward") for module, _ in self._forwards]

@@ -18,6 +18,7 @@ from enum import IntEnum
 from itertools import pairwise
 
 from fedpeft.errors import ModelError, TrainingError
+from fedpeft.seedspace.support import Support
 
 BLOCK = 128
 MAX_SEED = 2**64 - 1
@@ -44,7 +45,7 @@ class Stream:
     """The part of the counter and key that one run, purpose and step share.
 
     `seed` is the run's, 64 bits. `step` is for purposes that need fresh bits as time goes by; directions
-    that are addressed by their index alone keep it at 0.
+    that are addressed by their index alone keep it at 0. `support` is what directions move; None: everything.
 
     Raises: TrainingError when a field does not fit its bits.
     """
@@ -52,6 +53,7 @@ class Stream:
     seed: int
     purpose: Purpose = Purpose.PERTURB
     step: int = 0
+    support: Support | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= MAX_SEED:

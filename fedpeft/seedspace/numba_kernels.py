@@ -1,8 +1,10 @@
 """The compiled CPU kernels behind torch tensors."""
 
+import numpy as np
 import torch
 
 from fedpeft.seedspace import numba_accumulate, numba_perturb, numba_project
+from fedpeft.seedspace.backends import Shift
 from fedpeft.seedspace.layout import Span, Stream
 
 
@@ -39,3 +41,9 @@ def perturb(
 ) -> None:
     """Writes source + scale * z to `out`, both float32 or float64 [pieces, length]."""
     numba_perturb.perturb(stream, tensor_id, direction, source.numpy(), starts.numpy(), scale, out.numpy())
+
+
+def prepare(stream: Stream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
+    """As `perturb` for one piece, with everything worked out that depends on neither direction nor scale."""
+    shift = numba_perturb.prepare(stream, tensor_id, source.view(1, -1).numpy(), np.array([start]))
+    return lambda direction, scale, out: shift(direction, scale, out.view(1, -1).numpy())

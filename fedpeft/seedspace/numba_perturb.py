@@ -1,5 +1,7 @@
 """weights +- scale z in compiled code, for whole tensors, row blocks and looked-up rows alike."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,7 +86,17 @@ def perturb(
     out: Floats,
 ) -> None:
     """Writes source + scale * z to `out`, both float32 or float64 [pieces, length] and C-contiguous."""
+    prepare(stream, tensor_id, source, starts)(direction, scale, out)
+
+
+def prepare(
+    stream: Stream, tensor_id: int, source: Floats, starts: NDArray[np.int64]
+) -> Callable[[int, float, Floats], None]:
+    """`perturb` with the last three arguments, direction, scale and out, still open."""
     tail = np.array(stream.counter_words(tensor_id), dtype=np.uint64)
-    _pieces(
-        source, out, starts, tail, np.uint64(direction), np.uint64(stream.key_word), source.dtype.type(scale)
-    )
+    key, exact = np.uint64(stream.key_word), source.dtype.type
+
+    def shift(direction: int, scale: float, out: Floats) -> None:
+        _pieces(source, out, starts, tail, np.uint64(direction), key, exact(scale))
+
+    return shift

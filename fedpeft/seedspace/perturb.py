@@ -1,9 +1,11 @@
 """Perturb: weights plus a scaled direction, into a buffer, for any coordinates of a tensor."""
 
+from dataclasses import replace
+
 import torch
 
 from fedpeft.errors import TrainingError
-from fedpeft.seedspace.backends import kernels_for
+from fedpeft.seedspace.backends import Shift, kernels_for
 from fedpeft.seedspace.bounds import check_scale
 from fedpeft.seedspace.layout import Stream
 
@@ -37,6 +39,29 @@ def perturb(
     return result
 
 
+def prepare(
+    stream: Stream, tensor_id: int, weights: torch.Tensor, *, start: int = 0, backend: str | None = None
+) -> Shift:
+    """`perturb` of the same weights for many directions: `shift(direction, scale, out)`, with a finite scale.
+
+    What depends on neither is worked out here, once: for a small layer it takes longer than the perturbation.
+    The weights may change between calls, but not their place in memory.
+
+    Raises: TrainingError for an integer tensor.
+    """
+    source = weights.detach()
+    kernels = kernels_for(source.device, backend)
+    plain = stream.support is None and source.dtype in _COMPUTED_AS_ITSELF and source.is_contiguous()
+    if kernels.prepare is not None and plain:
+        return kernels.prepare(stream, tensor_id, source, start)
+    _check_dtype(source)
+
+    def shift(direction: int, scale: float, out: torch.Tensor) -> None:
+        perturb(stream, tensor_id, direction, source, scale, start=start, out=out, backend=backend)
+
+    return shift
+
+
 def perturb_rows(
     stream: Stream,
     tensor_id: int,
@@ -51,7 +76,7 @@ def perturb_rows(
 
     Raises: TrainingError for an integer table; UpdateError for a scale that isn't finite.
     """
-    picked = table.detach()[rows]
+    picked = table.detach().index_select(0, rows)
     result = torch.empty_like(picked)
     starts = rows.cpu() * table.shape[1]
     _write(stream, tensor_id, direction, picked, starts, scale, result, backend)
@@ -69,13 +94,37 @@ def _write(
     backend: str | None,
 ) -> None:
     check_scale(scale)
+    _check_dtype(source)
     kernels = kernels_for(source.device, backend)
-    source = source.detach().contiguous()
+    source, support = source.detach().contiguous(), stream.support
+    if support is not None:
+        if not support.moves(tensor_id, torch.tensor([direction])).item():
+            out.copy_(source)
+            return
+        mask = support.mask(tensor_id)
+        if mask is not None:  # `out` may be `source`: what stays is taken from there before it is written
+            moved, everywhere = torch.empty_like(out), replace(stream, support=None)
+            _write(everywhere, tensor_id, direction, source, starts, scale, moved, backend)
+            out.copy_(torch.where(_part(mask, starts, source), moved, source))
+            return
     if source.dtype in _COMPUTED_AS_ITSELF:
         kernels.perturb(stream, tensor_id, direction, source, starts, scale, out.detach())
-    elif source.dtype in _COMPUTED_IN_FLOAT32:
+    else:
         wide = source.float()
         kernels.perturb(stream, tensor_id, direction, wide, starts, scale, wide)
         out.copy_(wide)
-    else:
-        raise TrainingError(f"weights are {source.dtype}: only floating-point tensors can be perturbed")
+
+
+def _part(mask: torch.Tensor, starts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Bool [pieces, length]: the mask where the pieces of `like` lie, piece p from starts[p]."""
+    pieces, length = like.shape
+    if pieces == 1:
+        first = int(starts[0])
+        return mask[None, first : first + length].to(like.device)
+    places = starts[:, None] + torch.arange(length)
+    return mask[places.to(mask.device)].to(like.device)
+
+
+def _check_dtype(weights: torch.Tensor) -> None:
+    if weights.dtype not in (*_COMPUTED_AS_ITSELF, *_COMPUTED_IN_FLOAT32):
+        raise TrainingError(f"weights are {weights.dtype}: only floating-point tensors can be perturbed")

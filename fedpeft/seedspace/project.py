@@ -27,8 +27,12 @@ def project(
     """
     check_directions(directions)
     check_delta(delta, span.size)
-    kernels = kernels_for(delta.device, backend)
-    return kernels.project(stream, span, directions.contiguous(), delta.contiguous(), threads)
+    kernels, support = kernels_for(delta.device, backend), stream.support
+    mask = None if support is None else support.mask(span.tensor_id)
+    if mask is not None:
+        delta = delta * mask[span.start : span.stop].to(delta.device)
+    dots = kernels.project(stream, span, directions.contiguous(), delta.contiguous(), threads)
+    return dots if support is None else dots * support.moves(span.tensor_id, directions)
 
 
 def quantise(values: torch.Tensor, exponent: int) -> torch.Tensor:

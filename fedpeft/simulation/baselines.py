@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +23,7 @@ from fedpeft.simulation.scoring import (
 )
 from fedpeft.training.steps import local_steps
 from fedpeft.update import Arrays
-from fedpeft.workers import Shared, result_of
+from fedpeft.workers import Job, Shared
 
 MOST_ALONE = 32  # clients trained alone; of more, an even sample
 
@@ -91,7 +90,7 @@ def run_baselines(
     started = time.monotonic()
     budget = budgets(scorer, rounds)
     shared = scorer.workers.share(dict(start))
-    jobs: dict[Future[Evaluation], tuple[str, str]] = {}
+    jobs: dict[Job[Evaluation], tuple[str, str]] = {}
     if "pooled" not in names:  # the longest job first
         jobs[_submit(scorer, "pooled", None, budget.pooled, shared)] = ("pooled", "pooled")
     if "local" not in names:
@@ -100,10 +99,11 @@ def run_baselines(
     results: dict[str, dict[str, Evaluation]] = {"local": {}, "pooled": {}}
     wanted = {kind: sum(job[0] == kind for job in jobs.values()) for kind in results}
     waiting = [kind for kind in results if wanted[kind]]  # rows come in this order, whoever is quicker
-    for future in as_completed(jobs):
-        kind, name = jobs[future]
-        results[kind][name] = result_of(future)
-        progress(kind, len(results[kind]), wanted[kind])
+    while jobs:
+        for job in scorer.workers.wait(jobs):
+            kind, name = jobs.pop(job)
+            results[kind][name] = job.result()
+            progress(kind, len(results[kind]), wanted[kind])
         while waiting and len(results[waiting[0]]) == wanted[waiting[0]]:
             done_kind = waiting.pop(0)
             evaluations = dict(sorted(results[done_kind].items()))
@@ -111,9 +111,7 @@ def run_baselines(
             yield Baseline(name=done_kind, evaluations=evaluations, wall_s=wall_s)
 
 
-def _submit(
-    scorer: Scorer, name: str, client: str | None, effort: Effort, start: Shared
-) -> Future[Evaluation]:
+def _submit(scorer: Scorer, name: str, client: str | None, effort: Effort, start: Shared) -> Job[Evaluation]:
     return scorer.workers.submit(
         train_and_score, scorer.resident.run_digest, name, client, effort, start, scorer.metrics
     )

@@ -1,4 +1,4 @@
-"""`fedpeft simulate`: set up, hold the rounds, compare, export, report."""
+"""A run from its folder to its report: set up, hold the rounds, compare, export; wherever its clients are."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
+from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Order, Server, hold_rounds
-from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger import Checkpoint, Rounds, RunFolder
 from fedpeft.ledger.run_folder import RUN_FILE
 from fedpeft.models.base import model_path
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.trainable import count_parameters
 from fedpeft.preflight import has_answers, refuse_problems
-from fedpeft.records import ClientOutcome, Finished, Round, Started
+from fedpeft.privacy.kinds import budget_of, event_of, kind_of
+from fedpeft.privacy.sources import refuse_seeded
+from fedpeft.records import ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.reporting.html import write_report
+from fedpeft.reporting.lines import promise_notes
 from fedpeft.reporting.plain import PlainProgress
 from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
@@ -39,11 +43,35 @@ from fedpeft.reporting.summary import Summary, build_summary, summary_json
 from fedpeft.resident import Resident, install_resident, load_resident
 from fedpeft.runfile import load_run, run_digest, run_toml
 from fedpeft.simulation.baselines import run_baselines
-from fedpeft.simulation.scoring import TEST, Scorer, rows_of
+from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
+from fedpeft.update import Arrays
 from fedpeft.workers import Workers, open_workers
 
 Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
+
+
+def load_alone(run: RunConfig) -> Resident:
+    """Load a run with all its clients as the only one of this process and of those forked from it."""
+    torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
+    resident = load_resident(run)
+    install_resident(resident)
+    return resident
+
+
+@dataclass(frozen=True)
+class Venue:
+    """Where a run is held: all that differs between a simulation, Flower's nodes and a server with agents.
+
+    Attributes:
+        name: as the report calls it.
+        hold: holds the rounds.
+        load: loads the run into this process, as one that `fedpeft.resident.resident_for` finds.
+    """
+
+    name: str
+    hold: Engine
+    load: Callable[[RunConfig], Resident] = load_alone
 
 
 @dataclass(frozen=True)
@@ -73,11 +101,19 @@ def simulate(folder: RunFolder, *, workers: int, engine: str, progress: Progress
     """
     if engine not in ENGINES:
         raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
-    finished = folder.finished()
-    if finished is not None:
+    return hold_run(folder, Venue(engine, ENGINES[engine]), progress, workers=workers)
+
+
+def hold_run(folder: RunFolder, venue: Venue, progress: Progress, *, workers: int = 1) -> RunResult:
+    """Bring the run of an open folder to its end; one that is at its end already is left as it is.
+
+    Raises:
+        FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
+    """
+    if folder.finished() is not None:
         progress.note(f"{folder.path} is finished already; nothing to do")
         return _result(folder)
-    return _Simulation(folder, engine, ENGINES[engine], progress).run(workers)
+    return _Holding(folder, venue, progress).run(workers)
 
 
 def serve(order: Order) -> None:
@@ -89,6 +125,7 @@ def serve(order: Order) -> None:
     """
     run = load_run(order.run_file)
     refuse_problems(run, source=str(order.run_file))
+    refuse_seeded(run)
     out = order.out or Path("runs") / run.run.name
 
     def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
@@ -96,19 +133,22 @@ def serve(order: Order) -> None:
         return hold_rounds(server, order.grid, last, timeout_s=deadline_s)
 
     log = Console(force_terminal=False, highlight=False)  # what is printed goes to the Flower run's log
-    with _begun_or_new(out, run) as folder, PlainProgress(log) as progress:
-        if folder.finished() is not None:
-            progress.note(f"{folder.path} is finished already; nothing to do")
-            return
-        result = _Simulation(folder, "flower", on_nodes, progress).run(workers=1)
-        progress.result(result.summary, result.paths, result.snippet)
+    with begun_or_new(out, run) as folder, PlainProgress(log) as progress:
+        finished = folder.finished() is not None
+        result = hold_run(folder, Venue("flower", on_nodes), progress)
+        if not finished:
+            progress.result(result.summary, result.paths, result.snippet)
 
 
-def _begun_or_new(path: Path, run: RunConfig) -> RunFolder:
-    """The open folder of this very run, begun or not."""
+def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
+    """The open folder of this very run, begun or not.
+
+    Raises:
+        RunExistsError: another run is there.
+    """
     if not (path / RUN_FILE).exists():
-        return RunFolder.create(path, run)
-    folder = RunFolder.resume(path)
+        return RunFolder.create(path, run, rounds=rounds)
+    folder = RunFolder.resume(path, rounds=rounds)
     if folder.digest != run_digest(run):
         with folder:
             raise RunExistsError(
@@ -132,17 +172,17 @@ def _on_ray(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoin
 ENGINES: dict[str, Engine] = {"local": _on_local_grid, "ray": _on_ray}
 
 
-class _Simulation:
+class _Holding:
     """One process's work on one run folder."""
 
-    def __init__(self, folder: RunFolder, name: str, engine: Engine, progress: Progress) -> None:
+    def __init__(self, folder: RunFolder, venue: Venue, progress: Progress) -> None:
         self._folder = folder
         self._run = folder.run
-        self._name = name
-        self._engine = engine
+        self._venue = venue
         self._progress = progress
         self._began = time.monotonic()
-        self._resident = self._load()
+        progress.setup("loading rows and model")
+        self._resident = venue.load(self._run)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
         self._start = self._resident.space.initial_state(self._resident.parameters)
         self._metrics = run_metrics(self._run)
@@ -158,21 +198,16 @@ class _Simulation:
             scorer = Scorer(self._resident, self._metrics, pool)
             final = self._rounds(scorer, pool, last)
             rounds = [row for row in self._folder.rows() if isinstance(row, Round)]
-            if self._run.evaluation.baselines:
+            if self._run.evaluation.baselines and self._resident.data.clients:
                 self._baselines(scorer, rounds)
+            elif self._run.evaluation.baselines:
+                self._progress.note("no baselines: the clients' rows are not here")
         self._finish(final, rounds)
         return _result(self._folder)
 
     def _open_sinks(self, last: Checkpoint | None) -> list[MetricSink]:
         names = ["tensorboard"] if self._run.output.tensorboard else []
         return [open_sink(name, self._folder.path, 0 if last is None else last.round + 1) for name in names]
-
-    def _load(self) -> Resident:
-        torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
-        self._progress.setup("loading rows and model")
-        resident = load_resident(self._run)
-        install_resident(resident)
-        return resident
 
     def _rounds(self, scorer: Scorer, pool: Workers, last: Checkpoint | None) -> Checkpoint:
         """The rounds on the chosen engine; returns the final checkpoint."""
@@ -186,18 +221,21 @@ class _Simulation:
             evaluate=scorer.evaluate,
             step=self._progress.setup,
             ready=self._announce,
+            budget=self._folder,
         )
-        return self._engine(server, last, pool)
+        return self._venue.hold(server, last, pool)
 
-    def _announce(self) -> None:
+    def _announce(self, roster: Roster | None = None) -> None:
         """Write the first row once, and tell people in any case."""
         row = self._folder.started()
         if row is None:
-            row = started_row(self._resident, self._metrics, self._name)
+            row = started_row(self._resident, self._metrics, self._venue.name, roster)
             self._folder.append(row)
         for sink in self._sinks:
             sink.write(row)
         self._progress.started(row)
+        for note in promise_notes(row.privacy):
+            self._progress.note(note)
 
     def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:
         done = self._folder.baselines()
@@ -213,9 +251,7 @@ class _Simulation:
         """Adapter, last row, report: in this order, so that the last one there means all are."""
         resident, folder = self._resident, self._folder
         self._progress.setup("writing adapter and report")
-        resident.space.enter(resident.parameters, final.state)
-        with folder_atomically(folder.adapter) as fresh:
-            export_adapter(resident.model, fresh, base_name=model_path(self._run.model))
+        write_adapter(resident, folder, final.state)
         if not any(isinstance(row, Finished) for row in folder.rows()):
             up, down = _bytes_per_client(rounds)
             row = Finished(
@@ -223,6 +259,7 @@ class _Simulation:
                 adapter_digest=adapter_digest(folder.adapter),
                 bytes_up_per_client=up,
                 bytes_down_per_client=down,
+                stopped=_stopped(self._run, final.round),
                 peak_rss_mib=_peak_rss_mib(),
                 wall_s=time.monotonic() - self._began,
             )
@@ -232,6 +269,17 @@ class _Simulation:
         text = json.dumps(summary_json(build_summary(rows)), indent=2) + "\n"
         write_atomically(folder.path / "summary.json", text.encode())
         write_report(folder.path, run_toml(self._run), rows, _snippet(folder, "adapter"))
+
+
+def write_adapter(resident: Resident, folder: RunFolder, state: Arrays) -> None:
+    """Write the adapter of a state into the run's folder, whole or not at all.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    resident.space.enter(resident.parameters, state)
+    with folder_atomically(folder.adapter) as fresh:
+        export_adapter(resident.model, fresh, base_name=model_path(resident.run.model))
 
 
 class _Observer:
@@ -257,9 +305,15 @@ def run_metrics(run: RunConfig) -> tuple[str, ...]:
     return metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
 
 
-def started_row(resident: Resident, metrics: tuple[str, ...], engine: str) -> Started:
-    """What a run says of itself before it begins."""
+def started_row(resident: Resident, metrics: tuple[str, ...], engine: str, roster: Roster | None) -> Started:
+    """What a run says of itself before it begins; without a roster, its clients are those of its rows."""
     run, data = resident.run, resident.data
+    private = run.privacy is not None
+    clients = {client.name: len(client.train) for client in data.clients}
+    if roster is not None and set(roster.members) != set(clients):  # they have rows of their own
+        clients = {name: roster.members[name].examples for name in roster.names}
+    if private:
+        clients = dict.fromkeys(clients, 0)
     trainable, total = count_parameters(resident.model)
     return Started(
         run_name=run.run.name,
@@ -267,18 +321,46 @@ def started_row(resident: Resident, metrics: tuple[str, ...], engine: str) -> St
         seed=run.run.seed,
         rounds=run.run.rounds,
         engine=engine,
-        clients={client.name: len(client.train) for client in data.clients},
-        test_examples=len(rows_of(resident, TEST)[1]),
+        clients=clients,
+        test_examples=len(rows_of(resident, TEST)[1]) if may_score(run) else 0,
         trainable_parameters=trainable,
         total_parameters=total,
         base_digest=resident.base_digest,
-        cut_rows=data.cut_rows,
+        cut_rows=0 if private else data.cut_rows,
         labels=data.label_names,
         primary_metric=metrics[0],
         higher_is_better={name: METRICS[name].higher_is_better for name in metrics},
+        privacy=promise_of(run, measured=may_score(run) and len(data.test) > 0),
         versions={"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _VERSIONS},
     )
+
+
+def promise_of(run: RunConfig, *, measured: bool) -> Promise | None:
+    """What a private run promises; None without privacy."""
+    kind = kind_of(run)
+    if run.privacy is None or kind is None:
+        return None
+    event, budget = event_of(run), budget_of(run)
+    return Promise(
+        kind=event.kind,
+        neighbours=event.neighbours,
+        against=kind.against,
+        noise_multiplier=event.noise_multiplier,
+        sample_rate=event.release().sample_rate,
+        target_delta=budget.target_delta,
+        max_epsilon=budget.max_epsilon,
+        seeded=run.privacy.seeded,
+        measured=measured,
+    )
+
+
+def _stopped(run: RunConfig, last: int) -> str:
+    """Why a run ended before its last round, which only a spent budget makes it do well; empty: it didn't."""
+    if last >= run.run.rounds:
+        return ""
+    limit = budget_of(run).max_epsilon
+    return f"stopped by budget after round {last}: the next would exceed epsilon {limit:g}"
 
 
 def _result(folder: RunFolder) -> RunResult:

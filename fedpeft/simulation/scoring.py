@@ -6,7 +6,6 @@ Test rows are dealt out in fixed batches, so the result doesn't depend on how ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
 from fedpeft.data.encoded import Encoded
+from fedpeft.data.layout import EMBEDDED
 from fedpeft.evaluation.evaluate import join, summarise
 from fedpeft.evaluation.metrics import Column
 from fedpeft.randomness import stream
 from fedpeft.records import Evaluation
 from fedpeft.resident import Resident, resident_for
 from fedpeft.update import Arrays
-from fedpeft.workers import Shared, Workers, result_of
+from fedpeft.workers import Job, Shared, Workers
 
 TEST, HELD_OUT = "test", "held-out"
 
@@ -30,6 +30,7 @@ class Scorer:
     """Evaluates states on the global test set and on each client's held-out rows.
 
     Without a test set of its own a run's test set is the clients' held-out rows, and each row is scored once.
+    A private run scores no row of its clients: exact scores of them would tell what the noise hides.
     """
 
     resident: Resident
@@ -39,10 +40,13 @@ class Scorer:
     def evaluate(self, state: Arrays) -> Evaluation | None:
         """Scores with intervals, and per client; None if there is no row to score."""
         data, section = self.resident.data, self.resident.run.evaluation
-        if not len(data.test):
+        if not len(data.test) or not may_score(self.resident.run):
             return None
         rng = stream(self.resident.run.run.seed, "bootstrap")
         columns = self._columns(TEST, state)
+        if self.resident.run.privacy is not None:
+            found = summarise(columns, self.metrics, clients={}, resamples=section.bootstrap, rng=rng)
+            return found.model_copy(update={"clients": {}})
         if own_test_set(self.resident.run):
             held = self._columns(HELD_OUT, state) if any(len(c.heldout) for c in data.clients) else None
             places = places_of(
@@ -63,14 +67,22 @@ class Scorer:
         count = len(batches_of(self.resident, which))
         width = min(self.workers.width * 4, count)  # a few shards each, so that none waits long for the last
         shared = self.workers.share(dict(state))
-        futures: list[Future[dict[str, Column]]] = [
+        jobs: list[Job[dict[str, Column]]] = [
             self.workers.submit(
                 score_shard, self.resident.run_digest, which, shard, width, shared, self.metrics
             )
             for shard in range(width)
         ]
-        shards: list[dict[str, Column]] = [result_of(future) for future in futures]
+        shards: list[dict[str, Column]] = [job.result() for job in jobs]
         return join(shards)
+
+
+def may_score(run: RunConfig) -> bool:
+    """Whether there are rows that may be scored: a private run needs a test set of its own, taken for public.
+
+    The embedded rows are nobody's: a generator writes them.
+    """
+    return run.privacy is None or run.data.test is not None or run.data.train == EMBEDDED
 
 
 def own_test_set(run: RunConfig) -> bool:
@@ -93,7 +105,8 @@ def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]
     if which == TEST and own_test_set(resident.run):
         return data.test, np.arange(len(data.test), dtype=np.int64)[:limit]
     if which == TEST:
-        return data.test, np.concatenate([mine[:limit] for mine in test_rows_of_clients(resident).values()])
+        mine = [rows[:limit] for rows in test_rows_of_clients(resident).values()]
+        return data.test, np.concatenate([np.zeros(0, dtype=np.int64), *mine])
     return data.rows, np.concatenate([client.heldout[:limit] for client in data.clients])
 
 

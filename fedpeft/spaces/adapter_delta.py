@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.config import RunConfig, Section
-from fedpeft.models.trainable import host_array, read_parameters, write_parameters
+from fedpeft.models.trainable import changes, read_parameters, write_parameters
+from fedpeft.packed import PackedArrays, Packing, pack, packable
 from fedpeft.seedspace.layout import MAX_DIRECTION
-from fedpeft.spaces.base import Parameters, Route, Trail
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.spaces.base import Memory, Parameters, Route, Trail
+from fedpeft.update import Arrays, Layout, frozen_arrays, layout_of
 
 
 class AdapterDelta(Section):
@@ -41,6 +42,12 @@ class AdapterDelta(Section):
         }
         return state, drawn
 
+    def example_step(self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator) -> None:
+        """A step would be as large as the state."""
+
+    def replay_s(self) -> None:
+        """The state is the weights."""
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """Copies of the trainable parameters."""
         return frozen_arrays(read_parameters(parameters))
@@ -54,22 +61,31 @@ class AdapterDelta(Section):
         directions = rng.integers(0, MAX_DIRECTION, size=visits, endpoint=True, dtype=np.int64)
         return Route(directions, exponent=None, largest=0)
 
-    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+    def express(
+        self,
+        parameters: Parameters,
+        state: Arrays,
+        trail: Trail | None = None,
+        memory: Memory | None = None,
+    ) -> Arrays:
         """Parameter minus state, one float32 rounding per entry, however the trainer got there."""
-        return {name: host_array(parameter) - state[name] for name, parameter in parameters.items()}
+        return changes(parameters, state)
 
     def update_layout(self, state: Layout) -> Layout:
         """The state's own layout."""
         return state
 
-    def check(self, arrays: Arrays, *, who: str) -> None:
+    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Nothing: any finite change is possible, and the exact sum refuses what is not finite."""
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""
-        return frozen_arrays(
-            {
-                name: (array.astype(np.float64) + change[name]).astype(np.float32)
-                for name, array in state.items()
-            }
-        )
+        if isinstance(state, PackedArrays):
+            total = state.flat + pack(change, state.packing.like("<f8")).flat
+            return PackedArrays(total.astype(np.float32), state.packing)
+        moved = {
+            name: (array.astype(np.float64) + change[name]).astype(np.float32)
+            for name, array in state.items()
+        }
+        layout = layout_of(moved)
+        return pack(moved, Packing(layout)) if packable(layout) else frozen_arrays(moved)

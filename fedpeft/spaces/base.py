@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.config import RunConfig
-from fedpeft.seedspace.layout import Stream
 from fedpeft.update import Arrays, Layout
 
 Parameters = Mapping[str, nn.Parameter]
 """A model's trainable parameters by canonical name, sorted."""
+
+
+Memory = MutableMapping[str, NDArray[Any]]
+"""Arrays that one client keeps from round to round."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,6 @@ class Trail:
     amounts: NDArray[np.int64]
 
 
-def direction_stream(seed: int) -> Stream:
-    """Where all directions of a run come from."""
-    return Stream(seed)
-
-
 class Space(Protocol):
     """A way to express changes of a model's trainable parameters.
 
@@ -76,6 +74,19 @@ class Space(Protocol):
         """
         ...
 
+    def example_step(
+        self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator
+    ) -> Arrays | None:
+        """What a round with these updates would change in a state; None where states always travel whole."""
+        ...
+
+    def replay_s(self) -> float | None:
+        """Seconds that one thread here would take from theta_0 to the weights of a run's last state.
+
+        Worked out from the time of a small part; None where nothing is rebuilt.
+        """
+        ...
+
     def initial_state(self, parameters: Parameters) -> Arrays:
         """The state that a run starts from; `parameters` are as the model was loaded."""
         ...
@@ -92,10 +103,18 @@ class Space(Protocol):
         """The directions that a zeroth-order client visits from `state`."""
         ...
 
-    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+    def express(
+        self,
+        parameters: Parameters,
+        state: Arrays,
+        trail: Trail | None = None,
+        memory: Memory | None = None,
+    ) -> Arrays:
         """The change from `state` to where local training has left the parameters.
 
         Args:
+            memory: arrays that the client keeps from round to round, by name; replaced in place. None: it
+                keeps nothing.
             trail: how a zeroth-order trainer got there; None from other trainers.
         """
         ...
@@ -104,8 +123,12 @@ class Space(Protocol):
         """Names, shapes and dtypes of an update, given those of the state."""
         ...
 
-    def check(self, arrays: Arrays, *, who: str) -> None:
-        """Refuse an update whose values no honest client can send.
+    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
+        """Refuse an update whose values no honest client can send, or that alone would lead out of range.
+
+        Args:
+            state: what the update starts from. Where a mean of updates is applied to it, none of which was
+                refused, `apply` raises nothing.
 
         Raises:
             UpdateError: naming `who` sent it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,16 +17,19 @@ from fedpeft.seedspace.layout import tensor_ids
 from fedpeft.seedspace.project import quantise
 from fedpeft.seedspace.rounding import combine
 from fedpeft.seedspace.trainable import trainable_parameters
-from fedpeft.spaces.base import Parameters, Route, Trail
+from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.spaces.fingerprint import FINGERPRINT, fingerprint, refuse_other_weights
 from fedpeft.spaces.projections import PROJECTIONS, Projection
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, rounded
+from fedpeft.spaces.timing import least_s
 from fedpeft.update import Arrays, Layout, frozen_arrays
 
 RESOLUTION = 10  # bits: a change of lr in one weight is 2**10 quanta up to a factor of two
 LARGEST = 2**30  # quanta of one coefficient
 MOST = 2**53  # of all coefficients of a tensor in magnitude: sums stay exact
 FEWEST = 2  # coefficients of a tensor
+REPLAY_SAMPLE = 2**26  # units of a projection's work
+LEFT_OUT = "left-out/"  # of a client's memory: by tensor, in quanta
 
 
 class ProjectedOptions(Section):
@@ -35,6 +38,12 @@ class ProjectedOptions(Section):
     `num_seeds` is the number of coefficients of the largest tensor; a smaller one of d weights gets them in
     proportion to sqrt(d), as norms go when all weights change alike, so that everybody knows the numbers
     beforehand. The server moves by `server_lr` times the rebuilt mean change.
+
+    With `feedback` each client adds what its earlier coefficients left out to its next change. An unbiased
+    rebuilt change is far longer than the change itself, and what it leaves out would grow from round to
+    round: so coefficients are then those of the nearest rebuilt change, which is shorter and not unbiased. A
+    client keeps eight bytes for each weight. With another `server_lr` than 1 the server moves by more or less
+    than what clients count as sent.
     """
 
     kind: ClassVar[str] = "projected"
@@ -42,6 +51,7 @@ class ProjectedOptions(Section):
     projection: Literal["signs", "srht"] = "signs"
     num_seeds: Count = 256
     server_lr: PositiveFloat = 1.0
+    feedback: bool = False
     quantum_exponent: int | None = None
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
@@ -52,10 +62,16 @@ class ProjectedOptions(Section):
         for name, number in tensor_ids(live).items():
             size = live[name].numel()
             count = max(FEWEST, math.floor(self.num_seeds * math.sqrt(size / widest)))
-            projections[name] = PROJECTIONS[self.projection](run.run.seed, number, size, count)
-        default = math.frexp(run.training.lr)[1] - 1 - RESOLUTION
-        exponent = default if self.quantum_exponent is None else self.quantum_exponent
-        return Projected(live, projections, exponent, run.run.rounds, self.server_lr)
+            build = PROJECTIONS[self.projection]
+            projections[name] = build(run.run.seed, number, size, count, shrinks=self.feedback)
+        exponent = self.quantum_exponent
+        if exponent is None:
+            exponent = math.frexp(run.training.lr)[1] - 1 - RESOLUTION
+            if self.feedback:  # coefficients are smaller by their number over the weights they stand for
+                exponent -= max(
+                    live[name].numel() // part.count for name, part in projections.items()
+                ).bit_length()
+        return Projected(live, projections, exponent, run.run.rounds, self.server_lr, self.feedback)
 
 
 class Projected:
@@ -77,11 +93,12 @@ class Projected:
         exponent: int,
         rounds: int,
         server_lr: float,
+        feedback: bool,
     ) -> None:
         self.projections = projections
         self.exponent = exponent
         self.count = sum(projection.count for projection in projections.values())
-        self._rounds, self._server_lr = rounds, server_lr
+        self._rounds, self._server_lr, self._feedback = rounds, server_lr, feedback
         self._live = live
         self._base = {name: parameter.detach().clone() for name, parameter in live.items()}
         self._verified = b""
@@ -102,6 +119,22 @@ class Projected:
         update = {AMOUNTS: drawn[: self.count].copy()}
         drawn[self._rounds // 2 * self.count :] = 0
         return {**state, AMOUNTS: drawn}, update
+
+    def example_step(self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
+        """The coefficients of one round; the fingerprint is any other."""
+        mean = np.mean([update[AMOUNTS] for update in updates], axis=0)
+        amounts = np.zeros(self._rounds * self.count, dtype=np.int64)
+        amounts[: self.count] = rounded(mean * self._server_lr)
+        words = rng.integers(-(2**32), 2**32, state[FINGERPRINT].size)
+        return {AMOUNTS: amounts, NEXT: np.ones(1, dtype=np.int64), FINGERPRINT: words}
+
+    def replay_s(self) -> float:
+        """One round of the tensor with the most work that is still small, scaled to all of the run."""
+        ordered = sorted(self.projections.values(), key=lambda projection: projection.work)
+        sample = next((p for p in reversed(ordered) if p.work <= REPLAY_SAMPLE), ordered[0])
+        ones = torch.ones(sample.count, dtype=torch.int64)
+        share = sum(projection.work for projection in ordered) / sample.work
+        return least_s(lambda: sample.rebuild(ones, 0)) * share * self._rounds
 
     def initial_state(self, parameters: Parameters) -> Arrays:
         """No round yet."""
@@ -130,8 +163,17 @@ class Projected:
         """
         raise TrainingError("space 'projected' takes first-order changes; use space 'seed-scalars'")
 
-    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+    def express(
+        self,
+        parameters: Parameters,
+        state: Arrays,
+        trail: Trail | None = None,
+        memory: Memory | None = None,
+    ) -> Arrays:
         """The change, rounded to quanta and projected tensor by tensor.
+
+        With error feedback, what the client's earlier coefficients left out is added first, and what these
+        leave out is kept.
 
         Raises:
             UpdateError: a change that is not finite, or too large for its quantum.
@@ -142,18 +184,24 @@ class Projected:
         for name, projection in self.projections.items():
             change = self._live[name].detach().double() - self._weights(name).double()
             whole = quantise(change, self.exponent).flatten()
-            parts.append(projection.coefficients(whole, number).cpu().numpy())
+            left_out = None if memory is None else memory.get(LEFT_OUT + name)
+            if left_out is not None:
+                whole += torch.from_numpy(np.array(left_out)).to(whole.device)
+            coefficients = projection.coefficients(whole, number)
+            if memory is not None and self._feedback:
+                memory[LEFT_OUT + name] = (whole - projection.rebuild(coefficients, number)).cpu().numpy()
+            parts.append(coefficients.cpu().numpy())
         return {AMOUNTS: np.concatenate(parts)}
 
     def update_layout(self, state: Layout) -> Layout:
         """int64 [coefficients of one round]."""
         return {AMOUNTS: ((self.count,), np.dtype(np.int64).str)}
 
-    def check(self, arrays: Arrays, *, who: str) -> None:
-        """Refuse coefficients out of range.
+    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
+        """Refuse coefficients out of range, and what all rounds' coefficients have no room for.
 
         Raises:
-            UpdateError: naming the first one.
+            UpdateError: naming the first one, or their sum.
         """
         amounts = arrays[AMOUNTS]
         beyond = np.flatnonzero((amounts > LARGEST) | (amounts < -LARGEST))
@@ -161,6 +209,13 @@ class Projected:
             raise UpdateError(
                 f"{who}: {AMOUNTS}[{beyond[0]}] is {amounts[beyond[0]]}; the agreed range is {-LARGEST} to"
                 f" {LARGEST}"
+            )
+        held = float(np.abs(state[AMOUNTS].astype(np.float64)).sum())
+        reach = float(np.abs(amounts.astype(np.float64)).sum()) * self._server_lr + self.count
+        if held + reach >= MOST:
+            raise UpdateError(
+                f"{who}: coefficients that add up to {reach:.3g} came and the model's sums have room for"
+                f" {MOST - held:.3g}; set a larger space.quantum_exponent, or lower space.server_lr"
             )
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:

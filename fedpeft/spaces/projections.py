@@ -1,7 +1,9 @@
 """From a tensor's change to a few integers and back: on shared sign directions, or by a Hadamard sketch.
 
-Both are linear and unbiased: the mean of what `rebuild` makes of `coefficients`, over the seeds, is the
-change, up to the rounding of coefficients to integers. So clients' coefficients may be averaged.
+Both are linear, so clients' coefficients may be averaged, and unbiased: the mean of what `rebuild` makes of
+`coefficients`, over the seeds, is the change, up to the rounding of coefficients to integers. One that
+*shrinks* is rather the nearest to the change, by a smaller factor: what it leaves out is shorter than the
+change, as error feedback needs (Stich, Cordonnier and Jaggi 2018, definition 2.1).
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ class Projection(Protocol):
         """How many coefficients the tensor has."""
         ...
 
+    @property
+    def work(self) -> int:
+        """What `rebuild` costs, in a unit that all tensors of a run share."""
+        ...
+
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
         """int64 [count] of the int64 [size] change of a round, counted from 0."""
         ...
@@ -42,17 +49,25 @@ class Signs:
 
     Source: Shu et al. 2025, Ferret, equations 4-6. There directions are Gaussian, truncated to nearly uniform
     ones, and the released code's factor is a third of the unbiased one; for signs the factor is 1 / count.
+    For d weights and K directions the least expected error, (1 - K / (d + K - 1)) of the change's square, is
+    that of the factor 1 / (d + K - 1).
     """
 
     seed: int
     tensor_id: int
     size: int
     count: int
+    shrinks: bool = False
+
+    @property
+    def work(self) -> int:
+        """Additions."""
+        return self.size * self.count
 
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
-        """Each dot product over `count`, rounded to the nearest integer."""
+        """Each dot product times the factor, rounded to the nearest integer."""
         dots = project(Stream(self.seed), self._span, self._directions(round_), change)
-        return divided(dots, self.count)
+        return divided(dots, self.size + self.count - 1 if self.shrinks else self.count)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The directions, each times its coefficient."""
@@ -82,15 +97,25 @@ class Sketch:
     size: int
     block: int
     rows: int
+    shrinks: bool = False
 
     @property
     def count(self) -> int:
         """Coefficients of all blocks."""
         return self._transform(0).num_coefficients
 
+    @property
+    def work(self) -> int:
+        """Additions, in units of the logarithm of a block's length."""
+        return self.size
+
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
-        """Each kept coefficient over the number kept of its block, rounded to the nearest integer."""
-        return divided(self._transform(round_).project(change).flatten(), self.rows)
+        """Each kept coefficient over the number kept of its block, rounded to the nearest integer.
+
+        One that shrinks divides by the block's length: the orthogonal projection on the kept rows.
+        """
+        kept = self._transform(round_).project(change).flatten()
+        return divided(kept, self.block if self.shrinks else self.rows)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The transposed transform of the coefficients."""
@@ -105,16 +130,16 @@ def divided(values: torch.Tensor, by: int) -> torch.Tensor:
     return torch.div(2 * values + by, 2 * by, rounding_mode="floor")
 
 
-def signs(seed: int, tensor_id: int, size: int, count: int) -> Projection:
+def signs(seed: int, tensor_id: int, size: int, count: int, *, shrinks: bool = False) -> Projection:
     """As many directions as asked for."""
-    return Signs(seed, tensor_id, size, count)
+    return Signs(seed, tensor_id, size, count, shrinks)
 
 
-def sketch(seed: int, tensor_id: int, size: int, count: int) -> Projection:
+def sketch(seed: int, tensor_id: int, size: int, count: int, *, shrinks: bool = False) -> Projection:
     """Blocks such that about `count` coefficients are kept, and at least one of each."""
     block = min(_power_of_two(size), max(_BLOCK, _power_of_two(-(-size // count))))
     blocks = -(-size // block)
-    return Sketch(seed, tensor_id, size, block, max(1, min(block, count // blocks)))
+    return Sketch(seed, tensor_id, size, block, max(1, min(block, count // blocks)), shrinks)
 
 
 def _power_of_two(number: int) -> int:

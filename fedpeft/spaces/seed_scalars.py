@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,18 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import Count, RunConfig, Section
+from fedpeft.config import Count, RunConfig, Section, TrainingSection
 from fedpeft.errors import ModelError, UpdateError
+from fedpeft.seedspace.accumulate import accumulate
+from fedpeft.seedspace.layout import Span
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import MAX_INT32, SeedState
 from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
-from fedpeft.spaces.base import Parameters, Route, Trail, direction_stream
+from fedpeft.spaces.base import Memory, Parameters, Route, Trail
+from fedpeft.spaces.directions import direction_stream
 from fedpeft.spaces.fingerprint import FINGERPRINT, fingerprint, refuse_other_weights
-from fedpeft.spaces.seed_modes import AMOUNTS, CommonDirections, FixedSeeds, Mode, WeightedSeeds
+from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, CommonDirections, FixedSeeds, Mode, WeightedSeeds
+from fedpeft.spaces.timing import least_s
 from fedpeft.update import Arrays, Layout, frozen_arrays
 
 RESOLUTION = 8  # bits: a scalar of 1 moves lr, or 2**8 quanta up to a factor of two
 LARGEST = 2**24  # quanta that one client may move along one direction in one round
+REPLAY_SAMPLE = 2**16  # weights
 PUBLISHED_CLIP = 1000.0  # of a scalar's size, in FedKSeed-Pro's amplitudes
 
 
@@ -49,7 +54,7 @@ class SeedScalarsOptions(Section):
         lr = run.training.lr
         exponent = self.exponent(lr)
         mode = self._mode(run, exponent)
-        space = SeedSpace(direction_stream(run.run.seed), mode.num_seeds, exponent, trainable_shapes(model))
+        space = SeedSpace(direction_stream(run, model), mode.num_seeds, exponent, trainable_shapes(model))
         return SeedScalars(space, mode, model, largest_amount(run, exponent))
 
     def exponent(self, lr: float) -> int:
@@ -71,12 +76,16 @@ def quanta(length: float, exponent: int) -> int:
 
 
 def largest_amount(run: RunConfig, exponent: int) -> int:
-    """The most quanta along one direction that an honest client can reach in a round.
+    """The most quanta along one direction that an honest client of any group can reach in a round.
 
     With `training.max_scalar` and `training.steps` that is what all visits to one direction add up to;
     otherwise the general bound.
     """
-    training = run.training
+    parts = [run, *(run.of_group(group) for group in run.groups)]
+    return max(_largest_amount(part.training, exponent) for part in parts)
+
+
+def _largest_amount(training: TrainingSection, exponent: int) -> int:
     if training.max_scalar is None or training.steps is None:
         return LARGEST
     return min(
@@ -118,9 +127,32 @@ class SeedScalars:
         update = self.express({}, state, Trail(route.directions, _scalars(visits, rng)))
         midway = {name: _scalars(array.size, rng) for name, array in self.mode.start().items()}
         midway |= {name: np.abs(array) for name, array in midway.items() if name != AMOUNTS}
-        if len(update[AMOUNTS]) < self.space.num_seeds:  # later rounds' directions are still to come
-            midway[AMOUNTS][self.space.num_seeds // 2 :] = 0
+        if NEXT in midway:  # later rounds' directions are still to come
+            per_round = len(update[AMOUNTS])
+            midway[NEXT][0] = self.space.num_seeds // per_round // 2 * per_round
+            midway[AMOUNTS][midway[NEXT][0] :] = 0
         return {**midway, FINGERPRINT: state[FINGERPRINT]}, update
+
+    def example_step(self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
+        """The mode's own step; the fingerprint is any other."""
+        names = updates[0]
+        mean = {name: np.mean([update[name] for update in updates], axis=0) for name in names}
+        after = self.mode.apply(state, mean)
+        step = {name: array - state[name] for name, array in after.items()}
+        return {**step, FINGERPRINT: rng.integers(-(2**32), 2**32, state[FINGERPRINT].size)}
+
+    def replay_s(self) -> float:
+        """All K directions over a few blocks of one tensor, scaled to all weights."""
+        name = max(sorted(self.space.shapes), key=self.space.size)
+        size = min(self.space.size(name), REPLAY_SAMPLE)
+        directions = torch.arange(self.space.num_seeds)
+        device = self._position.base[name].device
+        span = Span(self.space.ids[name], 0, size)
+
+        def work() -> None:
+            accumulate(self.space.stream, span, directions, directions + 1, device=device)
+
+        return least_s(work) * self.space.dimension / size
 
     def initial_state(self, parameters: Parameters) -> Arrays:
         """A = 0."""
@@ -146,7 +178,13 @@ class SeedScalars:
         directions = self.mode.directions(state, visits, rng)
         return Route(directions, self.space.exponent, self.largest)
 
-    def express(self, parameters: Parameters, state: Arrays, trail: Trail | None = None) -> Arrays:
+    def express(
+        self,
+        parameters: Parameters,
+        state: Arrays,
+        trail: Trail | None = None,
+        memory: Memory | None = None,
+    ) -> Arrays:
         """What the trail moved; nothing without a trail. The parameters themselves are not looked at."""
         none = np.zeros(0, dtype=np.int64)
         return self.mode.express(state, trail if trail is not None else Trail(none, none))
@@ -155,11 +193,14 @@ class SeedScalars:
         """The mode's arrays."""
         return self.mode.layout()
 
-    def check(self, arrays: Arrays, *, who: str) -> None:
-        """Refuse scalars out of the agreed range.
+    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
+        """Refuse scalars out of the agreed range, and what the state's sums have no room for.
+
+        The sum of magnitudes of a mean is at most the largest among those averaged, and rounding adds at most
+        half a quantum for each direction.
 
         Raises:
-            UpdateError: naming the first one.
+            UpdateError: naming the first one, or their sum.
         """
         for name, array in arrays.items():
             beyond = np.flatnonzero((array > self.largest) | (array < -self.largest))
@@ -168,6 +209,12 @@ class SeedScalars:
                     f"{who}: {name}[{beyond[0]}] is {array[beyond[0]]}; the agreed range is"
                     f" {-self.largest} to {self.largest}"
                 )
+        reach, room = magnitude(arrays[AMOUNTS]), MAX_INT32 - magnitude(state[AMOUNTS]) - self.space.num_seeds
+        if reach > room:
+            raise UpdateError(
+                f"{who}: scalars that add up to {reach} quanta came, the model's sums have room for {room};"
+                " set a larger space.quantum_exponent, or lower training.lr"
+            )
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """The next A, after one rounding to integers, with the fingerprint of its weights.
@@ -191,7 +238,7 @@ class SeedScalars:
                 f"the state has no int64 [{self.space.num_seeds}] array {AMOUNTS!r}; it must come from the"
                 " same [space] section"
             )
-        total = sum(abs(amount) for amount in amounts.tolist())
+        total = magnitude(amounts)
         if total > MAX_INT32:
             raise UpdateError(
                 f"the state's scalars would add up to {total} quanta and {MAX_INT32} is the most; set a"
@@ -200,6 +247,11 @@ class SeedScalars:
         difference = torch.from_numpy(amounts - self._position.amounts.numpy())
         if bool(difference.any()):
             self._position.advance(difference)
+
+
+def magnitude(amounts: NDArray[np.int64]) -> int:
+    """Sum of |A_k|, in Python's integers: it cannot wrap, whatever came."""
+    return sum(abs(amount) for amount in amounts.tolist())
 
 
 def _scalars(count: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -1,13 +1,16 @@
 """What happens to an update on its way: pairs of client and server hooks, applied like an onion."""
 
 from fedpeft.stages.base import Stage, StageContext, on_client, on_server, promised_payload, stage_list
-from fedpeft.stages.table import STAGES, build_stages
+from fedpeft.stages.lossy import check_touched
+from fedpeft.stages.table import STAGES, build_downlink, build_stages
 
 __all__ = [
     "STAGES",
     "Stage",
     "StageContext",
+    "build_downlink",
     "build_stages",
+    "check_touched",
     "on_client",
     "on_server",
     "promised_payload",

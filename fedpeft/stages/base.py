@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.randomness import stream
-from fedpeft.update import Update
+from fedpeft.update import Arrays, Update
 from fedpeft.wire.payloads import Payload
 
 Role = Literal["weigh", "neutral", "bound", "noise", "lossy", "mask"]
@@ -27,12 +27,15 @@ class StageContext:
         round: from 1.
         client: the sender's name.
         memory: arrays a client keeps from round to round (error feedback); committed with the round.
+        held_out_loss: mean loss of the round's state, moved by some arrays, on rows that the client keeps out
+            of training; None where there are none. On the client only.
     """
 
     seed: int
     round: int
     client: str
     memory: MutableMapping[str, NDArray[Any]] = field(default_factory=dict)
+    held_out_loss: Callable[[Arrays], float] | None = None
 
     def rng(self, stage: str) -> np.random.Generator:
         """This client's stream for this round: the same on client and server, so no source of privacy."""

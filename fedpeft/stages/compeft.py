@@ -6,7 +6,7 @@ import math
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fedpeft.codec import (
     Encoded,
@@ -19,10 +19,17 @@ from fedpeft.codec import (
 )
 from fedpeft.codec.topk import kept_count
 from fedpeft.config import PositiveFloat, Section
+from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
+
+
+def _number_or_search(alpha: float | str) -> float | str:
+    if alpha != SEARCH and (isinstance(alpha, str) or not 0.0 < alpha < math.inf):
+        raise ValueError(f"a number above 0, or '{SEARCH}', is needed")
+    return alpha
 
 
 class Compeft(Section):
@@ -33,7 +40,8 @@ class Compeft(Section):
 
     `scale` is "least-squares" (the mean kept magnitude: it can't overshoot, which error feedback needs),
     "std" (`alpha` times the standard deviation of the whole tensor, as published) or "fixed" (`value`, one
-    public number for all).
+    public number for all). With alpha "search" each client takes the alpha of the published grid that has the
+    lowest loss on its own held-out rows, every round.
     """
 
     kind: ClassVar[str] = "compeft"
@@ -41,17 +49,27 @@ class Compeft(Section):
     payload: ClassVar[Payload] = "ternary"
     density: Density = 0.1
     scale: Literal["least-squares", "std", "fixed"] = "least-squares"
-    alpha: PositiveFloat = 1.0
+    alpha: Annotated[float | str, AfterValidator(_number_or_search)] = 1.0
     value: Annotated[PositiveFloat | None, Field(validate_default=True)] = None
     tensors: Patterns = EVERY
     error_feedback: bool = False
 
     @field_validator("alpha")
     @classmethod
-    def _alpha_is_used(cls, alpha: float, info: ValidationInfo) -> float:
+    def _alpha_is_used(cls, alpha: float | str, info: ValidationInfo) -> float | str:
         if info.data.get("scale") not in (None, "std"):
             raise ValueError("alpha goes with scale = 'std' only")
         return alpha
+
+    @field_validator("error_feedback")
+    @classmethod
+    def _contracts(cls, error_feedback: bool, info: ValidationInfo) -> bool:
+        if error_feedback and info.data.get("alpha") == SEARCH:
+            raise ValueError(
+                f"alpha = '{SEARCH}' may overshoot, and what is fed back would grow;"
+                " use scale = 'least-squares'"
+            )
+        return error_feedback
 
     @field_validator("value")
     @classmethod
@@ -64,8 +82,9 @@ class Compeft(Section):
         return value
 
     def on_client(self, update: Update, context: StageContext) -> Update:
-        """Compress."""
-        return compressed(self, update, context)
+        """Compress; under alpha "search" with the alpha that serves this client's held-out rows best."""
+        sent = compressed(self, update, context)
+        return searched(sent, update, context) if self.alpha == SEARCH else sent
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
@@ -88,5 +107,5 @@ class Compeft(Section):
 
     def _rule(self) -> ScaleRule:
         if self.scale == "std":
-            return StdScale(self.alpha)
+            return StdScale(1.0 if isinstance(self.alpha, str) else self.alpha)
         return LeastSquaresScale() if self.value is None else FixedScale(self.value)

@@ -14,6 +14,7 @@ REFUSED: Mapping[tuple[Role, Role], str] = {  # (earlier, later) on the client, 
         "noise",
     ): "what compression keeps depends on the data; add the noise first, compressing it is free",
     ("noise", "bound"): "the noise is made for the clipped norm; clip first",
+    ("noise", "noise"): "one draw of noise is accounted for; keep one of the two",
     (
         "lossy",
         "mask",
@@ -26,21 +27,30 @@ REFUSED: Mapping[tuple[Role, Role], str] = {  # (earlier, later) on the client, 
 """What is missing may be combined.
 
 Source: the order of clipping, noise and compression is that of post-processing: what comes after noise costs
-no privacy, what comes before it must be bounded or public.
+no privacy, what comes before it must be bounded or public. The server's noise under client-level privacy has
+no place in the list: it is added behind all server hooks and behind the server's own clipping of what they
+decoded, so that whatever a client did to its update is bounded.
 """
 
 FLOAT_SPACES = frozenset({"adapter-delta"})
 """Spaces whose updates are float arrays; those of the others are exact and nothing of them may be lost."""
 
 
-def composition_problems(stages: Sequence[tuple[str, Role]], space: str) -> list[str]:
+def composition_problems(
+    stages: Sequence[tuple[str, Role]], space: str, *, noise_first: bool = False
+) -> list[str]:
     """One line per pair of stages that makes no sense in this order, and per stage that the space forbids.
 
     Args:
         stages: (kind, role) in the client's order.
         space: the space's kind.
+        noise_first: `[privacy]` adds its noise before all of them.
     """
     problems = []
+    for place, (kind, role) in enumerate(stages):
+        reason = REFUSED.get(("noise", role)) if noise_first else None
+        if reason is not None:
+            problems.append(f"stages.{place} ({kind}) can't follow the noise of [privacy]: {reason}")
     for place, (kind, role) in enumerate(stages):
         if role == "lossy" and space not in FLOAT_SPACES:
             problems.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
@@ -23,8 +23,8 @@ from fedpeft.codec import (
 from fedpeft.codec.masks import PublicSource
 from fedpeft.errors import UpdateError
 from fedpeft.randomness import derive_seed
-from fedpeft.stages.base import StageContext
-from fedpeft.update import Update
+from fedpeft.stages.base import Stage, StageContext
+from fedpeft.update import Layout, Update
 
 Float32Array = NDArray[np.float32]
 Density = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -61,6 +61,27 @@ class Lossy(Protocol):
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """What `tensor` has that `compress` would not have given; None if nothing."""
         ...
+
+
+def check_touched(stages: Sequence[Stage], layout: Layout) -> None:
+    """Refuse a run whose compressor touches nothing, before anyone trains.
+
+    Args:
+        layout: of what passes the stages.
+
+    Raises:
+        UpdateError: a lossy stage's patterns match no tensor that has entries.
+    """
+    for stage in stages:
+        patterns: Patterns | None = getattr(stage, "tensors", None) if stage.role == "lossy" else None
+        if patterns is not None and not any(
+            _matches(patterns, name, math.prod(shape)) for name, (shape, _) in layout.items()
+        ):
+            sample = ", ".join(sorted(layout)[:3]) or "none"
+            raise UpdateError(
+                f"stage '{stage.kind}': the compressor matches none of {len(layout)} tensors (names such as"
+                f" {sample}); mend its tensors = {list(patterns)}"
+            )
 
 
 def compressed(stage: Lossy, update: Update, context: StageContext) -> Update:
@@ -128,7 +149,11 @@ def _problem(stage: Lossy, name: str, tensor: Any, context: StageContext) -> str
 
 
 def _touches(stage: Lossy, name: str, size: int) -> bool:
-    return size > 0 and any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.tensors)
+    return _matches(stage.tensors, name, size)
+
+
+def _matches(patterns: Patterns, name: str, size: int) -> bool:
+    return size > 0 and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _check_floats(stage: Lossy, update: Update) -> None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fedpeft.config import RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.errors import PrivacyError
+from fedpeft.training.zeroth_rules import RULES
 
 _LOW_RANK = ("lora", "rslora", "ffa-lora", "pissa", "olora")
 _OTHERS = ("prefix", "ln-tuning", "head", "bottleneck")
@@ -68,3 +70,76 @@ def check_allowed(method: str, architecture: str, task: str, *, quantization: st
             f"peft.method '{method}' is refused under record-level privacy on {architecture}:"
             f" {REFUSED.get(method, _OUTSIDE)}; choose one of {', '.join(sorted(methods))}"
         )
+
+
+def record_problems(run: RunConfig, architecture: str) -> list[str]:
+    """Why this model and this training cannot be private at record level, one line each; none if they can.
+
+    Args:
+        architecture: `model_type` of the base model's configuration.
+    """
+    if not isinstance(run.privacy, RecordLevelPrivacy):
+        return []
+    if run.training.kind == "zeroth-order":  # any model: nothing is differentiated
+        return _zeroth_problems(run.training)
+    if run.training.kind != "first-order":
+        return []
+    problems = section_problems(run.training)
+    try:
+        section = run.model
+        check_allowed(run.peft.method, architecture, section.task, quantization=section.quantization)
+    except PrivacyError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _zeroth_problems(section: TrainingSection) -> list[str]:
+    """What a zeroth-order step may not look at beyond its noised scalars."""
+    problems, rule = [], RULES.get(section.rule)
+    if rule is not None and (rule.step == "best-of-three" or rule.above or rule.measure != "difference"):
+        problems.append(
+            f"training.rule '{section.rule}' uses losses or gradients beyond the noised scalars; under"
+            " record-level privacy choose one of "
+            + ", ".join(
+                name
+                for name, other in RULES.items()
+                if other.step != "best-of-three" and not other.above and other.measure == "difference"
+            )
+        )
+    if section.gradient_accumulation != 1:
+        problems.append(
+            "training.gradient_accumulation cannot be used under record-level privacy: a private step is one"
+            " Poisson batch; set 1 and choose the sample rate"
+        )
+    return problems
+
+
+def section_problems(section: TrainingSection) -> list[str]:
+    """Options of first-order training that DP-SGD cannot honour, one line each."""
+    refused = (
+        (
+            section.gradient_checkpointing,
+            "gradient_checkpointing",
+            "per-example gradients are lost; set it false",
+        ),
+        (
+            section.precision != "fp32",
+            "precision",
+            "per-example gradients are proven in fp32 only; set 'fp32'",
+        ),
+        (
+            section.max_grad_norm is not None,
+            "max_grad_norm",
+            "it bounds a whole batch's gradient; give the bound per example under privacy and remove it here",
+        ),
+        (
+            section.gradient_accumulation != 1,
+            "gradient_accumulation",
+            "a private step is one Poisson batch; set 1 and choose the sample rate",
+        ),
+    )
+    return [
+        f"training.{key} cannot be used under record-level privacy: {why}"
+        for wrong, key, why in refused
+        if wrong
+    ]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,9 @@ from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.clipping import check_clip_norm
-from fedpeft.privacy.events import RecordLevel
+from fedpeft.privacy.events import PersonLevel, RecordLevel
 from fedpeft.privacy.noise import NoiseSource, coins
+from fedpeft.training.dp_allowed import section_problems
 from fedpeft.training.dp_losses import EXAMPLE_LOSSES
 from fedpeft.training.dp_optimizer import ExactNoiseOptimizer
 from fedpeft.training.first_order import Rows, add_proximal_gradient, training_mode
@@ -34,12 +36,14 @@ class RecordMechanism:
         sample_rate: each row's chance to enter a step.
         expected_batch_size: what noised sums are divided by. Sample rate times the number of rows, where that
             number may be known; else any public guess of it.
+        unit: what is protected and sampled. A person enters a step by one coin, with one of his rows.
     """
 
     max_grad_norm: float
     noise_multiplier: float
     sample_rate: float
     expected_batch_size: float
+    unit: Literal["record", "person"] = "record"
 
     def __post_init__(self) -> None:
         check_clip_norm(self.max_grad_norm)
@@ -49,9 +53,10 @@ class RecordMechanism:
             )
         self.event(1)
 
-    def event(self, steps: int) -> RecordLevel:
+    def event(self, steps: int) -> RecordLevel | PersonLevel:
         """What so many steps release."""
-        return RecordLevel(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
+        unit = RecordLevel if self.unit == "record" else PersonLevel
+        return unit(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class PrivateReport:
     """What may be said of a private training: its steps and their cost. Losses and row counts may not."""
 
     steps: int
-    event: RecordLevel
+    event: RecordLevel | PersonLevel
 
 
 def train(
@@ -79,7 +84,8 @@ def train(
 
     Each step takes every row by its own coin (Poisson sampling; a step may be empty and is noise alone),
     clips each row's gradient, adds noise and divides by the expected batch size. Rows are never packed into
-    common sequences, so a row is a record; one person's several rows are several records.
+    common sequences, so a row is a record; one person's several rows are several records, unless the
+    mechanism's unit is the person.
 
     Call `fedpeft.training.dp_allowed.check_allowed` when the run is prepared, and
     `fedpeft.training.dp_oracle.verify_per_example` once on each model: Opacus alone doesn't notice every
@@ -92,7 +98,7 @@ def train(
     Args:
         section: optimiser, learning rate and schedule; `batch_size` only bounds how many rows are computed at
             once.
-        rng: seeds dropout, which needs no secrecy.
+        rng: seeds dropout and picks which of a person's rows serves, neither of which needs secrecy.
         mechanism: the bound, the noise and the sampling.
         source: of the noise and of the sampling coins, which must be secret too.
 
@@ -114,7 +120,7 @@ def train(
     )
     with per_example(model, parameters) as hooked, training_mode(model, section, int(rng.integers(2**62))):
         for step in range(steps):
-            batch = rows.indices[coins(source, mechanism.sample_rate, len(rows.indices))]
+            batch = drawn_rows(rows, mechanism, source, rng)
             _noised_gradient(hooked, optimizer, parameters, rows, _pieces(batch, section.batch_size))
             add_proximal_gradient(trained, start, proximal_mu)
             inner.step()
@@ -125,37 +131,35 @@ def train(
     return PrivateReport(steps, mechanism.event(steps))
 
 
+def drawn_rows(
+    rows: Rows, mechanism: RecordMechanism, source: NoiseSource, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """The rows of one step, int64[B]: those whose own coin shows heads, or one row of each such person.
+
+    A person's one row is bounded as a record is, so that whoever is added or removed moves the clipped sum by
+    at most the bound, with the probability that the coin has.
+
+    Raises:
+        PrivacyError: persons are protected and the rows don't say whose they are.
+    """
+    if mechanism.unit == "record":
+        return rows.indices[coins(source, mechanism.sample_rate, len(rows.indices))]
+    if rows.encoded.users is None:
+        raise PrivacyError("persons are to be protected and the rows don't say whose they are; set data.user")
+    shuffled = rng.permutation(rows.indices)
+    _, first = np.unique(rows.encoded.users[shuffled], return_index=True)  # the first of each, hence any
+    return np.sort(shuffled[first[coins(source, mechanism.sample_rate, len(first))]])
+
+
 def check_section(section: TrainingSection) -> None:
     """Refuse options of first-order training that private training cannot honour.
 
     Raises:
         PrivacyError: one of them is set.
     """
-    refused = (
-        (
-            section.gradient_checkpointing,
-            "gradient_checkpointing",
-            "per-example gradients are lost; set it false",
-        ),
-        (
-            section.precision != "fp32",
-            "precision",
-            "per-example gradients are proven in fp32 only; set 'fp32'",
-        ),
-        (
-            section.max_grad_norm is not None,
-            "max_grad_norm",
-            "it bounds a whole batch's gradient; give the bound per example under privacy and remove it here",
-        ),
-        (
-            section.gradient_accumulation != 1,
-            "gradient_accumulation",
-            "a private step is one Poisson batch; set 1 and choose the sample rate",
-        ),
-    )
-    for wrong, key, why in refused:
-        if wrong:
-            raise PrivacyError(f"training.{key} cannot be used under record-level privacy: {why}")
+    problems = section_problems(section)
+    if problems:
+        raise PrivacyError(problems[0])
 
 
 @contextmanager

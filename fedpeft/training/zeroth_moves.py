@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from fedpeft.config import TrainingSection
+from fedpeft.data.collate import Batch
 from fedpeft.errors import TrainingError
-from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.perturb import perturb
 from fedpeft.spaces.base import Route
+from fedpeft.training.first_order import Rows
 from fedpeft.training.optimizers import OPTIMIZERS
+from fedpeft.training.zeroth_hybrid import Above, above
+from fedpeft.training.zeroth_prober import Prober
 from fedpeft.training.zeroth_rules import MOMENTUM, RULES
-
-
-class Movable(Protocol):
-    """Parameters that can be moved along directions."""
-
-    @property
-    def stream(self) -> Stream:
-        """Where directions come from."""
-        ...
-
-    @property
-    def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Trainable parameters by canonical name."""
-        ...
-
-    @property
-    def ids(self) -> Mapping[str, int]:
-        """Tensor ids by canonical name."""
-        ...
-
-    def move(self, direction: int, length: float) -> None:
-        """Theta += length * z, in place."""
-        ...
 
 
 class Mover(Protocol):
     """One rule at work on one client's parameters."""
+
+    def look(self, batches: Sequence[Batch]) -> None:
+        """A step's directions have been measured on these batches, and nothing has moved yet."""
+        ...
 
     def step(self, direction: int, scalar: float, loss: Callable[[], float]) -> int:
         """Take one measured direction into account; how many quanta it moved, 0 where there is no quantum.
@@ -62,21 +45,29 @@ class Mover(Protocol):
         ...
 
 
-def build_mover(target: Movable, section: TrainingSection, route: Route) -> Mover:
-    """The mover of the section's rule."""
+def build_mover(target: Prober, rows: Rows, section: TrainingSection, route: Route) -> Mover:
+    """The mover of the section's rule.
+
+    Raises:
+        TrainingError: a hybrid rule without first-order parameters.
+    """
     rule = RULES[section.rule]
     if rule.dense is not None:
         return _dense(target, section, rule.dense)
-    return Along(target, section, route)
+    along = Along(target, section, route)
+    return Hybrid(along, above(target, rows, section)) if rule.above else along
 
 
 @dataclass(frozen=True)
 class Along:
     """Moves along the direction itself, by whole quanta where the route has one."""
 
-    target: Movable
+    target: Prober
     section: TrainingSection
     route: Route
+
+    def look(self, batches: Sequence[Batch]) -> None:
+        """Nothing: the scalars say all."""
 
     def step(self, direction: int, scalar: float, loss: Callable[[], float]) -> int:
         """Move at once: the quanta of one step commute, and all its scalars are measured already.
@@ -127,12 +118,39 @@ class Along:
 
 
 @dataclass(frozen=True)
+class Hybrid:
+    """Along the direction below a boundary, by gradients above it; both parts are taken at one point."""
+
+    along: Along
+    above: Above
+
+    def look(self, batches: Sequence[Batch]) -> None:
+        """Gradients for the upper part."""
+        self.above.look(batches)
+
+    def step(self, direction: int, scalar: float, loss: Callable[[], float]) -> int:
+        """Move the lower part."""
+        return self.along.step(direction, scalar, loss)
+
+    def close_step(self) -> None:
+        """Move the upper part."""
+        self.above.step()
+
+    def finish(self) -> None:
+        """No gradient stays."""
+        self.above.finish()
+
+
+@dataclass(frozen=True)
 class Dense:
     """Sums scalar times direction into gradients and leaves the rest to an optimiser of `torch.optim`."""
 
-    target: Movable
+    target: Prober
     queries: int
     optimizer: torch.optim.Optimizer
+
+    def look(self, batches: Sequence[Batch]) -> None:
+        """Nothing: the scalars say all."""
 
     def step(self, direction: int, scalar: float, loss: Callable[[], float]) -> int:
         """Add to the gradient estimate."""
@@ -159,7 +177,7 @@ class Dense:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def _dense(target: Movable, section: TrainingSection, name: str) -> Dense:
+def _dense(target: Prober, section: TrainingSection, name: str) -> Dense:
     momentum = (section.momentum or MOMENTUM) if name == "sgd" else 0.0
     optimizer = OPTIMIZERS[name](
         list(target.parameters.values()), section.model_copy(update={"momentum": momentum})

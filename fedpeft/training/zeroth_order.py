@@ -12,66 +12,20 @@ integers that a client sends are the ones that its own trajectory used.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.errors import TrainingError
-from fedpeft.seedspace.jit_perturb import JustInTime
-from fedpeft.seedspace.layout import Stream, tensor_ids
-from fedpeft.seedspace.perturb import perturb
-from fedpeft.seedspace.trainable import trainable_parameters
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training.first_order import Rows, TrainingReport
-from fedpeft.training.losses import PRECISE_LOSSES
+from fedpeft.training.zeroth_measures import MEASURES, Slope
 from fedpeft.training.zeroth_moves import Mover, build_mover
-
-
-@dataclass(frozen=True)
-class Prober:
-    """A model that can be evaluated beside its weights and moved along directions.
-
-    Attributes:
-        parameters: trainable, by canonical name, which is what tensor ids are ranks of.
-    """
-
-    model: nn.Module
-    stream: Stream
-    parameters: Mapping[str, nn.Parameter]
-    ids: Mapping[str, int]
-    nearby: JustInTime
-
-    def loss(self, batches: Sequence[Batch], rows: Rows, direction: int = 0, scale: float = 0.0) -> float:
-        """Mean loss at theta + scale * z, nats per scored token (or class), over all batches together."""
-        device = next(self.model.parameters()).device
-        total, scored = 0.0, 0
-        with torch.no_grad(), self.nearby.at(direction, scale):
-            for batch in batches:
-                logits = self.model(
-                    input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
-                ).logits
-                total += PRECISE_LOSSES[rows.task](logits, batch.labels.to(device))
-                scored += batch.tokens
-        return total / max(1, scored)
-
-    def move(self, direction: int, length: float) -> None:
-        """Theta += length * z, in place."""
-        for name, parameter in self.parameters.items():
-            weights = parameter.detach()
-            perturb(self.stream, self.ids[name], direction, weights, length, out=weights)
-
-
-def prober(model: nn.Module, stream: Stream) -> Prober:
-    """Prepare a model; nothing of it is copied."""
-    parameters = trainable_parameters(model)
-    ids = tensor_ids(parameters)
-    return Prober(model, stream, parameters, ids, JustInTime(model, ids, stream))
+from fedpeft.training.zeroth_prober import Prober
+from fedpeft.training.zeroth_rules import RULES
 
 
 def train(
@@ -94,7 +48,7 @@ def train(
         TrainingError: a loss became NaN or infinite, or a move left the agreed range.
     """
     batches = _batches(rows, section, steps, rng)
-    mover = build_mover(probe, section, route)
+    mover = build_mover(probe, rows, section, route)
     amounts = np.zeros(len(route.directions), dtype=np.int64)
     total, seen = 0.0, 0
     for step in range(steps):
@@ -117,30 +71,30 @@ def _step(
     visits: range,
     amounts: NDArray[np.int64],
 ) -> list[float]:
-    """Measure every direction of a step, then make its moves; the losses in the middle of each pair."""
+    """Measure every direction of a step, then make its moves; the losses that were measured."""
+    measure = MEASURES[RULES[section.rule].measure]
     measured, losses = [], []
     for visit in visits:
-        direction = int(route.directions[visit])
-        above = probe.loss(batch, rows, direction, section.radius)
-        below = probe.loss(batch, rows, direction, -section.radius)
-        losses.append((above + below) / 2)
-        measured.append(_scalar(above, below, section, visit))
+        slope = measure(probe, batch, rows, int(route.directions[visit]), section)
+        losses.append(slope.loss)
+        measured.append(_scalar(slope, section, visit))
+    mover.look(batch)
     for visit, scalar in zip(visits, measured, strict=True):
         amounts[visit] = mover.step(int(route.directions[visit]), scalar, lambda: probe.loss(batch, rows))
     mover.close_step()
     return losses
 
 
-def _scalar(above: float, below: float, section: TrainingSection, visit: int) -> float:
+def _scalar(slope: Slope, section: TrainingSection, visit: int) -> float:
     """The directional derivative, cut to `max_scalar`.
 
     Raises:
         TrainingError: it is not finite.
     """
-    scalar = (above - below) / (2 * section.radius)
+    scalar = slope.scalar
     if not math.isfinite(scalar):
         raise TrainingError(
-            f"the losses on both sides are {above} and {below} at visit {visit + 1}; lower training.lr (now"
+            f"the loss is {slope.loss} and its slope {scalar} at visit {visit + 1}; lower training.lr (now"
             f" {section.lr:g}) or training.radius (now {section.radius:g}), or look for broken rows"
         )
     if section.max_scalar is None:

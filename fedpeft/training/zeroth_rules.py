@@ -19,20 +19,32 @@ class Rule:
     Attributes:
         step: how the scalar becomes a move: its size ("scalar"), its sign ("sign"), its size unless one of
             the other two candidates has a lower loss ("best-of-three"), or through a dense optimiser.
-        dense: the `torch.optim` optimiser that it needs, by our name for it; None: no dense state.
-        forwards: forward passes per direction.
         summary: one line for people.
+        measure: how the scalar is found, a name in `MEASURES`.
+        dense: the `torch.optim` optimiser that it needs, by our name for it; None: no dense state.
+        above: layers above a boundary are trained by back-propagation.
+        forwards: what a direction costs in forward passes; a pass with tangents has three products for one,
+            and so has a pass with gradients.
     """
 
     step: Literal["scalar", "sign", "best-of-three", "dense"]
     summary: str
+    measure: Literal["difference", "tangent"] = "difference"
     dense: str | None = None
+    above: bool = False
     forwards: int = 2
 
     @property
     def replays(self) -> bool:
         """Whether a step is an integer times a direction, so that integers alone rebuild it."""
-        return self.dense is None
+        return not self.hindrance
+
+    @property
+    def hindrance(self) -> str:
+        """Why integers alone don't rebuild a step; empty where they do."""
+        if self.dense is not None:
+            return "keeps dense state, so its steps are no multiples of directions"
+        return "moves its upper layers by gradients, which are dense" if self.above else ""
 
 
 RULES: dict[str, Rule] = {
@@ -41,11 +53,30 @@ RULES: dict[str, Rule] = {
     "conservative": Rule(
         "best-of-three",
         "move, stay or move back, whichever has the least loss (Zhang et al. 2024)",
-        forwards=4,
+        forwards=5,
+    ),
+    "forward-grad": Rule(
+        "scalar",
+        "move by the exact derivative, by forward-mode differentiation (Baydin et al. 2022)",
+        measure="tangent",
+        forwards=3,
+    ),
+    "block-wise": Rule("scalar", "each direction moves one layer, chosen by its index (Zhang et al. 2024)"),
+    "sparse": Rule(
+        "scalar", "only the smallest weights of theta_0 move (Liu et al. 2024, Sparse MeZO); training.density"
+    ),
+    "hybrid": Rule(
+        "scalar",
+        "zeroth order up to training.layers_below, first order above (Zhang et al. 2024)",
+        above=True,
+        forwards=5,
     ),
     "momentum": Rule("dense", "SGD with momentum on the estimated gradient (Zhang et al. 2024)", dense="sgd"),
     "adam": Rule("dense", "Adam on the estimated gradient (Zhang et al. 2024, ZO-Adam)", dense="adam"),
 }
+
+_OWNERS = {"density": "sparse", "layers_below": "hybrid", "lr_above": "hybrid"}  # keys of one rule each
+_ABOVE = ("optimizer", "momentum", "weight_decay", "max_grad_norm")  # what first-order layers may have
 
 MOMENTUM = 0.9  # of the rule of that name, where training.momentum says nothing
 
@@ -54,7 +85,7 @@ def zeroth_problems(run: RunConfig) -> list[str]:
     """What makes no sense in a run with a zeroth-order trainer or in an exact seed space, one line each."""
     problems = []
     if run.training.kind == "zeroth-order":
-        problems += _training_problems(run.training)
+        problems += _training_problems(run.training) + _rule_problems(run)
         problems += _federation_problems(run)
     if run.space.kind == "seed-scalars":
         problems += _space_problems(run)
@@ -77,13 +108,37 @@ def _training_problems(training: TrainingSection) -> list[str]:
         "gradient_checkpointing": "there is no backward pass to save memory in",
         "precision": "differences of losses drown in the rounding of low precision",
     }
-    if RULES[training.rule].dense != "sgd":
+    rule = RULES[training.rule]
+    if rule.dense != "sgd":
         unused["momentum"] = "only rule 'momentum' keeps one"
+    if rule.measure != "difference":
+        unused["radius"] = "a derivative is taken at a point"
+    if rule.above:  # an optimiser's own affairs
+        unused = {key: unused[key] for key in unused if key not in _ABOVE}
     return [
         f"training.{key}: a zeroth-order trainer takes none ({reason}); remove it"
         for key, reason in unused.items()
         if getattr(training, key) != getattr(defaults, key)
     ]
+
+
+def _rule_problems(run: RunConfig) -> list[str]:
+    """Keys that belong to one rule, and what a rule asks of the model."""
+    training, defaults, problems = run.training, TrainingSection(), []
+    for key, owner in _OWNERS.items():
+        if training.rule != owner and getattr(training, key) != getattr(defaults, key):
+            problems.append(f"training.{key}: only rule '{owner}' takes it; remove it, or set training.rule")
+    if training.rule == "hybrid" and training.layers_below is None:
+        problems.append(
+            "training.layers_below: rule 'hybrid' needs it; give the number of layers from the bottom that"
+            " are trained by forward passes alone"
+        )
+    if training.rule == "forward-grad" and run.model.quantization != "none":
+        problems.append(
+            f"model.quantization: forward-grad differentiates every product, and those on"
+            f" {run.model.quantization} weights have no forward-mode derivative; use rule 'zo-sgd'"
+        )
+    return problems
 
 
 def _federation_problems(run: RunConfig) -> list[str]:
@@ -106,7 +161,7 @@ def _space_problems(run: RunConfig) -> list[str]:
     rule = RULES.get(training.rule)
     if training.kind == "zeroth-order" and rule is not None and not rule.replays:
         problems.append(
-            f"training.rule: {training.rule} keeps dense state, so its steps are no multiples of directions"
+            f"training.rule: {training.rule} {rule.hindrance}"
             " and can't be replayed from scalars; use space 'adapter-delta' or one of"
             f" {', '.join(_replaying())}"
         )

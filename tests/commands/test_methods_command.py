@@ -13,6 +13,7 @@ from fedpeft.config import ModelSection, PartitionerSection, SamplingSection
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.flower.strategies import RULES
 from fedpeft.models.methods import METHODS
+from fedpeft.privacy.kinds import KINDS
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -35,6 +36,7 @@ TABLES: dict[str, set[str]] = {
     "stages": set(STAGES),
     "federation.strategy": set(RULES),
     "federation.sampling": kinds(SamplingSection, "kind"),
+    "privacy": set(KINDS),
     "evaluation.metrics": set(METRICS),
 }
 

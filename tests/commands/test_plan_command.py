@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.planning.draws import draw_rounds
+from fedpeft.planning.loading import Problems, load
+from fedpeft.planning.plan import make_plan
+from fedpeft.runfile import build_run
+from fedpeft.spaces import build_space
+from fedpeft.spaces.projected import Projected
+from fedpeft.spaces.seed_scalars import SeedScalars
+from fedpeft.wire.codec import Envelope, encode
 from tests.commands.calling import TINY, Call, overrides
 
 
@@ -151,3 +160,56 @@ def test_draws_foresee_a_rule_that_starves() -> None:
     assert plan.exchanges == 8
     assert len(problems) == 1
     assert "krum needs 5 updates, and round 1 (4), round 2 (4) would bring fewer" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("space", "training"),
+    [
+        ({"num_seeds": 4096}, {}),
+        ({"num_seeds": 4096, "mode": "fedkseed-pro"}, {}),
+        ({"num_seeds": 200, "mode": "common"}, {}),
+        ({"kind": "projected", "num_seeds": 64}, {"kind": "first-order"}),
+        ({"kind": "projected", "num_seeds": 64, "projection": "srht"}, {"kind": "first-order"}),
+    ],
+)
+def test_plan_of_an_exact_space_has_steps_and_a_replay_time(
+    space: dict[str, Any], training: dict[str, Any]
+) -> None:
+    """What is sent down is one round's step; the time is that of a replay, by orders of magnitude."""
+    tables = {
+        "run": {"name": "seeds", "rounds": 30},
+        "peft": {"method": "lora", "r": 4},
+        "data": {"partitioner": {"kind": "iid", "clients": 8}},
+        "training": {"kind": "zeroth-order", "steps": 200, "lr": 1e-3, **training},
+        "space": {"kind": "seed-scalars", **space},
+        "evaluation": {"metrics": ["loss"]},
+    }
+    run = build_run(tables, source="test")
+    plan = make_plan(run)
+    assert plan.problems == ()
+    assert plan.space is not None
+    assert plan.traffic is not None
+    assert plan.space.replay_s is not None
+    problems = Problems()
+    _, model = load(run, problems)
+    assert model is not None
+    opened = build_space(run, model)
+    assert isinstance(opened, SeedScalars | Projected)
+    state, _ = opened.example(opened.initial_state({}), 200, np.random.default_rng(0))
+    began = time.perf_counter()
+    opened._move({**state, "next": np.array([30])} if isinstance(opened, Projected) else state)
+    took = time.perf_counter() - began
+    assert took / 50 < plan.space.replay_s < 50 * took
+    whole = len(encode(Envelope(state, "ab" * 32, 1, "cd" * 32, opened.kind)))
+    assert plan.traffic.down_per_round < whole
+    if space.get("kind") is None:
+        assert plan.traffic.down_per_round <= 8192
+        assert plan.traffic.up_per_round <= (1536 if "pro" in space.get("mode", "") else 1024)
+
+
+def test_plan_shows_the_replay(call: Call) -> None:
+    code, out, _ = call(
+        "plan", *overrides(*TINY, 'training.kind="zeroth-order"', 'space={kind="seed-scalars", num_seeds=64}')
+    )
+    assert "directions (K)" in out
+    assert "replay of a whole run" in out, (code, out)

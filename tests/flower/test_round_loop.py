@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
 from fedpeft.flower.round_loop import Federation, initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
-from fedpeft.ledger import Checkpoint
+from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.spaces.adapter_delta import AdapterDelta
@@ -31,6 +32,9 @@ class Recorder:
     def __init__(self) -> None:
         self.checkpoints: list[Checkpoint] = []
         self.outcomes: list[ClientOutcome] = []
+
+    def open_round(self, number: int, draw: Callable[[], Cohort]) -> Cohort:
+        return draw()
 
     def commit(self, checkpoint: Checkpoint) -> None:
         self.checkpoints.append(checkpoint)

@@ -106,7 +106,7 @@ def test_a_method_that_cannot_be_federated_says_why(method: str, why: str) -> No
     assert why in refused("llama", method=method)
 
 
-@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga", "loftq"])
+@pytest.mark.parametrize("init", ["eva", "corda", "lora_ga"])
 def test_an_initialisation_from_data_is_refused(init: str) -> None:
     assert f"init_lora_weights '{init}' is refused" in refused("llama", method="lora", init_lora_weights=init)
 

@@ -19,9 +19,12 @@ from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter, merge_adapter
 from fedpeft.models.methods import METHODS
+from fedpeft.models.rounded_loading import round_layers
+from fedpeft.models.rounding import Levels
 from fedpeft.models.trainable import frozen_digest, get_arrays, set_arrays, trainable_parameters
 from tests.models.tiny import TASKS, batch, logits, tiny_base
 
+HEADS = ("lm_head", "score", "classifier", "bert.pooler.dense")
 SLOW = pytest.mark.slow
 CASES = [
     pytest.param(name, kind, id=f"{name}-{kind}", marks=() if kind == light else SLOW)
@@ -35,8 +38,14 @@ CASES = [
 each_method = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
+def base_for(name: str, kind: str) -> nn.Module:
+    """A tiny model such as the method is made for."""
+    base = tiny_base(kind)
+    return round_layers(base, Levels(4), HEADS) if METHODS[name].needs_quantization else base
+
+
 def attached(name: str, kind: str, seed: int = 5) -> nn.Module:
-    return attach(tiny_base(kind), PeftSection(method=name), task=TASKS[kind], seed=seed)
+    return attach(base_for(name, kind), PeftSection(method=name), task=TASKS[kind], seed=seed)
 
 
 def real_tokens(output: torch.Tensor, kind: str) -> torch.Tensor:
@@ -60,7 +69,7 @@ class Trial:
 @cache  # one training serves every test of a method
 def trial(name: str, kind: str) -> Trial:
     model = attached(name, kind)
-    fresh_logits, arrays, digest = logits(model, kind), get_arrays(model), frozen_digest(model)
+    fresh_logits, arrays, digest = logits(model, kind), dict(get_arrays(model)), frozen_digest(model)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.Adam(parameters.values(), lr=0.001)
     losses: list[float] = []
@@ -76,9 +85,10 @@ def trial(name: str, kind: str) -> Trial:
 
 def test_the_table_holds_every_promised_method() -> None:
     promised = """lora rslora dora ffa-lora pissa olora ia3 prompt prefix p-tuning vera randlora oft boft miss
-    ln-tuning loha lokr fourierft hra vblora shira c3a delora gralora hira bitfit head full bottleneck ssf"""
+    ln-tuning loha lokr fourierft hra vblora shira c3a delora gralora hira bitfit head full bottleneck ssf
+    peqa"""
     assert set(promised.split()) <= METHODS.keys()
-    assert len(METHODS) == 40
+    assert len(METHODS) == 41
     assert all(name == method.name for name, method in METHODS.items())
 
 
@@ -98,7 +108,7 @@ def test_a_second_instance_of_the_seed_is_the_same_and_takes_the_trained_state(n
 
 @each_method
 def test_a_fresh_adapter_starts_at_the_base_where_the_table_says_so(name: str, kind: str) -> None:
-    base = logits(tiny_base(kind), kind)
+    base = logits(base_for(name, kind), kind)
     distance = float((real_tokens(trial(name, kind).fresh_logits, kind) - base).abs().max())
     assert (distance < 1e-6) == METHODS[name].starts_at_base
 
@@ -122,12 +132,12 @@ def test_an_exported_adapter_gives_the_same_logits_through_peft_and_through_us(
     export_adapter(seen.model, tmp_path / "one", base_name="somewhere/else")
     export_adapter(seen.model, tmp_path / "two", base_name="somewhere/else")
     assert adapter_digest(tmp_path / "one") == adapter_digest(tmp_path / "two")
-    ours = load_adapter(tiny_base(kind), tmp_path / "one")
+    ours = load_adapter(base_for(name, kind), tmp_path / "one")
     assert not trainable_parameters(ours)
     assert torch.equal(logits(ours, kind), seen.logits)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's and transformers' advice to each other
-        theirs = peft.PeftModel.from_pretrained(tiny_base(kind), str(tmp_path / "one"))
+        theirs = peft.PeftModel.from_pretrained(base_for(name, kind), str(tmp_path / "one"))
     assert torch.equal(logits(theirs, kind), seen.logits)
 
 
@@ -175,7 +185,7 @@ def test_what_a_method_draws_or_rewrites_is_declared(name: str) -> None:
     model = attached(name, kind, seed=6)
     if frozen_digest(model) != trial(name, kind).fresh_digest:
         assert method.draws_frozen_tensors
-    base = dict(tiny_base(kind).named_parameters())
+    base = dict(base_for(name, kind).named_parameters())
     rewritten = [
         key
         for key, p in model.named_parameters()
@@ -193,7 +203,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_where_the_table_allows_
     kind = "bert" if METHODS[name].needs_bias else "llama"
 
     def gradients(checkpointed: bool) -> dict[str, torch.Tensor | None]:
-        base: Any = tiny_base(kind)
+        base: Any = base_for(name, kind)
         if checkpointed:
             base.activation_checkpointing_enable({"use_reentrant": False})
             base.config.use_cache = False

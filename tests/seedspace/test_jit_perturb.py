@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedpeft.errors import ModelError, TrainingError
+from fedpeft.errors import ModelError, TrainingError, UpdateError
 from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.jit_perturb import JustInTime
 from fedpeft.seedspace.layout import Stream, tensor_ids
+from fedpeft.seedspace.perturb import perturb, prepare
 from fedpeft.seedspace.trainable import materialise, trainable_parameters, trainable_shapes
 
 STREAM, DIRECTION, SCALE = Stream(11), 6, 1e-2
@@ -138,6 +139,65 @@ def test_weights_and_forwards_are_as_before_whatever_happens() -> None:
             model(torch.tensor([[300]]))
         assert model(TOKENS).equal(plain)
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_weights_may_change_and_move_between_two_evaluations() -> None:
+    """In place, as a step does; to other memory, as loading does; to another type."""
+    model = small()
+    ids = tensor_ids(trainable_shapes(model))
+    jit = JustInTime(model, ids, STREAM, block_bytes=24 * 4 * 128)
+
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            with jit.at(DIRECTION, SCALE):
+                again = model(TOKENS)
+            with JustInTime(model, ids, STREAM, block_bytes=24 * 4 * 128).at(DIRECTION, SCALE):
+                return again, model(TOKENS)
+
+    seen = [outputs()[0]]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+
+    def replaced() -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.5
+
+    changes: list[Callable[[], object]] = [lambda: None, replaced, model.double]
+    for change in changes:
+        change()
+        again, fresh = outputs()
+        assert again.equal(fresh)
+        assert not any(again.equal(earlier) for earlier in seen)
+        seen.append(again)
+
+
+def test_a_prepared_perturbation_is_the_perturbation() -> None:
+    """Blocks that begin within a sign block, all types, strided weights."""
+    weights = torch.randn(40, 33)
+    for part in (weights, weights.double(), weights.bfloat16(), weights.half(), weights.t(), weights[::2]):
+        for start in (0, 64, 131):
+            shift = prepare(STREAM, 3, part, start=start)
+            for direction, scale in ((0, 1e-2), (5, -1e-2)):
+                out = torch.empty(part.shape, dtype=part.dtype)
+                shift(direction, scale, out)
+                assert out.equal(perturb(STREAM, 3, direction, part, scale, start=start))
+    with pytest.raises(TrainingError, match="floating-point"):
+        prepare(STREAM, 3, torch.ones(3, dtype=torch.int64))
+
+
+def test_looked_up_rows_must_exist() -> None:
+    table = nn.Embedding(10, 4)
+    with torch.no_grad(), JustInTime(table, {"weight": 0}, STREAM).at(DIRECTION, SCALE):
+        for token in (10, -1):
+            with pytest.raises(IndexError):
+                table(torch.tensor([token]))
+
+
+def test_a_scale_that_is_not_finite_is_refused() -> None:
+    jit = JustInTime(nn.Linear(2, 2), {"weight": 1, "bias": 0}, STREAM)
+    with torch.no_grad(), pytest.raises(UpdateError, match="not finite"), jit.at(DIRECTION, float("nan")):
+        pass
 
 
 def test_opposite_scales_lie_on_opposite_sides() -> None:

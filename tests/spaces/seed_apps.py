@@ -13,6 +13,7 @@ from fedpeft.errors import TrainingError
 from fedpeft.flower.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.spaces.seed_scalars import LARGEST
 from fedpeft.wire.codec import Envelope, decode, encode
+from fedpeft.wire.state_message import decode_state
 
 SEEDS = 6
 SENT = [3, 0, -2, 0, 0, 40]
@@ -22,7 +23,7 @@ Answer = Callable[[Envelope, Message], Message]
 def envelope_for(message: Message, client: str) -> Envelope:
     """What an honest client sends: `SENT`, weight 2."""
     task = read_task(message)
-    state = decode(task.state, who="state")
+    state = decode(decode_state(task.state, who="state").whole, who="state")
     return Envelope(
         {"amounts": np.array(SENT, dtype=np.int64)},
         task.run_digest,
@@ -90,6 +91,10 @@ def _number(context: Context) -> int:
     return int(context.node_config["partition-id"])
 
 
+VARIED = [[9, 0, -2, 400, 1, 40], [3, 7, -2, -9, 0, 41], [2, 7, -5, -8, 0, 42], [-700, 8, 6, -7, 0, 44]]
+
 honest = make_app({})
+varied = make_app({number: sends(*amounts) for number, amounts in enumerate(VARIED)})
+greedy = make_app({1: sends(0, 0, 1000, 0, 0, 0)})
 for _name, (_answer, _, _) in MISBEHAVIOUR.items():
     globals()[f"with_{_name}"] = make_app({1: _answer})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -18,28 +19,38 @@ from fedpeft.errors import ModelError
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
 from fedpeft.flower.round_loop import Federation, initial_checkpoint, run_rounds
+from fedpeft.flower.server_app import Server, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.preflight import problems_of
+from fedpeft.records import Round
+from fedpeft.reporting.progress import make_progress
 from fedpeft.resident import load_resident
 from fedpeft.runfile import build_run, run_digest
+from fedpeft.simulation.engine import Venue, hold_run
 from fedpeft.spaces import build_space
 from fedpeft.stages import build_stages
-from fedpeft.workers import InlineWorkers
+from fedpeft.wire.codec import Envelope, encode
+from fedpeft.workers import InlineWorkers, Workers
 from tests.flower.test_round_loop import Recorder
 from tests.models.tiny import tiny_base
 from tests.simulation.runs import fingerprint, resumed, simulated
 from tests.spaces.oracles import weight
-from tests.spaces.seed_apps import MISBEHAVIOUR, SEEDS, SENT
+from tests.spaces.seed_apps import MISBEHAVIOUR, SEEDS, SENT, VARIED
 
 APPS = "tests.spaces.seed_apps"
 
 
-def held(app: str, rounds: int = 2) -> Recorder:
-    tables = {
+def held(
+    app: str, rounds: int = 2, start: list[int] | None = None, mode: str = "fedkseed", **strategy: Any
+) -> Recorder:
+    tables: dict[str, Any] = {
         "run": {"name": "seeds", "rounds": rounds},
         "training": {"kind": "zeroth-order"},
-        "space": {"kind": "seed-scalars", "num_seeds": SEEDS},
+        "space": {"kind": "seed-scalars", "num_seeds": SEEDS, "mode": mode},
     }
+    if strategy:
+        tables["federation"] = {"strategy": strategy}
     run = build_run(tables, source="test")
     base = tiny_base("llama")
     base.get_parameter("model.norm.weight").requires_grad_(True)
@@ -57,7 +68,10 @@ def held(app: str, rounds: int = 2) -> Recorder:
         evaluate=lambda state: None,
         memory=grid,
     )
-    run_rounds(federation, initial_checkpoint(federation, space.initial_state({})))
+    state = space.initial_state({})
+    if start is not None:
+        state = space.apply(state, {"amounts": np.array(start, dtype=np.float64)})
+    run_rounds(federation, initial_checkpoint(federation, state))
     return recorder
 
 
@@ -77,6 +91,86 @@ def test_bad_scalars_are_refused_and_the_round_goes_on(name: str) -> None:
     assert words in outcomes["client-1"].reason
     assert "\n" not in outcomes["client-1"].reason
     assert [outcomes[f"client-{n}"].status for n in (0, 2, 3)] == ["folded"] * 3
+
+
+NEARLY_FULL = [2**29, -(2**29), 2**29, -(2**29) + 300, 0, 0]  # sum of magnitudes: 2^31 - 300
+
+
+def test_scalars_without_room_are_refused_alone_and_the_round_goes_on() -> None:
+    recorder = held("greedy", rounds=2, start=NEARLY_FULL)
+    assert len(recorder.checkpoints) == 3
+    for checkpoint in recorder.checkpoints[1:]:
+        outcomes = {outcome.client: outcome for outcome in checkpoint.row.outcomes}
+        assert outcomes["client-1"].status == "refused"
+        assert outcomes["client-1"].reason.startswith("client-1: scalars that add up to 1000 quanta")
+        assert [outcomes[f"client-{n}"].status for n in (0, 2, 3)] == ["folded"] * 3
+        assert checkpoint.row.notes == ()
+    assert recorder.checkpoints[-1].state["amounts"].tolist() == [
+        start + 2 * sent for start, sent in zip(NEARLY_FULL, SENT, strict=True)
+    ]
+
+
+def test_a_change_that_the_server_made_too_large_is_left_out() -> None:
+    """A server learning rate of 10 makes 450 quanta of 45, and there is room for 299."""
+    recorder = held(
+        "honest", rounds=2, start=NEARLY_FULL, kind="fedavgm", server_learning_rate=10.0, server_momentum=0.0
+    )
+    assert len(recorder.checkpoints) == 3
+    for checkpoint in recorder.checkpoints[1:]:
+        assert checkpoint.state["amounts"].tolist() == NEARLY_FULL
+        assert "left out" in checkpoint.row.notes[0]
+
+
+def _averaged(changes: list[float], round_: int) -> list[float]:
+    return changes
+
+
+def _with_momentum(changes: list[float], round_: int) -> list[float]:
+    """Momentum 0.5 over equal means: 1, 1.5, 1.75 of them; server learning rate 0.7."""
+    return [0.7 * change * (2 - 0.5 ** (round_ - 1)) for change in changes]
+
+
+def _adam(changes: list[float], round_: int) -> list[float]:
+    """Reddi et al. 2021, algorithm 2, with Flower's correction; both moments are geometric sums here."""
+    first, second = 1 - 0.9**round_, 1 - 0.99**round_
+    step = 32 * math.sqrt(1 - 0.99 ** (round_ + 1)) / (1 - 0.9 ** (round_ + 1))
+    return [step * first * d / (math.sqrt(second * d * d) + 4.0) for d in changes]
+
+
+OPTIMISERS: list[tuple[dict[str, Any], Callable[[list[float], int], list[float]]]] = [
+    ({"kind": "fedavg"}, _averaged),
+    ({"kind": "fedavgm", "server_learning_rate": 0.7, "server_momentum": 0.5}, _with_momentum),
+    ({"kind": "fedadam", "eta": 32.0, "tau": 4.0, "beta_1": 0.9, "beta_2": 0.99}, _adam),
+]
+
+
+@pytest.mark.parametrize(("strategy", "rule"), OPTIMISERS)
+def test_server_optimisers_move_the_scalars_and_round_once(
+    strategy: dict[str, Any], rule: Callable[[list[float], int], list[float]]
+) -> None:
+    checkpoints = held("varied", rounds=3, **strategy).checkpoints
+    means = [sum(column) / 4 for column in zip(*VARIED, strict=True)]
+    expected = [0] * SEEDS
+    for checkpoint in checkpoints[1:]:
+        moves = rule(means, checkpoint.round)
+        assert all(abs(abs(move) % 1 - 0.5) > 1e-6 or strategy["kind"] == "fedavg" for move in moves)
+        expected = [place + round(move) for place, move in zip(expected, moves, strict=True)]  # ties to even
+        assert checkpoint.state["amounts"].dtype == np.int64
+        assert checkpoint.state["amounts"].tolist() == expected
+
+
+def test_a_trimmed_mean_of_common_directions_leaves_out_what_one_client_made_up() -> None:
+    checkpoints = held("varied", rounds=2, mode="common", kind="fedtrimmedavg", beta=0.25).checkpoints
+    middle = [sorted(column)[1:3] for column in zip(*VARIED, strict=True)]
+    expected = [round(sum(two) / 2) for two in middle]
+    assert checkpoints[-1].state["amounts"].tolist() == [*expected, *expected]
+
+
+@pytest.mark.parametrize("mode", ["fedkseed", "fedkseed-pro"])
+def test_a_trimmed_mean_needs_common_directions(mode: str, tmp_path: Path) -> None:
+    tables = tables_of(tmp_path, mode=mode)
+    tables["federation"] = {"strategy": {"kind": "fedtrimmedavg", "beta": 0.3}}
+    assert any("set space.mode 'common'" in p for p in problems_of(build_run(tables, source="test")))
 
 
 def tables_of(folder: Path, **space: Any) -> dict[str, Any]:
@@ -122,13 +216,20 @@ def test_a_round_is_the_exact_weighted_mean_of_its_clients(mode: str, tmp_path: 
     assert np.count_nonzero(came) > 3
 
 
-@pytest.mark.parametrize("projection", [None, "signs", "srht"])
+@pytest.mark.parametrize(
+    ("projection", "feedback"), [(None, False), ("signs", False), ("srht", False), ("srht", True)]
+)
 def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
-    projection: str | None, tmp_path: Path
+    projection: str | None, feedback: bool, tmp_path: Path
 ) -> None:
     tables = tables_of(tmp_path)
     if projection is not None:
-        tables["space"] = {"kind": "projected", "num_seeds": 8, "projection": projection}
+        tables["space"] = {
+            "kind": "projected",
+            "num_seeds": 8,
+            "projection": projection,
+            "feedback": feedback,
+        }
         tables["training"]["kind"] = "first-order"
     for workers in (1, 2):
         simulated(tables, tmp_path / str(workers), workers=workers)
@@ -139,6 +240,36 @@ def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
     resumed(out)  # a process that joins after round 1 with theta_0 and A
     assert fingerprint(tmp_path / "1") == fingerprint(tmp_path / "2") == fingerprint(out)
     assert last(out).state["amounts"].any()
+    assert bool(last(out).clients) == feedback
+
+
+def _apart(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+    """Clients that are sent nothing but messages, and remember what they hold."""
+    return hold_rounds(server, LocalGrid(len(server.resident.data.clients), pool), last)
+
+
+@pytest.mark.parametrize("kind", ["seed-scalars", "projected"])
+def test_clients_that_catch_up_in_steps_give_the_bytes_of_those_that_share_a_state(
+    kind: str, tmp_path: Path
+) -> None:
+    """Two of three are asked each round, so that each misses some."""
+    tables = tables_of(tmp_path)
+    tables["run"]["rounds"] = 6
+    tables["federation"] = {"sampling": {"kind": "fixed", "cohort": 2}}
+    tables["space"] = {"kind": kind, "num_seeds": 600 if kind == "seed-scalars" else 300}
+    if kind == "projected":
+        tables["training"]["kind"] = "first-order"
+    simulated(tables, tmp_path / "shared")
+    run = build_run(tables, source="test")
+    with RunFolder.create(tmp_path / "apart", run) as folder, make_progress("quiet") as progress:
+        hold_run(folder, Venue("apart", _apart), progress)
+    assert fingerprint(tmp_path / "shared") == fingerprint(tmp_path / "apart")
+    with RunFolder.resume(tmp_path / "apart") as folder:
+        rounds = [row for row in folder.rows() if isinstance(row, Round)]
+    sizes = [[outcome.bytes_down for outcome in row.outcomes] for row in rounds[1:]]
+    if kind == "projected":  # whole states grow with the rounds, steps don't
+        whole = len(encode(Envelope(last(tmp_path / "apart").state, "", 7, "", kind)))
+        assert min(sizes[-1]) < whole / 2
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedpeft.aggregation import ExactSum
 from fedpeft.config import PeftSection, RunConfig, SpaceSection
 from fedpeft.errors import ModelError, RunFileError, TrainingError, UpdateError
 from fedpeft.models.attach import attach
@@ -21,7 +23,7 @@ from fedpeft.seedspace.trainable import trainable_parameters as canonical
 from fedpeft.spaces import Space, Trail, build_space, space_options
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, WeightedSeeds, rounded
 from fedpeft.spaces.seed_scalars import LARGEST, SeedScalars
-from fedpeft.update import Arrays, arrays_digest, layout_of
+from fedpeft.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import weight
@@ -143,8 +145,28 @@ def test_scalars_out_of_the_agreed_range_are_refused(bad: int) -> None:
     space = opened(model_of("ln-tuning"))
     amounts = np.array([0, 0, bad, 0, 0, 0, 0, 0], dtype=np.int64)
     with pytest.raises(UpdateError, match=r"ward-3: amounts\[2\] is"):
-        space.check({"amounts": amounts}, who="ward-3")
-    space.check({"amounts": np.array([LARGEST, -LARGEST, 0, 0, 0, 0, 0, 0])}, who="ward-3")
+        space.check({"amounts": amounts}, state=space.initial_state({}), who="ward-3")
+    honest = {"amounts": np.array([LARGEST, -LARGEST, 0, 0, 0, 0, 0, 0])}
+    space.check(honest, state=space.initial_state({}), who="ward-3")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 60), st.integers(1, 5), st.integers(1, 5))
+def test_what_check_lets_through_never_overflows_in_a_mean(spare: int, one: int, other: int) -> None:
+    """Sums of magnitudes up to 2^31 - 1 are exact; 8 seeds may be rounded up by half a quantum each."""
+    space = opened(model_of("ln-tuning"))
+    state = moved(space, space.initial_state({}), [2**28] * 7 + [2**28 - 1 - spare])
+    clients = [np.array([1, -1, 1, 1, -1, 1, 1, 1]) * one, np.array([1, 1, 1, 1, -1, 1, 1, 1]) * other]
+    passed = []
+    for amounts in clients:
+        if 8 * int(abs(amounts[0])) <= spare - 8:
+            space.check({"amounts": amounts}, state=state, who="ward-3")
+            passed.append(amounts)
+        else:
+            with pytest.raises(UpdateError, match="ward-3: scalars that add up to"):
+                space.check({"amounts": amounts}, state=state, who="ward-3")
+    if passed:
+        moved(space, state, list(np.mean(passed, axis=0)))
 
 
 def test_max_scalar_narrows_the_range() -> None:
@@ -265,3 +287,30 @@ def test_messages_of_the_published_size_take_a_kilobyte_up_and_eight_down(mode: 
         assert sizes[0] <= 1024
         assert sizes[1] <= 8192
     assert min(sizes) > 200
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-LARGEST, LARGEST), min_size=8, max_size=8), min_size=2, max_size=5),
+    st.lists(st.integers(1, 2**20), min_size=5, max_size=5),
+    st.randoms(use_true_random=False),
+)
+def test_the_order_of_clients_leaves_no_trace(
+    clients: list[list[int]], weights_of: list[int], random: Random
+) -> None:
+    """Weighted means of any integers: the same state, fingerprint included, whoever answers first."""
+    space = opened(model_of("ln-tuning"))
+    start = space.initial_state({})
+    layout = space.update_layout(layout_of(start))
+    updates = [
+        Update({"amounts": np.array(client, dtype=np.int64)}, weight)
+        for client, weight in zip(clients, weights_of, strict=False)
+    ]
+    digests = set()
+    for _ in range(3):
+        total = ExactSum(layout, quantum_exponent=-36, capacity=len(updates))
+        for update in updates:
+            total.fold(update)
+        digests.add(arrays_digest(space.apply(start, total.mean())))
+        random.shuffle(updates)
+    assert len(digests) == 1

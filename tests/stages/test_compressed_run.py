@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedpeft.errors import UpdateError
 from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.records import Finished, Round, parse_row
 from fedpeft.runfile import build_run, run_digest
@@ -75,5 +76,37 @@ def test_residuals_are_in_the_checkpoint_and_serve_a_resumed_run(
 
 def test_the_report_says_what_was_lost_and_saved(whole: Path) -> None:
     text = (whole / "report.html").read_text()
-    assert "Update distortion" in text
-    assert "154 KiB as bf16" in text  # 78,848 parameters of two bytes
+    assert "lost on the way" in text
+    assert ">154 KiB</td>" in text  # 78,848 parameters of two bytes
+
+
+def test_every_round_says_what_each_stage_made_of_an_update(whole: Path) -> None:
+    for row in rounds(whole):
+        assert row.up is not None
+        assert row.down is not None
+        assert [name for name, _ in row.up.stages] == ["plain", "weigh", "clip", "compeft"]
+        sizes = [size for _, size in row.up.stages]
+        assert sizes[:3] == [4 * 78_848] * 3
+        counted = [outcome.bytes_up for outcome in row.outcomes]
+        assert row.up.message == pytest.approx(sum(counted) / len(counted))
+        assert 0 < row.up.message - sizes[3] < 500  # the header
+        lost = [outcome.cosine for outcome in row.outcomes if outcome.cosine is not None]
+        assert row.up.cosine == pytest.approx(sum(lost) / 4)
+        assert row.down.stages == (("plain", 4 * 78_848),)
+        assert row.down.cosine is None
+    summary = json.loads((whole / "summary.json").read_text())["transfers"]["up"]
+    assert (summary["fp32"], summary["bf16"]) == (4 * 78_848, 2 * 78_848)
+    assert summary["message"] == pytest.approx(
+        sum(row.up.message for row in rounds(whole) if row.up) / len(rounds(whole))
+    )
+
+
+@pytest.mark.parametrize("key", ["stages", "downlink"])
+def test_a_run_whose_compressor_touches_nothing_ends_with_an_error(
+    key: str, tables: dict[str, Any], tmp_path: Path
+) -> None:
+    """Names that no tensor has, as a filter for another kind of model has them."""
+    stage = {"kind": "quantise", "tensors": ["*.q_proj.weight"]}
+    told = {"stages": [], "downlink": stage} if key == "downlink" else {"stages": [stage]}
+    with pytest.raises(UpdateError, match="the compressor matches none of"):
+        simulated({**tables, **told}, tmp_path / "run")

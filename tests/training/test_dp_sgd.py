@@ -30,7 +30,7 @@ FALSE_ALARM = 1e-6
 
 
 def mechanism(**change: float) -> RecordMechanism:
-    values = {
+    values: dict[str, Any] = {
         "max_grad_norm": 1.0,
         "noise_multiplier": TINY_NOISE,
         "sample_rate": 1.0,
@@ -148,7 +148,7 @@ def test_seeded_runs_repeat_and_system_runs_do_not() -> None:
     def trained(noise: NoiseSource) -> dict[str, np.ndarray]:
         model = attached("lora", "llama")
         run(model, rows_for("llama"), mechanism(noise_multiplier=1.0, sample_rate=0.5), noise, steps=3)
-        return get_arrays(model)
+        return dict(get_arrays(model))
 
     first, again, other = trained(source("r")), trained(source("r")), trained(SystemNoise())
     assert all(np.array_equal(first[name], again[name]) for name in first)

@@ -19,7 +19,8 @@ from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.trainable import trainable_parameters
 from fedpeft.spaces import Route, Trail
 from fedpeft.training.first_order import Rows, TrainingReport
-from fedpeft.training.zeroth_order import Prober, prober, train
+from fedpeft.training.zeroth_order import train
+from fedpeft.training.zeroth_prober import Prober, prober
 from fedpeft.training.zeroth_rules import RULES
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import sign
@@ -271,4 +272,8 @@ def test_what_replays_is_said_of_every_rule() -> None:
         "conservative": True,
         "momentum": False,
         "adam": False,
+        "forward-grad": True,
+        "block-wise": True,
+        "sparse": True,
+        "hybrid": False,
     }

@@ -1,4 +1,4 @@
-"""Two small tuners that `peft` lacks, in its shape: a config, a layer and a model each.
+"""Small tuners that `peft` lacks, in its shape: a config, a layer and a model each.
 
 Importing this package makes them known to `peft`, so that `peft.PeftModel.from_pretrained` loads their
 adapters.
@@ -16,9 +16,12 @@ from peft.mapping import (
 )
 
 from fedpeft.models.tuners.bottleneck import BottleneckConfig, BottleneckModel
+from fedpeft.models.tuners.peqa import PEQAConfig, PEQAModel
 from fedpeft.models.tuners.ssf import SSFConfig, SSFModel
 
-OWN_CONFIGS: Mapping[str, type[Any]] = {"BottleneckConfig": BottleneckConfig, "SSFConfig": SSFConfig}
+_TUNERS = ((BottleneckConfig, BottleneckModel), (SSFConfig, SSFModel), (PEQAConfig, PEQAModel))
+
+OWN_CONFIGS: Mapping[str, type[Any]] = {config.__name__: config for config, _ in _TUNERS}
 """Config classes of our own tuners by name."""
 
 
@@ -28,7 +31,7 @@ def _register() -> None:
     `peft.utils.register_peft_method` takes members of a closed enumeration only; the tables themselves are
     keyed by the type's string.
     """
-    for config, model in ((BottleneckConfig, BottleneckModel), (SSFConfig, SSFModel)):
+    for config, model in _TUNERS:
         PEFT_TYPE_TO_CONFIG_MAPPING[config.TYPE] = config
         PEFT_TYPE_TO_TUNER_MAPPING[config.TYPE] = model
         PEFT_TYPE_TO_PREFIX_MAPPING[config.TYPE] = model.prefix

@@ -2,4 +2,4 @@
 
 import fedpeft.flower.client_app as _client
 
-app = _client.app
+app = _client.deployed_app

@@ -1,0 +1,111 @@
+"""Running one client function where no Flower runtime is: in our own grids' workers."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict, UserConfig
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+
+from fedpeft.errors import FedPEFTError
+from fedpeft.flower.content import content_bytes, content_of
+from fedpeft.flower.identity import ensure_identity
+
+_NODE_ID = 2  # of an agent, to itself; the server routes by connection
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a client function left.
+
+    Attributes:
+        content: the reply as `content_bytes`; empty where it failed.
+        error: "<class>: <reason>" where it failed, else empty.
+        memory: what the client remembers from now on; a failed task leaves it as it was.
+    """
+
+    content: bytes
+    error: str = ""
+    memory: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A message for a client function.
+
+    Attributes:
+        kind: the message's type, "train" or "query.hello".
+        group: the round, as text.
+        node: who is asked.
+        config: what the node knows of itself.
+    """
+
+    content: RecordDict
+    kind: str
+    group: str
+    node: int
+    config: UserConfig
+
+    def answer(self, app: ClientApp, state: RecordDict) -> RecordDict | str:
+        """The reply's content, or "<class>: <reason>" of whatever went wrong.
+
+        Args:
+            state: what the client remembers; changed in place, also by a function that fails half-way.
+        """
+        ensure_identity()
+        message = Message(self.content, self.node, self.kind, group_id=self.group)
+        context = Context(run_id=1, node_id=self.node, node_config=self.config, state=state, run_config={})
+        try:
+            reply = app(message, context)
+        except Exception as error:  # whatever a client does, its round and its agent go on
+            return f"{type(error).__name__}: {error}"
+        if reply.has_error():
+            return reply.error.reason or "FederationError: no reason given"
+        return reply.content
+
+
+def execute(
+    app: ClientApp, kind: str, group: str, content: bytes, memory: Mapping[str, NDArray[Any]], *, client: str
+) -> Outcome:
+    """Call the client function of `app` for a message; whatever goes wrong in it is part of the outcome.
+
+    Args:
+        kind: the message's type, "train" or "query.hello".
+        group: the round, as text.
+        content: the message's content, see `content_bytes`.
+        memory: what the client remembers.
+        client: its name in the run.
+    """
+    state = RecordDict({"memory": _record(memory)} if memory else {})
+    try:
+        call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, {"client": client})
+        reply = call.answer(app, state)
+        if isinstance(reply, str):
+            return Outcome(b"", reply, memory)
+        kept = state.array_records.get("memory")
+        remembered = {} if kept is None else {name: array.numpy() for name, array in kept.items()}
+        return Outcome(content_bytes(reply), "", remembered)
+    except FedPEFTError as error:  # a content that is none, or none that can be sent
+        return Outcome(b"", f"{type(error).__name__}: {error}", memory)
+
+
+def named_app(name: str) -> ClientApp:
+    """The app that ``module:attribute`` names.
+
+    Raises:
+        TypeError: that is something else.
+    """
+    module, _, attribute = name.partition(":")
+    app = getattr(importlib.import_module(module), attribute)
+    if not isinstance(app, ClientApp):
+        raise TypeError(f"{name} is {type(app).__name__}, a ClientApp is needed")
+    return app
+
+
+def _record(memory: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in memory.items()})

@@ -1,0 +1,71 @@
+"""What a private run will have spent, before it spends anything."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedpeft.config import RunConfig
+from fedpeft.planning.draws import RoundsPlan
+from fedpeft.privacy.kinds import budget_of, event_of, kind_of
+from fedpeft.privacy.outlook import MOST_ROUNDS, Outlook, outlook
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """A run's promise and its price.
+
+    Attributes:
+        kind: of the events that are charged; "none" without `[privacy]`.
+        neighbours: what epsilon is about.
+        against: whom it protects from.
+        target_delta: beside which epsilon is to be read.
+        max_epsilon: the budget.
+        epsilon: at the end of the run, of the account that spends most.
+        charged_rounds: in which that account is charged, if the budget lasts.
+        affordable_rounds: of such rounds, how many the budget allows; None: more than anybody will hold.
+        stops: the budget ends the run early.
+        seeded: the noise is not secret, and the run not private.
+    """
+
+    kind: str
+    neighbours: str = ""
+    against: str = ""
+    target_delta: float | None = None
+    max_epsilon: float | None = None
+    epsilon: float | None = None
+    charged_rounds: int = 0
+    affordable_rounds: int | None = None
+    stops: bool = False
+    seeded: bool = False
+
+
+def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
+    """The plan of a run's privacy.
+
+    Args:
+        rounds: who will be asked how often; None if that could not be drawn, as if all were asked always.
+
+    Raises:
+        PrivacyError: a promise that cannot be accounted for.
+    """
+    kind = kind_of(run)
+    if run.privacy is None or kind is None:
+        return PrivacyPlan("none")
+    charged = run.run.rounds
+    if not kind.joint and rounds is not None:
+        charged = math.ceil(rounds.asked_per_client.most)
+    event, budget = event_of(run), budget_of(run)
+    seen: Outlook = outlook(event, budget, charged)
+    return PrivacyPlan(
+        kind=event.kind,
+        neighbours=event.neighbours,
+        against=kind.against,
+        target_delta=budget.target_delta,
+        max_epsilon=budget.max_epsilon,
+        epsilon=seen.epsilon,
+        charged_rounds=charged,
+        affordable_rounds=seen.affordable if seen.affordable < MOST_ROUNDS else None,
+        stops=seen.stops,
+        seeded=run.privacy.seeded,
+    )

@@ -1,0 +1,376 @@
+"""What a client's memory holds, by method and base precision.
+
+Question: what do quantised bases save, does zeroth order train in the memory of inference, and does
+          `fedpeft plan` say beforehand what a run takes?
+Command:  python simulations/bench_memory.py [--quick]
+Expected: NF4 at most 0.6 bytes per parameter of the quantised layers; zeroth order at most 1.2 times
+          inference; plans within 15%; loading never holds a full-precision model beside the quantised one.
+Run time: with --quick under 50 s on an idle machine, else some minutes.
+
+Memory is the peak of RssAnon over what the process held before, each cell in a process of its own, after a
+step on a tiny model of the same kind, so that what libraries keep is not counted. The random Llama's file is
+bfloat16, so that none of its weights are mapped. Held-out losses and speeds are of a small real model: the
+260K-parameter story teller on Dolly where the shared folder is there, else the embedded one. Inference is as
+many forward passes as zeroth order takes. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ["OMP_NUM_THREADS"] = "1"
+
+MIB = 2**20
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROWS, TOKENS = 4, 128  # of one batch of the random model
+
+LORA = {"method": "lora", "r": 8, "target_modules": "all-linear"}
+FIRST = {"kind": "first-order", "optimizer": "adamw"}
+ZEROTH = {"kind": "zeroth-order", "radius": 1e-3}
+SEEDS = {"kind": "seed-scalars", "num_seeds": 64}
+
+# How a cell trains: sections of its run file. "inference" trains nothing and evaluates one batch.
+TRAINERS: dict[str, dict[str, Any]] = {
+    "lora": {"peft": LORA, "training": FIRST | {"lr": 5e-3}},
+    "lora checkpointed": {"peft": LORA, "training": FIRST | {"lr": 5e-3, "gradient_checkpointing": True}},
+    "ia3": {"peft": {"method": "ia3"}, "training": FIRST | {"lr": 2e-2}},
+    "ln-tuning": {"peft": {"method": "ln-tuning"}, "training": FIRST | {"lr": 1e-2}},
+    "peqa": {"peft": {"method": "peqa"}, "training": FIRST | {"lr": 1e-2}},
+    "loftq": {"peft": LORA | {"init_lora_weights": "loftq"}, "training": FIRST | {"lr": 5e-3}},
+    "zeroth order": {"peft": LORA, "training": ZEROTH | {"lr": 1e-2}, "space": SEEDS},
+    "inference": {"peft": LORA, "training": {"kind": "none"}},
+}
+BASES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bf16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "nf4": {"quantization": "nf4"},
+    "rtn8": {"quantization": "rtn8"},
+    "rtn4": {"quantization": "rtn4", "group_size": 64},
+}
+QUICK_MEMORY = (("lora", "nf4"), ("inference", "nf4"), ("zeroth order", "nf4"), ("peqa", "rtn4"))
+MEMORY = (
+    *(
+        (trainer, base)
+        for base in ("none", "bf16", "int8", "nf4", "rtn4")
+        for trainer in ("inference", "lora")
+    ),
+    *(("zeroth order", base) for base in ("none", "nf4", "rtn4")),
+    *((trainer, "nf4") for trainer in ("lora checkpointed", "ia3", "ln-tuning", "loftq")),
+    ("peqa", "rtn8"),
+    ("peqa", "rtn4"),
+)
+QUICK_LEARNING = (("lora", "none"), ("lora", "nf4"), ("peqa", "rtn4"))
+LEARNING = (
+    *(("lora", base) for base in ("none", "bf16", "int8", "nf4", "rtn8", "rtn4")),
+    *((trainer, base) for trainer in ("ia3", "ln-tuning") for base in ("none", "nf4")),
+    ("loftq", "nf4"),
+    ("peqa", "rtn8"),
+    ("peqa", "rtn4"),
+    *(("zeroth order", base) for base in ("none", "nf4", "rtn4")),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the table: how it trains, on what, and what for."""
+
+    trainer: str
+    base: str
+    what: str  # "memory" or "learning"
+    steps: int
+    folder: str  # of the random model
+
+
+def anonymous() -> int:
+    """RssAnon of this process, bytes: memory-mapped files are not in it."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise SystemExit("RssAnon is read from Linux's /proc")
+    return 1024 * int(found[1])
+
+
+def settled() -> int:
+    """RssAnon once freed memory has been given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return anonymous()
+
+
+@contextmanager
+def watched() -> Iterator[list[int]]:
+    """The peak of RssAnon within the block, as the one item of a list."""
+    peak, done = [anonymous()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], anonymous())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+        peak[0] = max(peak[0], anonymous())
+
+
+def tables(cell: Cell, model: dict[str, Any], data: dict[str, Any], batch: int) -> dict[str, Any]:
+    """A run file of one client."""
+    parts = TRAINERS[cell.trainer]
+    training = {"steps": cell.steps, "batch_size": batch} | parts["training"]
+    return {
+        "run": {"name": "bench-memory", "rounds": 1},
+        "model": model | BASES[cell.base],
+        "peft": parts["peft"],
+        "data": data,
+        "training": training,
+        "space": parts.get("space", {"kind": "adapter-delta"}),
+    }
+
+
+def random_llama(cell: Cell) -> dict[str, Any]:
+    """The run on the random model."""
+    rows = {"train": f"{cell.folder}/rows.jsonl", "text": "{text}", "max_length": TOKENS, "heldout": 0.0}
+    partitioner = {"kind": "iid", "clients": 1}
+    if cell.trainer == "inference":
+        rows |= {"test": rows["train"], "test_limit": ROWS}
+    return tables(cell, {"path": cell.folder}, rows | {"partitioner": partitioner}, ROWS)
+
+
+def small_model(cell: Cell) -> dict[str, Any]:
+    """The run on a real small model: one client, its own held-out rows."""
+    story, dolly = SHARED / "models" / "stories260K", SHARED / "data" / "dolly15k" / "dolly15k.jsonl"
+    partitioner = {"kind": "iid", "clients": 1}
+    if not (story.is_dir() and dolly.is_file()):
+        data = {"limit": 512, "max_length": 128, "heldout": 0.1, "partitioner": partitioner}
+        return tables(cell, {}, data, 8)
+    data = {
+        "train": str(dolly),
+        "prompt": "{instruction}\n{context}\n",
+        "answer": "{response}",
+        "limit": 1000,
+        "max_length": 192,
+        "heldout": 0.1,
+        "partitioner": partitioner,
+    }
+    made = tables(cell, {"path": str(story)}, data, 8)
+    made["model"].pop("group_size", None)  # its feed-forward layers are 172 wide: a scale for each whole row
+    return made
+
+
+def write_random_llama(folder: Path, *, small: bool) -> int:
+    """Save a random Llama with a tokenizer of words and rows of full length; its number of parameters."""
+    import numpy as np
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    vocabulary = 256 if small else 8192
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64 if small else 768,
+        intermediate_size=128 if small else 2048,
+        num_hidden_layers=2 if small else 12,
+        num_attention_heads=2 if small else 12,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(previous)
+    model.save_pretrained(folder)
+    words = {"<unk>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        folder
+    )
+    rng = np.random.default_rng(0)
+    rows = ({"text": " ".join(f"w{i}" for i in rng.integers(2, vocabulary, TOKENS))} for _ in range(16))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
+    """Load a run, train its client or evaluate one batch; what that took."""
+    import numpy as np
+    import torch
+
+    from fedpeft.planning.memory import estimate_memory
+    from fedpeft.resident import load_resident
+    from fedpeft.runfile import build_run
+
+    torch.set_num_threads(1)
+    before = settled()
+    with watched() as loading:
+        resident = load_resident(build_run(table, source="bench"))
+    run, client = resident.run, resident.data.clients[0]
+    result: dict[str, Any] = {"load_peak": loading[0] - before, "held": settled() - before}
+    state = resident.space.initial_state(resident.parameters)
+    started = time.perf_counter()
+    with watched() as peak:
+        if cell.trainer == "inference":
+            batches = [np.arange(len(resident.data.test))] * (2 * cell.steps)
+            resident.score(resident.data.test, batches, state, ("loss",))
+            tokens = 2 * cell.steps * int(resident.data.test.lengths.sum())
+        else:
+            update, report = resident.train_client(0, 1, state, proximal_mu=0.0)
+            tokens = report.examples * int(np.mean(resident.data.rows.lengths[client.train]))
+    result |= {
+        "peak": max(peak[0], loading[0]) - before,
+        "tokens_per_s": tokens / (time.perf_counter() - started),
+    }
+    result["planned"] = estimate_memory(run, resident.model, resident.data, ()).peak
+    if cell.what == "learning":
+        result["loss_before"] = resident.held_out_loss(0, state, zeros(update.arrays))
+        result["loss"] = resident.held_out_loss(0, state, update.arrays)
+    result |= quantised_bytes(resident.model)
+    return result
+
+
+def zeros(arrays: Any) -> dict[str, Any]:
+    """No change at all."""
+    return {name: 0 * array for name, array in arrays.items()}
+
+
+def quantised_bytes(model: Any) -> dict[str, int]:
+    """Resident bytes and parameters of the quantised layers, scales included, and of the rest of the base."""
+    packed = parameters = other = 0
+    for module in model.modules():
+        kind = type(module).__name__
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        size = sum(tensor.nbytes for tensor in own if not tensor.requires_grad)
+        if kind not in ("Linear4bit", "Linear8bitLt", "RoundedLinear"):
+            other += size
+            continue
+        parameters += module.in_features * module.out_features
+        packed += size
+        state = getattr(module.weight, "quant_state", None)
+        if state is not None:
+            packed += sum(tensor.nbytes for tensor in state.as_dict(packed=True).values())
+        scales = getattr(module.weight, "SCB", None)
+        packed += scales.nbytes if scales is not None else 0
+    return {"packed_bytes": packed, "packed_parameters": parameters, "other_bytes": other}
+
+
+def child(cell: Cell) -> None:
+    """The cell's work, in this process; its figures as the last line."""
+    make: Callable[[Cell], dict[str, Any]] = random_llama if cell.what == "memory" else small_model
+    if cell.what == "memory":
+        warm = Cell(cell.trainer, cell.base, "memory", 1, f"{cell.folder}/small")
+        work(warm, random_llama(warm))
+    print(json.dumps(work(cell, make(cell))))
+
+
+def measured(cell: Cell) -> dict[str, Any]:
+    """The figures of a cell, from a fresh process."""
+    root = Path(__file__).resolve().parents[1]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, __file__, "--cell", json.dumps(cell.__dict__)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"{cell.trainer} on {cell.base} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def memory_table(folder: str, cells: tuple[tuple[str, str], ...], steps: int) -> dict[str, dict[str, Any]]:
+    """Measure and print the cells on the random model, in MiB."""
+    print(
+        f"{'trainer':18}{'base':6}{'peak':>9}{'plan':>9}{'off':>7}"
+        f"{'load peak':>11}{'held':>8}{'tokens/s':>10}"
+    )
+    found = {}
+    for trainer, base in cells:
+        row = measured(Cell(trainer, base, "memory", steps, folder))
+        row["off"] = row["planned"] / row["peak"] - 1
+        found[f"{trainer}/{base}"] = row
+        sizes = f"{row['peak'] / MIB:9.1f}{row['planned'] / MIB:9.1f}{100 * row['off']:+6.0f}%"
+        loads = f"{row['load_peak'] / MIB:11.1f}{row['held'] / MIB:8.1f}{row['tokens_per_s']:10.0f}"
+        print(f"{trainer:18}{base:6}{sizes}{loads}", flush=True)
+    return found
+
+
+def learning_table(cells: tuple[tuple[str, str], ...], steps: int) -> dict[str, dict[str, Any]]:
+    """Measure and print what equal steps teach the small model."""
+    print(f"\n{'trainer':18}{'base':6}{'loss before':>13}{f'after {steps}':>11}{'tokens/s':>10}")
+    found = {}
+    for trainer, base in cells:
+        row = measured(Cell(trainer, base, "learning", steps, ""))
+        found[f"{trainer}/{base}"] = row
+        print(
+            f"{trainer:18}{base:6}{row['loss_before']:13.3f}{row['loss']:11.3f}{row['tokens_per_s']:10.0f}",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    """Measure everything, or one cell for the process that asked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few cells, under 50 s on an idle machine")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.cell:
+        child(Cell(**json.loads(asked.cell)))
+        return
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        count = write_random_llama(folder, small=False)
+        write_random_llama(folder / "small", small=True)
+        print(f"random Llama of {count / 1e6:.1f} million parameters, {ROWS} rows of {TOKENS} tokens; MiB")
+        memory = memory_table(place, QUICK_MEMORY if asked.quick else MEMORY, 1 if asked.quick else 2)
+        learning = learning_table(QUICK_LEARNING if asked.quick else LEARNING, 20 if asked.quick else 100)
+    nf4 = memory["lora/nf4"]
+    full = 4 * count
+    summary = {
+        "nf4_bytes_per_param": round(nf4["packed_bytes"] / nf4["packed_parameters"], 4),
+        "nf4_unquantised_mib": round(nf4["other_bytes"] / MIB, 1),
+        "zo_memory_vs_inference": round(
+            memory["zeroth order/nf4"]["peak"] / memory["inference/nf4"]["peak"], 3
+        ),
+        "plan_error_max": round(max(abs(row["off"]) for row in memory.values()), 3),
+        "load_peak_vs_full_precision": round(
+            max(row["load_peak"] for name, row in memory.items() if not name.endswith(("/none", "/bf16")))
+            / full,
+            3,
+        ),
+        "memory": {name: {"peak": row["peak"], "planned": row["planned"]} for name, row in memory.items()},
+        "loss": {name: round(row["loss"], 4) for name, row in learning.items()},
+        "quick": asked.quick,
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
