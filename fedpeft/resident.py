@@ -208,8 +208,7 @@ class Resident:
         return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
 
     def held_out_loss(self, index: int, state: Arrays, change: Arrays) -> float:
-        """Mean loss per example of `state` moved by `change` on one client's held-out rows; NaN without
-        any."""
+        """Mean loss of `state` moved by `change` on one client's held-out rows; NaN without any."""
         rows = self.data.clients[index].heldout[: self.run.evaluation.max_examples]
         if not len(rows):
             return math.nan

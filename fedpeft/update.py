@@ -41,8 +41,7 @@ class EncodedArray(Protocol):
 
 
 def frozen_arrays(arrays: Arrays) -> Arrays:
-    """A read-only mapping of read-only views, sorted by name; no data is copied, packed arrays stay
-    packed."""
+    """A read-only mapping of read-only views, sorted by name, nothing copied; packed arrays stay packed."""
     if isinstance(arrays, PackedArrays):
         return arrays
     result: dict[str, NDArray[Any]] = {}

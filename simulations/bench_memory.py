@@ -263,7 +263,8 @@ def quantised_bytes(model: Any) -> dict[str, int]:
         kind = type(module).__name__
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         size = sum(tensor.nbytes for tensor in own if not tensor.requires_grad)
-        if kind not in ("Linear4bit", "Linear8bitLt", "RoundedLinear"):
+        # Adapters around such layers go by the same class names.
+        if hasattr(module, "base_layer") or kind not in ("Linear4bit", "Linear8bitLt", "RoundedLinear"):
             other += size
             continue
         parameters += module.in_features * module.out_features

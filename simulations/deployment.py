@@ -157,17 +157,21 @@ def superlink(folder: Path, nodes: int) -> Iterator[Superlink]:
     made = Superlink(folder, environment(FLWR_HOME=str(folder / "home")))
     with ExitStack() as stack:
 
-        def start(name: str, words: Sequence[str], port: int) -> None:
+        def start(name: str, words: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
             (folder / name).mkdir()
             log = folder / f"{name}.log"
             process = started(words, folder / name, log, made.environment)
             stack.callback(end_group, process)
-            wait_for_port(port, process, log)
+            return process, log
 
         options = ["--insecure", "--port", str(link), "--disable-runtime-dependency-installation"]
-        start("superlink", [program("flower-superlink"), *options], link)
+        wait_for_port(link, *start("superlink", [program("flower-superlink"), *options]))
+        begun = []
         for number, port in enumerate(ports):
             node = f"partition-id={number} num-partitions={nodes}"
             where = ["--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port)]
-            start(f"node-{number}", [program("flower-supernode"), *where, "--node-config", node], port)
+            words = [program("flower-supernode"), *where, "--node-config", node]
+            begun.append((port, *start(f"node-{number}", words)))
+        for port, process, log in begun:
+            wait_for_port(port, process, log)
         yield made

@@ -53,11 +53,11 @@ def commands(text: str, program: str) -> list[list[str]]:
     return found
 
 
-def paths(text: str) -> list[str]:
-    """Relative links, and code that looks like a path of this repository."""
+def paths(text: str, folder: str = "") -> list[str]:
+    """Relative links of a document in `folder`, and code that looks like a path of this repository."""
     roots = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")} | {".ci"}
-    links = [link.split("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
-    words = [word for line in shell_lines(text) for word in line.split()]
+    links = [folder + link.split("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
+    words = [re.sub(r"\$\w+", "*", word) for line in shell_lines(text) for word in line.split()]
     quoted = [word for word in words if "/" in word and word.split("/")[0] in roots and "://" not in word]
     plain = [span for span in spans(text) if re.fullmatch(r"[A-Za-z_.-]+\.(md|toml|yml|lock)", span)]
     return [path for path in links + quoted + plain if not path.startswith(WRITTEN_BY_A_RUN)]
@@ -65,7 +65,9 @@ def paths(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_exist(name: str) -> None:
-    missing = [path for path in paths(text_of(name)) if not list(ROOT.glob(path.rstrip("/.,:")))]
+    folder = name.rpartition("/")[0]
+    found = paths(text_of(name), f"{folder}/" if folder else "")
+    missing = [path for path in found if not list(ROOT.glob(path.rstrip("/.,:")))]
     assert missing == []
 
 

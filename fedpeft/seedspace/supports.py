@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -31,6 +32,17 @@ class SomeTensors:
         """Everything."""
 
 
+def _choice(seed: int, directions: torch.Tensor) -> torch.Tensor:
+    """int64 [K]: 32 public bits for each of int64 [K] directions."""
+    stream = Stream(seed, Purpose.CHOICE)
+    return philox_torch((0, *stream.counter_words(0)), (directions, stream.key_word))[0]
+
+
+@lru_cache(maxsize=1024)
+def _block_of(seed: int, direction: int, count: int) -> int:
+    return int(_choice(seed, torch.tensor([direction]))) % count
+
+
 @dataclass(frozen=True, eq=False)
 class OneBlock:
     """Each direction moves the tensors of one block, which the public stream chooses by its index.
@@ -49,9 +61,9 @@ class OneBlock:
 
     def chosen(self, directions: torch.Tensor) -> torch.Tensor:
         """int64 [K]: the block of each direction; 32 bits modulo `count`, so all but equally likely."""
-        stream = Stream(self.seed, Purpose.CHOICE)
-        words = philox_torch((0, *stream.counter_words(0)), (directions, stream.key_word))
-        return words[0] % self.count
+        if len(directions) == 1:  # every tensor of a perturbed forward asks this
+            return torch.tensor([_block_of(self.seed, int(directions), self.count)])
+        return _choice(self.seed, directions) % self.count
 
     def moves(self, tensor_id: int, directions: torch.Tensor) -> torch.Tensor:
         """Those that chose the tensor's block."""

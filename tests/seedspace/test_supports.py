@@ -82,6 +82,7 @@ def test_each_direction_chooses_its_block_by_the_public_generator() -> None:
     purpose = 5  # CHOICE
     expected = [_philox((0, SEED // 2**32, 0, purpose * 2**24), (k, SEED % 2**32))[0] % 3 for k in range(200)]
     assert support.chosen(directions).tolist() == expected
+    assert [int(support.chosen(torch.tensor([k]))) for k in range(200)] == expected
     assert set(expected) == {0, 1, 2}
     assert support.moves(1, directions).tolist() == [block == 1 for block in expected]
 

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,18 @@ import pytest
 import tomli_w
 
 from fedpeft.cli import main
+from fedpeft.credentials import create_authority
+from fedpeft.errors import CredentialError
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_client.administration import Desk
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.doors import Doors
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Status, Store
+from fedpeft_server.supervisor import Supervisor
+from tests.server.fleet import played
+from tests.server.standin import standins
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 
 
@@ -121,3 +129,25 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     line = said(capsys, "run", "list", "--server", f"127.0.0.1:{port}", code=9)
     assert line.count("\n") == 1
     assert "does not answer" in line
+
+
+def test_a_name_is_invited_once(tmp_path: Path) -> None:
+    authority = create_authority(tmp_path / "ca", datetime.now(UTC))
+    with Store(tmp_path / "state") as store:
+        doors, running = Doors(), list[RunningServer]()
+        supervisor = Supervisor(store, standins(store, []))
+        base = Administration(store, supervisor, doors.gate, authority, lambda: running[0])
+        running.append(serve(TransportOptions(), store.results, store.blobs, doors=doors, admin=Admin(base)))
+        request = pb.IssueTokenRequest(name="hospital-1")
+
+        def issued() -> str:
+            return str(played(Desk(running[0].address).call(lambda stub: stub.IssueToken(request))).token)
+
+        try:
+            assert issued().startswith("fpt1.")
+            with pytest.raises(CredentialError, match="'hospital-1' is there already"):
+                issued()
+            authority.revoke("hospital-1", datetime.now(UTC))
+            assert issued().startswith("fpt1.")
+        finally:
+            running[0].stop()
