@@ -273,6 +273,8 @@ def quantised_bytes(model: Any) -> dict[str, int]:
         if state is not None:
             packed += sum(tensor.nbytes for tensor in state.as_dict(packed=True).values())
         scales = getattr(module.weight, "SCB", None)
+        if scales is None:  # 8-bit layers move them when they are first used
+            scales = getattr(getattr(module, "state", None), "SCB", None)
         packed += scales.nbytes if scales is not None else 0
     return {"packed_bytes": packed, "packed_parameters": parameters, "other_bytes": other}
 
