@@ -62,7 +62,7 @@ federation: $(TESTING)  ## a server and three agents on this machine, killed mid
 fuzz: $(TESTING)  ## millions of hostile update messages; COUNT=N SEED=N, a random seed by default
 	$(PY) -m tests.wire.fuzz_update --count $(COUNT) --seed $(SEED)
 
-exhaustive: $(TESTING)  ## kill a federation at every crash point, one by one; ten minutes
+exhaustive: $(TESTING)  ## what make test samples, in full: every crash point, method and base; 20 minutes
 	@$(MAKE) --no-print-directory pytest-exhaustive
 
 protos: $(TESTING)  ## regenerate fedpeft/v1 from protos/

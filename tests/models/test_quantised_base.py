@@ -34,8 +34,17 @@ KINDS = ("nf4", "fp4", "int8", "rtn8", "rtn4")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
 FAST = {"lora", "peqa", "ia3", "prefix"}
+
+
+def marks(name: str, kind: str) -> list[pytest.MarkDecorator]:
+    """A few methods on every base in seconds, all on two bases in the long run, the rest on request."""
+    if name in FAST:
+        return []
+    return [pytest.mark.slow] if kind in ("nf4", "rtn4") else [pytest.mark.slow, pytest.mark.exhaustive]
+
+
 CASES = [
-    pytest.param(name, kind, id=f"{name}-{kind}", marks=() if name in FAST else pytest.mark.slow)
+    pytest.param(name, kind, id=f"{name}-{kind}", marks=marks(name, kind))
     for name in METHODS
     for kind in KINDS
     if not METHODS[name].needs_bias and base_refusal(METHODS[name], kind) is None
@@ -166,6 +175,7 @@ def test_the_digest_sees_the_scales(folder: Path) -> None:
         assert frozen_digest(base) != digest
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "rtn4"])
 @pytest.mark.parametrize("name", list(METHODS))

@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is read from Linux's /proc")
 def test_quantised_bases_take_what_is_promised_and_planned() -> None:
     command = [sys.executable, str(REPOSITORY / "simulations" / "bench_memory.py"), "--quick"]
