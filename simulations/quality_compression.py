@@ -1,7 +1,7 @@
 """What does compression of updates cost in accuracy? TREC on MiniLM with LoRA and label-skewed clients.
 
     python simulations/quality_compression.py --out runs/quality             (35 minutes, one core)
-    python simulations/quality_compression.py --out runs/quality --quick     (2 minutes: two arms, two rounds)
+    python simulations/quality_compression.py --out runs/quality --quick     (30 s: two arms, two rounds)
 
 Ten clients, Dirichlet(0.1) over six classes, all of them in every round. The setting is `trec_minilm.toml`
 made short (`SETTING`): one SGD step of eight rows per client and round, Adam at the server, 45 rounds; so 45

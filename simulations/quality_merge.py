@@ -1,6 +1,6 @@
 """Ten clients train alone; what is the one adapter worth that each merging rule makes of theirs?
 
-    python simulations/quality_merge.py --out runs/merge             (9 minutes, one core)
+    python simulations/quality_merge.py --out runs/merge             (15 minutes, one core)
     python simulations/quality_merge.py --out runs/merge --quick     (2 minutes: one seed, few steps and rows)
 
 Data, model and start are those of `quality_compression.py`: TREC on MiniLM with LoRA, ten clients, one
