@@ -9,10 +9,14 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV ?= .venv
 LOCK := requirements.lock
-TEST_EXTRAS := dev,quant,ray,tensorboard
+TEST_EXTRAS := dev,quant,ray,tensorboard,postgres
 ALL_EXTRAS := $(TEST_EXTRAS),bench
 
 PY := $(VENV)/bin/python
+
+# Tests run in so many processes; a test file stays in one.
+JOBS ?= 2
+SPREAD = -n $(JOBS) --dist loadfile
 
 # Of `make fuzz`; the seed is printed, so that a finding can be repeated.
 COUNT ?= 2000000
@@ -35,7 +39,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check test test-fast federation fuzz protos demo bench lock clean \
+.PHONY: help setup check test test-fast federation soak fuzz protos demo bench lock clean \
         lint format-check types protos-check pytest pytest-fast pytest-exhaustive exhaustive
 
 help:  ## list the targets
@@ -58,6 +62,9 @@ test-fast: $(TESTING)  ## the tests that take seconds
 
 federation: $(TESTING)  ## a server and three agents on this machine, killed midway; one minute on idle cores
 	$(PY) -m pytest -q -s tests/integration/test_federation.py
+
+soak: $(TESTING)  ## kills, reconnects and delays for MINUTES (30), and neither bytes nor memory may tell
+	$(PY) simulations/soak.py --minutes $(or $(MINUTES),30)
 
 fuzz: $(TESTING)  ## millions of hostile update messages; COUNT=N SEED=N, a random seed by default
 	$(PY) -m tests.wire.fuzz_update --count $(COUNT) --seed $(SEED)
@@ -106,13 +113,13 @@ protos-check: $(TESTING)
 	@echo "protos: $(STUBS) matches $(PROTOS)"
 
 pytest: $(TESTING)
-	$(PY) -m pytest
+	$(PY) -m pytest $(SPREAD)
 
 pytest-fast: $(TESTING)
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest $(SPREAD) -m "not slow"
 
 pytest-exhaustive: $(TESTING)
-	$(PY) -m pytest -m exhaustive
+	$(PY) -m pytest $(SPREAD) -m exhaustive
 
 # Installation. A stamp is older than pyproject.toml or the lock when they change, and the install is repeated.
 

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
 from fedpeft.jit import compiled
-from fedpeft.packed import PackedArrays, Packing, pack, packable
+from fedpeft.packed import PackedArrays, pack, packable, packing_of
 from fedpeft.update import Layout, Update, check_layout
 
+_LANES = 512  # sums that are made side by side
 HEADROOM_BITS = 62  # of int64's 63: one bit stays free so that the sum of all bounds can't wrap
 
 
@@ -37,7 +38,7 @@ class ExactSum:
     def __init__(self, layout: Layout, *, quantum_exponent: int, capacity: int) -> None:
         if not packable(layout):
             raise UpdateError("floats and integers in one update cannot be summed exactly; send one kind")
-        self._packing = layout if isinstance(layout, Packing) else Packing(layout)
+        self._packing = packing_of(layout)
         self._exact = self._packing.dtype.kind == "i"
         self._exponent = 0 if self._exact else quantum_exponent
         self._bound = 2**HEADROOM_BITS // max(capacity, 1)
@@ -61,7 +62,8 @@ class ExactSum:
         if self._room <= 0:
             raise UpdateError(f"{who}: the round's cohort is complete; one more update cannot be counted")
         entries = pack(update.arrays, self._packing).flat
-        self._check_entries(entries, update, who)
+        largest, squares = _integer_extent(entries) if self._exact else _extent(entries)
+        self._check_entries(largest, update, who)
         if self._exact:
             self._sum += entries * update.weight
         else:
@@ -69,12 +71,10 @@ class ExactSum:
         self._room -= 1
         self.total_weight += update.weight
         self.count += 1
-        return math.sqrt(_sum_of_squares(entries))
+        return math.sqrt(squares)
 
-    def _check_entries(self, entries: NDArray[Any], update: Update, who: str) -> None:
+    def _check_entries(self, largest: float, update: Update, who: str) -> None:
         """Refuse entries that are not finite or don't fit."""
-        exact = int if self._exact else float  # int64's ends don't fit a float
-        largest = max(exact(entries.max()), -exact(entries.min())) if entries.size else 0
         if not math.isfinite(largest):
             bad = next(name for name, array in update.arrays.items() if not np.isfinite(array).all())
             raise UpdateError(f"{who}: array {bad!r} holds NaN or infinity; nothing of it was counted")
@@ -99,7 +99,9 @@ class ExactSum:
         """
         if not self.count:
             raise UpdateError("no update was counted: a mean needs at least one")
-        flat = np.ldexp(self._sum.astype(np.float64), self._exponent) / self.total_weight
+        flat = self._sum.astype(np.float64)
+        np.ldexp(flat, self._exponent, out=flat)
+        flat /= self.total_weight
         return PackedArrays(flat, self._packing.like("<f8"))
 
 
@@ -112,16 +114,27 @@ def _add_quanta(
         total[i] += np.int64(np.rint(np.float64(entries[i]) * quanta_per_one)) * weight
 
 
+def _integer_extent(entries: NDArray[np.int64]) -> tuple[int, float]:
+    """Largest magnitude, exactly, which a float could not hold; and the sum of squares."""
+    largest = max(int(entries.max()), -int(entries.min())) if entries.size else 0
+    return largest, _extent(entries)[1]
+
+
 @compiled
-def _sum_of_squares(entries: NDArray[Any]) -> float:
-    """In float64 and in one fixed order; four sums side by side, as one would wait for each addition."""
-    first = second = third = fourth = 0.0
-    whole = entries.size - entries.size % 4
-    for i in range(0, whole, 4):
-        first += np.float64(entries[i]) ** 2
-        second += np.float64(entries[i + 1]) ** 2
-        third += np.float64(entries[i + 2]) ** 2
-        fourth += np.float64(entries[i + 3]) ** 2
-    for i in range(whole, entries.size):
-        first += np.float64(entries[i]) ** 2
-    return (first + second) + (third + fourth)
+def _extent(entries: NDArray[Any]) -> tuple[float, float]:
+    """Largest magnitude (NaN if any entry is) and the sum of squares, in float64 and in one fixed order.
+
+    Sums and maxima side by side, since one of each would wait for every entry in turn.
+    """
+    squares, peaks = np.zeros(_LANES), np.zeros(_LANES)
+    for row in range(entries.size // _LANES):
+        for lane in range(_LANES):
+            size = abs(np.float64(entries[row * _LANES + lane]))
+            squares[lane] += size * size
+            peaks[lane] = size if size > peaks[lane] else peaks[lane]
+    for place in range(entries.size // _LANES * _LANES, entries.size):
+        size = abs(np.float64(entries[place]))
+        squares[0] += size * size
+        peaks[0] = size if size > peaks[0] else peaks[0]
+    total = squares.sum()
+    return (total if np.isnan(total) else peaks.max()), total

@@ -39,7 +39,11 @@ RunFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run file, e.g. training.lr=1e-4."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the run file, e.g. training.lr=1e-4; without a value the key is taken out.",
+    ),
 ]
 
 
@@ -60,6 +64,12 @@ def simulate(
             "--baselines/--no-baselines", help="Compare with zero-shot, clients alone and pooled data."
         ),
     ] = None,
+    memory_check: Annotated[
+        bool,
+        typer.Option(
+            "--memory-check/--no-memory-check", help="Refuse a run that is predicted not to fit."
+        ),
+    ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per line, for machines.")
@@ -82,6 +92,7 @@ def simulate(
         workers=workers or _cores(),
         engine=engine,
         progress="quiet" if quiet else "json" if json_ else "rich",
+        memory_check=memory_check,
     )
 
 
@@ -89,11 +100,20 @@ def simulate(
 def plan(
     run_file: RunFile = None,
     set_: Overrides = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Propose settings that fit in so much memory, such as 8GB; loads no model."
+        ),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a run would cost and what would be refused, without training."""
-    from fedpeft.commands.plan import plan_command
+    from fedpeft.commands.plan import fit_command, plan_command
 
+    if fit is not None:
+        fit_command(run_file, list(set_ or []), fit, as_json=json_)
+        return
     plan_command(run_file, list(set_ or []), as_json=json_)
 
 
@@ -223,6 +243,43 @@ def replay(
 
 
 @app.command()
+def emulator(
+    base: Annotated[str, typer.Argument(help="Folder or hub name of the full model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    task: Annotated[str, typer.Option(help="causal-lm or sequence-classification.")] = "causal-lm",
+    pad: Annotated[int, typer.Option(help="First and last layers that clients train, each.")] = 2,
+    middle: Annotated[int, typer.Option(help="Layers between them that stay, evenly spaced.")] = 4,
+    distil: Annotated[
+        int, typer.Option(metavar="STEPS", help="Teach the middle to stand for what was left out.")
+    ] = 0,
+    text: Annotated[Path | None, typer.Option(help="Public text for --distil, a line each.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what --distil draws.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Make a smaller model for offsite tuning, whose middle layers clients never see in full."""
+    from fedpeft.commands.emulator import Distilling, emulator_command
+
+    if (distil > 0) != (text is not None):
+        raise UsageError("--distil STEPS and --text FILE belong together; give both or neither")
+    how = None if text is None else Distilling(distil, text, seed)
+    emulator_command(base, out, task=task, pad=pad, middle=middle, distilling=how, force=force)
+
+
+@app.command("plug-in")
+def plug_in(
+    adapter: Annotated[Path, typer.Argument(help="Adapter trained on an emulator, or its run folder.")],
+    emulator: Annotated[Path, typer.Option(help="Folder of the emulator.")],
+    base: Annotated[str, typer.Option(help="The full model that the emulator was made from.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
+) -> None:
+    """Turn an adapter that was trained on an emulator into one of the full model."""
+    from fedpeft.commands.emulator import plug_in_command
+
+    plug_in_command(adapter, emulator, base, out, force=force)
+
+
+@app.command()
 def methods(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -276,6 +333,11 @@ def provision(
     provision_command(folder, asked, as_json=json_)
 
 
+MetricsAddress = Annotated[
+    str | None,
+    typer.Option("--metrics", metavar="HOST:PORT", help="Numbers for Prometheus, over plain HTTP."),
+]
+
 client_app = typer.Typer(
     help="Be an agent: train on this device's rows for a server's runs.", rich_markup_mode=None
 )
@@ -307,6 +369,7 @@ def client(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plaintext, to a server on this very machine.")
     ] = False,
+    metrics: MetricsAddress = None,
 ) -> None:
     """Be an agent: train on this device's rows for a server's runs."""
     if context.invoked_subcommand is not None:
@@ -314,6 +377,7 @@ def client(
     from fedpeft_client.command import client_command
 
     given = {"server": server, "data": data, "name": name, "keys": keys, "home": home, "model": model}
+    given |= {"metrics": metrics}
     stated: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     client_command(config, stated | ({"insecure": True} if insecure else {}), token)
 
@@ -348,22 +412,42 @@ OwnKeys = Annotated[
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, as submit and list print it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 LOCAL_SERVER = "127.0.0.1:9440"
+ServerConfig = Annotated[
+    Path | None, typer.Option("--config", metavar="server.toml", help="The server's settings.")
+]
+ServerState = Annotated[
+    Path | None,
+    typer.Option("--state", metavar="DIR", help="Folder of runs and updates [default: fedpeft-state]."),
+]
+DatabaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--database",
+        envvar="FEDPEFT_DATABASE",
+        metavar="URL",
+        help="SQLAlchemy URL [default: a file in --state].",
+    ),
+]
+WithKeys = Annotated[
+    bool, typer.Option("--with-keys", help="Also the certificates' folders that --config names.")
+]
 
 
-@app.command()
+server_app = typer.Typer(help="Hold runs for agents that connect, until told to end.", rich_markup_mode=None)
+app.add_typer(server_app, name="server")
+
+
+@server_app.callback(invoke_without_command=True)
 def server(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Option(metavar="server.toml", help="Settings; options given here go over them.")
     ] = None,
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where to listen [default: 127.0.0.1:9440].")
     ] = None,
-    state: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of runs and updates [default: fedpeft-state].")
-    ] = None,
-    database: Annotated[
-        str | None, typer.Option(metavar="URL", help="SQLAlchemy URL [default: a file in --state].")
-    ] = None,
+    state: ServerState = None,
+    database: DatabaseUrl = None,
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The server's folder that provision made.")
     ] = None,
@@ -373,11 +457,14 @@ def server(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plaintext, for agents on this very machine.")
     ] = False,
+    metrics: MetricsAddress = None,
     migrate: Annotated[
         bool, typer.Option("--migrate", help="Bring the database of an older version up to date first.")
     ] = False,
 ) -> None:
     """Hold runs for agents that connect, until told to end; a killed server goes on at its next start."""
+    if context.invoked_subcommand is not None:
+        return
     from fedpeft_server.command import server_command
 
     given = {
@@ -386,8 +473,56 @@ def server(
         "database": database,
         "insecure": insecure or None,
         "tls": {"keys": keys, "authority": authority},
+        "metrics": {"address": metrics},
     }
     raise typer.Exit(server_command(config, given, migrate=migrate))
+
+
+@server_app.command("backup")
+def server_backup(
+    out: Annotated[Path, typer.Argument(metavar="FILE.tar", help="File to write, with all of the state.")],
+    config: ServerConfig = None,
+    state: ServerState = None,
+    database: DatabaseUrl = None,
+    with_keys: WithKeys = False,
+    json_: AsJson = False,
+) -> None:
+    """Write a server's whole state to one file; the server may run meanwhile."""
+    from fedpeft_server.command import backup_command
+
+    given = {"state": state, "database": database}
+    backup_command(out, config, given, with_keys=with_keys, as_json=json_)
+
+
+@server_app.command("restore")
+def server_restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar", help="What backup wrote.")],
+    config: ServerConfig = None,
+    state: ServerState = None,
+    database: DatabaseUrl = None,
+    with_keys: WithKeys = False,
+    nothing_since: Annotated[
+        bool,
+        typer.Option("--nothing-since", help="No round was closed after the backup: private runs go on too."),
+    ] = False,
+    json_: AsJson = False,
+) -> None:
+    """Put a backup where no state is, after checking every byte of it."""
+    from fedpeft_server.command import restore_command
+
+    given = {"state": state, "database": database}
+    restore_command(file, config, given, with_keys=with_keys, nothing_since=nothing_since, as_json=json_)
+
+
+@server_app.command("status")
+def server_status(
+    server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
+) -> None:
+    """Say who is connected to a server, what each used, and what was refused and why."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.server_status import server_status_command
+
+    server_status_command(Desk(server, keys), as_json=json_)
 
 
 @run_app.command("submit")

@@ -173,6 +173,13 @@ class TrainingSection(Section):
     batch_size: Count = 16
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
+    activation_offload: bool = False  # on a GPU: activations wait for the backward pass in main memory
+    fused_update: bool = False  # a parameter moves once its gradient is there: no two gradients are held
+    sampled_layers: Count | None = None  # so many layers train at a time, drawn by the run's seed and round
+    sample_every: Count | None = None  # local steps between two draws of layers; default: one draw a round
+    projection_rank: Count = 8  # optimizer galore: size of the subspace of each matrix's gradient
+    projection_every: Count = 50  # optimizer galore: local steps between two subspaces
+    projection_scale: PositiveFloat = 0.25  # optimizer galore: of a projected step
     precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass
     max_grad_norm: PositiveFloat | None = None  # per step, over the whole batch's gradient
     rule: str = "zo-sgd"  # zeroth order: how a step measures and moves; `fedpeft methods` lists the rules
@@ -220,9 +227,30 @@ class SamplingSection(Section):
 
 
 class StrategySection(OpenSection):
-    """A Flower strategy by name, with its own options (eta, beta_1, num_malicious_nodes ...)."""
+    """A strategy by name, with its own options (eta, beta_1, num_malicious_nodes, clip_norm ...).
+
+    `geometry` is for robust rules: what they measure and combine, the entries of updates, or the products B A
+    of LoRA's factors and the entries of what is trained beside them. Default: products where LoRA trains both
+    factors.
+    """
 
     kind: str = "fedavg"
+    geometry: Literal["entries", "product"] | None = None
+
+
+class AttackSection(OpenSection):
+    """Hostile clients, in a simulation: who they are, what they do (`kind`), and their attack's options."""
+
+    kind: str
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # so many, drawn from the run's seed
+    clients: tuple[str, ...] = ()  # or these, by name
+
+    @model_validator(mode="after")
+    def _who(self) -> AttackSection:
+        if (self.fraction is None) == (not self.clients):
+            came = "neither" if self.fraction is None else "both"
+            raise ValueError(f"{came} of fraction and clients came; give one of them")
+        return self
 
 
 class ClockSection(Section):
@@ -241,17 +269,49 @@ class ClockSection(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
 
+class StalenessSection(OpenSection):
+    """How much less an update counts the older the state it started from; options belong to the kind."""
+
+    kind: str = "polynomial"  # polynomial (exponent), hinge (slope, after), constant
+
+
+class BufferSection(Section):
+    """Mode 'buffered': clients work all the time, and a round ends as soon as `size` updates are in.
+
+    An update's staleness is the number of rounds that ended between the state it started from and itself.
+    """
+
+    size: Count  # updates of one round
+    concurrency: Count  # clients at work at a time
+    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 10  # rounds; work on an older state is given up
+    staleness_weight: Annotated[StalenessSection, BeforeValidator(_kind_table)] = StalenessSection()
+
+
 class FederationSection(Section):
     """Cohort, deadline and how replies become one change."""
+
+    mode: Literal["synchronous", "buffered"] = "synchronous"  # buffered: see [federation.buffer]
+    buffer: BufferSection | None = None
 
     strategy: Annotated[StrategySection, BeforeValidator(_kind_table)] = StrategySection()
     sampling: Annotated[SamplingSection, BeforeValidator(_kind_table)] = SamplingSection()
     weighting: Literal["examples", "uniform"] = "examples"
-    quorum: Fraction = 0.5  # share of the asked clients that must answer, else the run stops
+    quorum: Fraction = 0.5  # share of the asked clients (or buffer) that must answer, else the run stops
     over_selection: NonNegativeFloat = 0.0  # ask (1 + this) times the cohort, keep the first to answer
-    deadline_s: PositiveFloat | None = None  # of one round; seconds of the clock, without one real seconds
+    # Of one round, or in mode 'buffered' of one client's work; the clock's seconds, without one real ones.
+    deadline_s: PositiveFloat | None = None
     clock: ClockSection | None = None
     quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
+    lora_rule: str | None = None  # how LoRA factors are averaged; absent: entry by entry, unmeasured
+    residual_rank: Count | None = None  # flora, exact-residual: most ranks kept; default: all it takes
+
+    @model_validator(mode="after")
+    def _buffered(self) -> FederationSection:
+        if (self.mode == "buffered") != (self.buffer is not None):
+            wanted = "give its size and concurrency" if self.buffer is None else "set mode = 'buffered'"
+            raise ValueError(f"mode '{self.mode}' and [federation.buffer] don't go together; {wanted}")
+        return self
+    attack: AttackSection | None = None  # simulations only; absent: all clients are honest
 
 
 class PrivacyPromise(Section):
@@ -335,6 +395,7 @@ class EvaluationSection(Section):
     batch_size: Count = 32
     max_new_tokens: Count = 64  # for metrics that need generated text
     max_examples: Count | None = None  # of the test set, and of each client's held-out rows; the first ones
+    plug_into: str | None = None  # the full model of an emulator, for whoever holds the run; others lack it
     baselines: bool = False  # zero-shot, each client alone, pooled data, each with the same budget
     bootstrap: Count = 1000  # resamples for the 95% intervals
 
@@ -350,16 +411,24 @@ class GroupSection(Section):
     """Clients that differ from the rest of the run, by name, with the keys in which they do.
 
     A table is laid over the run's own section of that name. One with a `kind` of its own starts from the
-    defaults instead, since other kinds take other keys.
+    defaults instead, since other kinds take other keys; so do the keys that belong to a quantisation.
     """
 
     clients: Annotated[tuple[str, ...], Field(min_length=1)]
     training: dict[str, Any] = {}
+    model: dict[str, Any] = {}  # how the base is held: quantization and its keys, dtype
+    peft: dict[str, Any] = {}  # r, lora_alpha
+    trains: tuple[str, ...] = ()  # modules that its clients train, by name or a part of it; default all
 
     @property
     def overrides(self) -> dict[str, dict[str, Any]]:
         """Section of the run to what is laid over it."""
-        return {"training": self.training}
+        return {"training": self.training, "model": self.model, "peft": self.peft}
+
+    @property
+    def own_model(self) -> bool:
+        """Whether its clients hold another base, or another adapter on it, than the run says."""
+        return bool(self.model or self.peft)
 
 
 class RunConfig(Section):
@@ -415,6 +484,20 @@ class RunConfig(Section):
         """
         tables = self.model_dump(exclude={"groups"})
         for name, keys in group.overrides.items():
-            inherited = {} if keys.get("kind", tables[name]["kind"]) != tables[name]["kind"] else tables[name]
-            tables[name] = {**inherited, **keys}
+            tables[name] = {**_inherited(name, tables[name], keys), **keys}
         return RunConfig.model_validate(tables)
+
+
+_KIND_KEYS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "training": ("kind", None),
+    "model": ("quantization", ("double_quantization", "compute_dtype", "group_size", "keep_modules")),
+}
+"""Section to the key whose change makes others meaningless, and these; None: all of them."""
+
+
+def _inherited(section: str, own: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """What of the run's section stays where a group lays `keys` over it."""
+    kind, lost = _KIND_KEYS.get(section, ("", ()))
+    if not kind or keys.get(kind, own[kind]) == own[kind]:
+        return own
+    return {} if lost is None else {key: value for key, value in own.items() if key not in lost}

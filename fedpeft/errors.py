@@ -12,7 +12,8 @@ The tree::
     │   └── RunExistsError       7   a finished run would be overwritten
     ├── UpdateError              8   an update that must not be folded in
     ├── FederationError          9   cohorts, clients, grids
-    │   └── QuorumError          9   too few clients answered in time
+    │   ├── QuorumError          9   too few clients answered in time
+    │   └── LimitError           9   more than one caller's share was asked for
     ├── PrivacyError            10   a broken privacy precondition or a spent budget
     ├── StorageError            11   disk full, unreadable or unwritable files
     ├── MissingExtraError       12   an optional package is not installed
@@ -89,6 +90,10 @@ class FederationError(FedPEFTError):
 
 class QuorumError(FederationError):
     """Too few of the asked clients answered in time; the round can be tried again."""
+
+
+class LimitError(FederationError):
+    """More was asked for than one caller's share of a server; it can be asked for again later."""
 
 
 class PrivacyError(FedPEFTError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedpeft.errors import FedPEFTError, StorageError
+from fedpeft.errors import FedPEFTError, StateError, StorageError
 
 _TEMPORARY = ".partial-"
 
@@ -81,6 +82,26 @@ def folder_atomically(path: Path) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         sync_folder(path.parent)
+
+
+def hold_lock(path: Path, *, in_use: str, mode: int = 0o600) -> int:
+    """Lock a file, made if it is missing, for this process alone: until it closes what is returned, or ends.
+
+    Args:
+        in_use: what is said if another process holds it.
+
+    Raises:
+        StateError: another process holds it.
+        StorageError: it cannot be made.
+    """
+    with storage(path.parent):
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, mode)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise StateError(in_use) from error
+    return lock
 
 
 def append_line(path: Path, line: str) -> None:

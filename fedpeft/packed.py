@@ -7,6 +7,7 @@ mapping of read-only arrays.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,8 +31,7 @@ class Span:
 class Packing(Mapping[str, Entry]):
     """A layout whose arrays have one dtype, with the place of each: in the order of names, without gaps.
 
-    Packings are equal if their entries are, and hashable; the one that a run's parts share compares by
-    identity.
+    Packings are equal if their entries are, and hashable; `packing_of` gives one to all who need the same.
 
     Args:
         layout: name to (shape, dtype), all of one dtype and at least one.
@@ -57,7 +57,7 @@ class Packing(Mapping[str, Entry]):
 
     def like(self, dtype: str) -> Packing:
         """The same arrays in another dtype, given as NumPy's type string."""
-        return Packing({name: (shape, dtype) for name, (shape, _) in self.items()})
+        return packing_of({name: (shape, dtype) for name, (shape, _) in self.items()})
 
     def __getitem__(self, name: str) -> Entry:
         return self._entries[name]
@@ -76,6 +76,17 @@ class Packing(Mapping[str, Entry]):
             return True
         entries = other._entries if isinstance(other, Packing) else other
         return bool(self._entries == entries)
+
+
+def packing_of(layout: Mapping[str, Entry]) -> Packing:
+    """The packing of a layout; equal layouts get the same object, so that comparing them costs nothing."""
+    return _first(layout if isinstance(layout, Packing) else Packing(layout))
+
+
+@functools.lru_cache(maxsize=32)
+def _first(packing: Packing) -> Packing:
+    """The first of all that are equal."""
+    return packing
 
 
 def packable(layout: Mapping[str, Entry]) -> bool:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from fedpeft.attacks import attack_problems
 from fedpeft.config import ClientLevelPrivacy, RecordLevelPrivacy, RunConfig
 from fedpeft.data.layout import section_problems
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.evaluation.metrics import metrics_of
-from fedpeft.flower.strategies import RULES, strategy_problems
+from fedpeft.flower.buffer_rules import buffer_problems
+from fedpeft.flower.rules import RULES, geometry_problems, strategy_problems
 from fedpeft.groups import group_problems
+from fedpeft.lora_rules import lora_problems
 from fedpeft.models.base import architecture_of
 from fedpeft.models.loftq import loftq_problem
-from fedpeft.models.methods import METHODS, base_refusal
+from fedpeft.models.methods import METHODS, Method, base_refusal
+from fedpeft.models.offsite import NO_EMULATOR, emulator_at
 from fedpeft.models.options import peft_problems
 from fedpeft.privacy.rules import privacy_problems
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import space_options
 from fedpeft.stages import build_downlink, build_stages
 from fedpeft.training.dp_allowed import record_problems
+from fedpeft.training.lean import lean_problems
 from fedpeft.training.optimizers import check_names
 from fedpeft.training.zeroth_rules import zeroth_problems
+
+_REMEMBERING = frozenset(name for name, rule in RULES.items() if rule.memory)
 
 
 def problems_of(run: RunConfig) -> list[str]:
@@ -33,9 +41,13 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: check_names(run.training),
         lambda: space_options(run.space),
         lambda: _refuse(zeroth_problems(run)),
+        lambda: _refuse(lean_problems(run)),
         lambda: build_stages(run),
         lambda: build_downlink(run),
         lambda: _refuse(group_problems(run)),
+        lambda: _refuse(lora_problems(run, remembering=_REMEMBERING)),
+        lambda: _refuse(geometry_problems(run)),
+        lambda: _refuse(attack_problems(run)),
         lambda: _refuse(privacy_problems(run)),
         lambda: _refuse(_private_training_problems(run)),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
@@ -49,6 +61,7 @@ def problems_of(run: RunConfig) -> list[str]:
             problems.append(str(error))
     clients = run.data.partitioner.clients
     problems.extend(_federation_problems(run, clients))
+    problems.extend(buffer_problems(run, clients))
     for place, group in enumerate(run.groups):  # what is wrong with a group and not with the run itself
         own = problems_of(run.of_group(group))
         problems.extend(f"groups.{place}: {problem}" for problem in own if problem not in problems)
@@ -111,10 +124,27 @@ def _base_problems(run: RunConfig) -> list[str]:
     reason = base_refusal(method, run.model.quantization)
     if reason is not None:
         problems.append(f"model.quantization: {method.name} on {run.model.quantization}: {reason}")
+    problems += _offsite_problems(run, method)
     start = loftq_problem(method.name, run.peft.options, run.model.quantization)
     if start is not None:
         problems.append(start)
     return problems
+
+
+def _offsite_problems(run: RunConfig, method: Method) -> list[str]:
+    """What an emulator asks of the method, and `evaluation.plug_into` of the base."""
+    folder = Path(run.model.path).expanduser()
+    emulator = emulator_at(folder) if folder.is_dir() else None
+    if emulator is None:
+        if run.evaluation.plug_into is None or not folder.is_dir():
+            return []
+        return [f"evaluation.plug_into: {NO_EMULATOR}, or remove it"]
+    if method.name == "prefix" or method.needs_quantization:
+        return [
+            f"peft.method: what {method.name} trains on an emulator has no place in the full model; use lora,"
+            " or full for the outer layers' own weights"
+        ]
+    return []
 
 
 def _refuse(problems: Sequence[str]) -> None:

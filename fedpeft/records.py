@@ -51,7 +51,8 @@ class ClientOutcome(Record):
     update_norm: float | None = None  # L2 over the whole update, after the client's stages
     distortion: float | None = None  # relative L2 of what lossy stages sent against what they were given
     cosine: float | None = None  # between the same two
-    virtual_s: float | None = None  # when its answer arrived on the virtual clock, from the round's start
+    virtual_s: float | None = None  # when its answer arrived on the virtual clock, from when it was asked
+    staleness: int | None = None  # buffered rounds: how many rounds ended while it worked
 
 
 class Leg(Record):
@@ -82,6 +83,22 @@ class Scalars(Record):
     quantiles: Annotated[tuple[float, ...], Field(min_length=7, max_length=7)]
     negative: tuple[int, ...]
     positive: tuple[int, ...]
+
+
+class Aggregation(Record):
+    """How a round's LoRA factors were combined, and how far that is from the mean of their products.
+
+    `error` is the Frobenius distance between the weights' change that the next adapter makes and the mean of
+    the clients' changes, over the norm of that mean, all modules together; `worst` is that of one module
+    alone, named `worst_module`.
+    """
+
+    rule: str
+    error: float
+    worst: float
+    worst_module: str
+    norm: float  # of the mean of products, times their scaling
+    residual_rank: int = 0  # of the largest frozen product that is kept beside the factors
 
 
 class Promise(Record):
@@ -117,6 +134,8 @@ class Started(Record):
     primary_metric: str
     higher_is_better: dict[str, bool]  # for every metric of the run
     privacy: Promise | None = None  # its clients' row counts are 0 then: they are private
+    attack: str = ""  # what a simulation's hostile clients do
+    attackers: tuple[str, ...] = ()  # who they are
     versions: dict[str, str]
 
 
@@ -131,8 +150,10 @@ class Round(Record):
     up: Leg | None = None  # clients to server
     down: Leg | None = None  # server to clients
     scalars: Scalars | None = None  # of an exact seed space
+    aggregation: Aggregation | None = None  # under federation.lora_rule, where updates may be looked at
     evaluation: Evaluation | None = None
     virtual_s: float | None = None  # length of the round on the virtual clock
+    staleness: tuple[int, ...] = ()  # buffered rounds: entry s counts the folded updates of staleness s
     epsilon: float | None = None  # spent so far, this round included, by the account that spent most
     notes: tuple[str, ...] = ()
     wall_s: float = 0.0
@@ -141,11 +162,13 @@ class Round(Record):
 class Baseline(Record):
     """A model that was trained otherwise, on the same test set and with the same budget.
 
-    `local` has one evaluation per client that trained alone; the others have one.
+    `local` has one evaluation per client that trained alone; the others have one. In offsite tuning the run's
+    own scores are the emulator's, `full-model` is the model that it stands for, untrained, and `plugged-in`
+    the same with what the run trained.
     """
 
     event: Literal["baseline"] = "baseline"
-    name: Literal["zero-shot", "local", "pooled"]
+    name: Literal["zero-shot", "local", "pooled", "full-model", "plugged-in"]
     evaluations: dict[str, Evaluation]  # client -> evaluation; the single key of the others is their name
     wall_s: float = 0.0
 

@@ -6,25 +6,43 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import LocalPrivacy, ModelSection, RecordLevelPrivacy, RunConfig, TrainingSection
+from fedpeft.attacks import Hostile, attackers_of, hostile_clients, refuse_attack
+from fedpeft.config import (
+    LocalPrivacy,
+    ModelSection,
+    PeftSection,
+    RecordLevelPrivacy,
+    RunConfig,
+    TrainingSection,
+)
 from fedpeft.data.collate import evaluation_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.federated import FederatedData, RawFederated, encode, read_tables
 from fedpeft.data.tables import read_client_table, read_test_table
-from fedpeft.errors import FederationError, TrainingError, UpdateError
+from fedpeft.errors import FederationError, RunFileError, TrainingError, UpdateError
 from fedpeft.evaluation.metrics import Column
 from fedpeft.evaluation.scoring import score
-from fedpeft.groups import refuse_unknown
+from fedpeft.groups import refuse_idle, refuse_unknown
+from fedpeft.lora_rules import Shares
 from fedpeft.models.attach import attach
 from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
-from fedpeft.models.trainable import frozen_digest, pack_parameters, trainable_parameters
+from fedpeft.models.trainable import (
+    frozen_digest,
+    pack_parameters,
+    read_parameters,
+    resting,
+    trainable_parameters,
+)
 from fedpeft.privacy.sources import noise_source
 from fedpeft.randomness import derive_seed, stream
 from fedpeft.runfile import run_digest
@@ -33,9 +51,13 @@ from fedpeft.spaces import Memory, Space, Trail, build_space, direction_stream
 from fedpeft.stages import Stage, build_stages
 from fedpeft.training import zeroth_order
 from fedpeft.training.first_order import Rows, TrainingReport, train
+from fedpeft.training.layers import check_layers
+from fedpeft.training.lean import device_problems
 from fedpeft.training.steps import local_steps
 from fedpeft.training.zeroth_prober import Prober, prober
-from fedpeft.update import Arrays, Update, layout_of
+from fedpeft.update import Arrays, Update, frozen_arrays, layout_of
+
+_KEPT = "kept/"  # in a client's memory: parameters that it keeps to itself
 
 
 @dataclass
@@ -48,6 +70,9 @@ class Resident:
             mask, which is frozen too, takes part.
         directions: where zeroth-order trainers find theirs; None where there is nothing to train.
         group_directions: the same for each of the run's groups.
+        hostile: a simulation's clients that attack it; None: all are honest.
+        own: the run as clients of a group hold it that has a model of its own, by the group's number.
+        start: parameters that clients keep to themselves, as they are before a client's first round.
     """
 
     run: RunConfig
@@ -60,6 +85,24 @@ class Resident:
     base_digest: str
     directions: Stream | None = None
     group_directions: tuple[Stream, ...] = ()
+    hostile: Hostile | None = None
+    own: Mapping[int, Resident] = field(default_factory=dict)
+    start: Arrays = field(default_factory=dict)
+
+    @functools.cached_property
+    def shares(self) -> Shares:
+        """What each client holds, trains and sends."""
+        return Shares(self.run)
+
+    def of_client(self, client: str) -> Resident:
+        """The run as one client holds it."""
+        group = self.run.group_of(client)
+        return self if group is None else self.own.get(group, self)
+
+    def loads(self, client: str) -> bool:
+        """Whether the model that a client holds is loaded here; that of its group may be elsewhere alone."""
+        group = self.run.group_of(client)
+        return group is None or not self.run.groups[group].own_model or group in self.own
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -93,6 +136,11 @@ class Resident:
         """Rows as the trainer and the scorer take them."""
         return Rows(encoded, indices, self.run.model.task, _pad_id(self.tokenizer))
 
+    def _rows_of(self, client: str) -> Encoded:
+        """All rows, as one client trains on its own among them."""
+        hostile = self.hostile
+        return hostile.rows if hostile is not None and client in hostile.names else self.data.rows
+
     def client_index(self, name: str) -> int:
         """Position of a client by name.
 
@@ -107,7 +155,21 @@ class Resident:
     def train_client(
         self, index: int, round_: int, state: Arrays, *, proximal_mu: float, memory: Memory | None = None
     ) -> tuple[Update, TrainingReport]:
-        """One client's part of a round: enter the state, train on its rows, express the change.
+        """One client's part of a round: what came of its training, or what a hostile one makes of that."""
+        name = self.data.clients[index].name
+
+        def train(client: str) -> tuple[Update, TrainingReport]:
+            own = memory if client == name else None
+            return self._train_honestly(self.client_index(client), round_, state, proximal_mu, own)
+
+        if self.hostile is not None and name in self.hostile.names:
+            return self.hostile.send(name, round_, state, train)
+        return train(name)
+
+    def _train_honestly(
+        self, index: int, round_: int, state: Arrays, proximal_mu: float, memory: Memory | None
+    ) -> tuple[Update, TrainingReport]:
+        """Enter the state, train on the client's rows, express the change.
 
         Under record-level privacy nothing but the noised change and the number of steps is told. Under local
         privacy a training that fails is a change of zero: staying away would tell about the rows.
@@ -120,6 +182,7 @@ class Resident:
             if not isinstance(self.run.privacy, LocalPrivacy):
                 raise
         layout = self.space.update_layout(layout_of(state))
+        layout = self.shares.layout(self.data.clients[index].name, layout, round_)
         zeros = {name: np.zeros(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         return Update(zeros), TrainingReport(0.0, 0, 0)
 
@@ -129,13 +192,47 @@ class Resident:
         client = self.data.clients[index]
         section = self.run.of_client(client.name).training
         steps = local_steps(section, len(client.train))
-        rng = stream(self.run.run.seed, "train", client.name, round_)
-        report, trail = self._train(
-            client.train, state, section, steps, rng, proximal_mu, probe=lambda: self.prober_of(client.name)
-        )
-        arrays = self.space.express(self.parameters, state, trail, memory)
+        state = self.completed(state, memory)
+        with self._trained(client.name, round_) as parameters:
+            report, trail = self._train(
+                client.train,
+                state,
+                section,
+                steps,
+                ("train", client.name, round_),
+                proximal_mu,
+                probe=lambda: self.prober_of(client.name),
+                encoded=self._rows_of(client.name),
+                parameters=parameters,
+            )
+        if memory is not None:
+            memory.update({_KEPT + name: read_parameters(self.parameters)[name] for name in self.start})
+        sent = self._part(lambda name: self.shares.sent(client.name, name, round_))
+        begun = state if sent is self.parameters else {name: state[name] for name in sent}
+        arrays = self.space.express(sent, begun, trail, memory)
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
         return Update(arrays, len(client.train), metrics), report
+
+    def completed(self, state: Arrays, memory: Mapping[str, NDArray[Any]] | None) -> Arrays:
+        """A state as it came, with what a client keeps to itself."""
+        if not self.start:
+            return state
+        kept: Mapping[str, NDArray[Any]] = {} if memory is None else memory
+        own = {name: kept.get(_KEPT + name, array) for name, array in self.start.items()}
+        return frozen_arrays({**state, **own})
+
+    def _part(self, wanted: Callable[[str], bool]) -> Mapping[str, nn.Parameter]:
+        """Some of the parameters; the parameters themselves, side by side, if it is all of them."""
+        if self.shares.all_alike:
+            return self.parameters
+        return {name: parameter for name, parameter in self.parameters.items() if wanted(name)}
+
+    def _trained(self, client: str, round_: int) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
+        """What a client trains in a round; all else rests meanwhile."""
+        moved = self._part(lambda name: self.shares.trained(client, name, round_))
+        if moved is self.parameters:
+            return nullcontext(moved)
+        return resting(self.parameters, moved.keys())
 
     def _train_privately(
         self, index: int, round_: int, state: Arrays, privacy: RecordLevelPrivacy, proximal_mu: float
@@ -146,7 +243,7 @@ class Resident:
         self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "train", client.name, round_)
         told = private.Told(
-            self.rows(self.data.rows, client.train),
+            self.rows(self._rows_of(client.name), client.train),
             section,
             privacy,
             rng,
@@ -165,8 +262,9 @@ class Resident:
         self, indices: NDArray[np.int64], state: Arrays, section: TrainingSection, *, steps: int, name: str
     ) -> Arrays:
         """A baseline: one training run over `indices` from `state`; the state it ends in."""
-        rng = stream(self.run.run.seed, "baseline", name)
-        _, trail = self._train(indices, state, section, steps, rng)
+        if section.sampled_layers and section.sample_every is None:  # one draw a round, as there
+            section = section.model_copy(update={"sample_every": max(1, steps // self.run.run.rounds)})
+        _, trail = self._train(indices, state, section, steps, ("baseline", name))
         change = self.space.express(self.parameters, state, trail)
         return self.space.apply(state, {key: array.astype(np.float64) for key, array in change.items()})
 
@@ -176,21 +274,36 @@ class Resident:
         state: Arrays,
         section: TrainingSection,
         steps: int,
-        rng: np.random.Generator,
+        purpose: tuple[str | int, ...],
         proximal_mu: float = 0.0,
         probe: Callable[[], Prober] | None = None,
+        encoded: Encoded | None = None,
+        parameters: Mapping[str, nn.Parameter] | None = None,
     ) -> tuple[TrainingReport, Trail | None]:
-        """Enter the state and train on some rows, as the section says; a trail from zeroth-order trainers."""
+        """Enter the state and train on some rows, as the section says; a trail from zeroth-order trainers.
+
+        Args:
+            purpose: names the stream of randomness; clients of a round share its last word.
+            parameters: those that train; None: all.
+        """
         self.space.enter(self.parameters, state)
         if section.kind == "none":
             return TrainingReport(0.0, 0, 0), None
-        rows = self.rows(self.data.rows, indices)
+        rng = stream(self.run.run.seed, *purpose)
+        rows = self.rows(self.data.rows if encoded is None else encoded, indices)
         if section.kind == "zeroth-order":
             route = self.space.route(state, steps * section.queries, rng)
             own = self.prober if probe is None else probe()
             return zeroth_order.train(own, rows, section, route, steps=steps, rng=rng)
         report = train(
-            self.model, self.parameters, rows, section, steps=steps, rng=rng, proximal_mu=proximal_mu
+            self.model,
+            self.parameters if parameters is None else parameters,
+            rows,
+            section,
+            steps=steps,
+            rng=rng,
+            layers_rng=stream(self.run.run.seed, "layers", purpose[-1]) if section.sampled_layers else None,
+            proximal_mu=proximal_mu,
         )
         return report, None
 
@@ -207,25 +320,60 @@ class Resident:
         new_tokens = self.run.evaluation.max_new_tokens
         return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
 
-    def held_out_loss(self, index: int, state: Arrays, change: Arrays) -> float:
+    def held_out_loss(
+        self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None
+    ) -> float:
         """Mean loss of `state` moved by `change` on one client's held-out rows; NaN without any."""
         rows = self.data.clients[index].heldout[: self.run.evaluation.max_examples]
         if not len(rows):
             return math.nan
-        moved = self.space.apply(state, {name: array.astype(np.float64) for name, array in change.items()})
+        state = self.completed(state, memory)
+        wide = {name: array.astype(np.float64) for name, array in change.items()}
+        if not self.shares.all_alike:  # what isn't sent stays where it is
+            layout = self.space.update_layout(layout_of(state))
+            wide = {name: np.zeros(shape) for name, (shape, _) in layout.items()} | wide
+        moved = self.space.apply(state, wide)
         columns = self.score(self.data.rows, self.batches(self.data.rows, rows), moved, ("loss",))
         return float(np.mean(columns["nll"] / np.maximum(columns["tokens"], 1.0)))
 
 
-def load_resident(run: RunConfig) -> Resident:
+def kept_of(memories: Mapping[str, NDArray[Any]], node: int) -> dict[str, NDArray[Any]]:
+    """What one client remembers, from the memories of all by ``"<node>/<array>"``."""
+    mine = f"{node}/"
+    return {name.removeprefix(mine): array for name, array in memories.items() if name.startswith(mine)}
+
+
+Admit = Callable[[RunConfig, FederatedData], None]
+"""Asked once the rows are there and before any weight is read; refuses by raising."""
+
+
+def load_resident(run: RunConfig, *, admit: Admit | None = None) -> Resident:
     """Read the rows, load the base model, attach the adapter.
 
     Raises:
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
     """
+    _refuse_device(run)
     raw = read_tables(run.data, run.model.task, run.run.seed)
-    refuse_unknown(run, {client.name for client in raw.clients})
-    return _loaded(run, raw, run.model)
+    names = {client.name for client in raw.clients}
+    refuse_unknown(run, names)
+    attackers_of(run, names)
+    resident = _loaded(run, raw, run.model, admit)
+    data = resident.data
+    resident.hostile = hostile_clients(run, data.clients, data.rows, data.num_labels)
+    resident.own = _of_groups(resident)
+    return resident
+
+
+def _refuse_device(run: RunConfig) -> None:
+    """Refuse what this machine cannot do, before anything is read.
+
+    Raises:
+        RunFileError: with every such thing.
+    """
+    problems = device_problems(run, cuda=torch.cuda.is_available())
+    if problems:
+        raise RunFileError("run file", problems)
 
 
 @dataclass(frozen=True)
@@ -243,7 +391,7 @@ class Own:
     model: str = ""
 
 
-def load_own_resident(run: RunConfig, own: Own) -> Resident:
+def load_own_resident(run: RunConfig, own: Own, *, admit: Admit | None = None) -> Resident:
     """A run as one device takes part in it: one client, with its own rows.
 
     The client has the rows, the split and the weight that it has in a simulation in which its file is one of
@@ -252,9 +400,12 @@ def load_own_resident(run: RunConfig, own: Own) -> Resident:
     Raises:
         DataError, ModelError, RunFileError: as `load_resident`.
     """
+    refuse_attack(run)
+    _refuse_device(run)
     raw = read_client_table(run.data, own.data, run.model.task, run.run.seed, own.client)
-    section = run.model.model_copy(update={"path": own.model}) if own.model else run.model
-    return _loaded(run, raw, section)
+    part = run.of_client(own.client)
+    section = part.model.model_copy(update={"path": own.model}) if own.model else part.model
+    return _loaded(run, raw, section, admit, part.peft)
 
 
 def load_serving_resident(run: RunConfig) -> Resident:
@@ -263,28 +414,97 @@ def load_serving_resident(run: RunConfig) -> Resident:
     Raises:
         DataError, ModelError, RunFileError: as `load_resident`.
     """
+    refuse_attack(run)
     return _loaded(run, read_test_table(run.data, run.model.task), run.model)
 
 
-def _loaded(run: RunConfig, raw: RawFederated, section: ModelSection) -> Resident:
-    """Everything but the rows is the same for all who hold a run."""
-    seed = run.run.seed
+def _loaded(
+    run: RunConfig,
+    raw: RawFederated,
+    section: ModelSection,
+    admit: Admit | None = None,
+    peft: PeftSection | None = None,
+) -> Resident:
+    """Everything but the rows is the same for all who hold a run, or for those of one group.
+
+    Args:
+        peft: default the run's own.
+    """
     stages = build_stages(run)
     tokenizer = load_tokenizer(section)
     data = encode(raw, tokenizer, run.data, run.model.task)
+    if admit is not None:
+        admit(run.model_copy(update={"model": section}), data)
+    body = _load_body(run, section, run.peft if peft is None else peft, data)
+    names = trainable_parameters(body.model)
+    for part in (run, *(run.of_group(group) for group in run.groups)):
+        check_layers(part.training, list(names))
+    refuse_idle(run, names)
+    if isinstance(run.privacy, RecordLevelPrivacy) and run.training.kind == "first-order":
+        _prove_gradients(run, body.model, tokenizer, data.num_labels)
+    resident = Resident(
+        run,
+        run_digest(run),
+        body.model,
+        tokenizer,
+        data,
+        body.space,
+        stages,
+        body.digest,
+        body.directions,
+        body.group_directions,
+    )
+    resident.start = {
+        name: array for name, array in read_parameters(names).items() if resident.shares.kept(name)
+    }
+    return resident
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A loaded model, and what depends on it alone."""
+
+    model: nn.Module
+    space: Space
+    digest: str
+    directions: Stream
+    group_directions: tuple[Stream, ...]
+
+
+def _load_body(run: RunConfig, section: ModelSection, peft: PeftSection, data: FederatedData) -> _Body:
+    seed = run.run.seed
     base = load_base(section, num_labels=data.num_labels, seed=derive_seed(seed, "head"))
-    model = attach(base, run.peft, task=run.model.task, seed=derive_seed(seed, "adapter"))
+    model = attach(base, peft, task=run.model.task, seed=derive_seed(seed, "adapter"))
     model.eval()
     space, directions = build_space(run, model), direction_stream(run, model)
     group_directions = tuple(direction_stream(run.of_group(group), model) for group in run.groups)
-    base_digest = frozen_digest(model)
+    digest = frozen_digest(model)
     for each in (directions, *group_directions):
-        base_digest = _with_support(base_digest, each)
-    if isinstance(run.privacy, RecordLevelPrivacy) and run.training.kind == "first-order":
-        _prove_gradients(run, model, tokenizer, data.num_labels)
-    return Resident(
-        run, run_digest(run), model, tokenizer, data, space, stages, base_digest, directions, group_directions
-    )
+        digest = _with_support(digest, each)
+    return _Body(model, space, digest, directions, group_directions)
+
+
+def _of_groups(whole: Resident) -> dict[int, Resident]:
+    """The run as each group holds it that has a model of its own; groups with equal models share it."""
+    bodies: dict[str, _Body] = {}
+    own = {}
+    for place, group in enumerate(whole.run.groups):
+        if group.own_model:
+            part = whole.run.of_group(group)
+            key = part.model.model_dump_json() + part.peft.model_dump_json()
+            if key not in bodies:
+                bodies[key] = _load_body(whole.run, part.model, part.peft, whole.data)
+            body = bodies[key]
+            own[place] = replace(
+                whole,
+                model=body.model,
+                space=body.space,
+                base_digest=body.digest,
+                directions=body.directions,
+                group_directions=body.group_directions,
+                own={},
+            )
+    return own
 
 
 def _prove_gradients(run: RunConfig, model: nn.Module, tokenizer: Tokenizer, labels: int | None) -> None:

@@ -23,7 +23,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: a TOML file.
-        overrides: items like ``training.lr=1e-4``; values are TOML, bare words are strings.
+        overrides: items like ``training.lr=1e-4``; values are TOML, bare words are strings; no value
+            takes the key out of the file.
 
     Raises:
         RunFileError: with every problem of the file at once.
@@ -90,7 +91,10 @@ def _without_none(value: Any) -> Any:
 
 
 def _set(table: dict[str, Any], item: str) -> None:
-    """Apply one ``a.b.c=value`` to nested tables; lists are addressed by index (``stages.0.density``)."""
+    """Apply one ``a.b.c=value`` to nested tables; lists are addressed by index (``stages.0.density``).
+
+    Without a value the entry is taken out.
+    """
     dotted, sep, raw = item.partition("=")
     keys = dotted.strip().split(".")
     if not sep or not all(keys):
@@ -103,12 +107,15 @@ def _set(table: dict[str, Any], item: str) -> None:
     for key in keys[:-1]:
         node = _child(node, key, item)
     last = keys[-1]
-    if isinstance(node, list):
-        node[_index(node, last, item)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
+    if not isinstance(node, list | dict):
         raise UsageError(f"--set {item!r}: {'.'.join(keys[:-1])} is a value, not a table")
+    place: Any = _index(node, last, item) if isinstance(node, list) else last
+    if raw.strip():
+        node[place] = value
+    elif isinstance(node, list) or place in node:
+        del node[place]
+    else:
+        raise UsageError(f"--set {item!r}: the run file has no {dotted.strip()} that could be taken out")
 
 
 def _child(node: Any, key: str, item: str) -> Any:
@@ -146,7 +153,11 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
             else value
         )
 
-    for section, keys in (("model", ("path",)), ("data", ("train", "test"))):
+    for section, keys in (
+        ("model", ("path",)),
+        ("data", ("train", "test")),
+        ("evaluation", ("plug_into",)),
+    ):
         part = table.get(section)
         if isinstance(part, dict):
             for key in keys:

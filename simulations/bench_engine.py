@@ -36,10 +36,11 @@ from flwr.serverapp import Grid
 
 from fedpeft.data.collate import training_batches
 from fedpeft.data.embedded import pretraining_rows
+from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
 from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.round_loop import Federation, run_rounds
+from fedpeft.flower.round_loop import run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.randomness import stream
@@ -230,10 +231,10 @@ def plain_loop(resident: Resident, state: Arrays, rounds: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-def throughput(rows: Path, rounds: int, pairs: int) -> tuple[float, float]:
+def throughput(rows: Path, *, rounds: int, steps: int, pairs: int) -> tuple[float, float]:
     """Clients per second over the plain loop's, on one core and with two workers; medians of pairs."""
     resident = loaded(
-        rows, clients=8, rounds=rounds, rank=8, kind="first-order", steps=8, batch_size=16, lr=1e-3
+        rows, clients=8, rounds=rounds, rank=8, kind="first-order", steps=steps, batch_size=16, lr=1e-3
     )
     state = resident.space.initial_state(resident.parameters)
     next(training_batches(resident.data.rows, resident.data.clients[0].train, 4, 1, stream(0, "warm")))
@@ -277,7 +278,11 @@ def measure(options: argparse.Namespace, rows: Path) -> None:
     use = memory(rows, 2 if options.quick else 5)
     extra = (use["peak_100_mib"] - use["peak_2_mib"]) / 98
     print(f"memory: {use['peak_2_mib']:.0f} MiB with 2 clients in flight, {use['peak_100_mib']:.0f} with 100")
-    one, two = throughput(rows, 2 if options.quick else 4, 3 if options.quick else 5)
+    one, two = (
+        throughput(rows, rounds=1, steps=4, pairs=3)
+        if options.quick
+        else throughput(rows, rounds=4, steps=8, pairs=5)
+    )
     print(f"throughput: {one:.2f}x the plain loop on one core, {two:.2f}x with two workers")
     if not options.no_ray:
         resident = loaded(rows, clients=40, rounds=rounds)

@@ -15,14 +15,14 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "v1", "presets", "faults"),
-    ("files", "jit", "packed"),
+    ("version", "errors", "v1", "presets", "faults", "orphans"),
+    ("files", "jit", "packed", "lowrank", "telemetry"),
     ("credentials",),
-    ("update", "config", "records", "options", "randomness", "codec", "seedspace"),
-    ("runfile", "sampling", "clock", "aggregation", "workers", "merging", "groups"),
-    ("wire", "data", "privacy"),
+    ("update", "config", "records", "options", "settings_file", "randomness", "codec", "seedspace"),
+    ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),
+    ("wire", "data", "privacy", "robust", "lora_rules"),
     ("models",),
-    ("spaces", "stages"),
+    ("spaces", "stages", "attacks"),
     ("training",),
     ("evaluation",),
     ("resident", "ledger"),
@@ -43,7 +43,7 @@ DAEMONS = (
 ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "transformers": frozenset({"models"}),
     "peft": frozenset({"models"}),
-    "bitsandbytes": frozenset({"models"}),
+    "bitsandbytes": frozenset({"models", "fedpeft/training/eight_bit.py"}),
     "opacus": frozenset({"training"}),
     "dp_accounting": frozenset({"privacy"}),
     "flwr": frozenset({"flower", "fedpeft_server"}),
@@ -60,6 +60,7 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "typer": frozenset({"cli"}),
     "cryptography": frozenset({"credentials"}),
     "sqlalchemy": frozenset({"fedpeft_server"}),
+    "prometheus_client": frozenset({"telemetry", "fedpeft_server", "fedpeft_client"}),
 }
 
 

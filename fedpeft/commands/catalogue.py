@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedpeft.attacks import ATTACKS
 from fedpeft.evaluation.metrics import METRICS, TASKS
-from fedpeft.flower.strategies import RULES
+from fedpeft.flower.rules import RULES
+from fedpeft.lora_rules import LORA_RULES, LoraRule
 from fedpeft.models.methods import METHODS, Method
 from fedpeft.privacy.kinds import KINDS
 from fedpeft.stages import STAGES
+from fedpeft.staleness import WEIGHTS
+from fedpeft.training.lean import SAVERS
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 
 
@@ -38,6 +42,10 @@ OPTIMIZERS = {
     "adagrad": "steps shrink with the summed squares (Duchi et al. 2011)",
     "adafactor": "Adam with factored second moments, little memory (Shazeer, Stern 2018)",
     "rmsprop": "steps over a running root mean square (Hinton 2012)",
+    "galore": "AdamW in a subspace of each matrix's gradient (Zhao et al. 2024), training.projection_rank",
+    "adamw8bit": "AdamW with moments of eight bits (Dettmers et al. 2021), extra quant",
+    "paged-adamw": "AdamW whose moments leave a full GPU, CUDA only, extra quant",
+    "paged-adamw8bit": "the same with moments of eight bits, CUDA only, extra quant",
 }
 SCHEDULES = {
     "constant": "training.lr throughout, after training.warmup_steps",
@@ -79,6 +87,10 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
         "data.partitioner": _entries(PARTITIONERS),
         "training.optimizer": _entries(OPTIMIZERS),
         "training.schedule": _entries(SCHEDULES),
+        "training (memory)": tuple(
+            Entry(name, saver.summary, (f"saves {saver.saves}", *(("CUDA only",) if saver.cuda else ())))
+            for name, saver in SAVERS.items()
+        ),
         "training.rule": tuple(
             Entry(name, rule.summary, () if rule.replays else ("adapter-delta only",))
             for name, rule in ZEROTH_RULES.items()
@@ -89,7 +101,16 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
             Entry(name, rule.summary, () if rule.folds else ("holds all updates",))
             for name, rule in RULES.items()
         ),
+        "federation.lora_rule": tuple(
+            Entry(name, rule.summary, _lora_flags(rule)) for name, rule in LORA_RULES.items()
+        ),
         "federation.sampling": _entries(SAMPLING),
+        "federation.attack": tuple(
+            Entry(name, _first_line(attack), ("in simulations",)) for name, attack in ATTACKS.items()
+        ),
+        "federation.buffer.staleness_weight": tuple(
+            Entry(name, _first_line(weight)) for name, weight in WEIGHTS.items()
+        ),
         "privacy": tuple(
             Entry(name, kind.summary, () if kind.joint else ("per client",)) for name, kind in KINDS.items()
         ),
@@ -120,6 +141,16 @@ def _method(method: Method) -> Entry:
         ),
     ]
     return Entry(method.name, method.summary, tuple(flags))
+
+
+def _lora_flags(rule: LoraRule) -> tuple[str, ...]:
+    """What it asks of a run beyond averaging."""
+    words = (
+        ("ranks may differ", rule.ranks),
+        ("holds all updates", rule.products),
+        ("own models", rule.keeps),
+    )
+    return tuple(word for word, holds in words if holds)
 
 
 def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:

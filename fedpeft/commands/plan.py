@@ -10,9 +10,16 @@ from pathlib import Path
 from rich.console import Console
 
 from fedpeft.commands.runs import run_of
-from fedpeft.errors import RunFileError
+from fedpeft.errors import RunFileError, UsageError
+from fedpeft.planning.fit import proposals_json, propose
+from fedpeft.planning.loading import read_rows
 from fedpeft.planning.plan import make_plan, refused_plan
+from fedpeft.planning.predict import LIBRARIES
 from fedpeft.planning.show import show_plan
+from fedpeft.planning.show_fit import show_fit
+from fedpeft.preflight import refuse_problems
+
+_UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 
 
 def plan_command(run_file: Path | None, overrides: Sequence[str], *, as_json: bool) -> None:
@@ -32,3 +39,41 @@ def plan_command(run_file: Path | None, overrides: Sequence[str], *, as_json: bo
         show_plan(Console(file=sys.stdout, highlight=False), plan)
     if plan.problems:
         raise SystemExit(RunFileError.exit_code)
+
+
+def fit_command(run_file: Path | None, overrides: Sequence[str], size: str, *, as_json: bool) -> None:
+    """Print settings with which a run fits a device's memory; end with 3 if none do.
+
+    Raises:
+        UsageError: a size that is none.
+        FedPEFTError: the run would be refused, whatever its size, or cannot be predicted.
+        SystemExit: with the exit code of `RunFileError`, when nothing fits.
+    """
+    limit = bytes_of(size)
+    run = run_of(run_file, overrides)
+    refuse_problems(run, source=str(run_file or "demo"))
+    found = propose(run, read_rows(run), limit, libraries=LIBRARIES)
+    if as_json:
+        head = {"run": run.run.name, "limit": limit, "libraries": LIBRARIES}
+        print(json.dumps(head | {"proposals": proposals_json(found)}))
+    else:
+        show_fit(Console(file=sys.stdout, highlight=False), run.run.name, limit, found)
+    if not found[-1].fits:
+        raise SystemExit(RunFileError.exit_code)
+
+
+def bytes_of(size: str) -> int:
+    """A size such as "8GB", "7.5 GiB" or "900MB" in bytes.
+
+    Raises:
+        UsageError: it is none.
+    """
+    text = size.strip()
+    unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+    try:
+        number = float(text.removesuffix(unit)) if unit else 0.0
+    except ValueError:
+        number = 0.0
+    if not 0.0 < number < float("inf"):
+        raise UsageError(f"--fit {size!r}: needs a size with a unit of {', '.join(_UNITS)}, such as 8GB")
+    return int(number * _UNITS[unit])

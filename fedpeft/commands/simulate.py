@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedpeft.commands.runs import run_of
+from fedpeft.config import RunConfig
+from fedpeft.data.federated import FederatedData
 from fedpeft.errors import UsageError
 from fedpeft.ledger import RunFolder
+from fedpeft.planning.admission import available_memory, refuse_oversized
 from fedpeft.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
+from fedpeft.resident import Admit
 from fedpeft.simulation.engine import simulate
 
 
@@ -23,6 +27,7 @@ def simulate_command(
     workers: int,
     engine: str,
     progress: str,
+    memory_check: bool = True,
 ) -> None:
     """Run or resume, and print the result.
 
@@ -41,5 +46,16 @@ def simulate_command(
         refuse_problems(run, source=str(run_file or "demo"))
         folder = RunFolder.create(out or Path("runs") / run.run.name, run, force=force)
     with folder, make_progress(progress) as shown:
-        result = simulate(folder, workers=workers, engine=engine, progress=shown)
+        admit = _admission(workers) if memory_check else None
+        result = simulate(folder, workers=workers, engine=engine, progress=shown, admit=admit)
         shown.result(result.summary, result.paths, result.snippet)
+
+
+def _admission(workers: int) -> Admit:
+    """Refuse what this machine's free memory cannot hold."""
+
+    def admit(run: RunConfig, data: FederatedData) -> None:
+        at_once = min(workers, len(data.clients))
+        refuse_oversized(run, data, limit=available_memory(), workers=at_once)
+
+    return admit

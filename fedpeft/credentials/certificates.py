@@ -116,7 +116,12 @@ def check_dates(certificate: x509.Certificate, now: datetime, what: str) -> None
 
 def expiry_warning(certificate: x509.Certificate, now: datetime, what: str) -> str | None:
     """One line if the certificate ends within 14 days or has ended, else nothing."""
-    left = certificate.not_valid_after_utc - now
+    return ending_soon(certificate.not_valid_after_utc, now, what)
+
+
+def ending_soon(ends: datetime, now: datetime, what: str) -> str | None:
+    """As `expiry_warning`, by the end of a certificate that is elsewhere."""
+    left = ends - now
     if left > _WARN:
         return None
     if left <= timedelta(0):

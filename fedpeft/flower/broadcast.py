@@ -35,8 +35,21 @@ class Outgoing(Protocol):
         """Bytes that a client of its own would be sent."""
         ...
 
-    def heard(self, outcome: ClientOutcome) -> None:
-        """What became of an asked client."""
+    def past(self, whole: bytes, digest: str) -> bytes:
+        """The message that brings an older state, for one who was asked to work on it before a restart.
+
+        Args:
+            whole: that state as bytes.
+            digest: its fingerprint.
+        """
+        ...
+
+    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+        """What became of an asked client.
+
+        Args:
+            round_: of its task; None: the round that is open.
+        """
         ...
 
 
@@ -54,7 +67,11 @@ class WholeStates:
         """Its length."""
         return len(self.whole)
 
-    def heard(self, outcome: ClientOutcome) -> None:
+    def past(self, whole: bytes, digest: str) -> bytes:
+        """The state."""
+        return whole
+
+    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
         """Nothing depends on it."""
 
 
@@ -93,10 +110,14 @@ class Broadcast:
         """Bytes that a client of its own would be sent."""
         return len(self._message(client))
 
-    def heard(self, outcome: ClientOutcome) -> None:
-        """A counted answer names this round's state: its sender holds it. A failed one may hold nothing."""
+    def past(self, whole: bytes, digest: str) -> bytes:
+        """Whole: nothing is known of who holds what."""
+        return encode_state(StateMessage(digest, whole, keep=not self._shared))
+
+    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+        """A counted answer names its task's state: its sender holds it. A failed one may hold nothing."""
         if outcome.status == "folded":
-            self._held[outcome.client] = self._round - 1
+            self._held[outcome.client] = (self._round if round_ is None else round_) - 1
         elif outcome.status == "failed":
             self._held[outcome.client] = NOTHING
 

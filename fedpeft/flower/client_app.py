@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
+from fedpeft.attacks import refuse_attack
 from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.federated import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
@@ -21,6 +22,7 @@ from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_tas
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.resident import Resident, resident_for
 from fedpeft.runfile import run_from_json
+from fedpeft.spaces import Memory
 from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, decode, encode
@@ -42,6 +44,7 @@ def hello(message: Message, context: Context) -> Message:
         task = read_task(message)
         resident = _resident(task)
         client = resident.data.clients[_partition(context, resident)]
+        resident = resident.of_client(client.name)
         return hello_reply(Hello(client.name, _told_rows(resident, client), resident.base_digest), message)
     except FedPEFTError as error:
         return error_reply(error, message)
@@ -54,7 +57,9 @@ def train(message: Message, context: Context) -> Message:
     try:
         task = read_task(message)
         resident = _resident(task)
-        return update_reply(_train(task, resident, _partition(context, resident), context), message)
+        index = _partition(context, resident)
+        resident = resident.of_client(resident.data.clients[index].name)
+        return update_reply(_train(task, resident, index, context), message)
     except FedPEFTError as error:
         return error_reply(error, message)
 
@@ -72,11 +77,13 @@ def deployed_train(message: Message, context: Context) -> Message:
 
 
 def _refusal(message: Message) -> Message | None:
-    """A client's own answer to a run whose noise everybody can recompute, whatever its server thinks."""
+    """A client's own answer to a run that only a simulation may hold, whatever its server thinks."""
     ensure_identity()
     try:
         task = read_task(message)
-        refuse_seeded(run_from_json(task.run_json) if task.run_json else _resident(task).run)
+        run = run_from_json(task.run_json) if task.run_json else _resident(task).run
+        refuse_seeded(run)
+        refuse_attack(run)
     except FedPEFTError as error:
         return error_reply(error, message)
     return None
@@ -98,7 +105,7 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
         round=task.round,
         client=name,
         memory=memory,
-        held_out_loss=_held_out_loss(resident, index, state),
+        held_out_loss=_held_out_loss(resident, index, state, memory),
     )
     update = on_client(resident.stages, update, stage_context)
     _remember(context, dict(stage_context.memory))
@@ -137,11 +144,13 @@ def _partition(context: Context, resident: Resident) -> int:
     return index
 
 
-def _held_out_loss(resident: Resident, index: int, state: Arrays) -> Callable[[Arrays], float] | None:
+def _held_out_loss(
+    resident: Resident, index: int, state: Arrays, memory: Memory
+) -> Callable[[Arrays], float] | None:
     """How stages may ask the client's held-out rows; None where it has none."""
     if not len(resident.data.clients[index].heldout):
         return None
-    return functools.partial(resident.held_out_loss, index, state)
+    return functools.partial(resident.held_out_loss, index, state, memory=memory)
 
 
 def _current_state(task: Task, resident: Resident, index: int, context: Context) -> tuple[Arrays, str]:
@@ -174,7 +183,7 @@ def _replica(context: Context) -> Replica | None:
     return Replica(arrays_digest(arrays), arrays)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
     """Decode a round's state and check its fingerprint: once per process and round, not once per client."""
     envelope = decode(payload, who=WHO)

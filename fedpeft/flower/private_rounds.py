@@ -22,7 +22,7 @@ from fedpeft.config import ClientLevelPrivacy, RunConfig
 from fedpeft.errors import PrivacyError, StateError
 from fedpeft.flower.strategies import Aggregator, StrategyRunner
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.packed import Packing, pack
+from fedpeft.packed import pack, packing_of
 from fedpeft.privacy.budget import BudgetLedger, Charge
 from fedpeft.privacy.central import CentralMechanism, PrivateSum, sample_rate_of
 from fedpeft.privacy.clipping import AdaptiveClipping
@@ -273,7 +273,7 @@ class _NoisedSum:
     def close(self) -> Arrays:
         """Release, then let the strategy work on what was released."""
         mean = self._privacy.release(self._number, self._total)
-        packed = pack(mean, Packing(layout_of(mean)))  # rules of other types are refused under this kind
+        packed = pack(mean, packing_of(layout_of(mean)))  # rules of other types are refused under this kind
         return self._strategy.aggregate_mean(self._number, packed, 1)
 
 

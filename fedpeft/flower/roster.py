@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -19,15 +19,23 @@ POLL_S = 0.2
 
 @dataclass(frozen=True)
 class Member:
-    """One client: the node that speaks for it and its number of training rows."""
+    """One client: the node that speaks for it, its number of training rows, and the base model that it holds.
+
+    `base_digest` is empty where that is the run's own.
+    """
 
     node_id: int
     examples: int
+    base_digest: str = ""
 
 
 @dataclass(frozen=True)
 class Roster:
-    """All clients of a run by name, and the base model that they agree on."""
+    """All clients of a run by name, and the base model that they agree on.
+
+    Clients of a group with a base of its own agree among themselves; `base_digest` is that of all others, and
+    empty without any.
+    """
 
     members: Mapping[str, Member]
     base_digest: str
@@ -37,12 +45,29 @@ class Roster:
         """Sorted names."""
         return sorted(self.members)
 
+    def base_of(self, client: str) -> str:
+        """Fingerprint of the base model that a client holds."""
+        return self.members[client].base_digest or self.base_digest
 
-def roll_call(grid: Grid, task: Task, *, expected: int, timeout_s: float = 300.0) -> Roster:
+    @property
+    def one_base(self) -> bool:
+        """Whether all clients hold the same."""
+        return not any(member.base_digest for member in self.members.values())
+
+
+def roll_call(
+    grid: Grid,
+    task: Task,
+    *,
+    expected: int,
+    timeout_s: float = 300.0,
+    own_base: Callable[[str], int | None] = lambda client: None,
+) -> Roster:
     """Wait for `expected` nodes, then ask each who it is.
 
     Args:
         task: the run that the nodes should load; its round and state aren't used.
+        own_base: of a client that is in a group with a base of its own, the group's number.
 
     Raises:
         FederationError: too few nodes in time, two nodes with one name, or base models that differ.
@@ -63,9 +88,13 @@ def roll_call(grid: Grid, task: Task, *, expected: int, timeout_s: float = 300.0
     if not greetings:
         raise FederationError(f"none of {len(nodes)} nodes answered the roll call")
     _check_names(greetings)
-    digest = _common_digest(greetings)
-    members = {hello.client: Member(node, hello.examples) for node, hello in sorted(greetings.items())}
-    return Roster(members, digest)
+    digests = _common_digests(greetings, own_base)
+    common = digests.pop(None, "")
+    members = {
+        hello.client: Member(node, hello.examples, digests.get(own_base(hello.client), ""))
+        for node, hello in sorted(greetings.items())
+    }
+    return Roster(members, common)
 
 
 def _wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:
@@ -92,14 +121,24 @@ def _check_names(greetings: Mapping[int, Hello]) -> None:
         )
 
 
-def _common_digest(greetings: Mapping[int, Hello]) -> str:
-    counts = Counter(hello.base_digest for hello in greetings.values())
+def _common_digests(
+    greetings: Mapping[int, Hello], own_base: Callable[[str], int | None]
+) -> dict[int | None, str]:
+    """Group (None: the run itself) to the base model that its clients agree on."""
+    held: dict[int | None, list[Hello]] = {}
+    for hello in greetings.values():
+        held.setdefault(own_base(hello.client), []).append(hello)
+    return {place: _common_digest(hellos, place) for place, hellos in held.items()}
+
+
+def _common_digest(hellos: Sequence[Hello], place: int | None) -> str:
+    counts = Counter(hello.base_digest for hello in hellos)
     digest, _ = counts.most_common(1)[0]
-    others = sorted(hello.client for hello in greetings.values() if hello.base_digest != digest)
+    others = sorted(hello.client for hello in hellos if hello.base_digest != digest)
     if others:
+        where = "" if place is None else f" within groups.{place}"
         raise FederationError(
-            f"base models differ: {len(others)} of {len(greetings)} clients ({', '.join(others[:3])}) hold"
-            " another one than"
-            f" {digest[:12]}; all need the same files, versions and quantisation"
+            f"base models differ{where}: {len(others)} of {len(hellos)} clients ({', '.join(others[:3])})"
+            f" hold another one than {digest[:12]}; all need the same files, versions and quantisation"
         )
     return digest

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,16 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
+from fedpeft.flower.federation import ClientMemory, Federation, History, Journal, Observer
 from fedpeft.flower.private_rounds import BudgetStore
 from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.round_loop import (
-    ClientMemory,
-    Federation,
-    Journal,
-    Observer,
-    initial_checkpoint,
-    run_rounds,
-)
+from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
-from fedpeft.groups import refuse_unknown
+from fedpeft.groups import own_base_of, refuse_unknown
 from fedpeft.ledger import Checkpoint
+from fedpeft.models.residual import frozen_factors
 from fedpeft.records import Evaluation
-from fedpeft.resident import Resident
+from fedpeft.resident import Resident, kept_of
 from fedpeft.runfile import run_json
 from fedpeft.stages import build_downlink
 from fedpeft.update import Arrays
@@ -40,9 +35,12 @@ class Server:
 
     Attributes:
         evaluate: the global state's evaluation, in this process or its workers.
+        evaluate_each: evaluation of clients that have models of their own, by their states; None: they can't
+            be had here.
         step: told which set-up step begins.
         ready: told who takes part, once the roll call is over.
         budget: where a private run's ledger lies.
+        history: what buffered rounds ask after a restart.
     """
 
     resident: Resident
@@ -52,6 +50,8 @@ class Server:
     step: Callable[[str], None]
     ready: Callable[[Roster], None]
     budget: BudgetStore | None = None
+    history: History | None = None
+    evaluate_each: Callable[[Mapping[str, Arrays]], Evaluation | None] | None = None
 
 
 def hold_rounds(
@@ -90,20 +90,46 @@ def hold_rounds(
         stages=resident.stages,
         journal=server.journal,
         observer=server.observer,
-        evaluate=server.evaluate,
+        evaluate=_evaluation(server, roster, memory),
         run_json=text,
         timeout_s=timeout_s,
         memory=memory,
         downlink=build_downlink(resident.run),
         budget=server.budget,
+        history=server.history,
+        frozen_factors=frozen_factors(resident.model) if resident.run.federation.lora_rule else {},
     )
     start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
     return run_rounds(federation, start)
 
 
+def _evaluation(
+    server: Server, roster: Roster, memory: ClientMemory | None
+) -> Callable[[Arrays], Evaluation | None]:
+    """How a state is evaluated; where clients keep parameters to themselves, with each client's own.
+
+    Nobody can score them where clients are elsewhere: then nothing is.
+    """
+    if not server.resident.start:
+        return server.evaluate
+
+    def each(state: Arrays) -> Evaluation | None:
+        if memory is None or server.evaluate_each is None:
+            return None
+        kept = memory.memory()
+        return server.evaluate_each(
+            {
+                name: server.resident.completed(state, kept_of(kept, member.node_id))
+                for name, member in roster.members.items()
+            }
+        )
+
+    return each
+
+
 def _everyone(resident: Resident, grid: Grid, task: Task) -> Roster:
     clients = len(resident.data.clients)
-    roster = roll_call(grid, task, expected=clients)
+    roster = roll_call(grid, task, expected=clients, own_base=own_base_of(resident.run))
     if len(roster.members) < clients:
         raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
     check_base(roster, resident)
@@ -116,7 +142,8 @@ def check_base(roster: Roster, resident: Resident) -> None:
     Raises:
         FederationError: it differs.
     """
-    if roster.base_digest != resident.base_digest:
+    held = {name: roster.base_of(name) for name in roster.names if resident.loads(name)}
+    if any(digest != resident.of_client(name).base_digest for name, digest in held.items()):
         raise FederationError(
             "the clients hold another base model than the server; all need the same files and versions"
         )

@@ -1,4 +1,4 @@
-"""Flower's strategies by name, called from our own round loop on deltas.
+"""The strategies of `fedpeft.flower.rules`, called from our own round loop on deltas.
 
 Flower's `Strategy.start` replaces the weights by the aggregate and can't be resumed. So each round anchors
 the strategy at zero: `configure_train` is told that the current arrays are zeros, the replies are deltas, and
@@ -8,15 +8,19 @@ to float rounding.
 Rules of the mean type get one reply, the exact mean of all (`ExactSum`), and need memory for one update. They
 act on each entry by itself, so that reply is one long array. The others get every reply, sorted by client and
 copied, since several of them empty the records they are given.
+
+Robust rules work on LoRA's products where both factors travel (`fedpeft.robust`). Those that are functions of
+norms and distances are ours there, since Flower's know entries only. Those that look at single entries are
+Flower's, on factors in the one form that each product has.
 """
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import gc
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,115 +30,18 @@ from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
 from fedpeft.aggregation import ExactSum
-from fedpeft.config import RunConfig, StrategySection
+from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, RunFileError
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.options import unknown_name
-from fedpeft.packed import PackedArrays, Packing, packable
+from fedpeft.flower.rules import RULES, strategy_problems
+from fedpeft.packed import PackedArrays, packable, packing_of
+from fedpeft.robust import Entries, Geometry, Products, krum_selection, lora_pairs
 from fedpeft.update import Arrays, Layout, Update
 
 logging.getLogger("flwr").setLevel(logging.WARNING)  # strategies log every call at INFO
 
 _LOSS_KEY = "train_loss"  # QFedAvg's default name for it
 _ALL = "update"  # the name of the one array that rules of the mean type are given
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What must be known of a strategy to call it.
-
-    Attributes:
-        build: the strategy's class.
-        folds: it is a function of the weighted mean alone, so replies can be folded as they arrive.
-        memory: attributes that it keeps from round to round, as dicts or lists of arrays; part of a
-            checkpoint.
-        needs: fewest replies for its guarantee to hold, given its options.
-        summary: one line for people.
-    """
-
-    build: type[flower.FedAvg]
-    folds: bool
-    summary: str
-    memory: tuple[str, ...] = ()
-    needs: Callable[[Mapping[str, Any]], int] = lambda options: 1
-
-
-def _malicious(options: Mapping[str, Any]) -> int:
-    return int(options.get("num_malicious_nodes", 0))
-
-
-RULES: dict[str, Rule] = {
-    "fedavg": Rule(flower.FedAvg, True, "weighted mean (McMahan et al. 2017)"),
-    "fedprox": Rule(
-        flower.FedProx, True, "weighted mean, clients pulled to the global state (Li et al. 2020)"
-    ),
-    "fedavgm": Rule(
-        flower.FedAvgM, True, "weighted mean with server momentum (Hsu et al. 2019)", ("momentum_vector",)
-    ),
-    "fedadam": Rule(flower.FedAdam, True, "Adam on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
-    "fedyogi": Rule(flower.FedYogi, True, "Yogi on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
-    "fedadagrad": Rule(
-        flower.FedAdagrad, True, "Adagrad on the mean change (Reddi et al. 2021)", ("m_t", "v_t")
-    ),
-    "krum": Rule(
-        flower.Krum,
-        False,
-        "the update nearest to its neighbours (Blanchard et al. 2017)",
-        needs=lambda o: 2 * _malicious(o) + 3,
-    ),
-    "multikrum": Rule(
-        flower.MultiKrum,
-        False,
-        "mean of the best Krum scores (Blanchard et al. 2017)",
-        needs=lambda o: 2 * _malicious(o) + 3,
-    ),
-    "bulyan": Rule(
-        flower.Bulyan,
-        False,
-        "trimmed mean of Krum selections (El Mhamdi et al. 2018)",
-        needs=lambda o: 4 * _malicious(o) + 3,
-    ),
-    "fedmedian": Rule(flower.FedMedian, False, "coordinate-wise median (Yin et al. 2018)"),
-    "fedtrimmedavg": Rule(flower.FedTrimmedAvg, False, "coordinate-wise trimmed mean (Yin et al. 2018)"),
-    "qfedavg": Rule(flower.QFedAvg, False, "mean weighted towards high losses (Li et al. 2020)"),
-}
-
-_PLUMBING = set(inspect.signature(flower.FedAvg.__init__).parameters) | {"train_loss_key", "selection_rule"}
-
-
-def strategy_problems(section: StrategySection, cohort: int) -> list[str]:
-    """What is wrong with the strategy of a run file, given the expected cohort."""
-    rule = RULES.get(section.kind)
-    if rule is None:
-        return [unknown_name("federation.strategy", section.kind, RULES)]
-    signature = inspect.signature(rule.build.__init__).parameters
-    known = set(signature) - _PLUMBING
-    problems = [
-        f"federation.strategy.{key}: {section.kind} has no such option;"
-        f" it takes {', '.join(sorted(known)) or 'none'}"
-        for key in section.options
-        if key not in known
-    ]
-    problems += [
-        f"federation.strategy.{key}: {section.kind} needs it; give a number"
-        for key in sorted(known - set(section.options))
-        if signature[key].default is inspect.Parameter.empty
-    ]
-    for key, value in section.options.items():
-        if key in known and (isinstance(value, bool) or not isinstance(value, int | float)):
-            problems.append(f"federation.strategy.{key}: a number is needed, got {value!r}")
-    if not problems and cohort < rule.needs(section.options):
-        problems.append(
-            f"federation.strategy: {section.kind} with num_malicious_nodes = {_malicious(section.options)}"
-            " needs"
-            f" {rule.needs(section.options)} clients a round, the cohort is {cohort}"
-        )
-    return problems
-
-
-def proximal_mu(section: StrategySection) -> float:
-    """FedProx's coefficient, which acts at the client; 0 for other strategies."""
-    return float(section.options.get("proximal_mu", 0.0)) if section.kind == "fedprox" else 0.0
 
 
 class Aggregator(Protocol):
@@ -178,11 +85,32 @@ class StrategyRunner:
         self.rule = RULES[section.kind]
         self._options = section.options
         self._name = section.kind
-        self.layout: Layout = Packing(layout) if packable(layout) else layout
+        self.layout: Layout = packing_of(layout) if packable(layout) else layout
         self._quantum = run.federation.quantum_exponent
-        self._strategy = self.rule.build(
-            min_train_nodes=0, min_evaluate_nodes=0, min_available_nodes=0, **section.options
+        self._strategy = None if self.rule.build is None else self._flowers(self.rule.build)
+        products = self.rule.robust and section.geometry != "entries"
+        self._pairs = lora_pairs(self.layout, run.peft) if products else ()
+        if section.geometry == "product" and not self._pairs:
+            raise RunFileError(
+                "run file",
+                ["federation.strategy.geometry: no two factors of a product travel here; use 'entries'"],
+            )
+        self._state: Arrays = {}
+
+    @property
+    def geometry(self) -> str:
+        """What a robust rule measures; empty for others."""
+        return ("product" if self._pairs else "entries") if self.rule.robust else ""
+
+    def _flowers(self, build: type[flower.FedAvg], **further: Any) -> flower.FedAvg:
+        """One of Flower's, which samples nobody."""
+        return build(
+            min_train_nodes=0, min_evaluate_nodes=0, min_available_nodes=0, **self._options, **further
         )
+
+    def start_from(self, state: Arrays) -> None:
+        """Note the state that the coming round's updates are changes of; products are made with it."""
+        self._state = state
 
     def begin(self, round_: int, capacity: int) -> Aggregator:
         """Start a round in which at most `capacity` updates will be counted."""
@@ -201,29 +129,74 @@ class StrategyRunner:
         result = self.aggregate(round_, [({_ALL: mean.flat}, weight, 0.0)])
         return PackedArrays(result[_ALL], mean.packing)
 
-    def aggregate(
-        self, round_: int, replies: Sequence[tuple[Arrays, int, float]]
-    ) -> dict[str, NDArray[np.float64]]:
-        """Call the strategy, anchored at zero; see the module.
+    def aggregate_all(self, round_: int, updates: Sequence[Update]) -> Arrays:
+        """Call a rule that needs all updates, in client order.
 
-        Args:
-            replies: (arrays, weight, training loss), in client order.
+        Raises:
+            FederationError: they are too few for it.
         """
         needed = self.rule.needs(self._options)
-        if not self.rule.folds and len(replies) < needed:
+        if len(updates) < needed:
             raise FederationError(
-                f"round {round_}: {self._name} needs {needed} updates and {len(replies)} came; lower"
+                f"round {round_}: {self._name} needs {needed} updates and {len(updates)} came; lower"
                 " num_malicious_nodes,"
                 " or ask more clients"
             )
+        if self._pairs:
+            return self._aggregate_products(round_, updates, Products(self._pairs, self._state))
+        if self._strategy is None:
+            return self._weigh(updates, Entries())
+        return self.aggregate(round_, [_told(update, update.arrays) for update in updates])
+
+    def _weigh(self, updates: Sequence[Update], geometry: Geometry) -> Arrays:
+        """A rule of inner products."""
+        if self.rule.coefficients is None:
+            raise FederationError(f"{self._name} is no rule of inner products")
+        arrays = [update.arrays for update in updates]
+        weights = np.array([update.weight for update in updates], dtype=np.float64)
+        gram = geometry.gram(arrays)
+        return geometry.combined(
+            arrays, self.rule.coefficients(gram, weights / weights.sum(), **self._options)
+        )
+
+    def _aggregate_products(self, round_: int, updates: Sequence[Update], products: Products) -> Arrays:
+        if self.rule.coefficients is not None:
+            return self._weigh(updates, products)
+        strategy = self._strategy
+        if self.rule.build is flower.Bulyan:
+            gram = products.gram([update.arrays for update in updates])
+
+            def select(contents: list[RecordDict], malicious: int, count: int) -> list[RecordDict]:
+                return [contents[place] for place in krum_selection(gram, count, malicious)]
+
+            strategy = self._flowers(flower.Bulyan, selection_rule=select)
+        replies = [_told(update, products.canonical(update.arrays)) for update in updates]
+        return products.from_canonical(self.aggregate(round_, replies, strategy))
+
+    def aggregate(
+        self,
+        round_: int,
+        replies: Sequence[tuple[Arrays, int, float]],
+        strategy: flower.FedAvg | None = None,
+    ) -> dict[str, NDArray[np.float64]]:
+        """Call one of Flower's strategies, anchored at zero; see the module.
+
+        Args:
+            replies: (arrays, weight, training loss), in client order.
+            strategy: default the run's own.
+        """
+        strategy = self._strategy if strategy is None else strategy
+        if strategy is None:
+            raise FederationError(f"{self._name} is no strategy of Flower's")
         zeros = {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self._shown.items()}
-        if hasattr(self._strategy, "current_arrays"):
-            self._strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
-        self._strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
-        result, _ = self._strategy.aggregate_train(round_, [_reply(*reply) for reply in replies])
+        if hasattr(strategy, "current_arrays"):
+            strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
+        strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
+        with _quick_collections():
+            result, _ = strategy.aggregate_train(round_, [_reply(*reply) for reply in replies])
         if result is None:
             raise FederationError(f"round {round_}: {self._name} returned nothing for {len(replies)} updates")
-        return {name: array.numpy().astype(np.float64) for name, array in result.items()}
+        return {name: array.numpy().astype(np.float64, copy=False) for name, array in result.items()}
 
     def memory(self) -> dict[str, NDArray[Any]]:
         """What the strategy carries to the next round, as named arrays for a checkpoint."""
@@ -279,8 +252,29 @@ class _Gathering:
 
     def close(self) -> Arrays:
         ordered = [self._updates[client] for client in sorted(self._updates)]
-        replies = [(update.arrays, update.weight, update.metrics.get("loss", 0.0)) for update in ordered]
-        return self._runner.aggregate(self._round, replies)
+        return self._runner.aggregate_all(self._round, ordered)
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Leave what is there already out of garbage collections.
+
+    Flower's Bulyan collects garbage after each client, which goes through every object of every library that
+    is loaded: half a second each time, beside a model.
+    """
+    if gc.get_freeze_count():  # left out already, to be shared with worker processes
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _told(update: Update, arrays: Arrays) -> tuple[Arrays, int, float]:
+    """What Flower is told of an update."""
+    return arrays, update.weight, update.metrics.get("loss", 0.0)
 
 
 def _reply(arrays: Arrays, weight: int, loss: float) -> Message:

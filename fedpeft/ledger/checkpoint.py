@@ -19,7 +19,7 @@ from fedpeft.records import Round
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 
 VERSION = 1
-_PARTS = ("state", "strategy", "client", "downlink", "privacy")
+_PARTS = ("state", "strategy", "client", "downlink", "privacy", "pending")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Checkpoint:
         clients: what clients remember, ``"<client>/<array>"`` to array.
         downlink: what the server remembers of the state's way down: its error feedback, and who holds what.
         privacy: what the next round's privacy needs: the adaptive clipping bound.
+        pending: who is still at work, and on which round's state; buffered rounds only.
         row: the round's record.
     """
 
@@ -45,6 +46,7 @@ class Checkpoint:
     clients: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     downlink: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     privacy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    pending: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -65,6 +67,7 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
         checkpoint.clients,
         checkpoint.downlink,
         checkpoint.privacy,
+        checkpoint.pending,
     )
     for part, arrays in zip(_PARTS, held, strict=True):
         tensors.update({f"{part}/{name}": np.asarray(array, order="C") for name, array in arrays.items()})
@@ -124,9 +127,8 @@ def parse_checkpoint(content: bytes, path: Path, run_digest: str) -> Checkpoint:
     for key, array in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = array
-    state, strategy, clients, downlink, privacy = (frozen_arrays(parts[part]) for part in _PARTS)
-    known = Round.model_validate_json(row)
-    return Checkpoint(run_digest, round_, state, known, strategy, clients, downlink, privacy)
+    state, *others = (frozen_arrays(parts[part]) for part in _PARTS)
+    return Checkpoint(run_digest, round_, state, Round.model_validate_json(row), *others)
 
 
 def _digest(tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from fedpeft.errors import StateError
 from fedpeft.files import storage, write_atomically
 from fedpeft.ledger.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedpeft.ledger.cohort import Cohort
@@ -33,6 +34,21 @@ class Rounds(Protocol):
 
     def latest(self) -> Checkpoint | None:
         """The newest committed round; None before the first."""
+        ...
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A committed round that is still kept.
+
+        Raises:
+            StateError: it is gone, or corrupt.
+        """
+        ...
+
+    def arrived(self) -> Sequence[tuple[str, int]]:
+        """Updates that are durable and in no committed round yet: (client, round of its task), as they came.
+
+        None where a round that was cut short is begun anew.
+        """
         ...
 
     def spent(self) -> str | None:
@@ -79,6 +95,21 @@ class FolderRounds:
         """
         paths = self._paths()
         return read_checkpoint(paths[-1], self._digest) if paths else None
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        """The checkpoint of a round.
+
+        Raises:
+            StateError: there is none, or it is corrupt or of another run.
+        """
+        path = self._folder / checkpoint_name(number)
+        if not path.exists():
+            raise StateError(f"{path} is gone, and clients are at work on its state; restore it")
+        return read_checkpoint(path, self._digest)
+
+    def arrived(self) -> Sequence[tuple[str, int]]:
+        """None: a simulated round is done again as a whole."""
+        return ()
 
     def spent(self) -> str | None:
         """The ledger's text as it is on the disk."""

@@ -6,7 +6,6 @@ A round's commit is its transaction: a checkpoint in the folder, or what else th
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from pydantic import ValidationError
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunExistsError, StateError
-from fedpeft.files import append_line, remove_partial, storage, write_atomically
+from fedpeft.files import append_line, hold_lock, remove_partial, storage, write_atomically
 from fedpeft.ledger.checkpoint import Checkpoint
 from fedpeft.ledger.cohort import Cohort
 from fedpeft.ledger.folder_rounds import FolderRounds, Rounds
@@ -173,6 +172,14 @@ class RunFolder:
         """Whether a round that was cut short is gone on with; see `Rounds`."""
         return self._rounds.resumes
 
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A committed round that is still kept; see `Rounds`."""
+        return self._rounds.checkpoint(number)
+
+    def arrived(self) -> Sequence[tuple[str, int]]:
+        """Durable updates that no committed round counts; see `Rounds`."""
+        return self._rounds.arrived()
+
     def spent(self) -> str | None:
         """The ledger of spent privacy; None before the first charge."""
         return self._rounds.spent()
@@ -231,16 +238,8 @@ def _belongs(row: Row, last: int, rounds: int) -> bool:
 
 
 def _locked(path: Path) -> int:
-    with storage(path):
-        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise StateError(
-            f"{path} is in use by another fedpeft process; wait for it or choose another --out"
-        ) from error
-    return lock
+    in_use = f"{path} is in use by another fedpeft process; wait for it or choose another --out"
+    return hold_lock(path / LOCK, in_use=in_use, mode=0o644)
 
 
 def _clear(path: Path) -> None:

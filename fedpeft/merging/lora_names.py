@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpeft.errors import UpdateError
-from fedpeft.merging.lowrank import LoraFactors
+from fedpeft.lowrank import LoraFactors
 
 Arrays = Mapping[str, npt.NDArray[np.float32]]
 
@@ -36,7 +36,7 @@ def take_apart(arrays: Arrays, scalings: Mapping[str, float]) -> LoraArrays:
     pairs: dict[str, LoraFactors] = {}
     others: dict[str, npt.NDArray[np.float32]] = {}
     for name, array in arrays.items():
-        role, pattern = _role(name)
+        role, pattern = factor_role(name)
         if role is None:
             others[name] = array
             continue
@@ -60,7 +60,7 @@ def put_together(parts: LoraArrays) -> dict[str, npt.NDArray[np.float32]]:
     return arrays
 
 
-def _role(name: str) -> tuple[str | None, str]:
+def factor_role(name: str) -> tuple[str | None, str]:
     """`lora_A`, `lora_B` or None, and the name with that path component replaced by `{}`."""
     components = name.split(".")
     for role in (_A, _B):

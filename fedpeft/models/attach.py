@@ -11,12 +11,13 @@ from torch import nn
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
-from fedpeft.models.loftq import iterations_of, loftq_problem, start_near_full_precision
+from fedpeft.models.loftq import loftq_problem, start_near_full_precision, start_of
 from fedpeft.models.methods import Method, base_refusal, method_named
+from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
 from fedpeft.models.options import build_config, validate_peft
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
-from fedpeft.models.targets import check_targets, default_targets, fitted_options
+from fedpeft.models.targets import check_targets, default_targets, fitted_options, named_modules
 
 _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
@@ -46,9 +47,9 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
     problem = loftq_problem(section.method, section.options, quantization_of(base))
     if problem is not None:
         raise ModelError(problem)
-    iterations = iterations_of(section.options)
+    start = start_of(section.options)
     given = section.options
-    if iterations:  # ours, which `peft` must not try
+    if start is not None:  # ours, which `peft` must not try
         given = {
             key: value for key, value in given.items() if key not in ("init_lora_weights", "loftq_config")
         }
@@ -60,9 +61,9 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
         except Exception as error:  # peft's tuners raise every kind for values they cannot use
             raise ModelError(f"peft.method '{method.name}' cannot be attached: {one_line(error)}") from error
     settle(model, method)
-    if iterations:
-        start_near_full_precision(model, iterations)
-        model.loftq_iterations = iterations  # an adapter folder says so
+    if start is not None:
+        start_near_full_precision(model, start)
+        model.quantised_start = start  # an adapter folder says so
     attached: nn.Module = model.eval()
     return attached
 
@@ -108,10 +109,27 @@ def _options(method: Method, given: dict[str, Any], base: nn.Module, task: str) 
     options = {**method.defaults, **method.fixed, **given}
     if method.targets != "none" and options.get("target_modules") in (None, "all-linear"):
         options |= default_targets(method, base, task)
+    emulator = emulator_of(base)
+    if emulator is not None and method.targets != "none":
+        options = _on_emulator(method, emulator, options, base)
     options = {**fitted_options(method, base, options.get("target_modules", ())), **options}
     if task == "sequence-classification":
         options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *head_modules(base)})
     return options
+
+
+def _on_emulator(
+    method: Method, emulator: Emulator, options: dict[str, Any], base: nn.Module
+) -> dict[str, Any]:
+    """Targets by their full names, those of the emulator's outer layers alone."""
+    names = on_outer_layers(emulator, named_modules(base, options.get("target_modules")))
+    if method.targets == "every-leaf":  # Xiao et al. train layers, and no embeddings
+        names = [name for name in names if emulator.layer_of(name) is not None]
+    narrowed = {**options, "target_modules": names}
+    if options.get("feedforward_modules"):
+        inner = set(named_modules(base, options["feedforward_modules"]))
+        narrowed["feedforward_modules"] = [name for name in names if name in inner]
+    return narrowed
 
 
 def _check_base(method: Method, base: nn.Module, task: str) -> None:

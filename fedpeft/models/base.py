@@ -20,7 +20,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fedpeft.config import ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import note_source
-from fedpeft.models.quantization import DTYPES, lean_heap, quantization_config, settle_quantised
+from fedpeft.models.quantization import (
+    DTYPES,
+    LEAN_FROM,
+    lean_heap,
+    quantization_config,
+    settle_quantised,
+)
 from fedpeft.models.quiet import one_line, quiet
 
 __all__ = [
@@ -32,6 +38,7 @@ __all__ = [
     "load_tokenizer",
     "model_path",
     "new_modules",
+    "skeleton_of",
 ]
 
 HEAD_NAMES = ("classifier", "score")
@@ -153,7 +160,7 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
     if section.quantization != "none":
         lean_heap()
         options["quantization_config"] = quantization_config(
-            section, lambda: _skeleton(section, options), HEAD_NAMES
+            section, lambda: skeleton_of(section, num_labels), HEAD_NAMES
         )
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -167,6 +174,8 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
             raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
     _note_new_modules(model, report, section)
     settle_quantised(model)
+    if sum(parameter.numel() for parameter in model.parameters()) >= LEAN_FROM:
+        lean_heap()
     note_source(model, path)
     model.requires_grad_(False)
     if section.task == "sequence-classification" or model.config.pad_token_id is None:
@@ -175,18 +184,19 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
     return base
 
 
-def _skeleton(section: ModelSection, options: dict[str, Any]) -> nn.Module:
+def skeleton_of(section: ModelSection, num_labels: int | None = None) -> nn.Module:
     """The model without its weights, for its names and shapes.
 
     Raises:
         ModelError: there is no configuration, or no such model class.
     """
     path = model_path(section)
-    labels = {key: options[key] for key in ("num_labels",) if key in options}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
     with quiet(), torch.device("meta"):
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **labels)
-            skeleton: nn.Module = _AUTO_CLASSES[section.task].from_config(config)
+            kind = _AUTO_CLASSES[section.task]
+            skeleton: nn.Module = kind.from_config(config, dtype=DTYPES[section.dtype])
         except Exception as error:  # broken files raise all kinds
             raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
     return skeleton

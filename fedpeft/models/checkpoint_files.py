@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers.utils import cached_file
 from fedpeft.errors import ModelError
 from fedpeft.models.quiet import one_line, quiet
 
-__all__ = ["SavedWeights", "note_source", "saved_weights"]
+__all__ = ["SavedWeights", "note_source", "saved_weights", "weights_digest"]
 
 _SOURCE = "fedpeft_source"
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -61,16 +62,36 @@ def saved_weights(base: nn.Module) -> SavedWeights:
     path = getattr(base, _SOURCE, None)
     if path is None:
         raise ModelError("this start needs the full-precision weights; the base was not loaded from files")
+    return SavedWeights(_files(path))
+
+
+def _files(path: str) -> dict[str, Path]:
+    """Tensor to the file that holds it."""
     index = _found(path, _INDEX)
     try:
         if index is not None:
             table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return SavedWeights({key: _whole(path, name) for key, name in table.items()})
+            return {key: _whole(path, name) for key, name in table.items()}
         one = _whole(path, _ONE)
         with safe_open(one, framework="pt") as file:
-            return SavedWeights(dict.fromkeys(file.keys(), one))
+            return dict.fromkeys(file.keys(), one)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"the weights of '{path}' cannot be read: {one_line(error)}") from error
+
+
+def weights_digest(path: str) -> str:
+    """SHA-256 (hex) of the safetensors files of a folder or hub name, with their names.
+
+    Raises:
+        ModelError: there are none.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(set(_files(path).values())):
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _whole(path: str, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -19,23 +20,26 @@ from torch import nn
 
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import float_heads
-from fedpeft.models.loftq import start_near_full_precision
+from fedpeft.models.loftq import Start, start_near_full_precision
 from fedpeft.models.methods import METHODS
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
+from fedpeft.models.residual import frozen_products
 from fedpeft.models.rounded_loading import dequantise
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_LOFTQ_KEY = "fedpeft_loftq_iter"
+_LOFTQ_KEY, _START_KEY = "fedpeft_loftq_iter", "fedpeft_start"
+_WRAPPED = "base_model.model."  # peft's way from its wrapper to the base's own modules
 _UNMERGEABLE = frozenset(method.config for method in METHODS.values() if not method.mergeable)
 
 
 def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
     """Write the adapter into `folder` (made if missing) so that `peft.PeftModel.from_pretrained` loads it.
 
-    One whose LoftQ start took several iterations fits a base with other codes than the plainly quantised one,
-    and only `load_adapter` makes these again.
+    Frozen products beside the adapter are stacked on its factors: one adapter of a higher rank, each module's
+    its own. One whose LoftQ start took several iterations fits a base with other codes than the plainly
+    quantised one, and only `load_adapter` makes these again.
 
     The same state gives the same bytes. The folder holds the config and the weights only.
 
@@ -49,11 +53,13 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
     """
     # Cloned: safetensors refuses tensors that share memory, as tied ones do.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _adapter_state(model).items()}
+    patterns = _stacked(tensors, model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        turns = int(getattr(model, "loftq_iterations", 0))
-        (folder / CONFIG_FILE).write_text(_config_text(_config(model), base_name, turns), encoding="utf-8")
+        start = getattr(model, "quantised_start", None)
+        text = _config_text(_config(model), base_name, start, patterns)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"the adapter cannot be written to '{folder}': {one_line(error)}") from error
 
@@ -73,9 +79,10 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
         with quiet(), torch.random.fork_rng(devices=[]):
             model = peft.PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
             float_heads(model)
-            turns = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get(_LOFTQ_KEY, 0)
-            if turns:
-                start_near_full_precision(model, int(turns))
+            told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            if told.get(_LOFTQ_KEY):
+                start = Start(str(told.get(_START_KEY, "loftq")), int(told[_LOFTQ_KEY]))
+                start_near_full_precision(model, start)
             state = load_file(folder / WEIGHTS_FILE)
             _check_names(_adapter_state(model).keys(), state.keys(), folder)
             set_peft_model_state_dict(model, state)
@@ -171,18 +178,41 @@ def _check_names(needed: AbstractSet[str], found: AbstractSet[str], folder: Path
         )
 
 
+def _stacked(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
+    """Append the model's frozen products to the factors in `tensors`; what the config then says of ranks.
+
+    A module of rank r and scaling s becomes one of rank r + K and the same s: A over Q, B beside P / s.
+    """
+    products, layers = frozen_products(model), dict(model.named_modules())
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name, product in products.items():
+        layer: Any = layers[name]
+        scaling = layer.scaling["default"]
+        a, b = (f"{name}.{factor}.weight" for factor in ("lora_A", "lora_B"))
+        tensors[a] = torch.cat([tensors[a], torch.from_numpy(product.a.copy())], dim=0)
+        tensors[b] = torch.cat([tensors[b], torch.from_numpy(product.b / scaling).float()], dim=1)
+        rank, key = tensors[a].shape[0], name.removeprefix(_WRAPPED)
+        ranks[key] = rank
+        stable = bool(_config(model).use_rslora)
+        alphas[key] = scaling * (math.sqrt(rank) if stable else rank)
+    return {"rank_pattern": ranks, "alpha_pattern": alphas} if products else {}
+
+
 def _config(model: nn.Module) -> Any:
     configs: Any = model.peft_config
     return configs["default"]
 
 
-def _config_text(config: Any, base_name: str, loftq_iterations: int = 0) -> str:
+def _config_text(
+    config: Any, base_name: str, start: Start | None = None, patterns: Mapping[str, Any] | None = None
+) -> str:
     """Render the config as `peft` reads it, with sets in sorted order so that the bytes repeat."""
-    values = config.to_dict()
+    values = config.to_dict() | dict(patterns or {})
     values["base_model_name_or_path"] = base_name
     values["inference_mode"] = True
-    if loftq_iterations > 1:  # the base's codes were changed, and loading must change them again
-        values[_LOFTQ_KEY] = loftq_iterations
+    if start is not None and not start.keeps_codes:  # loading must change the base's codes again
+        values |= {_LOFTQ_KEY: start.iterations, _START_KEY: start.kind}
     if values.get("modules_to_save"):
         values["modules_to_save"] = sorted(set(values["modules_to_save"]))
     return json.dumps(values, indent=2, sort_keys=True, default=_plain) + "\n"

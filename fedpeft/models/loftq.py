@@ -21,12 +21,25 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import saved_weights
+from fedpeft.models.lqlora import first_packed
 from fedpeft.models.rounding import RoundedLinear, levels_of, unpacked
 
-__all__ = ["KINDS", "Decomposition", "decompose", "loftq_problem", "start_near_full_precision"]
+__all__ = [
+    "KINDS",
+    "STARTS",
+    "Decomposition",
+    "Start",
+    "decompose",
+    "loftq_problem",
+    "start_near_full_precision",
+    "start_of",
+]
 
 KINDS = ("nf4", "fp4", "rtn8", "rtn4")
 """Quantisations whose layers can be packed anew."""
+
+STARTS = {"loftq": 1, "lq-lora": 100}
+"""Starts by the run file's name -> iterations that it takes at most, unless told."""
 
 METHODS = ("lora", "rslora", "ffa-lora")
 _OPTION = "init_lora_weights"
@@ -48,7 +61,13 @@ class Decomposition:
     error: float
 
 
-def decompose(weight: torch.Tensor, roundtrip: Roundtrip, rank: int, iterations: int) -> Decomposition:
+def decompose(
+    weight: torch.Tensor,
+    roundtrip: Roundtrip,
+    rank: int,
+    iterations: int,
+    start: torch.Tensor | None = None,
+) -> Decomposition:
     """Alternate; see the module.
 
     Args:
@@ -56,9 +75,10 @@ def decompose(weight: torch.Tensor, roundtrip: Roundtrip, rank: int, iterations:
         roundtrip: quantises a matrix and unpacks it again.
         rank: of the factors, at most; of a smaller matrix its own.
         iterations: at least 1.
+        start: what is quantised first, of W's shape; default: W itself.
     """
     best: Decomposition | None = None
-    packed = weight
+    packed = weight if start is None else start
     for _ in range(iterations):
         residual = weight - roundtrip(packed)
         left, sizes, right = torch.linalg.svd(residual, full_matrices=False)
@@ -74,34 +94,48 @@ def decompose(weight: torch.Tensor, roundtrip: Roundtrip, rank: int, iterations:
 
 
 def loftq_problem(method: str, options: dict[str, Any], quantization: str) -> str | None:
-    """What is wrong with a LoftQ start, if one is asked for; known before anything is loaded."""
-    config = options.get("loftq_config")
-    if options.get(_OPTION) != "loftq":
-        return None if config is None else f"peft.loftq_config needs peft.{_OPTION} 'loftq'"
+    """What is wrong with such a start, if one is asked for; known before anything is loaded."""
+    config, asked = options.get("loftq_config"), options.get(_OPTION)
+    if asked not in STARTS:
+        return None if config is None else f"peft.loftq_config needs peft.{_OPTION} 'loftq' or 'lq-lora'"
     if method not in METHODS:
-        return f"peft.{_OPTION} 'loftq' works for {', '.join(METHODS)}, not for '{method}'"
+        return f"peft.{_OPTION} '{asked}' works for {', '.join(METHODS)}, not for '{method}'"
     if quantization not in KINDS:
         kinds = ", ".join(f"'{kind}'" for kind in KINDS)
         return (
-            f"peft.{_OPTION} 'loftq' starts from a quantised base; set model.quantization to one of {kinds}"
+            f"peft.{_OPTION} '{asked}' starts from a quantised base; set model.quantization to one of {kinds}"
         )
     if config is not None and (not isinstance(config, dict) or not config.keys() <= _KEYS):
         return f"peft.loftq_config is {config!r}; it takes loftq_iter alone, as in {{loftq_iter = 1}}"
-    turns = iterations_of(options)
+    turns = (config or {}).get("loftq_iter", STARTS[asked])
     if not isinstance(turns, int) or isinstance(turns, bool) or turns < 1:
         return f"peft.loftq_config: loftq_iter is {turns!r}; a whole number from 1 is needed"
     return None
 
 
-def iterations_of(options: dict[str, Any]) -> Any:
-    """How many iterations the options ask for; 0 without a LoftQ start."""
-    if options.get(_OPTION) != "loftq":
-        return 0
-    return (options.get("loftq_config") or {}).get("loftq_iter", 1)
+@dataclass(frozen=True)
+class Start:
+    """Which decomposition a model starts from, by the run file's name for it, and its most iterations."""
+
+    kind: str
+    iterations: int
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the base stays as it is plainly quantised."""
+        return self.kind == "loftq" and self.iterations == 1
 
 
-def start_near_full_precision(model: nn.Module, iterations: int) -> None:
-    """Give every low-rank layer of `model` its LoftQ start, one after another.
+def start_of(options: dict[str, Any]) -> Start | None:
+    """What the options ask for, once `loftq_problem` found nothing wrong; None: no such start."""
+    kind = options.get(_OPTION)
+    if kind not in STARTS:
+        return None
+    return Start(kind, (options.get("loftq_config") or {}).get("loftq_iter", STARTS[kind]))
+
+
+def start_near_full_precision(model: nn.Module, start: Start) -> None:
+    """Give every low-rank layer of `model` its start, one after another.
 
     Full-precision weights are read from the base's files, one at a time.
 
@@ -124,7 +158,9 @@ def start_near_full_precision(model: nn.Module, iterations: int) -> None:
                 f" {(plain.out_features, plain.in_features)}; they must be those it was loaded from"
             )
         factors = layer.lora_A["default"], layer.lora_B["default"]
-        found = decompose(weight, _roundtrip(plain), factors[0].weight.shape[0], iterations)
+        rank = factors[0].weight.shape[0]
+        first = first_packed(weight, rank) if start.kind == "lq-lora" else None
+        found = decompose(weight, _roundtrip(plain), rank, start.iterations, first)
         _fill(factors, found, layer.scaling["default"])
         if found.packed is not weight:
             _pack(plain, found.packed)

@@ -472,6 +472,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "eva": "its initialisation needs a pass over training data, which only clients hold",
         "lora-ga": "its initialisation needs gradients on training data, which only clients hold",
         "loftq": "it is a start of LoRA: set peft.method 'lora' and peft.init_lora_weights 'loftq'",
+        "lq-lora": "it is a start of LoRA: set peft.method 'lora' and peft.init_lora_weights 'lq-lora'",
         "xlora": "it mixes several trained adapters; a run trains one",
         "multitask-prompt": "it needs task ids with every batch",
     }

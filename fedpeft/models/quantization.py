@@ -17,10 +17,22 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from fedpeft.config import ModelSection
 from fedpeft.errors import MissingExtraError, ModelError
 from fedpeft.models.rounded_loading import RoundedConfig
+from fedpeft.models.rounding import Levels
 
-__all__ = ["DTYPES", "lean_heap", "quantization_config", "quantization_of", "settle_quantised"]
+__all__ = [
+    "DTYPES",
+    "kept_modules",
+    "lean_heap",
+    "levels_asked",
+    "quantization_config",
+    "quantization_of",
+    "settle_quantised",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAN_FROM = 32_000_000
+"""Parameters from which a model's tensors are so large that `lean_heap` costs next to nothing."""
+
 _M_MMAP_THRESHOLD = -3  # its number in malloc.h
 _BITS = {"rtn8": 8, "rtn4": 4}
 _OFTEN_NEW = "pooler"  # a layer that many encoders' files lack; what is drawn is trained, so it stays whole
@@ -47,7 +59,7 @@ def quantization_config(
         raise MissingExtraError(
             f"model.quantization '{kind}' needs bitsandbytes; install the extra: pip install 'fedpeft[quant]'"
         )
-    kept = _kept(section, skeleton(), heads)
+    kept = kept_modules(section, skeleton(), heads)
     dtype = DTYPES[section.compute_dtype or section.dtype]
     if kind in _BITS:
         own = None if section.compute_dtype is None else dtype
@@ -63,8 +75,18 @@ def quantization_config(
     )
 
 
-def _kept(section: ModelSection, model: nn.Module, heads: tuple[str, ...]) -> list[str]:
-    """Full names of the layers that stay."""
+def levels_asked(section: ModelSection) -> Levels | None:
+    """How finely the section rounds weights to integers; None: not at all."""
+    bits = _BITS.get(section.quantization)
+    return None if bits is None else Levels(bits, section.group_size)
+
+
+def kept_modules(section: ModelSection, model: nn.Module, heads: tuple[str, ...]) -> list[str]:
+    """Full names of the layers that stay.
+
+    Raises:
+        ModelError: `keep_modules` names no layer, or all layers stay.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     kept = {name for name in linear if _under(name, get_keys_to_not_convert(model))}
     if section.task == "sequence-classification":
@@ -107,6 +129,8 @@ def quantization_of(base: nn.Module) -> str:
 
 def lean_heap() -> None:
     """Let freed blocks of 1 MiB and more go back to the system, for the rest of this process's life.
+
+    For quantised bases, and plain ones of `LEAN_FROM` parameters.
 
     glibc raises its own threshold to 32 MiB as blocks are freed, and keeps such blocks in a heap of gaps.
     Measured on a Llama of 98 million parameters: LoRA on NF4 peaks at 0.56 GiB instead of 1.06.

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fedpeft.errors import ModelError
 from fedpeft.models.rounding import Levels, RoundedLinear, levels_of
 
-__all__ = ["RoundedConfig", "dequantise", "round_layers"]
+__all__ = ["RoundedConfig", "dequantise", "replace_layers", "round_layers"]
 
 _NAME = "fedpeft-rounded"
 
@@ -82,7 +82,7 @@ class _RoundedQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is u
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         config: Any = self.quantization_config
         with torch.device("meta"):
-            _replace(model, config.levels, config.modules_to_not_convert, config.compute_dtype)
+            replace_layers(model, config.levels, config.modules_to_not_convert, config.compute_dtype)
         return model
 
     def get_quantize_ops(self) -> _Round:
@@ -109,7 +109,7 @@ def round_layers(model: nn.Module, levels: Levels, keep: Iterable[str] = ()) -> 
         ModelError: a layer's shape cannot be rounded so.
     """
     before = {name: module for name, module in model.named_modules() if _rounds(module)}
-    _replace(model, levels, keep, None)
+    replace_layers(model, levels, keep, None)
     for name, layer in before.items():
         fresh: Any = model.get_submodule(name)
         if isinstance(fresh, RoundedLinear):
@@ -138,7 +138,12 @@ def _rounds(module: nn.Module) -> bool:
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
-def _replace(model: nn.Module, levels: Levels, keep: Iterable[str], dtype: torch.dtype | None) -> None:
+def replace_layers(model: nn.Module, levels: Levels, keep: Iterable[str], dtype: torch.dtype | None) -> None:
+    """Put empty rounded layers in the place of linear ones.
+
+    Raises:
+        ModelError: a layer's shape cannot be rounded so.
+    """
     kept = set(keep)
     for name, module in list(model.named_modules()):
         if name in kept or not _rounds(module):

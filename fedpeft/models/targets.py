@@ -79,6 +79,14 @@ def check_targets(method: Method, key: str, given: Any, base: nn.Module) -> None
             )
 
 
+def named_modules(base: nn.Module, given: Any) -> list[str]:
+    """Full names of the modules that `target_modules` means: names, ends of names, or one expression."""
+    names = [name for name, _ in base.named_modules() if name]
+    if isinstance(given, str):
+        return [name for name in names if re.fullmatch(given, name)]
+    return [name for name in names if any(name == end or name.endswith(f".{end}") for end in given or ())]
+
+
 def leaf_names(base: nn.Module) -> list[str]:
     """Return the last parts of the names of all modules that hold weights themselves, sorted."""
     return sorted({name.rpartition(".")[2] for name in _leaves(base)})

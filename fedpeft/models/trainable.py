@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from fedpeft.errors import ModelError
 from fedpeft.models.rounding import RoundedLinear
-from fedpeft.packed import PackedArrays, Packing
+from fedpeft.packed import PackedArrays, Packing, packing_of
 
 _CHUNK_BYTES = 1 << 24
 
@@ -37,12 +38,15 @@ class PackedParameters(dict[str, nn.Parameter]):
         self.flat = flat
         self.packing = packing
         self._views = [parameter for parameter in self.values() if parameter.numel()]
-        self._places = [parameter.data_ptr() for parameter in self._views]
+        self._places = self._addresses()
 
     @property
     def whole(self) -> bool:
         """Whether every parameter still lies in `flat`; one whose `data` was replaced doesn't."""
-        return [parameter.data_ptr() for parameter in self._views] == self._places
+        return self._addresses() == self._places
+
+    def _addresses(self) -> list[int]:
+        return [*map(torch.Tensor.data_ptr, self._views)]
 
 
 def pack_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.Parameter]:
@@ -54,7 +58,7 @@ def pack_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.P
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) != 1 or next(iter(kinds))[0] != torch.float32:
         return parameters
-    packing = Packing({name: (tuple(p.shape), "<f4") for name, p in parameters.items()})
+    packing = packing_of({name: (tuple(p.shape), "<f4") for name, p in parameters.items()})
     flat = torch.empty(packing.size, dtype=torch.float32, device=next(iter(kinds))[1])
     for name, span in packing.spans.items():
         view = flat[span.start : span.end].view(span.shape)
@@ -66,6 +70,18 @@ def pack_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, nn.P
 def get_arrays(model: nn.Module) -> Mapping[str, np.ndarray]:
     """Return copies of the trainable parameters as float32 arrays, names sorted."""
     return read_parameters(trainable_parameters(model))
+
+
+@contextmanager
+def resting(parameters: Mapping[str, nn.Parameter], moved: Set[str]) -> Iterator[Mapping[str, nn.Parameter]]:
+    """Let only the parameters named in `moved` require gradients, and return them; then all again."""
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in moved)
+    try:
+        yield {name: parameter for name, parameter in parameters.items() if name in moved}
+    finally:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
 
 
 def read_parameters(parameters: Mapping[str, nn.Parameter]) -> Mapping[str, np.ndarray]:

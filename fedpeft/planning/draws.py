@@ -14,8 +14,9 @@ from statistics import fmean
 from fedpeft.config import ClientLevelPrivacy, RunConfig
 from fedpeft.flower.cohort import draw_cohort
 from fedpeft.flower.roster import Member, Roster
-from fedpeft.flower.strategies import RULES
+from fedpeft.flower.rules import RULES
 from fedpeft.ledger import Cohort
+from fedpeft.planning.buffered_draws import BufferedPlan, draw_buffered
 from fedpeft.training.steps import examples_per_round, local_steps
 
 MOST_DRAWS = 200_000  # client-rounds on the virtual clock; drawing takes about 50 microseconds each
@@ -50,6 +51,7 @@ class RoundsPlan:
         lost: share of the asked clients that vanish or come too late; 0 without a virtual clock.
         round_s: length of a round in virtual seconds; None without a virtual clock.
         run_s: length of all rounds in virtual seconds; None without one.
+        buffered: what mode 'buffered' makes of it; None in synchronous rounds.
     """
 
     rounds: int
@@ -65,6 +67,7 @@ class RoundsPlan:
     lost: float
     round_s: Spread | None
     run_s: float | None
+    buffered: BufferedPlan | None = None
 
 
 def spread(values: list[float] | list[int]) -> Spread:
@@ -89,13 +92,10 @@ def draw_rounds(
     Raises:
         FederationError: the cohort is larger than the number of clients.
     """
-    rounds, clock = run.run.rounds, run.federation.clock
-    drawn = rounds if clock is None else min(rounds, max(1, MOST_DRAWS // len(rows)))
+    rounds = run.run.rounds
     roster = Roster({name: Member(node, count) for node, (name, count) in enumerate(rows.items())}, "")
-    cohorts = [
-        draw_cohort(run, roster, number, bytes_down=lambda _: bytes_down, bytes_up=bytes_up)
-        for number in range(1, drawn + 1)
-    ]
+    cohorts, buffered, problems = _drawn(run, roster, bytes_down, bytes_up)
+    drawn = len(cohorts)
     turns = Counter(name for cohort in cohorts for name in cohort.working)
     tasks = Counter(name for cohort in cohorts for name in cohort.asked)
     scale = rounds / drawn
@@ -105,6 +105,7 @@ def draw_rounds(
     steps = idle | {name: local_steps(trainings[name], count) for name, count in working.items()}
     reads = idle | {name: examples_per_round(trainings[name], count) for name, count in working.items()}
     asked = sum(len(cohort.asked) for cohort in cohorts)
+    lost = sum(len(cohort.lost) for cohort in cohorts)
     lengths = [cohort.virtual_s for cohort in cohorts if cohort.virtual_s is not None]
     plan = RoundsPlan(
         rounds=rounds,
@@ -117,11 +118,28 @@ def draw_rounds(
         steps=round(scale * sum(steps[name] * count for name, count in turns.items())),
         examples=round(scale * sum(reads[name] * count for name, count in turns.items())),
         exchanges=round(scale * sum(turns.values())),
-        lost=1 - sum(turns.values()) / asked if asked else 0.0,
+        lost=lost / (lost + sum(turns.values())) if asked else 0.0,
         round_s=spread(lengths) if lengths else None,
         run_s=scale * math.fsum(lengths) if lengths else None,
+        buffered=buffered,
     )
-    return plan, _round_problems(run, cohorts)
+    return plan, problems
+
+
+def _drawn(
+    run: RunConfig, roster: Roster, bytes_down: int, bytes_up: int
+) -> tuple[list[Cohort], BufferedPlan | None, list[str]]:
+    """The cohorts of the first rounds, and what will stop the run."""
+    rounds, federation = run.run.rounds, run.federation
+    if federation.buffer is not None:
+        drawn = min(rounds, max(1, MOST_DRAWS // (4 * federation.buffer.size)))
+        return draw_buffered(run, roster, drawn, bytes_down=bytes_down, bytes_up=bytes_up)
+    drawn = rounds if federation.clock is None else min(rounds, max(1, MOST_DRAWS // len(roster.members)))
+    cohorts = [
+        draw_cohort(run, roster, number, bytes_down=lambda _: bytes_down, bytes_up=bytes_up)
+        for number in range(1, drawn + 1)
+    ]
+    return cohorts, None, _round_problems(run, cohorts)
 
 
 def _round_problems(run: RunConfig, cohorts: list[Cohort]) -> list[str]:

@@ -13,6 +13,7 @@ from fedpeft.data.federated import FederatedData, encode, read_tables
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.planning.admission import available_memory, refuse_oversized
 from fedpeft.randomness import derive_seed
 
 Result = TypeVar("Result")
@@ -55,7 +56,8 @@ class Problems:
 def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.Module | None]:
     """Rows and model of a run, each None if it cannot be had; what `fedpeft.resident.load_resident` loads.
 
-    The model of a classifier needs the labels, so without its rows it is not tried.
+    The model of a classifier needs the labels, so without its rows it is not tried; nor is one that this
+    machine has no memory for.
     """
     task, seed = run.model.task, run.run.seed
     raw = problems.attempt(lambda: read_tables(run.data, task, seed))
@@ -65,9 +67,26 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
         data = problems.attempt(lambda: encode(raw, tokenizer, run.data, task))
     if task == "sequence-classification" and raw is None:
         return data, None
+    if data is not None and not problems.attempt(lambda: _fits(run, data)):
+        return data, None
     labels = raw.num_labels if raw is not None else None
     base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=derive_seed(seed, "head")))
     if base is None:
         return data, None
     model = problems.attempt(lambda: attach(base, run.peft, task=task, seed=derive_seed(seed, "adapter")))
     return data, model
+
+
+def _fits(run: RunConfig, data: FederatedData) -> bool:
+    refuse_oversized(run, data, limit=available_memory())
+    return True
+
+
+def read_rows(run: RunConfig) -> FederatedData:
+    """The rows of a run as tokens; no weight is read.
+
+    Raises:
+        DataError, ModelError: what cannot be read.
+    """
+    raw = read_tables(run.data, run.model.task, run.run.seed)
+    return encode(raw, load_tokenizer(run.model), run.data, run.model.task)

@@ -20,8 +20,12 @@ attention and frozen weights (a frozen linear layer keeps no input for itself; t
 
 Resident memory exceeds what is alive: glibc keeps freed blocks below 32 MiB in its heap, where blocks of
 other sizes leave gaps. `allocator` allows for it with 130% of the largest phase while single tensors are that
-small. A quantised base is loaded with a fixed threshold of 1 MiB instead (`fedpeft.models.quantization`), and
-nothing is added for it.
+small. A quantised base, or one of 32 million parameters, is loaded with a fixed threshold of 1 MiB instead
+(`fedpeft.models.quantization`), and nothing is added for it.
+
+Gradients grow in the backward pass as activations go, so the larger of the two counts, unless micro-batches
+accumulate. A fused update holds the largest parameter's gradient alone; sampled layers have gradients and
+moments in the largest layers that can be drawn together, and activations as if all trained.
 
 Tolerance, measured by the tests on Llama models of 0.26 and 0.8 million parameters with LoRA on all linear
 layers: what is alive within 25%; resident growth between 0.75 of what is alive and 1.25 of the whole.
@@ -31,19 +35,21 @@ parameters: within 15% of their peak (`simulations/bench_memory.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.data.federated import FederatedData
 from fedpeft.evaluation.metrics import METRICS
-from fedpeft.flower.strategies import proximal_mu
-from fedpeft.models.rounding import RoundedLinear
-from fedpeft.models.trainable import trainable_parameters
+from fedpeft.flower.rules import proximal_mu
+from fedpeft.models.sketch import Shape, Weights, weights_of
+from fedpeft.training.eight_bit import kept_bytes
+from fedpeft.training.layers import layer_of
+from fedpeft.training.projected_adam import kept_numbers
 from fedpeft.training.zeroth_rules import RULES
 
 _FLOAT = 4
@@ -53,8 +59,6 @@ _GATES = ("gate_proj", "gate_up_proj", "w3")  # how gated feed-forward blocks na
 
 # Beside the parameters themselves, in their size: the state that came; or theta_0 and int32 or int64 sums.
 _STATE_NUMBERS = {"adapter-delta": 1, "seed-scalars": 2, "projected": 3}
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class Memory:
         activations: kept by the forward pass for the backward pass, for the longest batch there can be.
         exchange: copies while an update is expressed and encoded; training's memory is free again by then.
         evaluation: one evaluation batch.
+        overlap: of gradients and activations, which are never all there: as the backward pass makes the
+            first, it drops the second. Zero where micro-batches accumulate.
         allocator: freed memory that the C library may hold.
         peak: base, adapter, state, the largest phase and the allocator's share.
     """
@@ -84,13 +90,14 @@ class Memory:
     activations: int
     exchange: int
     evaluation: int
+    overlap: int
     allocator: int
     peak: int
 
     @property
     def phases(self) -> tuple[int, int, int]:
         """Training, exchange, evaluation: never at the same time."""
-        training = self.gradients + self.optimizer + self.proximal + self.activations
+        training = self.gradients + self.optimizer + self.proximal + self.activations - self.overlap
         return training, self.exchange, self.evaluation
 
 
@@ -119,12 +126,21 @@ class BatchShape:
 
 
 def estimate_memory(
-    run: RunConfig, model: nn.Module, data: FederatedData, metrics: tuple[str, ...]
+    run: RunConfig,
+    model: nn.Module,
+    data: FederatedData,
+    metrics: tuple[str, ...],
+    weights: Weights | None = None,
 ) -> Memory:
-    """Estimate; see the module. Tuners that build whole weight matrices (BOFT, LoHa, OFT) need more."""
-    shapes = [tuple(p.shape) for p in trainable_parameters(model).values()]
-    adapter = _FLOAT * sum(int(np.prod(shape)) for shape in shapes)
+    """Estimate; see the module. Tuners that build whole weight matrices (BOFT, LoHa, OFT) need more.
+
+    Args:
+        weights: of a model that is only sketched; else they are measured.
+    """
+    weights = weights_of(model) if weights is None else weights
+    adapter = _float_bytes(weights.shapes.values())
     training = run.training
+    shapes = trained_at_once(training, weights.shapes)
     trains = training.kind != "none"
     backward = trains and (training.kind != "zeroth-order" or RULES[training.rule].above)
     geometry = geometry_of(model)
@@ -135,28 +151,52 @@ def estimate_memory(
     else:
         kept = forward_bytes(geometry, batch, language)
     alive = kept if trains else 0
-    scratch = _autocast_copies(model, training) + _unpacked_weight(model)
+    scratch = weights.unpacked + (weights.castable if training.precision == "bf16" else 0)
     parts = {
-        "base": _frozen_bytes(model),
+        "base": weights.frozen,
         "adapter": adapter,
         "state": _STATE_NUMBERS.get(run.space.kind, 1) * adapter,
-        "gradients": adapter if backward or _copies(training) else 0,
+        "gradients": _gradients(training, shapes) if backward else adapter * _copies(training),
         "optimizer": optimizer_bytes(training, shapes) if backward else 2 * _dense(training) * adapter,
         "proximal": adapter if trains and proximal_mu(run.federation.strategy) else 0,
         "activations": alive + scratch if trains else 0,
-        # the parameters copied, their difference, its bytes, the message; or weights to take a fingerprint of
-        "exchange": 4 * adapter if run.space.kind == "adapter-delta" else 2 * adapter,
-        "evaluation": evaluation_bytes(geometry, run, data, metrics) + _unpacked_weight(model),
+        # the difference, its bytes, the message; or weights to take a fingerprint of
+        "exchange": 3 * adapter if run.space.kind == "adapter-delta" else 2 * adapter,
+        "evaluation": evaluation_bytes(geometry, run, data, metrics) + weights.unpacked,
     }
+    both = min(parts["gradients"], parts["activations"])
+    parts["overlap"] = both if backward and training.gradient_accumulation == 1 else 0
     draft = Memory(**parts, allocator=0, peak=0)
     phase = max(draft.phases)
     largest = (
         _FLOAT * training.batch_size * int(data.rows.lengths.max()) * max(geometry.inner, geometry.hidden)
     )
-    gaps = largest < _HEAP_BLOCK and run.model.quantization == "none"
+    gaps = largest < _HEAP_BLOCK and not weights.lean
     allocator = int(_HEAP_GAPS * phase) if gaps else 0
     peak = draft.base + draft.adapter + draft.state + phase + allocator
     return Memory(**parts, allocator=allocator, peak=peak)
+
+
+def trained_at_once(training: TrainingSection, shapes: Mapping[str, Shape]) -> list[Shape]:
+    """Shapes of the parameters that one step moves: all, or those of the largest layers that are sampled."""
+    if training.kind != "first-order" or training.sampled_layers is None:
+        return list(shapes.values())
+    layers: dict[int | None, list[Shape]] = {}
+    for name, shape in shapes.items():
+        layers.setdefault(layer_of(name), []).append(shape)
+    outside = layers.pop(None, [])
+    largest = sorted(layers.values(), key=_float_bytes, reverse=True)[: training.sampled_layers]
+    return [*outside, *(shape for layer in largest for shape in layer)]
+
+
+def _gradients(training: TrainingSection, shapes: Collection[Shape]) -> int:
+    """All gradients together, or the largest where each is dropped once it has moved its parameter."""
+    fused = training.kind == "first-order" and training.fused_update
+    return max((_float_bytes([s]) for s in shapes), default=0) if fused else _float_bytes(shapes)
+
+
+def _float_bytes(shapes: Iterable[Shape]) -> int:
+    return _FLOAT * sum(math.prod(shape) for shape in shapes)
 
 
 def _dense(training: TrainingSection) -> bool:
@@ -179,6 +219,8 @@ def activations(geometry: Geometry, batch: BatchShape, training: TrainingSection
     if not g.fused_attention:
         layer += 3 * g.heads * length
     per_token = g.layers * g.hidden + layer if training.gradient_checkpointing else g.layers * layer
+    if training.activation_offload:  # what one layer is about to hand over, or to get back
+        per_token = layer
     number = 3 if training.precision == "bf16" else _FLOAT
     head = 2 * (tokens + batch.scored) * g.vocabulary if language else 0
     return number * tokens * per_token + _FLOAT * head
@@ -248,54 +290,36 @@ def geometry_of(model: nn.Module) -> Geometry:
 
 def optimizer_bytes(training: TrainingSection, shapes: list[Shape]) -> int:
     """Bytes that the named optimiser keeps between steps for float32 parameters of these shapes."""
-    keeps = OPTIMIZER_NUMBERS[training.optimizer]
-    return _FLOAT * sum(keeps(shape, training) for shape in shapes)
+    keeps = OPTIMIZER_BYTES[training.optimizer]
+    return sum(keeps(shape, training) for shape in shapes)
 
 
 def _all(copies: int) -> Callable[[Shape, TrainingSection], int]:
-    return lambda shape, training: copies * int(np.prod(shape))
+    return lambda shape, training: _FLOAT * copies * math.prod(shape)
 
 
 def _with_momentum(copies: int) -> Callable[[Shape, TrainingSection], int]:
-    return lambda shape, training: (copies + bool(training.momentum)) * int(np.prod(shape))
+    return lambda shape, training: _FLOAT * (copies + bool(training.momentum)) * math.prod(shape)
 
 
 def _factored(shape: Shape, training: TrainingSection) -> int:
     """Adafactor keeps a row and a column of each matrix (the last two dimensions), and all of a vector."""
     if len(shape) < 2:
-        return int(np.prod(shape))
-    return int(np.prod(shape[:-2])) * (shape[-2] + shape[-1])
+        return _FLOAT * math.prod(shape)
+    return _FLOAT * math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
 
-OPTIMIZER_NUMBERS: Mapping[str, Callable[[Shape, TrainingSection], int]] = {
+OPTIMIZER_BYTES: Mapping[str, Callable[[Shape, TrainingSection], int]] = {
     "sgd": _with_momentum(0),
     "adam": _all(2),
     "adamw": _all(2),
     "adagrad": _all(1),
     "adafactor": _factored,
     "rmsprop": _with_momentum(1),
+    "galore": lambda shape, training: _FLOAT * kept_numbers(shape, training.projection_rank),
+    **{
+        name: lambda shape, training, name=name: kept_bytes(name, math.prod(shape))  # type: ignore[misc]  # bound now
+        for name in ("adamw8bit", "paged-adamw", "paged-adamw8bit")
+    },
 }
-"""Numbers that an optimiser keeps between steps for one parameter of a shape."""
-
-
-def _frozen_bytes(model: nn.Module) -> int:
-    frozen = {p.data_ptr(): p.nbytes for p in model.parameters() if not p.requires_grad}
-    return sum(frozen.values()) + sum(b.nbytes for b in model.buffers())
-
-
-def _autocast_copies(model: nn.Module, training: TrainingSection) -> int:
-    """Autocast keeps a bfloat16 copy of every float32 weight matrix that it meets until the step ends."""
-    if training.precision != "bf16":
-        return 0
-    matrices = (m.weight for m in model.modules() if isinstance(m, nn.Linear))
-    return sum(2 * weight.numel() for weight in matrices if weight.nbytes == _FLOAT * weight.numel())
-
-
-def _unpacked_weight(model: nn.Module) -> int:
-    """A quantised layer is unpacked while it computes; the largest one counts."""
-    states = (getattr(p, "quant_state", None) for p in model.parameters())
-    sizes = [_FLOAT * int(np.prod(state.shape)) for state in states if state is not None]
-    rounded = [m for m in model.modules() if isinstance(m, RoundedLinear)]
-    # the weight, and beside it the integers less their zeros or the weight's gradient
-    sizes += [2 * _FLOAT * layer.in_features * layer.out_features for layer in rounded]
-    return max(sizes, default=0)
+"""Bytes that an optimiser keeps between steps for one parameter of a shape."""

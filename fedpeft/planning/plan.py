@@ -12,14 +12,16 @@ from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError
 from fedpeft.evaluation.metrics import metrics_of
-from fedpeft.flower.strategies import strategy_problems
-from fedpeft.groups import refuse_unknown
+from fedpeft.flower.rules import strategy_problems
+from fedpeft.groups import refuse_idle, refuse_unknown
 from fedpeft.models.methods import METHODS
-from fedpeft.models.trainable import count_parameters
+from fedpeft.models.trainable import count_parameters, trainable_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
+from fedpeft.planning.groups import GroupPlan, plan_groups
 from fedpeft.planning.loading import Loaded, Problems, load
-from fedpeft.planning.memory import OPTIMIZER_NUMBERS, Memory, estimate_memory
+from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory
 from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
+from fedpeft.planning.rule import RulePlan, plan_rule
 from fedpeft.planning.traffic import Sizes, measure_sizes
 from fedpeft.preflight import has_answers, problems_of
 from fedpeft.runfile import run_digest
@@ -102,6 +104,9 @@ class Plan:
     traffic: Traffic | None
     memory: Memory | None
     problems: tuple[str, ...]
+    lora_rule: str | None = None
+    groups: tuple[GroupPlan, ...] = ()
+    rule: RulePlan | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Nested tables of plain values; byte counts are integers, times are seconds."""
@@ -118,14 +123,18 @@ def make_plan(run: RunConfig) -> Plan:
     problems = Problems()
     problems.add(*problems_of(run))
     data, model = load(run, problems)
-    sizes = rounds = memory = space = None
+    sizes = rounds = memory = space = groups = rule = None
     if data is not None:
         problems.add(*_cohort_problems(run, len(data.clients)))
         problems.attempt(lambda: refuse_unknown(run, {client.name for client in data.clients}))
+        rule = problems.attempt(lambda: plan_rule(run, {client.name for client in data.clients}))
     if data is not None and model is not None:
         space = problems.attempt(lambda: build_space(run, model))
         sizes = None if space is None else _sizes(run, Loaded(data, model), space, problems)
         memory = _memory(run, model, data)
+        problems.attempt(lambda: refuse_idle(run, trainable_parameters(model)))
+        if space is not None and run.groups and not problems.lines:
+            groups = problems.attempt(lambda: plan_groups(run, Loaded(data, model), space, build_stages(run)))
     if data is not None:
         rounds = _rounds(run, data, sizes, problems)
     return Plan(
@@ -140,6 +149,9 @@ def make_plan(run: RunConfig) -> Plan:
         traffic=_traffic(sizes, rounds),
         memory=memory,
         problems=problems.lines,
+        lora_rule=run.federation.lora_rule,
+        groups=groups or (),
+        rule=rule,
     )
 
 
@@ -193,8 +205,8 @@ def _memory(run: RunConfig, model: nn.Module, data: FederatedData) -> Memory | N
     metrics = ignored.attempt(
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
     )
-    parts = [run, *(run.of_group(group) for group in run.groups)]
-    if metrics is None or any(part.training.optimizer not in OPTIMIZER_NUMBERS for part in parts):
+    parts = [run, *(run.of_group(group) for group in run.groups if not group.own_model)]
+    if metrics is None or any(part.training.optimizer not in OPTIMIZER_BYTES for part in parts):
         return None
     return ignored.attempt(
         lambda: max(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedpeft.config import RunConfig
+from fedpeft.errors import PrivacyError
 from fedpeft.planning.draws import RoundsPlan
+from fedpeft.privacy.accountant import noise_multiplier_for
+from fedpeft.privacy.budget import Budget
+from fedpeft.privacy.events import Event
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.outlook import MOST_ROUNDS, Outlook, outlook
 
@@ -24,6 +28,8 @@ class PrivacyPlan:
         epsilon: at the end of the run, of the account that spends most.
         charged_rounds: in which that account is charged, if the budget lasts.
         affordable_rounds: of such rounds, how many the budget allows; None: more than anybody will hold.
+        noise_multiplier: the run's.
+        needed_multiplier: the smallest with which the budget lasts for all charged rounds; None if none does.
         stops: the budget ends the run early.
         seeded: the noise is not secret, and the run not private.
     """
@@ -36,6 +42,8 @@ class PrivacyPlan:
     epsilon: float | None = None
     charged_rounds: int = 0
     affordable_rounds: int | None = None
+    noise_multiplier: float | None = None
+    needed_multiplier: float | None = None
     stops: bool = False
     seeded: bool = False
 
@@ -66,6 +74,19 @@ def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
         epsilon=seen.epsilon,
         charged_rounds=charged,
         affordable_rounds=seen.affordable if seen.affordable < MOST_ROUNDS else None,
+        noise_multiplier=run.privacy.noise_multiplier,
+        needed_multiplier=_needed(event, budget, charged),
         stops=seen.stops,
         seeded=run.privacy.seeded,
     )
+
+
+def _needed(event: Event, budget: Budget, charged: int) -> float | None:
+    try:
+        return noise_multiplier_for(
+            budget.max_epsilon,
+            budget.target_delta,
+            lambda multiplier: [replace(event, noise_multiplier=multiplier)] * charged,
+        )
+    except PrivacyError:
+        return None

@@ -9,11 +9,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.lora_rules import LORA_RULES
+from fedpeft.planning.buffered_draws import BufferedPlan
 from fedpeft.planning.draws import RoundsPlan, Spread
 from fedpeft.planning.memory import Memory
 from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, SpacePlan, Traffic
 from fedpeft.planning.privacy import PrivacyPlan
-from fedpeft.reporting.text import byte_size, counted, duration, printable
+from fedpeft.planning.rule import RulePlan
+from fedpeft.reporting.text import byte_size, counted, duration, listed, printable
 
 Line = tuple[str, str, str]  # what, how much, detail
 
@@ -25,9 +28,11 @@ def show_plan(console: Console, plan: Plan) -> None:
         list(_data_lines(plan.data)) if plan.data else [],
         list(_space_lines(plan.space)) if plan.space else [],
         list(_round_lines(plan.rounds)) if plan.rounds else [],
+        list(_rule_lines(plan.rule)) if plan.rule else [],
         list(_privacy_lines(plan.privacy)) if plan.privacy else [],
         list(_traffic_lines(plan.traffic)) if plan.traffic else [],
         list(_memory_lines(plan.memory)) if plan.memory else [],
+        list(_group_lines(plan)),
     ]
     if any(sections):
         console.print(_table(plan, [lines for lines in sections if lines]))
@@ -85,6 +90,8 @@ def _space_lines(space: SpacePlan) -> Iterator[Line]:
 def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
     partly = f"from the first {rounds.drawn_rounds:,} rounds" if rounds.drawn_rounds < rounds.rounds else ""
     yield "rounds", f"{rounds.rounds:,}", partly
+    if rounds.buffered is not None:
+        yield from _buffer_lines(rounds.buffered)
     yield "clients asked per round", f"{rounds.asked_per_round.mean:,.4g}", _range(rounds.asked_per_round)
     turns = rounds.participations_per_client
     yield "participations per client", f"{turns.mean:,.4g}", _range(turns)
@@ -101,6 +108,22 @@ def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
         )
 
 
+def _rule_lines(rule: RulePlan) -> Iterator[Line]:
+    of = {"": "", "product": "; on LoRA's products B A", "entries": "; on the entries of updates"}
+    yield "strategy", rule.strategy, f"{rule.summary}{of[rule.geometry]}"
+    if rule.attackers:
+        yield "  under attack", rule.attack, printable(f"by {listed(rule.attackers)}; simulations only")
+
+
+def _buffer_lines(buffered: BufferedPlan) -> Iterator[Line]:
+    work = f"{counted(buffered.concurrency, 'client')} at work at a time"
+    yield "  buffered", f"{buffered.size:,} updates", f"make a round, whoever sent them; {work}"
+    speeds = "; no clock, so as if all were equally quick" if buffered.equal_speeds else ""
+    oldest = f"0 to {max(len(buffered.staleness) - 1, 0)} rounds; weight {buffered.weight}{speeds}"
+    yield "  mean staleness", f"{buffered.mean_staleness:.2g}", oldest
+    yield "  given up", f"over {buffered.max_staleness:,}", "rounds old; the client is asked anew"
+
+
 def _privacy_lines(privacy: PrivacyPlan) -> Iterator[Line]:
     yield "differential privacy", privacy.kind, ""
     if privacy.epsilon is None or privacy.max_epsilon is None or privacy.target_delta is None:
@@ -112,6 +135,12 @@ def _privacy_lines(privacy: PrivacyPlan) -> Iterator[Line]:
     if privacy.stops:
         detail += ": IT WILL STOP EARLY"
     yield "  budget", affordable, detail
+    if privacy.needed_multiplier is not None:
+        yield (
+            "  noise multiplier",
+            f"{privacy.needed_multiplier:g}",
+            f"the least that affords {privacy.charged_rounds:,} rounds; yours: {privacy.noise_multiplier:g}",
+        )
     yield "  about", "", privacy.neighbours
     yield "  against", "", privacy.against
     if privacy.seeded:
@@ -146,6 +175,23 @@ def _memory_lines(memory: Memory) -> Iterator[Line]:
         ("allocator", memory.allocator, "freed blocks that the C library keeps"),
     ):
         yield f"    {what}", byte_size(size), detail
+
+
+def _group_lines(plan: Plan) -> Iterator[Line]:
+    if plan.lora_rule is not None:
+        rule = LORA_RULES.get(plan.lora_rule)
+        yield "LoRA rule", printable(plan.lora_rule), "" if rule is None else rule.summary
+        if rule is not None and rule.residual:
+            grows = "what all clients are sent grows each round by the ranks of those who answered"
+            yield "  frozen part", "", f"{grows}; cap it with federation.residual_rank"
+    for place, group in enumerate(plan.groups):
+        rank = "" if group.rank is None else f", rank {group.rank}"
+        trains = f", trains {', '.join(group.trains)}" if group.trains else ""
+        held = f"base {group.quantization}{rank}{trains}"
+        yield f"group {place}", counted(group.clients, "client"), printable(held)
+        yield "  bytes per client", byte_size(group.up), f"up a round; {byte_size(group.down)} down"
+        if group.peak is not None:
+            yield "  peak memory", byte_size(group.peak), "predicted from shapes; libraries and rows on top"
 
 
 def _short_time(seconds: float) -> str:

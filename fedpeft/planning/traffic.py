@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.config import RunConfig
+from fedpeft.errors import FederationError
 from fedpeft.flower.steps import CompressedSteps
+from fedpeft.lora_rules import Shares
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.planning.loading import Loaded
 from fedpeft.randomness import stream
@@ -40,8 +42,13 @@ class Sizes:
     up_zero: int
 
 
-def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[Stage, ...]) -> Sizes:
-    """Encode a state, an update of random entries and one of zeros.
+def measure_sizes(
+    run: RunConfig, loaded: Loaded, space: Space, stages: tuple[Stage, ...], *, client: str | None = None
+) -> Sizes:
+    """Encode a state, an update of random entries and one of zeros, as the first round has them.
+
+    Args:
+        client: whose part of them; None: one with the median number of rows, in no group if there is one.
 
     Raises:
         FedPEFTError: what a stage has against such an update.
@@ -49,11 +56,12 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
     state = space.initial_state(trainable_parameters(loaded.model))
     layout = space.update_layout(layout_of(state))
     digest = arrays_digest(state)
-    name, rows = _middle_client(loaded)
+    name, rows = _middle_client(run, loaded, client)
+    shares = Shares(run)
     visits = local_steps(run.training, rows) * run.training.queries
     rng = stream(run.run.seed, "plan")
     midway, drawn = space.example(state, visits, rng)
-    down = _whole(run, space, midway, digest)
+    down = _whole(run, space, shares.view(name, midway), digest)
     cohort = min(_MOST_EXAMPLES, cohort_size(run.federation.sampling, len(loaded.data.clients)))
     updates = [drawn, *(space.example(state, visits, rng)[1] for _ in range(cohort - 1))]
     change = space.example_step(midway, updates, rng)
@@ -62,6 +70,9 @@ def measure_sizes(run: RunConfig, loaded: Loaded, space: Space, stages: tuple[St
     stage = build_downlink(run)
     if stage is not None:
         down = min(down, _compressed_step(run, space, stage, midway, drawn))
+    if not shares.all_alike:
+        layout = shares.layout(name, layout, 1)
+        drawn = {key: drawn[key][tuple(map(slice, shape))].copy() for key, (shape, _) in layout.items()}
     zeros = {key: np.zeros(shape, dtype=dtype) for key, (shape, dtype) in layout.items()}
 
     def up(arrays: Arrays) -> int:
@@ -109,9 +120,13 @@ def _compressed_step(run: RunConfig, space: Space, stage: Stage, state: Arrays, 
     return len(encode_state(message))
 
 
-def _middle_client(loaded: Loaded) -> tuple[str, int]:
-    """The client with the median number of rows: names and counts take part in the size."""
-    clients = sorted(loaded.data.clients, key=lambda client: (len(client.train), client.name))
+def _middle_client(run: RunConfig, loaded: Loaded, name: str | None) -> tuple[str, int]:
+    """The named client, or that with the median number of rows: names and counts take part in the size."""
+    known = [client for client in loaded.data.clients if name is None or client.name == name]
+    alike = [client for client in known if run.group_of(client.name) is None]
+    clients = sorted(alike or known, key=lambda client: (len(client.train), client.name))
+    if not clients:
+        raise FederationError(f"there is no client {name!r} in the run")
     middle = clients[len(clients) // 2]
     return middle.name, len(middle.train)
 

@@ -14,12 +14,14 @@ from markupsafe import Markup
 from fedpeft.files import write_atomically
 from fedpeft.records import Round, Row
 from fedpeft.reporting import charts, text
+from fedpeft.reporting.aggregation import aggregation_charts
 from fedpeft.reporting.clients import client_charts, client_rows
 from fedpeft.reporting.journeys import leg_of
-from fedpeft.reporting.lines import clients_text, trouble_line
+from fedpeft.reporting.lines import attackers_text, clients_text, trouble_line
 from fedpeft.reporting.privacy import privacy_charts, privacy_statement
 from fedpeft.reporting.scalars import scalar_charts
 from fedpeft.reporting.snippet import load_snippet
+from fedpeft.reporting.staleness import rounds_fact, staleness_charts
 from fedpeft.reporting.summary import (
     Summary,
     build_summary,
@@ -101,7 +103,11 @@ def _sections(
     summary: Summary, rounds: Sequence[Round], clients: Sequence[Any]
 ) -> list[tuple[str, list[charts.Chart]]]:
     """The charts under their headings; empty groups are left out."""
-    during = [*charts.training_charts(rounds), *charts.outcome_charts(rounds)]
+    during = [
+        *charts.training_charts(rounds),
+        *charts.outcome_charts(rounds),
+        *staleness_charts(summary, rounds),
+    ]
     groups = [
         ("On the global test set", charts.curve_charts(summary, rounds)),
         (
@@ -110,6 +116,7 @@ def _sections(
         ),
         ("Privacy budget", privacy_charts(summary, rounds)),
         ("Scalars", scalar_charts(rounds)),
+        ("LoRA factors", aggregation_charts(rounds)),
         ("Bytes", charts.traffic_charts(rounds)),
     ]
     return [(title, group) for title, group in groups if group]
@@ -149,7 +156,11 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
             "Trained parameters",
             f"{started.trainable_parameters:,} of {started.total_parameters:,} ({share:.2g}%)",
         ),
-        ("Strategy", str(run.get("federation", {}).get("strategy", {}).get("kind", ""))),
+        ("Strategy", _strategy(run)),
+        ("Hostile clients", text.printable(attackers_text(started))),
+        ("LoRA rule", str(run.get("federation", {}).get("lora_rule", ""))),
+        ("Groups of clients", _groups(run)),
+        ("Rounds", rounds_fact(run)),
         ("Stages", stages or "none"),
         ("Stage of the way down", str(run.get("downlink", {}).get("kind", "none"))),
         ("Differential privacy", str(privacy)),
@@ -169,6 +180,29 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Wall time", text.duration(summary.wall_s) + ("" if finished else " so far")),
     ]
     return [(label, value) for label, value in facts if value]
+
+
+def _strategy(run: Mapping[str, Any]) -> str:
+    """Its name and options."""
+    section = dict(run.get("federation", {}).get("strategy", {}))
+    options = ", ".join(f"{key} {value}" for key, value in section.items() if key != "kind")
+    return text.printable(f"{section.get('kind', '')}{f' ({options})' if options else ''}")
+
+
+def _groups(run: Mapping[str, Any]) -> str:
+    """How clients differ, in a few words each."""
+    parts = []
+    for group in run.get("groups", ()):
+        keys = [
+            f"{key} {value}"
+            for section in ("model", "peft", "training")
+            for key, value in group.get(section, {}).items()
+        ]
+        if group.get("trains"):
+            keys.append(f"trains {', '.join(map(str, group['trains']))}")
+        own = ", ".join(keys) or "as all"
+        parts.append(f"{text.counted(len(group.get('clients', ())), 'client')}: {text.printable(own)}")
+    return "; ".join(parts)
 
 
 def _tables(run_toml: str) -> dict[str, Any]:

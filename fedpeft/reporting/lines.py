@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from fedpeft.records import Baseline, ClientOutcome, Finished, Promise, Round, Started
-from fedpeft.reporting.text import counted, duration, metric_name, metric_value, printable
+from fedpeft.reporting.aggregation import aggregation_text
+from fedpeft.reporting.text import counted, duration, listed, metric_name, metric_value, printable
 
 NOT_PRIVATE = (
     "THIS RUN IS NOT PRIVATE: privacy.seeded draws the noise from the run's seed, for experiments that repeat"
@@ -50,6 +52,16 @@ def promise_notes(promise: Promise | None) -> list[str]:
     return notes
 
 
+def attackers_text(started: Started) -> str:
+    """Who attacks a simulation, and how; empty where nobody does."""
+    return f"{started.attack} by {listed(started.attackers)}" if started.attackers else ""
+
+
+def attack_notes(started: Started) -> list[str]:
+    """What a person must know of an attacked run before its first round."""
+    return [f"under attack: {attackers_text(started)}"] if started.attackers else []
+
+
 def round_line(row: Round, rounds: int, primary: str) -> str:
     """One round: the global test, training loss, clients and time."""
     head = f"round {row.round:>{len(str(rounds))}}/{rounds}" if row.round else "before training"
@@ -59,13 +71,25 @@ def round_line(row: Round, rounds: int, primary: str) -> str:
         parts.append(f"{metric_name(primary)} {metric_value(primary, score.value):>5}")
     if row.train_loss is not None:
         parts.append(f"train loss {metric_value('loss', row.train_loss)}")
+    if row.aggregation is not None:
+        parts.append(aggregation_text(row.aggregation))
     if row.epsilon is not None:
         parts.append(f"epsilon {row.epsilon:.3f}")
     if row.outcomes:
         parts.append(clients_text(row.outcomes))
+    if row.staleness:
+        parts.append(staleness_text(row.staleness))
     if row.wall_s or row.epsilon is None:  # a secret cohort's size shows in its time, which is 0 then
         parts.append(duration(row.wall_s))
     return f"{head}  " + " · ".join(parts)
+
+
+def staleness_text(counts: Sequence[int]) -> str:
+    """How old the states were that a buffered round's updates started from: "staleness 1.3, 0–4"."""
+    ages = [age for age, count in enumerate(counts) if count]
+    mean = sum(age * counts[age] for age in ages) / sum(counts)
+    spread = f", {ages[0]}–{ages[-1]}" if len(ages) > 1 else ""
+    return f"staleness {mean:.2g}{spread}"
 
 
 def clients_text(outcomes: tuple[ClientOutcome, ...]) -> str:

@@ -84,11 +84,17 @@ def _round_scalars(row: Round, started: Started | None) -> Iterator[Scalar]:
         yield "train/state_norm_change", row.state_norm_change, step
     if row.epsilon is not None:
         yield "privacy/epsilon", row.epsilon, step
+    if row.aggregation is not None:
+        yield "train/aggregation_error", row.aggregation.error, step
     if row.outcomes:
         yield "bytes/up", float(sum(item.bytes_up for item in row.outcomes)), step
         yield "bytes/down", float(sum(item.bytes_down for item in row.outcomes)), step
         yield "clients/asked", float(len(row.outcomes)), step
         yield "clients/folded", float(sum(item.status == "folded" for item in row.outcomes)), step
+    if row.staleness:
+        total = sum(age * count for age, count in enumerate(row.staleness))
+        yield "clients/staleness", total / sum(row.staleness), step
+        yield "clients/most_staleness", float(len(row.staleness) - 1), step
     for direction, leg in (("up", row.up), ("down", row.down)):
         if leg is not None and leg.distortion is not None and leg.cosine is not None:
             yield f"distortion/{direction}", leg.distortion, step

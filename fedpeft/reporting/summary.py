@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +15,11 @@ from fedpeft.errors import StateError
 from fedpeft.records import Baseline, Evaluation, Finished, Round, Row, Score, Started
 from fedpeft.reporting.journeys import Journey, journeys_of
 
-LineKey = Literal["start", "zero-shot", "alone-mean", "alone-worst", "federated", "pooled"]
+LineKey = Literal[
+    "start", "zero-shot", "alone-mean", "alone-worst", "federated", "pooled", "full-model", "plugged-in"
+]
 
+OFFSITE: tuple[LineKey, ...] = ("full-model", "plugged-in")
 # What each line is called, in the order of the table.
 LABELS: dict[LineKey, str] = {
     "start": "before training",
@@ -24,6 +28,8 @@ LABELS: dict[LineKey, str] = {
     "alone-worst": "each client alone, worst",
     "federated": "federated",
     "pooled": "pooled-data oracle",
+    "full-model": "full model, untrained",
+    "plugged-in": "plugged into full model",
 }
 
 
@@ -90,6 +96,7 @@ class Summary:
     wall_s: float
     journeys: tuple[Journey, ...] = ()
     epsilon: float | None = None  # spent so far; None without differential privacy
+    staleness: tuple[int, ...] = ()  # of buffered rounds: entry s counts the updates of staleness s
 
     @property
     def primary(self) -> str:
@@ -133,6 +140,7 @@ def build_summary(rows: Iterable[Row]) -> Summary:
         finished=finished,
         wall_s=finished.wall_s if finished else _wall_so_far(rounds, baselines),
         journeys=journeys_of(started, rounds),
+        staleness=tuple(sum(ages) for ages in zip_longest(*(row.staleness for row in rounds), fillvalue=0)),
         epsilon=next((row.epsilon for row in reversed(rounds) if row.epsilon is not None), None),
     )
 
@@ -210,6 +218,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "spread": dataclasses.asdict(summary.spread) if summary.spread else None,
         "bytes_per_client": dataclasses.asdict(summary.traffic) if summary.traffic else None,
         "transfers": {journey.direction: dataclasses.asdict(journey) for journey in summary.journeys},
+        "staleness": _staleness(summary.staleness),
         "privacy": started.privacy.model_dump() | {"epsilon": summary.epsilon} if started.privacy else None,
         "stopped": summary.finished.stopped if summary.finished else "",
         "adapter_digest": summary.finished.adapter_digest if summary.finished else None,
@@ -235,6 +244,9 @@ def _lines(
         lines.append(ModelLine("federated", f"round {last.round}", last.evaluation.scores))
     if "pooled" in baselines:
         lines += _single("pooled", baselines["pooled"])
+    for key in OFFSITE:
+        if key in baselines:
+            lines += _single(key, baselines[key])
     return tuple(lines)
 
 
@@ -288,6 +300,18 @@ def _traffic(rounds: Sequence[Round], finished: Finished | None) -> Traffic | No
         down_total=finished.bytes_down_per_client if finished else sum(down) / asked,
         down_round=sum(down) / len(down) if down else 0.0,
     )
+
+
+def mean_staleness(counts: Sequence[int]) -> float:
+    """Over all updates; 0 without any."""
+    return sum(age * count for age, count in enumerate(counts)) / sum(counts) if sum(counts) else 0.0
+
+
+def _staleness(counts: Sequence[int]) -> dict[str, Any] | None:
+    """Null for synchronous rounds."""
+    if not counts:
+        return None
+    return {"mean": mean_staleness(counts), "most": len(counts) - 1, "updates": list(counts)}
 
 
 def _wall_so_far(rounds: Sequence[Round], baselines: Mapping[str, Baseline]) -> float:

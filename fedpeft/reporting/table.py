@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft.records import Score
-from fedpeft.reporting.summary import ModelLine, Summary, higher_is_better, metrics_of
+from fedpeft.reporting.summary import ModelLine, Summary, higher_is_better, mean_staleness, metrics_of
 from fedpeft.reporting.text import (
     MISSING,
     byte_size,
@@ -129,4 +129,7 @@ def _add_cost(table: Table, summary: Summary) -> None:
             if journey.cosine is not None:
                 label, lost = f"  {journey.direction}, against bf16", f"cosine {journey.cosine:.3f}"
                 table.add_row(label, f"{journey.saving:.1f}x less", lost)
+    if summary.staleness:
+        mean = mean_staleness(summary.staleness)
+        table.add_row("staleness, mean", f"{mean:.2g}", f"at most {len(summary.staleness) - 1} rounds")
     table.add_row("wall time", duration(summary.wall_s), "" if summary.finished else "so far")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 # Metrics whose value is a share of one; they are shown in percent. Anything else is shown as it is.
 _SHARES = frozenset({"accuracy", "exact-match", "token-accuracy", "rouge-l", "rougel", "f1"})
@@ -85,6 +86,13 @@ def duration(seconds: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A count with its noun: "1 client", "8 clients"; thousands grouped."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Some names and how many there are: "3 clients: a, b, c", "9 clients: a, b and 7 more"."""
+    shown = names if len(names) <= most else names[: most - 1]
+    more = f" and {len(names) - len(shown):,} more" if len(shown) < len(names) else ""
+    return f"{counted(len(names), 'client')}: {', '.join(shown)}{more}"
 
 
 def printable(name: str, width: int | None = None) -> str:

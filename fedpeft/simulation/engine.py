@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import platform
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunExistsError, UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
@@ -34,27 +36,32 @@ from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.records import ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.reporting.html import write_report
-from fedpeft.reporting.lines import promise_notes
+from fedpeft.reporting.lines import attack_notes, promise_notes
 from fedpeft.reporting.plain import PlainProgress
 from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
-from fedpeft.resident import Resident, install_resident, load_resident
+from fedpeft.resident import Admit, Resident, install_resident, load_resident
 from fedpeft.runfile import load_run, run_digest, run_toml
 from fedpeft.simulation.baselines import run_baselines
+from fedpeft.simulation.offsite import PLUGGED, emulator_to_plug, offsite_scores, write_plugged
 from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
 from fedpeft.update import Arrays
 from fedpeft.workers import Workers, open_workers
 
 Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
+OWN_MODELS = (
+    "every client keeps parameters to itself: scores are of each client's own model on its own held-out rows,"
+    " and adapter/ holds only what clients share"
+)
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def load_alone(run: RunConfig) -> Resident:
+def load_alone(run: RunConfig, *, admit: Admit | None = None) -> Resident:
     """Load a run with all its clients as the only one of this process and of those forked from it."""
     torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
-    resident = load_resident(run)
+    resident = load_resident(run, admit=admit)
     install_resident(resident)
     return resident
 
@@ -88,20 +95,29 @@ class RunResult:
         return {"adapter": self.folder / "adapter", "report": self.folder / "report.html"}
 
 
-def simulate(folder: RunFolder, *, workers: int, engine: str, progress: Progress) -> RunResult:
+def simulate(
+    folder: RunFolder, *, workers: int, engine: str, progress: Progress, admit: Admit | None = None
+) -> RunResult:
     """Run, or go on with, the run of an open folder.
 
     Args:
         folder: new (`RunFolder.create`) or begun (`RunFolder.resume`).
         workers: processes that train and evaluate; the result doesn't depend on it.
         engine: "local", or "ray" for Flower's simulation engine.
+        admit: asked before the base model is loaded; refuses by raising.
 
     Raises:
         FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
     """
     if engine not in ENGINES:
         raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
-    return hold_run(folder, Venue(engine, ENGINES[engine]), progress, workers=workers)
+    if folder.run.federation.mode == "buffered" and folder.run.federation.clock is None:
+        raise UsageError(
+            "federation.mode 'buffered' needs a virtual clock in a simulation, to tell who answers when; set"
+            " [federation.clock]"
+        )
+    load = functools.partial(load_alone, admit=admit)
+    return hold_run(folder, Venue(engine, ENGINES[engine], load), progress, workers=workers)
 
 
 def hold_run(folder: RunFolder, venue: Venue, progress: Progress, *, workers: int = 1) -> RunResult:
@@ -126,6 +142,7 @@ def serve(order: Order) -> None:
     run = load_run(order.run_file)
     refuse_problems(run, source=str(order.run_file))
     refuse_seeded(run)
+    refuse_attack(run)
     out = order.out or Path("runs") / run.run.name
 
     def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
@@ -202,6 +219,8 @@ class _Holding:
                 self._baselines(scorer, rounds)
             elif self._run.evaluation.baselines:
                 self._progress.note("no baselines: the clients' rows are not here")
+            if self._run.evaluation.plug_into is not None:
+                self._plug_in(final)
         self._finish(final, rounds)
         return _result(self._folder)
 
@@ -222,7 +241,11 @@ class _Holding:
             step=self._progress.setup,
             ready=self._announce,
             budget=self._folder,
+            history=self._folder,
+            evaluate_each=scorer.evaluate_each,
         )
+        if self._resident.start:
+            self._progress.note(OWN_MODELS)
         return self._venue.hold(server, last, pool)
 
     def _announce(self, roster: Roster | None = None) -> None:
@@ -234,7 +257,7 @@ class _Holding:
         for sink in self._sinks:
             sink.write(row)
         self._progress.started(row)
-        for note in promise_notes(row.privacy):
+        for note in (*promise_notes(row.privacy), *attack_notes(row)):
             self._progress.note(note)
 
     def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:
@@ -242,6 +265,24 @@ class _Holding:
         for row in done:
             self._progress.baseline_done(row)
         for row in run_baselines(scorer, self._start, rounds, done, self._progress.baseline_progress):
+            self._folder.append(row)
+            for sink in self._sinks:
+                sink.write(row)
+            self._progress.baseline_done(row)
+
+    def _plug_in(self, final: Checkpoint) -> None:
+        """In offsite tuning: put the adapter into the full model, and score that, where it is at hand."""
+        emulator = emulator_to_plug(self._resident)
+        if emulator is None:
+            self._progress.note("the full model is not here: the emulator alone was scored")
+            return
+        self._progress.setup("plugging the adapter into the full model")
+        plugged = self._folder.path / PLUGGED
+        write_adapter(self._resident, self._folder, final.state)
+        with folder_atomically(plugged) as fresh:
+            write_plugged(self._resident, emulator, self._folder.adapter, fresh)
+        done = {row.name for row in self._folder.baselines()}
+        for row in offsite_scores(self._resident, self._metrics, plugged, done):
             self._folder.append(row)
             for sink in self._sinks:
                 sink.write(row)
@@ -327,6 +368,8 @@ def started_row(resident: Resident, metrics: tuple[str, ...], engine: str, roste
         total_parameters=total,
         base_digest=resident.base_digest,
         cut_rows=0 if private else data.cut_rows,
+        attack="" if resident.hostile is None else resident.hostile.attack.kind,
+        attackers=() if resident.hostile is None else resident.hostile.names,
         labels=data.label_names,
         primary_metric=metrics[0],
         higher_is_better={name: METRICS[name].higher_is_better for name in metrics},

@@ -5,7 +5,7 @@ Test rows are dealt out in fixed batches, so the result doesn't depend on how ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +63,30 @@ class Scorer:
         places = places_of(test_rows_of_clients(self.resident), columns["index"])
         return summarise(columns, self.metrics, clients=places, resamples=section.bootstrap, rng=rng)
 
+    def evaluate_each(self, states: Mapping[str, Arrays]) -> Evaluation | None:
+        """Each client's own model on its own held-out rows; None if there is no row to score."""
+        resident, section = self.resident, self.resident.run.evaluation
+        rows = {
+            client.name: own_rows(resident, index)[1] for index, client in enumerate(resident.data.clients)
+        }
+        jobs: list[Job[dict[str, Column]]] = [
+            self.workers.submit(
+                score_own,
+                resident.run_digest,
+                index,
+                self.workers.share(dict(states[client.name])),
+                self.metrics,
+            )
+            for index, client in enumerate(resident.data.clients)
+            if len(rows[client.name])
+        ]
+        if not jobs:
+            return None
+        columns = join([job.result() for job in jobs])
+        rng = stream(resident.run.run.seed, "bootstrap")
+        places = places_of(rows, columns["index"])
+        return summarise(columns, self.metrics, clients=places, resamples=section.bootstrap, rng=rng)
+
     def _columns(self, which: str, state: Arrays) -> dict[str, Column]:
         count = len(batches_of(self.resident, which))
         width = min(self.workers.width * 4, count)  # a few shards each, so that none waits long for the last
@@ -97,6 +121,23 @@ def score_shard(
     resident = resident_for(run_digest)
     encoded = rows_of(resident, which)[0]
     return resident.score(encoded, batches_of(resident, which)[shard::shards], state.get(), metrics)
+
+
+def score_own(run_digest: str, index: int, state: Shared, metrics: Sequence[str]) -> dict[str, Column]:
+    """One client's model on its own held-out rows."""
+    whole = resident_for(run_digest)
+    resident = whole.of_client(whole.data.clients[index].name)
+    encoded, rows = own_rows(whole, index)
+    return resident.score(encoded, resident.batches(encoded, rows), state.get(), metrics)
+
+
+def own_rows(resident: Resident, index: int) -> tuple[Encoded, NDArray[np.int64]]:
+    """A client's held-out rows, at most `evaluation.max_examples`."""
+    data, limit = resident.data, resident.run.evaluation.max_examples
+    client = data.clients[index]
+    if own_test_set(resident.run):
+        return data.rows, client.heldout[:limit]
+    return data.test, test_rows_of_clients(resident)[client.name][:limit]
 
 
 def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedpeft.config import RunConfig, Section
 from fedpeft.models.trainable import changes, read_parameters, write_parameters
-from fedpeft.packed import PackedArrays, Packing, pack, packable
+from fedpeft.packed import PackedArrays, pack, packing_of
 from fedpeft.seedspace.layout import MAX_DIRECTION
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.update import Arrays, Layout, frozen_arrays, layout_of
@@ -75,17 +75,19 @@ class AdapterDelta(Section):
         """The state's own layout."""
         return state
 
+    def sum_layout(self, state: Layout) -> Layout:
+        """That of an update."""
+        return self.update_layout(state)
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """Itself: a change is added wherever the model has got to."""
+        return arrays
+
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Nothing: any finite change is possible, and the exact sum refuses what is not finite."""
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""
-        if isinstance(state, PackedArrays):
-            total = state.flat + pack(change, state.packing.like("<f8")).flat
-            return PackedArrays(total.astype(np.float32), state.packing)
-        moved = {
-            name: (array.astype(np.float64) + change[name]).astype(np.float32)
-            for name, array in state.items()
-        }
-        layout = layout_of(moved)
-        return pack(moved, Packing(layout)) if packable(layout) else frozen_arrays(moved)
+        packing = packing_of(layout_of(state)).like("<f4")
+        total = pack(state, packing).flat + pack(change, packing.like("<f8")).flat
+        return PackedArrays(total.astype(np.float32), packing)

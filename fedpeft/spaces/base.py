@@ -123,6 +123,18 @@ class Space(Protocol):
         """Names, shapes and dtypes of an update, given those of the state."""
         ...
 
+    def sum_layout(self, state: Layout) -> Layout:
+        """Names, shapes and dtypes of an update as it is summed; see `placed`."""
+        ...
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """An update as it is summed with others, which may have started from other states.
+
+        Args:
+            age: rounds that ended since the state it started from; 0 in synchronous rounds.
+        """
+        ...
+
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Refuse an update whose values no honest client can send, or that alone would lead out of range.
 
@@ -137,6 +149,8 @@ class Space(Protocol):
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """The next state: `state` moved by an aggregated change (float64), rounded once.
+
+        The change is laid out as updates are, or as sums of updates are.
 
         Raises:
             UpdateError: the state would leave its range.

@@ -197,6 +197,14 @@ class Projected:
         """int64 [coefficients of one round]."""
         return {AMOUNTS: ((self.count,), np.dtype(np.int64).str)}
 
+    def sum_layout(self, state: Layout) -> Layout:
+        """That of an update."""
+        return self.update_layout(state)
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """Itself; only updates of one round are summed."""
+        return arrays
+
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Refuse coefficients out of range, and what all rounds' coefficients have no room for.
 

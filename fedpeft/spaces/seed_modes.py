@@ -39,6 +39,14 @@ class Mode(Protocol):
         """Arrays of an update."""
         ...
 
+    def sum_layout(self) -> Layout:
+        """Arrays of an update as it is summed."""
+        ...
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """An update as it is summed, whose state was `age` rounds old."""
+        ...
+
     def directions(self, state: Arrays, visits: int, rng: np.random.Generator) -> Integers:
         """int64 [visits]: where a client goes."""
         ...
@@ -91,6 +99,14 @@ class FixedSeeds:
         """int64 [K] amounts."""
         return _layout(self.num_seeds, AMOUNTS)
 
+    def sum_layout(self) -> Layout:
+        """The same."""
+        return self.layout()
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """Itself: the candidates are those of the whole run."""
+        return arrays
+
     def directions(self, state: Arrays, visits: int, rng: np.random.Generator) -> Integers:
         """Uniform, with replacement."""
         return np.asarray(rng.integers(0, self.num_seeds, size=visits, dtype=np.int64))
@@ -126,6 +142,14 @@ class WeightedSeeds:
         """int64 [K] each: amounts, sums of sizes, numbers of visits."""
         return _layout(self.num_seeds, AMOUNTS, MAGNITUDES, VISITS)
 
+    def sum_layout(self) -> Layout:
+        """The same."""
+        return self.layout()
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """Itself: the candidates are those of the whole run."""
+        return arrays
+
     def probabilities(self, state: Arrays) -> NDArray[np.float64]:
         """float64 [K], sum 1; the largest is at most e times the smallest."""
         amplitude = state[MAGNITUDES] / (state[VISITS] + _COUNT_UNIT)
@@ -159,10 +183,14 @@ class CommonDirections:
 
     Every scalar of a round is measured by every client: what robust rules, central noise and secure sums
     need. The state says which directions come next, so a round that failed uses up none.
+
+    Where rounds are buffered, one round's updates were measured along the directions of several rounds, the
+    last `window` ones. They are summed side by side, a row of scalars for each age.
     """
 
     per_round: int
     rounds: int
+    window: int = 1
 
     @property
     def num_seeds(self) -> int:
@@ -176,6 +204,18 @@ class CommonDirections:
     def layout(self) -> Layout:
         """int64 [S] amounts, S the directions of one round."""
         return _layout(self.per_round, AMOUNTS)
+
+    def sum_layout(self) -> Layout:
+        """int64 [window * S], the directions of this round first, then those of the round before it."""
+        return _layout(self.window * self.per_round, AMOUNTS)
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """The scalars in the row of their round, zeros in the others."""
+        if self.window == 1:
+            return arrays
+        rows = np.zeros((self.window, self.per_round), dtype=np.int64)
+        rows[age] = arrays[AMOUNTS]
+        return {AMOUNTS: rows.reshape(-1)}
 
     def directions(self, state: Arrays, visits: int, rng: np.random.Generator) -> Integers:
         """The round's directions one after another, as often as that takes.
@@ -195,10 +235,13 @@ class CommonDirections:
         return {AMOUNTS: _summed(self.per_round, trail.directions - self._first(state), trail.amounts)}
 
     def apply(self, state: Arrays, change: Change) -> dict[str, Integers]:
-        """The round's part of A, written once and never changed again."""
+        """The parts of A that belong to the last rounds' directions; those of a later one are still zero."""
         first = self._first(state)
         amounts = np.array(state[AMOUNTS])
-        amounts[first : first + self.per_round] = rounded(change[AMOUNTS])
+        for age, row in enumerate(rounded(change[AMOUNTS]).reshape(-1, self.per_round)):
+            begin = first - age * self.per_round
+            if begin >= 0:  # nobody can have started before the first state
+                amounts[begin : begin + self.per_round] += row
         return {AMOUNTS: amounts, NEXT: np.array([first + self.per_round], dtype=np.int64)}
 
     def _first(self, state: Arrays) -> int:

@@ -64,7 +64,10 @@ class SeedScalarsOptions(Section):
 
     def _mode(self, run: RunConfig, exponent: int) -> Mode:
         if self.mode == "common":
-            return CommonDirections(self.num_seeds, run.run.rounds)
+            buffer = run.federation.buffer
+            return CommonDirections(
+                self.num_seeds, run.run.rounds, 1 if buffer is None else buffer.max_staleness + 1
+            )
         if self.mode == "fedkseed-pro":
             return WeightedSeeds(self.num_seeds, quanta(PUBLISHED_CLIP * run.training.lr, exponent))
         return FixedSeeds(self.num_seeds)
@@ -193,6 +196,14 @@ class SeedScalars:
         """The mode's arrays."""
         return self.mode.layout()
 
+    def sum_layout(self, state: Layout) -> Layout:
+        """The mode's arrays."""
+        return self.mode.sum_layout()
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """As the mode does: by the directions that it was measured along."""
+        return self.mode.placed(arrays, age)
+
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Refuse scalars out of the agreed range, and what the state's sums have no room for.
 
@@ -203,11 +214,13 @@ class SeedScalars:
             UpdateError: naming the first one, or their sum.
         """
         for name, array in arrays.items():
-            beyond = np.flatnonzero((array > self.largest) | (array < -self.largest))
+            # Sizes and counts are what later rounds divide by: never negative.
+            least = -self.largest if name == AMOUNTS else 0
+            beyond = np.flatnonzero((array > self.largest) | (array < least))
             if len(beyond):
                 raise UpdateError(
                     f"{who}: {name}[{beyond[0]}] is {array[beyond[0]]}; the agreed range is"
-                    f" {-self.largest} to {self.largest}"
+                    f" {least} to {self.largest}"
                 )
         reach, room = magnitude(arrays[AMOUNTS]), MAX_INT32 - magnitude(state[AMOUNTS]) - self.space.num_seeds
         if reach > room:

@@ -7,10 +7,12 @@ from typing import Any
 from torch import nn
 
 from fedpeft.config import RunConfig, SpaceSection
+from fedpeft.lora_rules import rule_of
 from fedpeft.options import build_option
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space, SpaceOptions
 from fedpeft.spaces.projected import ProjectedOptions
+from fedpeft.spaces.residual import ResidualSpace
 from fedpeft.spaces.seed_scalars import SeedScalarsOptions
 
 SPACES: dict[str, Any] = {  # a class that is SpaceOptions and takes its options by name
@@ -37,4 +39,8 @@ def build_space(run: RunConfig, model: nn.Module) -> Space:
         RunFileError: an unknown name or option.
         FedPEFTError: the model's trainable set cannot be expressed in it.
     """
-    return space_options(run.space).open(run, model)
+    space = space_options(run.space).open(run, model)
+    rule = rule_of(run)
+    if rule is not None and rule.residual and space.kind == ResidualSpace.kind:
+        return ResidualSpace(model)
+    return space

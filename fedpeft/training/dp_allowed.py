@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 from fedpeft.config import RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.errors import PrivacyError
+from fedpeft.training.lean import SAVERS
 from fedpeft.training.zeroth_rules import RULES
 
 _LOW_RANK = ("lora", "rslora", "ffa-lora", "pissa", "olora")
@@ -121,6 +122,11 @@ def section_problems(section: TrainingSection) -> list[str]:
             section.gradient_checkpointing,
             "gradient_checkpointing",
             "per-example gradients are lost; set it false",
+        ),
+        *(
+            (saver.asked(section), key, "each example's own gradient is needed, of all parameters; remove it")
+            for key, saver in SAVERS.items()
+            if key != "gradient_checkpointing"
         ),
         (
             section.precision != "fp32",

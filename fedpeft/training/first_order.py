@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from fedpeft.config import TrainingSection
 from fedpeft.data.collate import Task, collate, training_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import TrainingError
+from fedpeft.training.layers import Periods
 from fedpeft.training.losses import LOSSES
 from fedpeft.training.optimizers import build_optimizer, build_schedule
 
@@ -47,6 +49,7 @@ def train(
     *,
     steps: int,
     rng: np.random.Generator,
+    layers_rng: np.random.Generator | None = None,
     proximal_mu: float = 0.0,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingReport:
@@ -54,7 +57,8 @@ def train(
 
     The loss is the mean over the scored tokens (or classes) of all rows of a step, whatever the split in
     micro-batches, plus ``proximal_mu / 2 * |w - w_start|^2`` (Li et al. 2020, FedProx, eq. 2). The optimiser
-    starts fresh. Row order and dropout come from `rng`; torch's global generator is left as it was.
+    starts fresh. Row order and dropout come from `rng`, sampled layers from `layers_rng`; torch's global
+    generator is left as it was.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -66,22 +70,20 @@ def train(
     batches = training_batches(
         rows.encoded, rows.indices, section.batch_size, steps * section.gradient_accumulation, rng
     )
+    periods = Periods(parameters, section, layers_rng or rng)
+    mover = _FusedMover if section.fused_update else _Mover
     total, seen = 0.0, 0
-    with training_mode(model, section, int(rng.integers(2**62))):
+    with (
+        training_mode(model, section, int(rng.integers(2**62))),
+        periods.over(),
+        mover(optimizer, trained, start, proximal_mu, section.max_grad_norm).ready() as move,
+    ):
         for step in range(steps):
+            periods.turn(step, optimizer)
             micro = [next(batches) for _ in range(section.gradient_accumulation)]
             optimizer.zero_grad(set_to_none=True)
-            loss = _accumulate(model, micro, rows, section)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the training loss is {loss} at local step {step + 1} of {steps}; lower training.lr"
-                    f" (now {section.lr:g}),"
-                    " set training.max_grad_norm, or look for broken rows"
-                )
-            add_proximal_gradient(trained, start, proximal_mu)
-            if section.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(trained, section.max_grad_norm)
-            optimizer.step()
+            loss = _accumulate(model, micro, rows, section, where=f"local step {step + 1} of {steps}")
+            move()
             schedule.step()
             total += loss
             seen += sum(len(indices) for indices in micro)
@@ -91,22 +93,98 @@ def train(
     return TrainingReport(total / steps, steps, seen)
 
 
+@dataclass(frozen=True)
+class _Mover:
+    """What makes a step of gradients: the pull to the start, clipping, the optimiser."""
+
+    optimizer: torch.optim.Optimizer
+    trained: Sequence[nn.Parameter]
+    start: Sequence[Tensor]
+    mu: float
+    max_grad_norm: float | None
+
+    @contextmanager
+    def ready(self) -> Iterator[Callable[[], None]]:
+        """What is called once all gradients are there."""
+        yield self._move
+
+    def _move(self) -> None:
+        add_proximal_gradient(self.trained, self.start, self.mu)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
+        self.optimizer.step()
+
+
+@dataclass(frozen=True)
+class _FusedMover:
+    """Moves each parameter within the backward pass, as soon as its gradient is whole, and drops it.
+
+    At that moment no other parameter has a gradient, so that a step of the optimiser moves this one alone.
+    Steps are those of `_Mover`, bit for bit.
+
+    Source: Lv et al. 2023, "LOMO" (arXiv 2306.09782), section 3.1, here with any optimiser.
+    """
+
+    optimizer: torch.optim.Optimizer
+    trained: Sequence[nn.Parameter]
+    start: Sequence[Tensor]
+    mu: float
+    max_grad_norm: float | None  # never set: preflight refuses it
+
+    @contextmanager
+    def ready(self) -> Iterator[Callable[[], None]]:
+        """What is called after a backward pass has nothing left to do."""
+        origins: Sequence[Tensor | None] = self.start or [None] * len(self.trained)
+        hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(origin))  # type: ignore[no-untyped-call]
+            for parameter, origin in zip(self.trained, origins, strict=True)
+        ]
+        try:
+            yield lambda: None
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hook(self, origin: Tensor | None) -> Callable[[Tensor], None]:
+        def move(parameter: Tensor) -> None:
+            if origin is not None and parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=self.mu)
+            self.optimizer.step()
+            parameter.grad = None
+
+        return move
+
+
 def _accumulate(
-    model: nn.Module, micro: Sequence[NDArray[np.int64]], rows: Rows, section: TrainingSection
+    model: nn.Module,
+    micro: Sequence[NDArray[np.int64]],
+    rows: Rows,
+    section: TrainingSection,
+    *,
+    where: str,
 ) -> float:
-    """Gradients of the mean loss over all micro-batches together; returns that loss."""
+    """Gradients of the mean loss over all micro-batches together; returns that loss.
+
+    Raises:
+        TrainingError: a loss isn't finite; nothing has moved by it.
+    """
     device = next(model.parameters()).device
     batches = [collate(rows.encoded, indices, rows.pad_id, task=rows.task) for indices in micro]
     scored = max(1, sum(batch.tokens for batch in batches))
     total = 0.0
     for batch in batches:
-        with _autocast(section, device):
+        with _autocast(section, device), _activations(section):
             logits = model(
                 input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
             ).logits
         summed = LOSSES[rows.task](logits, batch.labels.to(device))
-        (summed / scored).backward()  # type: ignore[no-untyped-call]  # torch annotates it so
         total += float(summed.detach())
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"the training loss is {total / scored} at {where}; lower training.lr (now {section.lr:g}),"
+                " set training.max_grad_norm, or look for broken rows"
+            )
+        (summed / scored).backward()  # type: ignore[no-untyped-call]  # torch annotates it so
     return total / scored
 
 
@@ -123,6 +201,13 @@ def _autocast(section: TrainingSection, device: torch.device) -> AbstractContext
     return nullcontext()
 
 
+def _activations(section: TrainingSection) -> AbstractContextManager[object]:
+    """Where the forward pass leaves what the backward pass reads."""
+    if section.activation_offload:
+        return torch.autograd.graph.save_on_cpu(pin_memory=True)
+    return nullcontext()
+
+
 @contextmanager
 def training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iterator[None]:
     """Dropout on, checkpointing as asked, torch's global generator seeded for dropout and restored after."""
@@ -130,18 +215,24 @@ def training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iter
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         model.train()
-        if section.gradient_checkpointing:
-            _enable_checkpointing(model)
         try:
-            yield
+            with _checkpointing(model) if section.gradient_checkpointing else nullcontext():
+                yield
         finally:
-            if section.gradient_checkpointing:
-                model.activation_checkpointing_disable()  # type: ignore[operator]
-                model.disable_input_require_grads()  # type: ignore[operator]
             model.eval()
 
 
-def _enable_checkpointing(model: nn.Module) -> None:
+@contextmanager
+def _checkpointing(model: nn.Module) -> Iterator[None]:
     """Recompute activations in the backward pass; inputs carry gradients, as first blocks are frozen."""
-    model.enable_input_require_grads()  # type: ignore[operator]
-    model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    wrapped: Any = model
+    caches = getattr(wrapped.config, "use_cache", False)
+    wrapped.config.use_cache = False  # or transformers says each time that it turns it off
+    wrapped.enable_input_require_grads()
+    wrapped.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        wrapped.activation_checkpointing_disable()
+        wrapped.disable_input_require_grads()
+        wrapped.config.use_cache = caches

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from fedpeft.config import TrainingSection
 from fedpeft.errors import RunFileError
 from fedpeft.options import unknown_name
+from fedpeft.training.eight_bit import eight_bit
+from fedpeft.training.projected_adam import ProjectedAdam
 
 Build = Callable[[list[nn.Parameter], TrainingSection], torch.optim.Optimizer]
 
@@ -22,6 +24,17 @@ OPTIMIZERS: dict[str, Build] = {
     "adagrad": lambda p, s: torch.optim.Adagrad(p, lr=s.lr, weight_decay=s.weight_decay),
     "adafactor": lambda p, s: torch.optim.Adafactor(p, lr=s.lr, weight_decay=s.weight_decay),
     "rmsprop": lambda p, s: torch.optim.RMSprop(p, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay),
+    "galore": lambda p, s: ProjectedAdam(
+        p,
+        lr=s.lr,
+        weight_decay=s.weight_decay,
+        rank=s.projection_rank,
+        every=s.projection_every,
+        scale=s.projection_scale,
+    ),
+    "adamw8bit": lambda p, s: eight_bit("adamw8bit", p, s),
+    "paged-adamw": lambda p, s: eight_bit("paged-adamw", p, s),
+    "paged-adamw8bit": lambda p, s: eight_bit("paged-adamw8bit", p, s),
 }
 
 # Share of the learning rate at local step `step` of `total`, after the warm-up.

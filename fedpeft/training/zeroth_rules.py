@@ -8,6 +8,7 @@ from typing import Literal
 
 from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.options import unknown_name
+from fedpeft.training.lean import SAVERS
 
 SEED_SPACES = ("seed-scalars", "projected")
 
@@ -105,7 +106,8 @@ def _training_problems(training: TrainingSection) -> list[str]:
         "warmup_steps": "a replay needs one learning rate for all steps",
         "weight_decay": "decay is no multiple of a direction",
         "max_grad_norm": "there is no gradient; training.max_scalar bounds a step",
-        "gradient_checkpointing": "there is no backward pass to save memory in",
+        **dict.fromkeys(SAVERS, "there is no backward pass to save memory in"),
+        "sample_every": "there is no backward pass to save memory in",
         "precision": "differences of losses drown in the rounding of low precision",
     }
     rule = RULES[training.rule]
@@ -147,6 +149,10 @@ def _federation_problems(run: RunConfig) -> list[str]:
     return [
         "federation.strategy: fedprox pulls on gradients, and a zeroth-order trainer has none; use fedavg"
     ]
+
+
+_COMPARING = ("krum", "multikrum", "bulyan", "fedmedian", "fedtrimmedavg", "geometric-median")
+"""Rules that compare updates entry by entry, or by their distances."""
 
 
 def _space_problems(run: RunConfig) -> list[str]:
@@ -210,7 +216,7 @@ def _strategy_problems(run: RunConfig, mode: str) -> list[str]:
             "federation.strategy: qfedavg scales updates by losses, which takes them off the integers; use"
             " fedavg"
         )
-    if kind in ("krum", "multikrum", "bulyan", "fedmedian", "fedtrimmedavg") and mode != "common":
+    if kind in _COMPARING and mode != "common":
         problems.append(
             f"federation.strategy: {kind} compares clients' scalars, but with space.mode '{mode}' most seeds"
             " are visited by one client or none; set space.mode 'common'"

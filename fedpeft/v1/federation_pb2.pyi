@@ -389,7 +389,7 @@ class ResultChunk(_message.Message):
     def __init__(self, path: _Optional[str] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class AgentInfo(_message.Message):
-    __slots__ = ("name", "connected", "address", "last_seen_ms", "capabilities", "results", "refusals", "last_refusal", "revoked")
+    __slots__ = ("name", "connected", "address", "last_seen_ms", "capabilities", "results", "refusals", "last_refusal", "revoked", "refused", "calls", "bytes_up", "bytes_down", "certificate_ends_ms")
     class CapabilitiesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -397,6 +397,13 @@ class AgentInfo(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONNECTED_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -406,6 +413,11 @@ class AgentInfo(_message.Message):
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     LAST_REFUSAL_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_UP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DOWN_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_ENDS_MS_FIELD_NUMBER: _ClassVar[int]
     name: str
     connected: bool
     address: str
@@ -415,17 +427,56 @@ class AgentInfo(_message.Message):
     refusals: int
     last_refusal: str
     revoked: bool
-    def __init__(self, name: _Optional[str] = ..., connected: _Optional[bool] = ..., address: _Optional[str] = ..., last_seen_ms: _Optional[int] = ..., capabilities: _Optional[_Mapping[str, str]] = ..., results: _Optional[int] = ..., refusals: _Optional[int] = ..., last_refusal: _Optional[str] = ..., revoked: _Optional[bool] = ...) -> None: ...
+    refused: _containers.ScalarMap[str, int]
+    calls: int
+    bytes_up: int
+    bytes_down: int
+    certificate_ends_ms: int
+    def __init__(self, name: _Optional[str] = ..., connected: _Optional[bool] = ..., address: _Optional[str] = ..., last_seen_ms: _Optional[int] = ..., capabilities: _Optional[_Mapping[str, str]] = ..., results: _Optional[int] = ..., refusals: _Optional[int] = ..., last_refusal: _Optional[str] = ..., revoked: _Optional[bool] = ..., refused: _Optional[_Mapping[str, int]] = ..., calls: _Optional[int] = ..., bytes_up: _Optional[int] = ..., bytes_down: _Optional[int] = ..., certificate_ends_ms: _Optional[int] = ...) -> None: ...
+
+class ServerInfo(_message.Message):
+    __slots__ = ("version", "started_ms", "certificate_ends_ms", "connected", "max_agents", "refused", "refused_nameless")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class RefusedNamelessEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    STARTED_MS_FIELD_NUMBER: _ClassVar[int]
+    CERTIFICATE_ENDS_MS_FIELD_NUMBER: _ClassVar[int]
+    CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    MAX_AGENTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_NAMELESS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    started_ms: int
+    certificate_ends_ms: int
+    connected: int
+    max_agents: int
+    refused: _containers.ScalarMap[str, int]
+    refused_nameless: _containers.ScalarMap[str, int]
+    def __init__(self, version: _Optional[str] = ..., started_ms: _Optional[int] = ..., certificate_ends_ms: _Optional[int] = ..., connected: _Optional[int] = ..., max_agents: _Optional[int] = ..., refused: _Optional[_Mapping[str, int]] = ..., refused_nameless: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ListAgentsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class ListAgentsReply(_message.Message):
-    __slots__ = ("agents",)
+    __slots__ = ("agents", "server")
     AGENTS_FIELD_NUMBER: _ClassVar[int]
+    SERVER_FIELD_NUMBER: _ClassVar[int]
     agents: _containers.RepeatedCompositeFieldContainer[AgentInfo]
-    def __init__(self, agents: _Optional[_Iterable[_Union[AgentInfo, _Mapping]]] = ...) -> None: ...
+    server: ServerInfo
+    def __init__(self, agents: _Optional[_Iterable[_Union[AgentInfo, _Mapping]]] = ..., server: _Optional[_Union[ServerInfo, _Mapping]] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
     __slots__ = ("name", "valid_s", "role")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedpeft.codec.arrays import element_count
 from fedpeft.errors import UpdateError
-from fedpeft.packed import PackedArrays, Packing, packable
+from fedpeft.packed import PackedArrays, Packing, packable, packing_of
 from fedpeft.update import Arrays, Layout, layout_of
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.bounds import MAX_TENSORS
@@ -109,7 +109,7 @@ def read_dense(payload: bytes, field: Field, who: str, layout: Layout | None) ->
 
 def _packing(entries: Layout) -> Packing | None:
     """The packing of arrays that came in its order, if they have one."""
-    packing = Packing(entries) if packable(entries) else None
+    packing = packing_of(entries) if packable(entries) else None
     return packing if packing is not None and list(packing) == list(entries) else None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import struct
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedpeft.errors import FederationError, FedPEFTError
+from fedpeft.orphans import end_with
 from fedpeft.workers.allocator import keep_freed_memory
 from fedpeft.workers.slots import Slot
 
@@ -110,11 +110,4 @@ def _settle(parent: int) -> None:
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Leave when the parent is gone: after kill -9 nobody else would end this process."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    end_with(parent)

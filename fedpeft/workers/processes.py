@@ -39,7 +39,7 @@ _LARGE = 1 << 15  # bytes from which a shared value goes through a file of its o
 _KEPT = 4  # shared values; a task takes at most the newest one of its round and one to evaluate
 _ROOMY = 4 << 30  # free bytes that memory must have to be used instead of the disk
 _PREFIX = "fedpeft-"
-AHEAD = 2  # slots of a worker, and the most calls that it is sent
+AHEAD = 3  # slots of a worker, and the most calls that it is sent
 _BRISK_S = 0.02  # calls shorter than this are sent ahead: waking each other would cost as much as they do
 
 

@@ -9,13 +9,17 @@ from typing import Any, get_args
 
 import pytest
 
+from fedpeft.attacks import ATTACKS
 from fedpeft.config import ModelSection, PartitionerSection, SamplingSection
 from fedpeft.evaluation.metrics import METRICS
-from fedpeft.flower.strategies import RULES
+from fedpeft.flower.rules import RULES
+from fedpeft.lora_rules import LORA_RULES
 from fedpeft.models.methods import METHODS
 from fedpeft.privacy.kinds import KINDS
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
+from fedpeft.staleness import WEIGHTS
+from fedpeft.training.lean import SAVERS
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 from tests.commands.calling import Call
@@ -31,11 +35,15 @@ TABLES: dict[str, set[str]] = {
     "data.partitioner": kinds(PartitionerSection, "kind"),
     "training.optimizer": set(OPTIMIZERS),
     "training.schedule": set(SCHEDULES),
+    "training (memory)": set(SAVERS),
     "training.rule": set(ZEROTH_RULES),
     "space": set(SPACES),
     "stages": set(STAGES),
     "federation.strategy": set(RULES),
+    "federation.attack": set(ATTACKS),
+    "federation.lora_rule": set(LORA_RULES),
     "federation.sampling": kinds(SamplingSection, "kind"),
+    "federation.buffer.staleness_weight": set(WEIGHTS),
     "privacy": set(KINDS),
     "evaluation.metrics": set(METRICS),
 }

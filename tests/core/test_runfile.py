@@ -103,6 +103,13 @@ def test_an_override_opens_a_bare_name() -> None:
     assert (run.federation.strategy.kind, run.federation.strategy.options) == ("fedadam", {"eta": 0.5})
 
 
+def test_an_override_without_a_value_takes_the_key_out() -> None:
+    run = small("training.max_grad_norm=", "stages.0=", training={"lr": 0.5, "max_grad_norm": 2.0})
+    assert (run.training.lr, run.training.max_grad_norm) == (0.5, small().training.max_grad_norm)
+    assert run.training.max_grad_norm != 2.0
+    assert len(run.stages) == len(small().stages) - 1
+
+
 def test_the_last_override_wins_and_the_table_is_left_alone() -> None:
     table = {"run": {"name": "x", "rounds": 1}, "data": SMALL["data"]}
     assert build_run(table, ["run.rounds=2", "run.rounds=3"], source="x").run.rounds == 3
@@ -110,7 +117,16 @@ def test_the_last_override_wins_and_the_table_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["lr", "=1", "training..lr=1", "stages.9.clip_norm=1", "stages.x=1", "run.seed.x=1"]
+    "override",
+    [
+        "lr",
+        "=1",
+        "training..lr=1",
+        "stages.9.clip_norm=1",
+        "stages.x=1",
+        "run.seed.x=1",
+        "training.batch_size=",
+    ],
 )
 def test_a_wrong_override_is_refused(override: str) -> None:
     with pytest.raises((UsageError, RunFileError)) as caught:

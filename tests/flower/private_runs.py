@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
+from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_loop import Federation, initial_checkpoint, run_rounds
+from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.records import ClientOutcome, Round

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import FederationError, TrainingError
+from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_loop import Federation, initial_checkpoint, run_rounds
+from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.records import ClientOutcome, Round

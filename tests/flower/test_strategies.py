@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 
 from fedpeft.errors import FederationError, RunFileError, UpdateError
-from fedpeft.flower.strategies import RULES, StrategyRunner, strategy_problems
+from fedpeft.flower.rules import RULES, strategy_problems
+from fedpeft.flower.strategies import StrategyRunner
 from fedpeft.runfile import build_run
 from fedpeft.update import Layout, Update, layout_of
 

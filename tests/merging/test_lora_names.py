@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import UpdateError
-from fedpeft.merging import Split, merged_in_product_space
+from fedpeft.lowrank import Split, merged_in_product_space
 from fedpeft.merging.lora_names import LoraArrays, put_together, take_apart
 
 PREFIX = "base_model.model.layers.0.self_attn.q_proj"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,12 @@ class Dying:
 
     def latest(self) -> Checkpoint | None:
         return self._inner.latest()
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        return self._inner.checkpoint(number)
+
+    def arrived(self) -> Sequence[tuple[str, int]]:
+        return self._inner.arrived()
 
     def spent(self) -> str | None:
         return self._inner.spent()

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from fedpeft.cli import main
 from fedpeft.errors import ModelError
+from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_loop import Federation, initial_checkpoint, run_rounds
+from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.server_app import Server, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder

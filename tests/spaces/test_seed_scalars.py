@@ -150,6 +150,17 @@ def test_scalars_out_of_the_agreed_range_are_refused(bad: int) -> None:
     space.check(honest, state=space.initial_state({}), who="ward-3")
 
 
+@pytest.mark.parametrize("name", ["magnitudes", "visits"])
+def test_sizes_and_counts_below_zero_are_refused(name: str) -> None:
+    """They would make the next rounds' probabilities negative, or divide by zero."""
+    space = opened(model_of("ln-tuning"), mode="fedkseed-pro")
+    arrays = {each: np.zeros(8, dtype=np.int64) for each in ("amounts", "magnitudes", "visits")}
+    space.check(arrays, state=space.initial_state({}), who="ward-3")
+    arrays[name][5] = -1
+    with pytest.raises(UpdateError, match=rf"ward-3: {name}\[5\] is -1; the agreed range is 0 to"):
+        space.check(arrays, state=space.initial_state({}), who="ward-3")
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 60), st.integers(1, 5), st.integers(1, 5))
 def test_what_check_lets_through_never_overflows_in_a_mean(spare: int, one: int, other: int) -> None:

@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
-from fedpeft.merging import (
+from fedpeft.lowrank import (
     LoraFactors,
     Split,
     merged_in_product_space,
+    product_distance,
+    product_inner,
     product_norm,
     product_svd,
     relative_aggregation_error,
@@ -55,6 +57,30 @@ def test_stacking_and_svd_are_exact_for_any_ranks_and_scalings(
     expected = np.linalg.svd(exact, compute_uv=False)
     assert np.allclose(svd.singular_values[: len(expected)], expected[: len(svd.singular_values)], atol=1e-10)
     assert product_norm(both) == pytest.approx(np.sqrt(np.sum(exact**2)), rel=1e-10, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sizes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**32))
+def test_distances_and_inner_products_are_those_of_the_dense_matrices(
+    size: tuple[int, int], rank: int, other_rank: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = adapter(rng, *size, rank), adapter(rng, *size, other_rank, scaling=-0.5)
+    distance = float(np.sqrt(np.sum((dense(one) - dense(other)) ** 2)))
+    assert product_distance(one, other) == pytest.approx(distance, rel=1e-10, abs=1e-12)
+    inner = float(np.sum(dense(one) * dense(other)))
+    assert product_inner(one, other) == pytest.approx(inner, rel=1e-10, abs=1e-10)
+
+
+def test_near_products_keep_their_distance() -> None:
+    one = adapter(np.random.default_rng(1), 30, 20, 4)
+    b = one.b.copy()
+    b[3, 2] += 1e-9
+    near = LoraFactors(one.a, b, one.scaling)
+    # The difference is 1e-9 s times row 2 of A in row 3; B itself rounds it at 1e-16.
+    expected = 1e-9 * one.scaling * float(np.linalg.norm(one.a[2].astype(np.float64)))
+    assert product_distance(one, near) == pytest.approx(expected, rel=1e-5)
+    assert product_distance(one, one) < 1e-13
 
 
 @pytest.mark.parametrize("split", list(Split))
@@ -148,6 +174,10 @@ def test_what_cannot_be_merged_is_refused() -> None:
     one, other = adapter(rng, 4, 5, 2), adapter(rng, 5, 4, 2)
     with pytest.raises(UpdateError, match="one layer"):
         stacked([one, other], [1, 1])
+    with pytest.raises(UpdateError, match="one layer"):
+        product_inner(one, other)
+    with pytest.raises(UpdateError, match="one layer"):
+        product_distance(one, other)
     with pytest.raises(UpdateError, match="one weight each"):
         stacked([one], [])
     with pytest.raises(UpdateError, match="finite"):

@@ -1,0 +1,23 @@
+"""Hostile clients for simulations: what they do to their rows, or to the update that they send."""
+
+from fedpeft.attacks.base import Attack, AttackContext
+from fedpeft.attacks.hostile import Hostile, hostile_clients
+from fedpeft.attacks.table import (
+    ATTACKS,
+    attack_problems,
+    attackers_of,
+    build_attack,
+    refuse_attack,
+)
+
+__all__ = [
+    "ATTACKS",
+    "Attack",
+    "AttackContext",
+    "Hostile",
+    "attack_problems",
+    "attackers_of",
+    "build_attack",
+    "hostile_clients",
+    "refuse_attack",
+]

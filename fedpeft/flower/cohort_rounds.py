@@ -1,0 +1,107 @@
+"""Synchronous rounds: a cohort is drawn, asked at once and waited for."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from flwr.app import Message
+
+from fedpeft.flower.cohort import draw_cohort
+from fedpeft.flower.counting import Asked, Collected, count_reply, note, task_contents
+from fedpeft.flower.exchange import exchange
+from fedpeft.flower.factor_rounds import FactorAggregator, measured_by, needs_factors
+from fedpeft.flower.federation import Federation
+from fedpeft.flower.gathering import Gathered, Opening, refuse_too_few
+from fedpeft.flower.private_rounds import RoundPrivacy
+from fedpeft.flower.strategies import Aggregator, StrategyRunner
+from fedpeft.flower.tasks import TRAIN
+from fedpeft.ledger import Cohort
+from fedpeft.records import ClientOutcome
+
+_NOBODY = "nobody was sampled; the state stays as it is"
+
+
+class CohortRounds:
+    """See the module; a `Gathering`."""
+
+    def __init__(self, federation: Federation, strategy: StrategyRunner, privacy: RoundPrivacy) -> None:
+        self._federation, self._strategy, self._privacy = federation, strategy, privacy
+
+    def gather(self, opening: Opening) -> Gathered | None:
+        """One cohort; a private run ends before the round that its budget does not allow."""
+        federation, privacy, number = self._federation, self._privacy, opening.number
+        draw = functools.partial(
+            draw_cohort,
+            federation.run,
+            federation.roster,
+            number,
+            bytes_down=opening.sending.size,
+            bytes_up=opening.expected_bytes,
+            coins=privacy.coins(number),
+        )
+        cohort = federation.journal.open_round(number, draw)
+        self._strategy.start_from(opening.before.state)
+        aggregator: Aggregator = privacy.begin(self._strategy, number, cohort)
+        if needs_factors(federation):
+            aggregator = FactorAggregator(federation, aggregator, opening.before.state, number)
+        if not privacy.spend(number, cohort.asked):
+            return None
+        federation.observer.round_started(number, len(cohort.asked) if privacy.counts_answers else 0)
+        collected = self._collect(opening, aggregator, cohort)
+        if privacy.counts_answers:
+            self._check_quorum(cohort, collected, number)
+        folded = collected.folded
+        outcomes = sorted((*collected.outcomes, *cohort.lost), key=lambda outcome: outcome.client)
+        change = aggregator.close() if folded or not privacy.counts_answers else {}
+        return Gathered(
+            change=change,
+            layout=aggregator.layout,
+            collected=collected,
+            outcomes=tuple(outcomes),
+            virtual_s=cohort.virtual_s,
+            notes=() if folded else (_NOBODY,),
+            aggregation=measured_by(aggregator),
+        )
+
+    def close(self) -> None:
+        """Nobody is at work between rounds."""
+
+    def _collect(self, opening: Opening, aggregator: Aggregator, cohort: Cohort) -> Collected:
+        """Send the tasks and fold the replies as they arrive."""
+        federation, sending, number = self._federation, opening.sending, opening.number
+        names = {federation.roster.members[name].node_id: name for name in cohort.working}
+        payloads = {name: sending.payload(name) for name in cohort.working}
+        contents = task_contents(federation, number, payloads)
+        messages = [
+            Message(contents[names[node]], node, TRAIN, group_id=str(number)) for node in sorted(names)
+        ]
+        collected = Collected(opening.before.state)
+        timeout_s = federation.timeout_s
+        silent = dict(names)
+        for reply in exchange(federation.grid, messages, timeout_s=timeout_s):
+            name = silent.pop(reply.metadata.src_node_id)
+            layout = aggregator.layout_of(name) if isinstance(aggregator, FactorAggregator) else None
+            asked = Asked(name, number, opening.digest_of(name), sending.size(name), layout)
+            outcome = count_reply(federation, aggregator, reply, asked, collected)
+            sending.heard(outcome)
+            if federation.run.federation.clock is not None:
+                outcome = outcome.model_copy(update={"virtual_s": cohort.working[name]})
+            note(federation, self._privacy, collected, outcome)
+        for name in silent.values():
+            late = ClientOutcome(client=name, status="late", reason=f"no answer in {timeout_s:g} s")
+            note(federation, self._privacy, collected, late)
+        return collected
+
+    def _check_quorum(self, cohort: Cohort, collected: Collected, number: int) -> None:
+        """Stop the run when too few of the asked clients counted."""
+        needed = math.ceil(self._federation.run.federation.quorum * len(cohort.asked))
+        if collected.folded >= needed:
+            return
+        counted = f"{collected.folded} of {len(cohort.asked)} clients counted"
+        refuse_too_few(
+            f"round {number}: {counted}, the quorum is {needed}",
+            "raise federation.deadline_s or over_selection, or lower federation.quorum",
+            collected,
+            [*collected.outcomes, *cohort.lost],
+        )

@@ -1,0 +1,21 @@
+"""A round's state as the bytes that clients are sent."""
+
+from __future__ import annotations
+
+from fedpeft.flower.federation import Federation
+from fedpeft.update import Arrays
+from fedpeft.wire.codec import Envelope, encode
+
+
+def state_payload(federation: Federation, state: Arrays, number: int, digest: str) -> bytes:
+    """The state that the tasks of round `number` start from; `digest` is its fingerprint."""
+    return encode(
+        Envelope(
+            arrays=state,
+            run_digest=federation.digest,
+            round=number,
+            state_digest=digest,
+            space=federation.space.kind,
+            base_digest=federation.roster.base_digest,
+        )
+    )

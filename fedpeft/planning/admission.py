@@ -1,0 +1,57 @@
+"""Whether a run fits the memory that is there, asked before any weight is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from fedpeft.config import RunConfig
+from fedpeft.data.federated import FederatedData
+from fedpeft.errors import FedPEFTError, ModelError
+from fedpeft.planning.fit import propose
+from fedpeft.planning.predict import Predictor
+
+_CGROUPS = Path("/sys/fs/cgroup")  # of this very process, in a container
+_MIB = 2**20
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, or what its container has left."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUPS / "memory.max").read_text().strip()
+        used = int((_CGROUPS / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUPS / "memory.stat").read_text().splitlines())
+        left = free if limit == "max" else int(limit) - used + int(cached.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such limits here
+        return free
+    return max(0, min(free, left))
+
+
+def refuse_oversized(run: RunConfig, data: FederatedData, *, limit: int, workers: int = 1) -> None:
+    """Refuse a run whose prediction exceeds a limit; one that cannot be predicted passes.
+
+    Args:
+        limit: bytes.
+        workers: processes that train at a time; they share the base model.
+
+    Raises:
+        ModelError: on one line, with what would fit.
+    """
+    try:
+        memory = Predictor(data).memory(run)
+    except FedPEFTError:
+        return
+    alone, shared = memory.peak, memory.base
+    needed = shared + workers * (alone - shared)
+    if needed <= limit:
+        return
+    problem = f"the run would take about {needed // _MIB:,} MiB of memory, and {limit // _MIB:,} MiB are left"
+    if alone <= limit:
+        raise ModelError(f"{problem}; with --workers 1 it takes {alone // _MIB:,} MiB")
+    best = propose(run, data, limit, libraries=0)[-1]
+    if not best.fits:
+        raise ModelError(f"{problem}; no settings fit: choose a smaller model, or a device with more")
+    settings = " ".join(f"--set '{item}'" for item in best.settings)
+    raise ModelError(f"{problem}; what would fit, in {best.total // _MIB:,} MiB: {settings}")
