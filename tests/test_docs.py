@@ -14,7 +14,20 @@ import typer
 from fedpeft.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/federation.md", "docs/flower.md", "docs/threat-model.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/asynchronous.md",
+    "docs/federation.md",
+    "docs/flower.md",
+    "docs/heterogeneous.md",
+    "docs/offsite.md",
+    "docs/operations.md",
+    "docs/robust.md",
+    "docs/scaling.md",
+    "docs/security.md",
+    "docs/threat-model.md",
+)
 FENCE = re.compile(r"^```([a-z]*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 WRITTEN_BY_A_RUN = ("runs/", ".venv/")
@@ -121,5 +134,5 @@ def test_the_readers_find_what_they_look_for() -> None:
 def test_help_lists_every_public_target() -> None:
     makefile = text_of("Makefile")
     public = set(re.findall(r"^([a-z-]+):.*  ## ", makefile, re.MULTILINE))
-    expected = "help setup check test test-fast federation fuzz exhaustive protos demo bench lock clean"
+    expected = "help setup check test test-fast federation soak fuzz exhaustive protos demo bench lock clean"
     assert public == set(expected.split())

@@ -10,18 +10,18 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import grpc
 
-from fedpeft.credentials import Material, read_material
+from fedpeft.credentials import Material
 from fedpeft.errors import FederationError, UsageError
 from fedpeft.files import folder_atomically, storage
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import STEADY_S, error_of, open_channel
+from fedpeft_client.enrolment import renewed
 
 ATTEMPTS, PAUSE_S = 3, 0.5
 AWAY_S = 180.0  # for which whoever follows a log waits for a server that is being restarted
@@ -61,7 +61,8 @@ class Desk:
     @asynccontextmanager
     async def stub(self) -> AsyncIterator[rpc.AdminStub]:
         """A connection for several questions or a stream."""
-        async with open_channel(self._address(), self._material()) as channel:
+        address = self._address()
+        async with open_channel(address, await self._material(address)) as channel:
             yield rpc.AdminStub(channel)  # type: ignore[no-untyped-call]  # generated
 
     async def lines(self, run_id: str, *, follow: bool) -> AsyncIterator[pb.LogLine]:
@@ -115,8 +116,8 @@ class Desk:
             )
         return self.server
 
-    def _material(self) -> Material | None:
-        return None if self.keys is None else read_material(self.keys, datetime.now(UTC))
+    async def _material(self, address: str) -> Material | None:
+        return None if self.keys is None else await renewed(self.keys, address)
 
 
 def _write(folder: Path, chunk: pb.ResultChunk) -> bool:

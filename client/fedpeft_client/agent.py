@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import random
@@ -15,11 +14,12 @@ import grpc
 import psutil
 
 from fedpeft.credentials import Material
-from fedpeft.errors import FedPEFTError, StateError
-from fedpeft.files import storage
+from fedpeft.errors import FedPEFTError
+from fedpeft.files import hold_lock, storage
 from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
 from fedpeft_client.link import Link
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import STATUS_FILE, Status
 from fedpeft_client.workshop import CLIENT_APP, Bounds, Doer, Workshop
@@ -37,6 +37,7 @@ class Agent:
             None for plaintext.
         app: the client's functions; others than the default are for tests and benchmarks.
         workshop: where they run; None: in a process of their own.
+        metrics: counts what it does; None: for nobody.
 
     Raises:
         StateError: another process holds the home folder, or its files are corrupt.
@@ -51,18 +52,24 @@ class Agent:
         material: Renewing | None,
         app: str = CLIENT_APP,
         workshop: Doer | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._settings, self._name, self._renewing = settings, name, material
         with storage(home):
             home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = _locked(home)
+        self._lock = hold_lock(
+            home / _LOCK, in_use=f"{home} is in use by another agent; end it, or give this one its own --home"
+        )
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
         trade = Trade(name, settings.data, settings.model, policy, app)
-        self._desk = Desk(trade, home, self.workshop, self.status)
+        metrics = metrics or Metrics()
+        self._desk = Desk(trade, home, self.workshop, self.status, metrics)
+        metrics.watch(self.status)
         self._stopping = asyncio.Event()
+        self._link: Link | None = None
         self._known = False  # whether this server has ever let us in
 
     async def run(self) -> None:
@@ -80,6 +87,8 @@ class Agent:
             for task in (work, dial):
                 if task in done:
                     task.result()
+            if self._link is not None:  # while it is still read: a cancelled read cancels the session
+                await self._link.leave()
         finally:
             for task in (work, dial, idle, stop):
                 task.cancel()
@@ -123,12 +132,15 @@ class Agent:
     async def _session(self) -> FedPEFTError | None:
         """One connection from dialling to its end; why it ended, if not in peace."""
         material = await self._renewing() if self._renewing is not None else None
+        if material is not None:
+            self.status.certificate_ends = material.certificate.not_valid_after_utc.timestamp()
         channel = open_channel(self._settings.server, material)
         link: Link | None = None
         try:
             link = await Link.open(channel, self._name, capabilities())
-            LOG.info("connected to %s as %s", self._settings.server, link.welcome.name)
-            self._known = True
+            facts = {"event": "connected", "agent": link.welcome.name, "session": link.welcome.session}
+            LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
+            self._known, self._link = True, link
             self._desk.connected(link, material)
             self.status.now("connected")
             async for message in link.messages():
@@ -136,6 +148,7 @@ class Agent:
         except (FedPEFTError, grpc.aio.AioRpcError, OSError) as error:
             return error_of(error, self._settings.server)
         finally:
+            self._link = None
             self._desk.connected(None)
             if link is not None:
                 link.close()
@@ -149,16 +162,3 @@ def capabilities() -> Mapping[str, str]:
         "cores": str(os.cpu_count() or 1),
         "memory-mib": str(psutil.virtual_memory().total >> 20),
     }
-
-
-def _locked(home: Path) -> int:
-    with storage(home):
-        lock = os.open(home / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise StateError(
-            f"{home} is in use by another agent; end it, or give this one its own --home"
-        ) from error
-    return lock

@@ -9,19 +9,22 @@ import logging
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from fedpeft.credentials import Material, Role, check_name, identity_of
 from fedpeft.errors import CredentialError, UsageError
+from fedpeft.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
 from fedpeft_client.enrolment import own_material, renewed
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings, read_settings
 from fedpeft_client.status import STATUS_FILE, read_status
 
+LOG = logging.getLogger("fedpeft.client")
 AGENTS = ".fedpeft"  # in the user's home: one folder per agent
 KEYS = "keys"
 
@@ -34,7 +37,7 @@ def client_command(config: Path | None, given: Mapping[str, Any], token: str) ->
         FedPEFTError: the first contact failed; see `fedpeft.errors`.
     """
     settings = read_settings(config, given)
-    _log()
+    set_up_log(os.environ.get("FEDPEFT_LOG", "INFO"), settings.log, clock="%H:%M:%S")
     if settings.insecure and not _is_loopback(settings.host):
         raise UsageError(
             f"--insecure is plaintext and {settings.host} is another machine; enrol with --token instead"
@@ -67,12 +70,18 @@ async def _serve(settings: Settings, token: str) -> None:
     )
     name = settings.name or settings.data.stem if material is None else _certified(material, settings)
     renewing = None if material is None else lambda: renewed(keys, settings.server)
-    agent = Agent(settings, check_name(name), home, renewing)
+    metrics = Metrics()
+    agent = Agent(settings, check_name(name), home, renewing, metrics=metrics)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
     loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
-    await agent.run()
+    with ExitStack() as stack:
+        if settings.metrics:
+            address, end = expose(metrics.registry, settings.metrics)
+            stack.callback(end)
+            LOG.info("metrics on http://%s/metrics", address)
+        await agent.run()
 
 
 def _certified(material: Material, settings: Settings) -> str:
@@ -113,6 +122,9 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("epsilon", f"{table['epsilon']:g} at most, by what the runs promise"),
         *((f"run {run['name']}", _run_line(run)) for run in table["runs"]),
     ]
+    if table.get("certificate_ends"):
+        ends = time.strftime("%Y-%m-%d", time.localtime(table["certificate_ends"]))
+        lines.append(("certified", f"until {ends}, renewed before if the server can"))
     optional = {"base model": "base_digest", "last refusal": "last_refusal", "last error": "last_error"}
     return lines + [(label, str(table[key])) for label, key in optional.items() if table[key]]
 
@@ -129,11 +141,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _log() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("fedpeft")
-    logger.addHandler(handler)
-    logger.setLevel(os.environ.get("FEDPEFT_LOG", "INFO").upper())

@@ -1,9 +1,10 @@
 """The agent's work, whatever the connection does: tasks in, the owner's policy, the worker, results out.
 
 A task ends in one of three ways: its result is acknowledged, it is refused, or nobody wants it any more.
-Until then it survives everything: a broken connection (the server pushes it again), the worker's death (an
-error is the result), a restart of the agent (a result that was done lies in the outbox; one that wasn't is
-done again, from the same memory, with the same bytes).
+Until then it survives everything: a broken connection (the server pushes it again), the worker's death (it
+is done again if a signal killed the worker; else, and the second time, an error is the result), a restart of
+the agent (a result that was done lies in the outbox; one that wasn't is done again, from the same memory,
+with the same bytes).
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from fedpeft.wire.content import decode_content
 from fedpeft_client.dialing import error_of, pauses
 from fedpeft_client.frames import Frame
 from fedpeft_client.link import Link
+from fedpeft_client.metrics import Metrics
 from fedpeft_client.outbox import Finished, Outbox
 from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
 from fedpeft_client.usage import RunUsage, UsageBook
-from fedpeft_client.workshop import CLIENT_APP, Doer
+from fedpeft_client.workshop import CLIENT_APP, Doer, WorkerKilledError
 
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
@@ -65,8 +67,8 @@ class Trade:
 class Desk:
     """One agent's tasks."""
 
-    def __init__(self, trade: Trade, home: Path, workshop: Doer, status: Status) -> None:
-        self._trade, self._workshop, self._status = trade, workshop, status
+    def __init__(self, trade: Trade, home: Path, workshop: Doer, status: Status, metrics: Metrics) -> None:
+        self._trade, self._workshop, self._status, self._metrics = trade, workshop, status, metrics
         self._memory = StageMemory(home / "memory")
         self._outbox = Outbox(home / "outbox")
         self._book = UsageBook(home / "usage.json")
@@ -129,31 +131,36 @@ class Desk:
     async def _done(self, task: pb.Task) -> None:
         """One task to its end, or to the outbox."""
         self._status.working(task.kind, task.round)
+        began, outcome = time.monotonic(), "ended"
         try:
             content = await self._content(task)
             run_json = self._permitted(task, content)
-            await self._executed(task, content, run_json)
+            outcome = await self._executed(task, content, run_json)
         except _RefusedError as refusal:
+            outcome = "refused"
             await self._refuse(task, str(refusal))
         except FedPEFTError as error:
+            outcome = "failed"
             await self._failed(task, f"{type(error).__name__}: {error}")
         finally:
+            self._metrics.task(outcome, time.monotonic() - began)
             self._status.idle()
 
-    async def _executed(self, task: pb.Task, content: bytes, run_json: str) -> None:
+    async def _executed(self, task: pb.Task, content: bytes, run_json: str) -> str:
+        """Carry a task out; what became of it, in one word."""
         key = _key(task.run)
         remembered = self._memory.get(key)
         before = remembered.for_task(task.id.hex())
-        answer = await self._workshop.do(self._order(task, content, run_json, before))
+        answer = await self._carried_out(self._order(task, content, run_json, before))
         if task.id not in self._tasks:
-            return  # withdrawn meanwhile: as if it had never been begun
+            return "withdrawn"  # as if it had never been begun
         self._status.base_digest = answer.header.get("base_digest", "") or self._status.base_digest
         self._status.loads += bool(answer.header.get("loaded", False))
         if answer.header["error"]:
             if answer.header["refused"]:
                 raise _RefusedError(str(answer.header["error"]).partition(": ")[2])
             await self._failed(task, str(answer.header["error"]))
-            return
+            return "failed"
         body, after = answer.parts["content"], answer.parts["memory"]
         over = over_bytes(self._trade.policy, self._book.today(_today()), len(body))
         if over is not None:
@@ -162,6 +169,18 @@ class Desk:
             self._memory.put(key, Remembered(task.id.hex(), before, after))
         self._outbox.put(Finished(_without_body(task), body))
         self._errand(self._deliver(task.id))
+        return "done"
+
+    async def _carried_out(self, order: Frame) -> Frame:
+        """A worker that was killed from outside costs time, and no update: the order is given once more."""
+        try:
+            return await self._workshop.do(order)
+        except WorkerKilledError as error:
+            LOG.warning("%s, and does its task again", error)
+        try:
+            return await self._workshop.do(order)
+        except WorkerKilledError as error:
+            raise FederationError(str(error)) from error
 
     def _order(self, task: pb.Task, content: bytes, run_json: str, memory: bytes) -> Frame:
         trade = self._trade
@@ -175,6 +194,7 @@ class Desk:
             "data": str(trade.data),
             "model": trade.model,
             "base_digests": list(trade.policy.base_digests or ()),
+            "max_memory_mib": trade.policy.max_memory_mib,
         }
         return Frame(header, {"content": content, "memory": memory})
 
@@ -220,7 +240,9 @@ class Desk:
         crash_point("agent.budget.booked")
 
     async def _refuse(self, task: pb.Task, reason: str) -> None:
-        LOG.warning("refused %s of round %d: %s", task.kind, task.round, reason)
+        LOG.warning(
+            "refused %s of round %d: %s", task.kind, task.round, reason, extra=_facts("refused", task)
+        )
         self._book.usage.refusals += 1
         self._book.save()
         self._status.refused(reason)
@@ -229,7 +251,7 @@ class Desk:
     async def _failed(self, task: pb.Task, error: str) -> None:
         """An error is a result too, but none to keep: a task that comes again is done again."""
         line = " ".join(error.split())
-        LOG.warning("%s of round %d failed: %s", task.kind, task.round, line)
+        LOG.warning("%s of round %d failed: %s", task.kind, task.round, line, extra=_facts("failed", task))
         self._book.usage.failures += 1
         self._book.save()
         self._status.failed(line)
@@ -333,7 +355,11 @@ class Desk:
         self._book.save()
         self._status.changed(at_once=True)
         LOG.info(
-            "%s of round %d: %d bytes accepted", finished.task.kind, finished.task.round, len(finished.body)
+            "%s of round %d: %d bytes accepted",
+            finished.task.kind,
+            finished.task.round,
+            len(finished.body),
+            extra=_facts("accepted", finished.task) | {"bytes_up": len(finished.body)},
         )
 
     def _withdrawn(self, cancel: pb.Cancel) -> None:
@@ -381,6 +407,11 @@ def _without_body(task: pb.Task) -> pb.Task:
     bare.CopyFrom(task)
     bare.ClearField("body")
     return bare
+
+
+def _facts(event: str, task: pb.Task) -> dict[str, object]:
+    """What a line of the log says to programs."""
+    return {"event": event, "run": task.run, "round": task.round, "kind": task.kind}
 
 
 def _key(run: str) -> str:

@@ -100,7 +100,10 @@ def is_final(error: FedPEFTError) -> bool:
 
 def _unreachable(details: str, server: str) -> FedPEFTError:
     lower = details.lower()
-    if "certificate" in lower or "handshake" in lower or "ssl" in lower:
+    # Whoever closes in the middle of a handshake without a word on certificates may be a relay whose server
+    # is away: that mends itself, unlike a certificate that is refused.
+    cut = any(word in lower for word in ("socket closed", "connection reset", "broken pipe"))
+    if "certificate" in lower or (("handshake" in lower or "ssl" in lower) and not cut):
         return CredentialError(
             f"{server}: no trust between the two ends ({details[-120:]}); is this the right server?"
             " If so, enrol with a token of its admin"

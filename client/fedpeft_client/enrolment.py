@@ -12,7 +12,14 @@ from pathlib import Path
 
 import grpc
 
-from fedpeft.credentials import Material, make_request, pinned_authority, read_material, visitor_material
+from fedpeft.credentials import (
+    Material,
+    expiry_warning,
+    make_request,
+    pinned_authority,
+    read_material,
+    visitor_material,
+)
 from fedpeft.credentials.certificates import renewal_due
 from fedpeft.credentials.material import CERTIFICATE_FILE, adopt, pending_key
 from fedpeft.errors import CredentialError, FederationError, FedPEFTError
@@ -81,7 +88,10 @@ async def renewed(keys: Path, server: str) -> Material:
         LOG.info("the certificate was renewed")
         return adopt(keys, certificate, material.authority)
     except FedPEFTError as error:
+        ending = expiry_warning(material.certificate, datetime.now(UTC), f"'{keys}'")
         LOG.warning("the certificate is not renewed yet: %s", error)
+        if ending is not None:
+            LOG.warning("%s, or ask the federation's admin for a token", ending)
         return material
 
 

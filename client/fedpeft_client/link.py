@@ -19,6 +19,7 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import error_named
 
 PROTOCOL_VERSION = 1
+_PARTING_S = 0.5
 _STALL_S = 60.0  # without a byte in the middle of a blob
 
 
@@ -155,6 +156,14 @@ class Link:
             begun.clear()
             raise UpdateError("the body of a task is not the one announced; fetching it again")
         return body
+
+    async def leave(self) -> None:
+        """Tell the server that this side has said its last, and wait a moment for it to end the session."""
+        self._beat.cancel()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
+            async with asyncio.timeout(_PARTING_S):
+                await self._call.done_writing()
+                await self._call.code()
 
     def close(self) -> None:
         """End the session."""

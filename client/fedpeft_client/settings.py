@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedpeft.errors import UsageError
+from fedpeft.settings_file import beside, checked, read_table
+from fedpeft.telemetry import LogFormat, is_address
 from fedpeft_client.policy import Policy
 
 
@@ -28,6 +29,8 @@ class Settings(BaseModel):
         connect_s: how long a first contact is tried before the agent gives up; 0: for ever. An agent that
             was connected once always goes on trying.
         idle_release_s: the worker, and with it the model, goes after so long without work; 0: never.
+        metrics: host and port where Prometheus may ask, over plain HTTP and without a login; empty: nowhere.
+        log: how the log on standard error is written: lines for people, or one JSON object each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -41,6 +44,8 @@ class Settings(BaseModel):
     insecure: bool = False
     connect_s: Annotated[float, Field(ge=0.0)] = 60.0
     idle_release_s: Annotated[float, Field(ge=0.0)] = 0.0
+    metrics: str = ""
+    log: LogFormat = "text"
     policy: Policy = Policy()
 
     @property
@@ -55,43 +60,23 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
     Raises:
         UsageError: every problem, in one line.
     """
-    table = {**_table(config), **given}
-    try:
-        settings = Settings.model_validate(table)
-    except ValidationError as error:
-        raise UsageError(
-            f"{config or 'fedpeft client'}: {'; '.join(_problem(d) for d in error.errors())}"
-        ) from error
+    settings = checked(Settings, {**_table(config), **given}, source=str(config or "fedpeft client"))
     host, colon, port = settings.server.rpartition(":")
     if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
         raise UsageError(f"server {settings.server!r} is no address; give HOST:PORT")
+    if settings.metrics and not is_address(settings.metrics):
+        raise UsageError(f"metrics {settings.metrics!r} is no address; give HOST:PORT")
     if not settings.data.exists():
         raise UsageError(f"{settings.data}: there is no such file or folder; give --data the agent's rows")
     return settings
 
 
 def _table(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        table = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{config}: cannot be read as TOML ({error})") from error
+    table = read_table(config)
     for key in ("data", "keys", "home", "model"):
         value = table.get(key)
-        if (
-            isinstance(value, str)
-            and not Path(value).is_absolute()
-            and (key != "model" or (config.parent / value).exists())
-        ):
-            table[key] = str((config.parent / Path(value).expanduser()).resolve())
+        if config is None or not isinstance(value, str) or Path(value).is_absolute():
+            continue
+        if key != "model" or (config.parent / value).exists():  # else a hub's name
+            table[key] = beside(config, value)
     return table
-
-
-def _problem(detail: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "missing":
-        return f"{where} is needed; give it with --{where} or in client.toml"
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; check its spelling"
-    return f"{where}: {detail['msg']}, got {detail['input']!r}"

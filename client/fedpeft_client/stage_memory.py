@@ -7,6 +7,7 @@ before. So the file of a run holds both, and the task between them.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from fedpeft.faults import crash_point
 from fedpeft.files import storage, write_atomically
 
 Memory = Mapping[str, NDArray[Any]]
+_HELD = 2  # runs: a server holds one or two at a time
+_KEPT = 32  # files
 
 
 def memory_bytes(memory: Memory) -> bytes:
@@ -57,20 +60,23 @@ class Remembered:
 
 @dataclass
 class StageMemory:
-    """The memories of all runs, one file each, in the folder of the agent's state.
+    """The memories of runs, one file each, in the folder of the agent's state.
+
+    A memory is as large as the run's adapter, twice, and nobody tells an agent that a run has ended. So few
+    are held, and the files of runs that were worked on longest ago go: a run that comes back after so many
+    others begins its memory anew, as it would on another device.
 
     Raises:
         StorageError, StateError: the folder cannot be read or written, or a file in it is corrupt.
     """
 
     folder: Path
-    _known: dict[str, Remembered] = field(default_factory=dict)
+    _known: OrderedDict[str, Remembered] = field(default_factory=OrderedDict)
 
     def get(self, run: str) -> Remembered:
         """What is remembered of a run."""
-        if run not in self._known:
-            self._known[run] = self._read(run)
-        return self._known[run]
+        remembered = self._known.get(run)
+        return self._hold(run, self._read(run) if remembered is None else remembered)
 
     def put(self, run: str, remembered: Remembered) -> None:
         """Replace it durably; a run that remembers nothing has no file."""
@@ -80,9 +86,26 @@ class StageMemory:
                 path.unlink(missing_ok=True)
         else:
             crash_point("agent.memory.begun")
+            fresh = not path.exists()
             write_atomically(path, _file(remembered), mode=0o600)
             crash_point("agent.memory.durable")
+            if fresh:
+                self._prune()
+        self._hold(run, remembered)
+
+    def _hold(self, run: str, remembered: Remembered) -> Remembered:
         self._known[run] = remembered
+        self._known.move_to_end(run)
+        while len(self._known) > _HELD:
+            self._known.popitem(last=False)
+        return remembered
+
+    def _prune(self) -> None:
+        """Let the files go that were written longest ago, if there are too many."""
+        with storage(self.folder):
+            files = sorted(self.folder.glob("*.memory"), key=lambda file: file.stat().st_mtime_ns)
+            for file in files[:-_KEPT]:
+                file.unlink(missing_ok=True)
 
     def _path(self, run: str) -> Path:
         with storage(self.folder):

@@ -27,6 +27,7 @@ class Status:
         self.doing = ""
         self.base_digest = ""
         self.loads = 0  # of the base model, since the agent was started
+        self.certificate_ends: float | None = None
         self.last_error = ""
         self.last_refusal = ""
         self._since = time.time()
@@ -85,6 +86,7 @@ class Status:
             "runs": [run.model_dump() for run in usage.runs.values()],
             "base_digest": self.base_digest,
             "loads": self.loads,
+            "certificate_ends": self.certificate_ends,
             "last_error": self.last_error,
             "last_refusal": self.last_refusal,
         }

@@ -1,27 +1,36 @@
 """The resident worker: a process of its own that keeps the base model loaded and runs the client's functions.
 
 It is started afresh, not forked: gRPC's threads do not survive a fork. It reads orders from a socket that it
-inherits and ends when the agent closes it. Nothing of an order is code: the app is named by the agent itself.
+inherits and ends when the agent closes it, or is gone. Nothing of an order is code: the app is named by the
+agent itself.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import FedPEFTError, ModelError
 from fedpeft.faults import crash_point
 from fedpeft.flower.execute import Outcome, execute, named_app
+from fedpeft.orphans import end_with
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft_client.frames import Frame, pack, read_frame
 from fedpeft_client.stage_memory import memory_bytes, memory_of
 from fedpeft_client.workshop import CLIENT_APP
 
+if TYPE_CHECKING:
+    from fedpeft.config import RunConfig
+    from fedpeft.data.federated import FederatedData
+    from fedpeft.resident import Admit
+
 
 def main(fd: int) -> None:
     """Serve orders until the agent hangs up."""
+    end_with(os.getppid())  # beside its work: a killed agent's successor wants the memory
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while (order := read_frame(orders)) is not None:
             pipe.sendall(pack(done(order)))
@@ -76,7 +85,7 @@ def _loaded(header: Any) -> tuple[str, bool]:
                 f"the run file that came is not that of run {digest[:12]}; nothing was trained"
             ) from None
         own = Own(header["client"], Path(header["data"]), header["model"])
-        resident = load_own_resident(run, own)
+        resident = load_own_resident(run, own, admit=_admission(header.get("max_memory_mib")))
         install_resident(resident)
         fresh = True
     if pins and resident.base_digest not in pins:
@@ -86,5 +95,18 @@ def _loaded(header: Any) -> tuple[str, bool]:
     return resident.base_digest, fresh
 
 
+def _admission(most_mib: float | None) -> Admit:
+    """Refuse what this device, or its owner, has no memory for, before the base model is read."""
+    from fedpeft.planning.admission import available_memory, refuse_oversized
+
+    owners = float("inf") if most_mib is None else most_mib * 2**20
+
+    def admit(run: RunConfig, data: FederatedData) -> None:
+        refuse_oversized(run, data, limit=int(min(available_memory(), owners)))
+
+    return admit
+
+
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    os._exit(0)  # taking the libraries down in order takes seconds and frees nothing that the end does not

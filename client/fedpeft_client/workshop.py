@@ -22,6 +22,10 @@ _WATCH_S = 0.25
 _MIB = 1 << 20
 
 
+class WorkerKilledError(FederationError):
+    """A signal ended the worker: something outside the order, which is worth a second attempt."""
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What one task may take; None: as much as it wants."""
@@ -70,8 +74,9 @@ class Workshop:
         """Give an order and wait for its answer.
 
         Raises:
-            FederationError: the worker died, or was ended for exceeding its bounds; the next order starts
-                another.
+            WorkerKilledError: a signal ended the worker.
+            FederationError: the worker died otherwise, or was ended for exceeding its bounds. The next order
+                starts another.
         """
         async with self._busy:
             reader, writer = await self._running()
@@ -84,15 +89,20 @@ class Workshop:
                     raise FederationError(watch.result())
                 return answer.result()
             except (asyncio.IncompleteReadError, OSError) as error:
-                raise FederationError(
-                    f"the worker process died ({self._epitaph()}); it is started anew"
-                ) from error
+                died = f"the worker process died ({self._epitaph()}); it is started anew"
+                kind = WorkerKilledError if self._killed() else FederationError
+                raise kind(died) from error
             except asyncio.CancelledError:
                 await self._end()
                 raise
             finally:
                 answer.cancel()
                 watch.cancel()
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's, if one was started and not ended by us."""
+        return None if self._process is None else self._process.pid
 
     async def release(self) -> None:
         """End the worker once it is idle, and with it what it holds; the next order starts another."""
@@ -147,6 +157,9 @@ class Workshop:
             name = signal.Signals(-code).name
             return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
         return f"exit code {code}"
+
+    def _killed(self) -> bool:
+        return self._process is not None and (self._process.returncode or 0) < 0
 
     async def _end(self) -> None:
         if self._streams is not None:

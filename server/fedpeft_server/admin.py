@@ -11,10 +11,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fedpeft import __version__
 from fedpeft.config import RunConfig
 from fedpeft.credentials import Authority, Identity, Role, check_name
 from fedpeft.credentials.federation import is_held
-from fedpeft.errors import CredentialError, FedPEFTError, UsageError
+from fedpeft.errors import CredentialError, UsageError
 from fedpeft.files import storage
 from fedpeft.ledger.run_folder import ADAPTER, CHECKPOINTS, REPORT, ROWS, RUN_FILE
 from fedpeft.records import Round, parse_row
@@ -22,8 +23,7 @@ from fedpeft.runfile import build_run
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.callers import Gate
-from fedpeft_server.sessions import AgentStatus
-from fedpeft_server.statuses import status_of
+from fedpeft_server.sessions import AgentStatus, ServerStatus
 from fedpeft_server.store import Rules, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 
@@ -40,6 +40,10 @@ class AgentDesk(Protocol):
 
     def agents(self) -> list[AgentStatus]:
         """All that were here since the start."""
+        ...
+
+    def standing(self) -> ServerStatus:
+        """The transport as a whole."""
         ...
 
     def disconnect(self, agent: str, reason: str) -> None:
@@ -63,7 +67,7 @@ class Administration:
 
 
 class Admin(rpc.AdminServicer):
-    """Every call names its least role; errors go back as gRPC statuses with our one line."""
+    """Every call names its least role; `Front` sends errors back with our one line."""
 
     def __init__(self, base: Administration) -> None:
         self._base = base
@@ -169,7 +173,8 @@ class Admin(rpc.AdminServicer):
                     now[sighting.name] = pb.AgentInfo(
                         name=sighting.name, last_seen_ms=_ms(sighting.last_seen)
                     )
-            return pb.ListAgentsReply(agents=[now[name] for name in sorted(now)])
+            agents = [now[name] for name in sorted(now)]
+            return pb.ListAgentsReply(agents=agents, server=_server_info(self._base.desk().standing()))
 
         return await self._answer(context, Role.SUBMITTER, listed)
 
@@ -206,13 +211,8 @@ class Admin(rpc.AdminServicer):
         return await self._answer(context, Role.ADMIN, revoke)
 
     async def _answer(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
-        """Check the caller's role, do the work on a thread, and turn an error into a status."""
-        try:
-            who = self._base.gate.require(context, role)
-            return await asyncio.to_thread(work, who)
-        except FedPEFTError as error:
-            await context.abort(*status_of(error))
-            raise
+        """Check the caller's role and do the work on a thread; errors are the front door's."""
+        return await asyncio.to_thread(work, self._base.gate.require(context, role))
 
     def _authority(self) -> Authority:
         if self._base.authority is None:
@@ -279,6 +279,23 @@ def _agent_info(status: AgentStatus) -> pb.AgentInfo:
         results=status.results,
         refusals=status.refusals,
         last_refusal=status.last_refusal,
+        refused=status.refused,
+        calls=status.calls,
+        bytes_up=status.bytes_up,
+        bytes_down=status.bytes_down,
+        certificate_ends_ms=_ms(status.certificate_ends or 0.0),
+    )
+
+
+def _server_info(status: ServerStatus) -> pb.ServerInfo:
+    return pb.ServerInfo(
+        version=__version__,
+        started_ms=_ms(status.started),
+        certificate_ends_ms=_ms(status.certificate_ends or 0.0),
+        connected=status.connected,
+        max_agents=status.max_agents,
+        refused=status.refused,
+        refused_nameless=status.refused_nameless,
     )
 
 

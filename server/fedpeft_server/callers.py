@@ -16,8 +16,10 @@ from fedpeft.credentials import (
     require_role,
     verify_body_digest,
 )
-from fedpeft.errors import CredentialError
+from fedpeft.errors import CredentialError, FedPEFTError
 from fedpeft_server.contracts import Arrival
+
+ADDRESS = "@"  # begins the name of a share that is an address's; no certificate's name does
 
 
 class Context(Protocol):
@@ -39,10 +41,12 @@ class Caller:
     Attributes:
         name: under which it is known.
         certificate: PEM; empty without TLS.
+        certificate_ends: None without TLS.
     """
 
     name: str
     certificate: bytes = b""
+    certificate_ends: datetime | None = None
 
 
 class Gate(Protocol):
@@ -61,6 +65,10 @@ class Gate(Protocol):
 
     def require(self, context: Context, role: Role) -> Identity:
         """Anyone with a role that covers `role`; raises as `agent`."""
+        ...
+
+    def share(self, context: Context) -> str:
+        """Whose share of the server a call uses: a certificate's name, else an address after `ADDRESS`."""
         ...
 
     def still(self, caller: Caller) -> None:
@@ -91,6 +99,10 @@ class OpenGate:
         """See `Gate`."""
         return Identity("local", role)
 
+    def share(self, context: Context) -> str:
+        """See `Gate`: each connection has one, as all come from one host."""
+        return ADDRESS + context.peer()
+
     def still(self, caller: Caller) -> None:
         """Nobody is ever sent away."""
 
@@ -111,13 +123,22 @@ class CertificateGate:
             raise CredentialError(
                 f"the agent calls itself {claimed[:64]!r}, its certificate {who.name!r}; leave --name out"
             )
-        return Caller(who.name, certificate_of(context))
+        shown = certificate_of(context)
+        ends = self._peers.certificate(shown, self._now()).not_valid_after_utc
+        return Caller(who.name, shown, ends)
 
     def require(self, context: Context, role: Role) -> Identity:
         """See `Gate`."""
         who = self._peers.identity(certificate_of(context), self._now())
         require_role(who, role)
         return who
+
+    def share(self, context: Context) -> str:
+        """See `Gate`: visitors, who have no certificate yet, share their host's."""
+        try:
+            return self._peers.identity(certificate_of(context), self._now()).name
+        except FedPEFTError:
+            return ADDRESS + context.peer().rpartition(":")[0]
 
     def still(self, caller: Caller) -> None:
         """See `Gate`."""

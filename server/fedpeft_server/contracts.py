@@ -102,7 +102,8 @@ class Blobs(Protocol):
         """Open a partial blob, new or begun before.
 
         Raises:
-            StorageError: it cannot be written, or another upload of it is under way.
+            StorageError: it cannot be written.
+            LimitError: another upload of it is under way.
         """
         ...
 

@@ -10,6 +10,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.flower.mail import Cancels
+
 TOLERANCE_S = 5.0
 
 
@@ -133,6 +135,11 @@ class WatchedGrid(Grid):
         """As the inner grid; leaves."""
         self._control.check()
         return self._inner.pull_messages(message_ids)
+
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """As the inner grid, if it can."""
+        if isinstance(self._inner, Cancels):
+            self._inner.cancel(message_ids)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -25,9 +23,14 @@ from fedpeft.credentials import (
 )
 from fedpeft.errors import FedPEFTError, StorageError
 from fedpeft.faults import crash_point
+from fedpeft.flower.flights import overlap_of
+from fedpeft.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
+from fedpeft_server.descriptors import allow_connections
 from fedpeft_server.doors import Doors, certificate_doors
+from fedpeft_server.expiry import ExpiryWatch
 from fedpeft_server.grid import GrpcGrid, RunIdentity
+from fedpeft_server.metrics import Metrics
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.settings import Settings
 from fedpeft_server.store import Store, StoredRun
@@ -52,38 +55,63 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
-    set_up_log(settings)
+    set_up_log(settings.log.level, settings.log.format)
+    if few := allow_connections(settings.limits.connections):
+        LOG.warning("%s", few)
+    with standing(settings, migrate=migrate) as (store, supervisor, running):
+        supervisor.start()
+        LOG.info("listening on %s, state in %s", running.address, settings.state)
+        _until(told, store, running)
+        LOG.info("ending: runs are put aside, they go on at the next start")
+        if not supervisor.drain(settings.drain_s):
+            LOG.warning(
+                "a run did not reach a safe point in %g s; it goes on from its last commit", settings.drain_s
+            )
+        crash_point("server.daemon.drained")
+    return 0
+
+
+@contextmanager
+def standing(
+    settings: Settings, *, migrate: bool = False
+) -> Iterator[tuple[Store, Supervisor, RunningServer]]:
+    """A server that listens, and is taken down when the block ends; its runs wait for `Supervisor.start`.
+
+    Raises:
+        FedPEFTError: as `run_daemon`.
+    """
     doors, authority = doors_of(settings)
-    with Store(settings.state, url=settings.database or None, migrate=migrate) as store:
+    metrics = Metrics()
+    with ExitStack() as stack:
+        if settings.metrics.address:
+            address, end = expose(metrics.registry, settings.metrics.address)
+            stack.callback(end)
+            LOG.info("metrics on http://%s/metrics", address)
+        store = stack.enter_context(
+            Store(settings.state, url=settings.database or None, migrate=migrate, metrics=metrics)
+        )
         store.collect()
         crash_point("server.daemon.opened")
         line = _Line()
-        supervisor = Supervisor(store, line.open_grid, parallel=settings.parallel_runs)
+        supervisor = Supervisor(
+            store,
+            line.open_grid,
+            parallel=settings.parallel_runs,
+            patience_s=settings.limits.round_s,
+        )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
-        running = serve(
+        line.running = running = serve(
             settings.transport(),
             store.results,
             store.blobs,
             doors=doors,
             admin=admin,
             trouble=supervisor.trouble,
+            metrics=metrics,
         )
-        line.running = running
-        try:
-            crash_point("server.daemon.listening")
-            supervisor.start()
-            LOG.info("listening on %s, state in %s", running.address, settings.state)
-            _until(told, store, running)
-            LOG.info("ending: runs are put aside, they go on at the next start")
-            if not supervisor.drain(settings.drain_s):
-                LOG.warning(
-                    "a run did not reach a safe point in %g s; it goes on from its last commit",
-                    settings.drain_s,
-                )
-            crash_point("server.daemon.drained")
-        finally:
-            running.stop()
-    return 0
+        stack.callback(running.stop)
+        crash_point("server.daemon.listening")
+        yield store, supervisor, running
 
 
 def doors_of(settings: Settings) -> tuple[Doors, Authority | None]:
@@ -119,7 +147,8 @@ class _Line:
     def open_grid(self, stored: StoredRun) -> Iterator[_Agents]:
         """A run's grid; its agents' work is withdrawn when the run lets go of it."""
         agents = stored.rules.agents or None
-        grid = self.server().grid(RunIdentity(stored.id, stored.digest), agents=agents)
+        identity = RunIdentity(stored.id, stored.digest, overlap_of(stored.run))
+        grid = self.server().grid(identity, agents=agents)
         try:
             yield _Agents(grid)
         finally:
@@ -142,36 +171,17 @@ class _Agents:
     def bound(self, result_bytes: int) -> None:
         self.inner.bound(result_bytes)
 
+    def refused(self, agent: str, why: str) -> None:
+        self.inner.refused(agent, why)
+
 
 def _until(told: threading.Event, store: Store, running: RunningServer) -> None:
     """Wait for a signal; note now and then who is here."""
+    expiry = ExpiryWatch()
     while not told.wait(SIGHTINGS_S):
-        here = [status.name for status in running.agents() if status.connected]
+        agents = running.agents()
+        for line in expiry.lines(running.standing(), agents, datetime.now(UTC)):
+            LOG.warning("%s", line)
+        here = [status.name for status in agents if status.connected]
         with contextlib.suppress(StorageError):
             store.agents.seen(here)
-
-
-def set_up_log(settings: Settings) -> None:
-    """The daemon's log on standard error: lines for people, or one JSON object each."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S")
-    handler.setFormatter(_JsonLines() if settings.log.format == "json" else text)
-    logger = logging.getLogger("fedpeft")
-    logger.handlers[:] = [handler]
-    logger.setLevel(settings.log.level.upper())
-    logger.propagate = False
-
-
-class _JsonLines(logging.Formatter):
-    """One object per line: time, level, text, and what else was given with the line."""
-
-    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See the class."""
-        extra = {key: value for key, value in vars(record).items() if key not in self._STANDARD}
-        time = datetime.fromtimestamp(record.created, UTC).isoformat()
-        line = {"time": time, "level": record.levelname.lower(), "text": record.getMessage(), **extra}
-        if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)

@@ -37,11 +37,13 @@ class Doors:
         gate: names and roles of callers.
         credentials: gRPC's, for TLS; None: plaintext, which only a loopback address takes.
         enrol: what `Enroll` does; None where there are no certificates.
+        ends: when the server's own certificate ends, as it is now; None where there is none.
     """
 
     gate: Gate = field(default_factory=OpenGate)
     credentials: grpc.ServerCredentials | None = None
     enrol: Enrol | None = None
+    ends: Callable[[], datetime | None] = lambda: None
 
 
 def certificate_doors(
@@ -62,7 +64,7 @@ def certificate_doors(
     """
     enrol = None if authority is None else Enrolment(authority, peers, now)
     own = _Own(material, keys, now)
-    return Doors(CertificateGate(peers, now), _credentials(own, authority, now), enrol)
+    return Doors(CertificateGate(peers, now), _credentials(own, authority, now), enrol, own.ends)
 
 
 class Enrolment:
@@ -108,6 +110,10 @@ class _Own:
         self._stamp = self._seen()
         self._made = self._configured(material)
 
+    def ends(self) -> datetime:
+        """When the certificate that new connections get ends."""
+        return self._ends
+
     def configuration(self, *, visitors: bool) -> Any:
         """For one handshake; on gRPC's threads."""
         with self._lock:
@@ -128,6 +134,7 @@ class _Own:
         LOG.info("new connections get the server's new certificate")
 
     def _configured(self, material: Material) -> dict[bool, Any]:
+        self._ends = material.certificate.not_valid_after_utc
         pair = (material.key_pem, material.certificate_pem)
         return {
             visitors: grpc.ssl_server_certificate_configuration([pair], roots)
@@ -145,13 +152,30 @@ class _Own:
 
 
 def _credentials(own: _Own, authority: Authority | None, now: Now) -> grpc.ServerCredentials:
-    """Visitors, who have no certificate, get through the handshake only while a token waits for one."""
+    """Visitors, who have no certificate, get through the handshake only while a token waits for one.
 
-    def current() -> Any:
+    gRPC is given a configuration only when it is another one than before. It puts each that it is given in
+    the place of the last without asking whether a handshake on another thread is reading that one: given at
+    every handshake, as its interface would have it, two at the same time end the process.
+    """
+    lock = threading.Lock()
+
+    def wanted() -> Any:
         try:
             visitors = authority is not None and authority.tokens.open_at(now())
         except FedPEFTError:  # an unreadable folder of tokens lets nobody in
             visitors = False
         return own.configuration(visitors=visitors)
 
-    return grpc.dynamic_ssl_server_credentials(current(), current, require_client_authentication=True)
+    held = wanted()
+
+    def changed() -> Any:
+        nonlocal held
+        with lock:
+            fresh = wanted()
+            if fresh is held:
+                return None
+            held = fresh
+            return fresh
+
+    return grpc.dynamic_ssl_server_credentials(held, changed, require_client_authentication=True)

@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
+from fedpeft.flower.flights import crowd_problems
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.tasks import Task
 from fedpeft.sampling import cohort_size
@@ -33,6 +34,9 @@ def agents_wanted(run: RunConfig, rules: Rules) -> int:
         cohort_size(run.federation.sampling, wanted)
     except FederationError as error:
         raise UsageError(f"{error}; or give a larger --min-agents") from error
+    crowd = crowd_problems(run.federation.buffer, wanted) if run.federation.buffer is not None else []
+    if crowd:
+        raise UsageError(f"{crowd[0]}; or give a larger --min-agents")
     return wanted
 
 
@@ -45,6 +49,7 @@ def gather(
     control: Control,
     check: Callable[[Roster], None],
     waiting: Callable[[str], None],
+    own_base: Callable[[str], int | None] = lambda client: None,
 ) -> Roster:
     """The roster of a run's agents, as soon as there is a sound one.
 
@@ -54,6 +59,7 @@ def gather(
         wait_s: for how long at most; 0: as long as it takes.
         check: refuses a roster.
         waiting: told what is waited for, in one line, whenever that changes.
+        own_base: see `roll_call`.
 
     Raises:
         FederationError: not within `wait_s`.
@@ -76,7 +82,7 @@ def gather(
             wait(f"{here} of {wanted} agents are connected", POLL_S)
             continue
         try:
-            roster = roll_call(grid, task, expected=wanted)
+            roster = roll_call(grid, task, expected=wanted, own_base=own_base)
             if len(roster.members) < wanted:
                 raise FederationError(f"{len(roster.members)} of {wanted} agents answered the roll call")
             check(roster)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import threading
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import ERROR_CODE, HELLO, read_hello
 from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.refusals import Reason
 from fedpeft_server.sessions import Hub
 from fedpeft_server.work import Body, Done, Failed, Outcome, Work, work_id
 
@@ -31,10 +32,17 @@ def node_id(agent: str) -> int:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """A run as the transport names it: the server's name for it, and its run file's digest (hex)."""
+    """A run as the transport knows it.
+
+    Attributes:
+        id: the server's name for it.
+        digest: of its run file, hex.
+        overlap: rounds whose work goes on when that of a later one is asked for.
+    """
 
     id: str
     digest: str
+    overlap: int = 0
 
 
 class GrpcGrid(Grid):
@@ -42,7 +50,8 @@ class GrpcGrid(Grid):
 
     Replies are given out once they are durable. A message to an agent that is away waits for it, and is
     pushed again to one that comes back; a reply that was accepted before a restart is there at once. Messages
-    of older rounds that nobody has answered are withdrawn when those of a new round are pushed.
+    of older rounds that nobody has answered are withdrawn when those of a new round are pushed, but for the
+    run's overlap.
 
     Args:
         agents: who may take part; None: every agent.
@@ -123,7 +132,7 @@ class GrpcGrid(Grid):
             StateError, StorageError: what was accepted before cannot be read.
         """
         works = [(message, self._work(message)) for message in messages]
-        recalled = self._recalled({(work.round, work.kind) for _, work in works})
+        recalled = self._recalled([work for _, work in works])
         fresh: list[Work] = []
         ids = []
         with self._changed:
@@ -133,7 +142,7 @@ class GrpcGrid(Grid):
                 self._count += 1
                 ids.append(str(self._count))
                 self._waiting[ids[-1]] = (message, work)
-                arrival = recalled.get((work.id, work.agent))
+                arrival = recalled.get(work.id)
                 if arrival is not None:
                     self._ready[ids[-1]] = Done(arrival.digest, arrival.size, arrival.body)
                 else:
@@ -144,16 +153,17 @@ class GrpcGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Replies that are ready, in any order; waits a moment for the first.
+        """Replies that are ready, in the order in which they came; waits a moment for the first.
 
         Raises:
             FedPEFTError: what the grid was stopped with.
         """
-        wanted = list(message_ids)
+        wanted = set(message_ids)
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or any(id_ in self._ready for id_ in wanted), WAIT_S)
+            self._changed.wait_for(lambda: self._stopped or not wanted.isdisjoint(self._ready), WAIT_S)
             self._refuse_if_stopped()
-            taken = [(*self._waiting.pop(id_), self._ready.pop(id_)) for id_ in wanted if id_ in self._ready]
+            ready = [id_ for id_ in self._ready if id_ in wanted]
+            taken = [(*self._waiting.pop(id_), self._ready.pop(id_)) for id_ in ready]
         # One at a time, as the caller takes them: blobs are read when their turn comes.
         return (self._reply(message, work, outcome) for message, work, outcome in taken)
 
@@ -174,6 +184,10 @@ class GrpcGrid(Grid):
         with self._changed:
             works = [self._forget(id_) for id_ in message_ids if id_ in self._waiting]
         self._withdraw(works, "nobody waits for it any more")
+
+    def refused(self, agent: str, why: str) -> None:
+        """From any thread: count a reply that must not be folded in, with its sender."""
+        self._loop.call_soon_threadsafe(self._hub.shares.count, agent, Reason.UPDATE, why)
 
     def stop(self, error: FedPEFTError) -> None:
         """From any thread: let whoever waits, now or later, raise `error`; withdraw all work."""
@@ -215,16 +229,24 @@ class GrpcGrid(Grid):
             self._content = (content, Body.of(content_bytes(content)))
         return self._content[1]
 
-    def _recalled(self, asked: set[tuple[int, str]]) -> Mapping[tuple[bytes, str], Arrival]:
-        return {
-            (arrival.task, arrival.agent): arrival
-            for round_, kind in asked
-            for arrival in self._acceptor.recall(self._run.id, round_, kind)
-        }
+    def _recalled(self, works: Sequence[Work]) -> Mapping[bytes, Arrival]:
+        """What was accepted before, by work.
+
+        Where rounds overlap, an old task's state travels whole after a restart, however it did before, and
+        the task has another id then. Its agent's result of that round is the one that there is.
+        """
+        mine = {(work.round, work.kind, work.agent): work.id for work in works}
+        found: dict[bytes, Arrival] = {}
+        for round_, kind in {(work.round, work.kind) for work in works}:
+            for arrival in self._acceptor.recall(self._run.id, round_, kind):
+                id_ = mine.get((round_, kind, arrival.agent))
+                if id_ is not None and (self._run.overlap or arrival.task == id_):
+                    found[id_] = arrival
+        return found
 
     def _stale(self, rounds: set[int]) -> list[Work]:
-        """Forget work of rounds before the ones that are pushed now."""
-        first = min(rounds, default=0)
+        """Forget work of rounds too far before the ones that are pushed now."""
+        first = min(rounds, default=0) - self._run.overlap
         return [self._forget(id_) for id_, (_, work) in list(self._waiting.items()) if work.round < first]
 
     def _forget(self, id_: str) -> Work:
@@ -244,6 +266,8 @@ class GrpcGrid(Grid):
                     f"{work.agent}: an agent answered the roll call under another name than its own"
                 )
         except FedPEFTError as error:
+            if isinstance(error, UpdateError):
+                self.refused(work.agent, str(error))
             return _error(f"{type(error).__name__}: {error}", message)
         return reply
 

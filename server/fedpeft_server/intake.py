@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fedpeft.errors import FedPEFTError, StorageError
+from fedpeft.errors import CredentialError, FedPEFTError, UpdateError
 from fedpeft.faults import crash_point
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller, Gate
 from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Hub
 from fedpeft_server.work import Done, Failed, Outcome, Work
 
 RETRY_S = 1.0  # between attempts to store, while the disk is full or the database locked
 _REASON = 4096
+Verdict = tuple[Reason, str]  # why a result does not count
+LOG = logging.getLogger("fedpeft.server")
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,21 @@ class Intake:
         self._thread.start()
 
     async def take(self, caller: Caller, result: pb.Result) -> None:
-        """Queue a result; waits while the queue is full, and with it whoever reads this agent's session."""
+        """Queue a result; waits while the queue is full, and with it whoever reads this agent's session.
+
+        Raises:
+            Refused: it cannot be one.
+        """
         work = self._hub.pending(caller.name, result.task)
         if work is None:
-            self._acknowledge(caller.name, result.task, "nobody waits for this task any more")
+            why = "nobody waits for this task any more"
+            self._hub.shares.count(caller.name, Reason.NOT_ASKED, why)
+            self._acknowledge(caller.name, result.task, why)
+            return
+        if result.WhichOneof("body") == "blob" and len(result.blob.digest) != hashlib.sha256().digest_size:
+            raise Refused(Reason.MALFORMED, UpdateError("a result came whose content has no SHA-256"))
+        if not self._hub.queue(work):  # the one that is being stored is answered
+            self._hub.shares.count(caller.name, Reason.NOT_ASKED, "a result came again while it was stored")
             return
         if result.WhichOneof("body") is None:
             reason = result.failure.reason[:_REASON] or "the agent failed without a reason"
@@ -85,6 +100,11 @@ class Intake:
         with self._lock:
             self._queue.append(item)
             self._lock.notify()
+
+    @property
+    def held(self) -> int:
+        """Bytes of results that wait; on any thread."""
+        return self._held
 
     def end(self) -> None:
         """Store what has come in, then stop; blocks, so not on the event loop."""
@@ -105,7 +125,7 @@ class Intake:
             if verdicts is not None:
                 self._loop.call_soon_threadsafe(self._finish, batch, verdicts)
 
-    def _verdicts(self, batch: list[_Item]) -> list[str | None] | None:
+    def _verdicts(self, batch: list[_Item]) -> list[Verdict | None] | None:
         """Why each item does not count, None for those that are durable; None altogether if cut short."""
         batch[:] = [replace(item, arrival=_hashed(item.arrival)) for item in batch]
         reasons = [self._unsound(item) for item in batch]
@@ -116,16 +136,21 @@ class Intake:
             return None
         crash_point("server.results.durable")
         for index, reason in zip(sound, stored, strict=True):
-            reasons[index] = reason
+            reasons[index] = None if reason is None else (Reason.STORED, reason)
         return reasons
 
-    def _unsound(self, item: _Item) -> str | None:
+    def _unsound(self, item: _Item) -> Verdict | None:
         try:
             if item.arrival.body is None and not self._blobs.has(item.arrival.digest):
-                return "its blob is not here; send it first"
+                return Reason.STORED, "its blob is not here; send it first"
             self._gate.verify(item.caller, item.arrival)
+        except CredentialError as error:
+            return Reason.CALLER, str(error)
         except FedPEFTError as error:
-            return str(error)
+            return Reason.SIGNATURE, str(error)
+        except Exception as error:  # one result must not end the thread that all results need
+            LOG.exception("a result of %s could not be checked", item.caller.name)
+            return Reason.MALFORMED, f"it could not be checked ({type(error).__name__})"
         return None
 
     def _stored(self, arrivals: Sequence[Arrival]) -> Sequence[str | None] | None:
@@ -134,7 +159,7 @@ class Intake:
         while arrivals:
             try:
                 verdicts = self._acceptor.accept(arrivals)
-            except StorageError as error:
+            except FedPEFTError as error:
                 failed = True
                 self._trouble(str(error))
                 with self._lock:
@@ -146,11 +171,14 @@ class Intake:
             return verdicts
         return []
 
-    def _finish(self, batch: Sequence[_Item], verdicts: Sequence[str | None]) -> None:
+    def _finish(self, batch: Sequence[_Item], verdicts: Sequence[Verdict | None]) -> None:
         """On the loop: tell agents and runs."""
-        for item, reason in zip(batch, verdicts, strict=True):
+        for item, verdict in zip(batch, verdicts, strict=True):
             self._held -= item.held
-            arrival = item.arrival
+            arrival, reason = item.arrival, None
+            if verdict is not None:
+                why, reason = verdict
+                self._hub.shares.count(item.caller.name, why, reason)
             outcome: Outcome = (
                 Done(arrival.digest, arrival.size, arrival.body)
                 if reason is None

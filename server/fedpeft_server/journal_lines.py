@@ -1,8 +1,9 @@
-"""A run's progress as lines of its log in the store."""
+"""A run's progress as lines of its log in the store, and what operators want of it in the daemon's own."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
@@ -11,17 +12,23 @@ from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Started
 from fedpeft.reporting.lines import trouble_line
 from fedpeft.reporting.summary import Summary
 
+LOG = logging.getLogger("fedpeft.server")
+
 
 class LoggedProgress:
     """Writes what happens through `say`, one JSON object each; rounds are written with their commit.
 
     Args:
+        run: the server's name for the run.
         say: takes a line, durably.
         begun: the run was begun before and its first row is written already.
+        refused: told whose update was refused, and why.
     """
 
-    def __init__(self, say: Callable[[str], None], *, begun: bool) -> None:
-        self._say, self._begun = say, begun
+    def __init__(
+        self, run: str, say: Callable[[str], None], *, begun: bool, refused: Callable[[str, str], None]
+    ) -> None:
+        self._run, self._say, self._begun, self._refused = run, say, begun, refused
 
     def __enter__(self) -> Self:
         return self
@@ -44,12 +51,31 @@ class LoggedProgress:
 
     def client_done(self, outcome: ClientOutcome) -> None:
         """Write a failure with its reason."""
+        if outcome.status == "refused":
+            self._refused(outcome.client, outcome.reason)
         line = trouble_line(outcome)
         if line is not None:
             self._event("trouble", line)
 
     def round_done(self, row: Round) -> None:
-        """Nothing: the row is in the log since its commit."""
+        """One line in the daemon's log; the row is in the run's since its commit.
+
+        A private run's row names no clients, and neither does the line.
+        """
+        counted = sum(outcome.status == "folded" for outcome in row.outcomes)
+        facts = {
+            "event": "round",
+            "run": self._run,
+            "round": row.round,
+            "asked": len(row.outcomes),
+            "counted": counted,
+            "bytes_up": sum(outcome.bytes_up for outcome in row.outcomes),
+            "bytes_down": sum(outcome.bytes_down for outcome in row.outcomes),
+            "seconds": round(row.wall_s, 3),
+            "epsilon": row.epsilon,
+        }
+        told = f": {counted} of {len(row.outcomes)} counted, {row.wall_s:.1f} s" if row.outcomes else ""
+        LOG.info("run %s: round %d%s", self._run, row.round, told, extra=facts)
 
     def baseline_progress(self, name: str, done: int, total: int) -> None:
         """Nothing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PROTOCOL_VERSION = 1
+LONGEST_ANSWER = 8 << 20  # to people: the log's line of a round names its clients, 36,000 of them fit
 SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities
 
 ChannelOptions = tuple[tuple[str, int], ...]
@@ -25,9 +26,24 @@ class TransportOptions:
         heartbeat_s: agents say something at least as often; after three times as long without a word a
             connection is given up.
         stall_s: a peer that neither reads nor sends for so long in the middle of a blob loses its turn.
+        turn_s: a blob's turn lasts as long while others wait for theirs; it goes on where it was, later. A
+            minute carries 7 MiB over a line of 1 Mbit/s, and four peers that crawl delay others by no more.
         hello_s: a connection that doesn't introduce itself in time is closed.
         max_session_s: after so long an agent has to dial again, with the certificate that it has then.
         max_sessions: agents connected at a time.
+        max_connections: of everyone; those with and without a call, so that descriptors and memory last.
+        handshake_s: a connection that has not finished TLS by then is closed: 50 round trips of a poor line.
+        idle_s: as is one without a call; commands of people take seconds, agents always have a session.
+        max_streams: calls of one caller that are open at a time, over all its connections: a session, a few
+            blobs, and a person's windows with logs.
+        calls_per_s: of one caller, steadily; ten seconds' worth may come at once. A small run's round is two
+            calls, and none has five a second.
+        messages_per_s: in one agent's session, as calls. A task is two, and a heartbeat every few seconds.
+        sessions_per_minute: of one agent; all of a minute may come at once. An agent that cannot stay dials
+            some nine times in its first minute and once a minute later.
+        bytes_per_hour: of one agent's bodies, both ways: 32 GiB fill a line of 75 Mbit/s.
+        refusals_per_hour: of one caller, of those that speak against it: a sound agent has none. Beyond it no
+            call is accepted until some of the hour is over.
         intake_bytes: of results that wait to be made durable; sessions aren't read from beyond it.
         drain_s: what running calls get at shutdown.
     """
@@ -41,25 +57,45 @@ class TransportOptions:
     download_credits: int = 16
     heartbeat_s: float = 15.0
     stall_s: float = 30.0
+    turn_s: float = 60.0
     hello_s: float = 10.0
     max_session_s: float = 86_400.0
     max_sessions: int = 4096
+    max_connections: int = 8192
+    handshake_s: float = 10.0
+    idle_s: float = 120.0
+    max_streams: int = 16
+    calls_per_s: float = 20.0
+    messages_per_s: float = 100.0
+    sessions_per_minute: int = 60
+    bytes_per_hour: int = 32 << 30
+    refusals_per_hour: int = 60
     intake_bytes: int = 32 << 20
     drain_s: float = 5.0
 
     @property
     def max_message_bytes(self) -> int:
-        """What one message may weigh; gRPC refuses a longer one before it is read."""
+        """What one message may weigh; a longer one is refused before it is parsed."""
         return max(self.max_inline_bytes, self.chunk_bytes) + SLACK_BYTES
+
+    @property
+    def max_received_bytes(self) -> int:
+        """What gRPC reads at most: what is a little too long is counted with its sender, by us."""
+        return 4 * self.max_message_bytes
 
 
 def server_channel_options(options: TransportOptions) -> ChannelOptions:
     """What gRPC is told, and why."""
     return (
-        ("grpc.max_receive_message_length", options.max_message_bytes),
-        ("grpc.max_send_message_length", options.max_message_bytes),
+        ("grpc.max_receive_message_length", options.max_received_bytes),
+        ("grpc.max_send_message_length", LONGEST_ANSWER),
         ("grpc.max_metadata_size", 8192),  # ours is empty; a hostile caller's shall be small
-        ("grpc.max_concurrent_streams", 16),  # one session, a few blobs and calls per connection
+        ("grpc.max_concurrent_streams", options.max_streams),
+        ("grpc.max_allowed_incoming_connections", options.max_connections),
+        ("grpc.server_handshake_timeout_ms", round(1000 * options.handshake_s)),
+        ("grpc.max_connection_idle_ms", round(1000 * options.idle_s)),
+        # What we send is compressed already. A bit set of 1 is "identity": nothing that came is unpacked.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         # Flow control as small as a few chunks: gRPC otherwise widens windows to what the network carries,
         # which for many uploads at once is gigabytes of buffers.
         ("grpc.http2.bdp_probe", 0),

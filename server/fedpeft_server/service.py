@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 
 from fedpeft import __version__
-from fedpeft.errors import FederationError, FedPEFTError, UpdateError
+from fedpeft.errors import CredentialError, FederationError, FedPEFTError, LimitError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.callers import Caller, Gate
 from fedpeft_server.doors import Enrol
+from fedpeft_server.handlers import Unreadable
 from fedpeft_server.intake import Intake
 from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Connection, Hub
-from fedpeft_server.statuses import status_of
 from fedpeft_server.transfer import Transfers
-
-LOG = logging.getLogger("fedpeft.server")
 
 # Sent by itself, before anything: else it goes with the first message, and gRPC cannot end a call whose first
 # message is still on its way to a peer that does not read.
 _NONE: tuple[tuple[str, str], ...] = ()
 _LET_DOWN_S = 1.0
+_PARTING_S = 0.05  # in which a call that was cut is cancelled; one whose other side has said its last is not
+_ENROLLING = 2  # at a time, so that threads are left for what people ask
 
 
-class Federation(rpc.FederationServicer):
-    """One instance serves all agents.
+class Federation:
+    """One instance serves all agents. Its methods are those of the schema's service, called by `Front`.
 
     Args:
         enrol: what `Enroll` does, on a thread; None where there are no certificates.
@@ -47,36 +45,40 @@ class Federation(rpc.FederationServicer):
         enrol: Enrol | None,
     ) -> None:
         self._hub, self._intake, self._transfers, self._gate = hub, intake, transfers, gate
-        self._options, self._enrol = options, enrol
+        self._options, self._enrol, self._shares = options, enrol, hub.shares
+        self._enrolling = asyncio.Semaphore(_ENROLLING)
 
     async def Enroll(self, request: pb.EnrollRequest, context: Any) -> pb.EnrollReply:  # noqa: N802  # the schema's
         """Token and signing request to certificate."""
+        if self._enrol is None:
+            raise FederationError(
+                "this server issues no certificates; ask its admin for a provisioned folder"
+            )
         try:
-            if self._enrol is None:
-                raise FederationError(
-                    "this server issues no certificates; ask its admin for a provisioned folder"
-                )
-            return await asyncio.to_thread(self._enrol, request, context)
-        except FedPEFTError as error:
-            await context.abort(*status_of(error))
-            raise
+            async with self._enrolling:
+                return await asyncio.to_thread(self._enrol, request, context)
+        except CredentialError as error:
+            raise Refused(Reason.TOKEN if request.token else Reason.CALLER, error) from error
 
     async def Session(self, _: Any, context: Any) -> None:  # noqa: N802
         """An agent's connection, until one side ends it."""
         await context.send_initial_metadata(_NONE)
         try:
             connection = await self._admitted(context)
-        except (FedPEFTError, TimeoutError) as error:
-            code, details = status_of(error)
-            LOG.warning("session refused: %s", details, extra={"peer": context.peer()})
-            await context.abort(code, details)
-            return
+        except asyncio.CancelledError:
+            self._shares.count(
+                self._gate.share(context), Reason.BROKEN_OFF, "a session was cut before it began"
+            )
+            raise
         ending: tuple[grpc.StatusCode, str] | None = None
         try:
             await self._held(connection, context)
-        except (FedPEFTError, TimeoutError) as error:
-            ending = status_of(error)
-            LOG.warning("session ended: %s", ending[1], extra={"agent": connection.caller.name})
+        except (Refused, FedPEFTError, TimeoutError) as error:
+            ending = self._shares.ended(connection.caller.name, error)
+        except asyncio.CancelledError:  # how gRPC says that the other side, or it itself, has ended the call
+            if not connection.closed:
+                self._shares.count(connection.caller.name, Reason.BROKEN_OFF, "its session was cut")
+            raise
         finally:
             self._hub.gone(connection)
         if ending is not None:  # last, as a peer that does not read keeps this waiting
@@ -85,28 +87,30 @@ class Federation(rpc.FederationServicer):
     async def PushBlob(self, _: Any, context: Any) -> None:  # noqa: N802
         """A result too large for its session."""
         await context.send_initial_metadata(_NONE)
+        caller = self._known(context)
         try:
-            await self._transfers.receive(self._known(context), context)
-        except (FedPEFTError, TimeoutError) as error:
-            code, details = status_of(error)
+            await self._transfers.receive(caller, context)
+        except (Refused, FedPEFTError, TimeoutError) as error:
+            code, details = self._shares.ended(caller.name, error)
             if not isinstance(
                 error, TimeoutError
             ):  # then a read is still under way, and there can be one only
                 await _let_down(context, details)
             await context.abort(code, details)
+        except asyncio.CancelledError:
+            self._shares.count(caller.name, Reason.BROKEN_OFF, "its upload was cut")
+            raise
 
-    async def PullBlob(self, request: pb.PullBlobRequest, context: Any) -> AsyncIterator[pb.BlobChunk]:  # noqa: N802
+    async def PullBlob(self, request: pb.PullBlobRequest, context: Any) -> None:  # noqa: N802
         """A task's body too large for its session."""
         await context.send_initial_metadata(_NONE)
+        caller = self._known(context)
         try:
-            chunks = self._transfers.send(self._known(context), request)
-            async for chunk in chunks:
+            async for chunk in self._transfers.send(caller, request):
                 async with asyncio.timeout(self._options.stall_s):
                     await context.write(chunk)
-        except (FedPEFTError, TimeoutError) as error:
-            await context.abort(*status_of(error))
-        return
-        yield  # makes this a generator, as gRPC wants it
+        except (Refused, FedPEFTError, TimeoutError) as error:
+            await context.abort(*self._shares.ended(caller.name, error))
 
     def _known(self, context: Any) -> Caller:
         """The agent behind a call beside its session: by certificate, or without TLS by the name it gives."""
@@ -117,19 +121,23 @@ class Federation(rpc.FederationServicer):
         """The first message, answered."""
         async with asyncio.timeout(self._options.hello_s):
             first = await context.read()
+        if isinstance(first, Unreadable):
+            raise first.refused
         if not isinstance(first, pb.AgentMessage) or first.WhichOneof("message") != "hello":
-            raise UpdateError("a session begins with a hello; another message came")
+            raise _malformed("a session begins with a hello; another message came")
         hello = first.hello
         if hello.protocol_version != PROTOCOL_VERSION:
             raise FederationError(
                 f"protocol version {hello.protocol_version} came, this server speaks {PROTOCOL_VERSION};"
                 " install the same version of fedpeft on both sides"
             )
-        if len(self._hub.connected) >= self._options.max_sessions:
-            raise FederationError(f"{self._options.max_sessions} agents are connected already; try later")
         if len(hello.capabilities) > 32 or sum(len(k) + len(v) for k, v in hello.capabilities.items()) > 4096:
-            raise UpdateError("the hello states too many capabilities; at most 32 are accepted")
+            raise _malformed("the hello states too many capabilities; at most 32 are accepted")
         caller = self._gate.agent(context, hello.name)
+        self._shares.session(caller.name)
+        here = self._hub.connected
+        if len(here) >= self._options.max_sessions and caller.name not in here:
+            raise Refused(Reason.FULL, LimitError(f"{len(here)} agents are connected already; try later"))
         connection = self._hub.open(caller, context.peer(), hello)
         connection.tell(
             pb.ServerMessage(
@@ -170,8 +178,12 @@ class Federation(rpc.FederationServicer):
         while True:
             async with asyncio.timeout(silence_s):
                 message = await context.read()
-            if not isinstance(message, pb.AgentMessage):  # the agent has ended its side
+            if isinstance(message, Unreadable):
+                raise message.refused
+            if not isinstance(message, pb.AgentMessage):  # the agent has ended its side, or gRPC the call
+                await asyncio.sleep(_PARTING_S)
                 return
+            self._shares.message(connection.caller.name)
             self._hub.seen(connection.caller.name)
             await self._handle(connection, message)
 
@@ -195,7 +207,7 @@ class Federation(rpc.FederationServicer):
             self._gate.still(connection.caller)  # results are checked with their signatures
             connection.tell(pb.ServerMessage(heartbeat=message.heartbeat))
         elif kind != "received":
-            raise UpdateError(f"a {kind or 'message of no known kind'} came in the middle of a session")
+            raise _malformed(f"a {kind or 'message of no known kind'} came in the middle of a session")
 
 
 async def _let_down(context: Any, details: str) -> None:
@@ -208,3 +220,7 @@ async def _let_down(context: Any, details: str) -> None:
             await context.write(pb.BlobProgress(refused=details))
             while isinstance(await context.read(), pb.BlobUpload):
                 pass
+
+
+def _malformed(line: str) -> Refused:
+    return Refused(Reason.MALFORMED, UpdateError(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -18,11 +19,16 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.contracts import Acceptor, Blobs
 from fedpeft_server.doors import Doors
 from fedpeft_server.grid import GrpcGrid, RunIdentity
+from fedpeft_server.handlers import Front
 from fedpeft_server.intake import Intake
 from fedpeft_server.loops import transport_loop
+from fedpeft_server.meter import Meter
+from fedpeft_server.metrics import Metrics
 from fedpeft_server.options import TransportOptions, server_channel_options
+from fedpeft_server.refusals import NOBODY, Reason, Refusals
 from fedpeft_server.service import Federation
-from fedpeft_server.sessions import AgentStatus, Hub
+from fedpeft_server.sessions import AgentStatus, Hub, ServerStatus
+from fedpeft_server.shares import Shares
 from fedpeft_server.transfer import Transfers
 
 Result = TypeVar("Result")
@@ -38,12 +44,14 @@ def serve(
     doors: Doors | None = None,
     admin: rpc.AdminServicer | None = None,
     trouble: Callable[[str | None], None] = lambda line: None,
+    metrics: Metrics | None = None,
 ) -> RunningServer:
     """Listen, and come back once agents can connect.
 
     Args:
         admin: implements the service of people; its methods may be plain functions, which run on threads.
         trouble: told one line when results cannot be stored, None once they can be again; from any thread.
+        metrics: counts what passes; None: for nobody.
 
     Raises:
         UsageError: plaintext on an address that others can reach.
@@ -55,7 +63,7 @@ def serve(
             f"{options.host} can be reached from elsewhere and would be plaintext; provision certificates, or"
             " listen on 127.0.0.1 with --insecure"
         )
-    return RunningServer(options, acceptor, blobs, doors, admin, trouble)
+    return RunningServer(options, acceptor, blobs, doors, admin, trouble, metrics or Metrics())
 
 
 def is_loopback(host: str) -> bool:
@@ -67,7 +75,11 @@ def is_loopback(host: str) -> bool:
 
 
 class RunningServer:
-    """What `serve` gives: grids for runs, agents for people, an end. Any thread may call its methods."""
+    """What `serve` gives: grids for runs, agents for people, an end. Any thread may call its methods.
+
+    Attributes:
+        refusals: what was refused since the start, by caller and reason.
+    """
 
     def __init__(
         self,
@@ -77,12 +89,16 @@ class RunningServer:
         doors: Doors,
         admin: rpc.AdminServicer | None,
         trouble: Callable[[str | None], None],
+        metrics: Metrics,
     ) -> None:
         self._options, self._acceptor, self._blobs = options, acceptor, blobs
+        self._doors, self._started = doors, time.time()
+        self.refusals = Refusals()
+        self._shares = Shares(options, self.refusals)
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedpeft-io")
         self._loop = transport_loop()
         try:
-            self._do(self._start(doors, admin, trouble))
+            self._do(self._start(doors, admin, trouble, metrics))
         except BaseException:
             self._executor.shutdown(wait=False)
             raise
@@ -111,6 +127,22 @@ class RunningServer:
         found: list[AgentStatus] = self._do(_called(self._hub.status))
         return found
 
+    def standing(self) -> ServerStatus:
+        """The transport as a whole."""
+        ends = self._doors.ends()
+        return ServerStatus(
+            started=self._started,
+            certificate_ends=ends.timestamp() if ends else None,
+            connected=len(self._hub.connected),
+            max_agents=self._options.max_sessions,
+            refused=self.refusals.totals(),
+            refused_nameless=self.refusals.of(NOBODY),
+        )
+
+    def refused(self, agent: str, reason: Reason, detail: str) -> None:
+        """Count what was refused of an agent behind the transport, such as an update that is not finite."""
+        self._loop.call_soon_threadsafe(self._shares.count, agent, reason, detail)
+
     def disconnect(self, agent: str, reason: str) -> None:
         """End an agent's session, such as one whose certificate was just revoked."""
         self._loop.call_soon_threadsafe(self._hub.close, reason, agent)
@@ -122,12 +154,18 @@ class RunningServer:
         self._executor.shutdown(wait=True)
 
     async def _start(
-        self, doors: Doors, admin: rpc.AdminServicer | None, trouble: Callable[[str | None], None]
+        self,
+        doors: Doors,
+        admin: rpc.AdminServicer | None,
+        trouble: Callable[[str | None], None],
+        metrics: Metrics,
     ) -> None:
         options = self._options
-        self._hub = Hub(options.max_inline_bytes)
+        self._hub = Hub(options.max_inline_bytes, self._shares)
         self._server = grpc.aio.server(
-            migration_thread_pool=self._executor, options=server_channel_options(options)
+            migration_thread_pool=self._executor,
+            options=server_channel_options(options),
+            interceptors=[Meter(metrics)],
         )
         self.port = self._bind(doors)
         self._intake = Intake(
@@ -138,15 +176,25 @@ class RunningServer:
             capacity=options.intake_bytes,
             trouble=trouble,
         )
-        transfers = Transfers(self._hub, self._blobs, options, self._executor)
+        transfers = Transfers(self._hub, self._blobs, options, self._executor, trouble)
         service = Federation(self._hub, self._intake, transfers, doors.gate, options, doors.enrol)
-        rpc.add_FederationServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]  # generated
-        names = [pb.DESCRIPTOR.services_by_name["Federation"].full_name]
+        services: list[tuple[str, object]] = [("Federation", service)]
         if admin is not None:
-            rpc.add_AdminServicer_to_server(admin, self._server)  # type: ignore[no-untyped-call]  # generated
-            names.append(pb.DESCRIPTOR.services_by_name["Admin"].full_name)
-        await self._add_standard_services(names)
+            services.append(("Admin", admin))
+        front = Front(doors.gate, self._shares, options.max_message_bytes)
+        described = {name: pb.DESCRIPTOR.services_by_name[name] for name, _ in services}
+        handlers = [front.handlers(described[name], servicer) for name, servicer in services]
+        self._server.add_generic_rpc_handlers(handlers)
+        await self._add_standard_services([service.full_name for service in described.values()])
         await self._server.start()
+        self._watched(metrics)
+
+    def _watched(self, metrics: Metrics) -> None:
+        hub, intake = self._hub, self._intake
+        metrics.watch("agents_connected", "Agents with an open session", lambda: len(hub.connected))
+        metrics.watch("tasks_pending", "Tasks asked of agents and not answered yet", hub.asked)
+        metrics.watch("intake_bytes", "Bytes of results that wait to be made durable", lambda: intake.held)
+        metrics.watch_refusals(self.refusals.totals)
 
     def _bind(self, doors: Doors) -> int:
         where = f"{self._options.host}:{self._options.port}"

@@ -6,16 +6,22 @@ Everything here runs on the event loop unless it says otherwise.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller
+from fedpeft_server.shares import Shares
 from fedpeft_server.work import Body, Failed, Outcome, Work
 
+LOG = logging.getLogger("fedpeft.server")
 _RETRY_MS = 1000  # after which an agent that was sent away dials again
+MAX_NOTES = 1024  # small messages that wait for a peer to read; there is one per task at most, and heartbeats
+MAX_ANNOUNCED = 2  # blobs for one task: the result, and once more if the agent crashed and did it again
 
 
 class Connection:
@@ -29,7 +35,7 @@ class Connection:
         self.caller, self.address, self.session = caller, address, session
         self._max_inline_bytes = max_inline_bytes
         self._waiting: OrderedDict[bytes, Work] = OrderedDict()
-        self._notes: list[pb.ServerMessage] = []
+        self._notes: deque[pb.ServerMessage] = deque()
         self._something = asyncio.Event()
         self._goodbye: pb.ServerMessage | None = None
 
@@ -39,7 +45,10 @@ class Connection:
         self._something.set()
 
     def tell(self, message: pb.ServerMessage) -> None:
-        """Send a small message before any task."""
+        """Send a small message before any task; a peer that lets too many wait doesn't read and has to go."""
+        if len(self._notes) >= MAX_NOTES:
+            self._notes.clear()
+            self.close("too many messages wait here to be read")
         self._notes.append(message)
         self._something.set()
 
@@ -47,6 +56,11 @@ class Connection:
         """Don't send a task, or say that it is no longer wanted."""
         if self._waiting.pop(task, None) is None:
             self.tell(pb.ServerMessage(cancel=pb.Cancel(task=task, reason=reason)))
+
+    @property
+    def closed(self) -> bool:
+        """Whether the server has ended it."""
+        return self._goodbye is not None
 
     def close(self, reason: str) -> None:
         """End the session; the reason is what the agent is told, last of all."""
@@ -60,7 +74,7 @@ class Connection:
             if self._goodbye is not None:
                 return self._goodbye
             if self._notes:
-                return self._notes.pop(0)
+                return self._notes.popleft()
             if self._waiting:
                 _, work = self._waiting.popitem(last=False)
                 return work.message(self._max_inline_bytes)
@@ -74,11 +88,16 @@ class Agent:
 
     Attributes:
         pending: work without an outcome, in the order in which it was asked; a new connection gets it again.
+        announced: digests of the blobs that were announced for pending work.
+        queued: pending work whose result is being stored.
     """
 
     name: str
     connection: Connection | None = None
     pending: OrderedDict[bytes, Work] = field(default_factory=OrderedDict)
+    announced: dict[bytes, set[bytes]] = field(default_factory=dict)
+    queued: set[bytes] = field(default_factory=set)
+    certificate_ends: datetime | None = None
     capabilities: Mapping[str, str] = field(default_factory=dict)
     address: str = ""
     last_seen: float = 0.0
@@ -90,7 +109,14 @@ class Agent:
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """One agent as people and rules see it; times are seconds since 1970."""
+    """One agent as people and rules see it; times are seconds since 1970.
+
+    Attributes:
+        refusals: of the server by the agent's owner.
+        refused: of the agent by the server, by reason.
+        calls, bytes_up, bytes_down: since the server started.
+        certificate_ends: None without TLS.
+    """
 
     name: str
     connected: bool
@@ -101,13 +127,36 @@ class AgentStatus:
     refusals: int
     last_refusal: str
     capabilities: Mapping[str, str]
+    refused: Mapping[str, int]
+    calls: int
+    bytes_up: int
+    bytes_down: int
+    certificate_ends: float | None
+
+
+@dataclass(frozen=True)
+class ServerStatus:
+    """The transport as people see it; times are seconds since 1970.
+
+    Attributes:
+        certificate_ends: None without TLS.
+        refused: of everyone, by reason.
+        refused_nameless: of these, what callers without a name of their own were refused.
+    """
+
+    started: float
+    certificate_ends: float | None
+    connected: int
+    max_agents: int
+    refused: Mapping[str, int]
+    refused_nameless: Mapping[str, int]
 
 
 class Hub:
     """All agents. Work waits here for agents that are away."""
 
-    def __init__(self, max_inline_bytes: int) -> None:
-        self.max_inline_bytes = max_inline_bytes
+    def __init__(self, max_inline_bytes: int, shares: Shares) -> None:
+        self.max_inline_bytes, self.shares = max_inline_bytes, shares
         self._agents: dict[str, Agent] = {}
         self._sessions = 0
         self.connected: frozenset[str] = frozenset()  # replaced, never changed: any thread may read it
@@ -122,10 +171,12 @@ class Hub:
         agent.connection, agent.address = connection, address
         agent.sessions += 1
         agent.capabilities = dict(hello.capabilities)
+        agent.certificate_ends = caller.certificate_ends
         agent.last_seen = time.time()
         for work in agent.pending.values():
             connection.push(work)
         self.connected = self.connected | {caller.name}
+        LOG.info("%s connected", caller.name, extra=_facts("connected", connection))
         return connection
 
     def gone(self, connection: Connection) -> None:
@@ -135,6 +186,7 @@ class Hub:
         if agent.connection is connection:
             agent.connection = None
             self.connected = self.connected - {agent.name}
+            LOG.info("%s left", agent.name, extra=_facts("left", connection))
 
     def seen(self, name: str) -> None:
         """The agent said something."""
@@ -153,21 +205,41 @@ class Hub:
         for work in works:
             agent = self._agents.get(work.agent)
             if agent is not None and agent.pending.get(work.id) is work:
-                del agent.pending[work.id]
+                _done_with(agent, work)
                 if agent.connection is not None:
                     agent.connection.withdraw(work.id, reason)
+
+    def asked(self) -> int:
+        """Tasks without an outcome; on any thread, which may miss one that comes or goes meanwhile."""
+        return sum(len(agent.pending) for agent in list(self._agents.values()))
 
     def pending(self, name: str, task: bytes) -> Work | None:
         """The work that an agent's result answers; None if nobody waits for it."""
         agent = self._agents.get(name)
         return None if agent is None else agent.pending.get(task)
 
+    def announce(self, work: Work, digest: bytes) -> bool:
+        """Whether one more blob may be sent for work that is pending; the same one any number of times."""
+        announced = self._agents[work.agent].announced.setdefault(work.id, set())
+        if digest not in announced and len(announced) >= MAX_ANNOUNCED:
+            return False
+        announced.add(digest)
+        return True
+
+    def queue(self, work: Work) -> bool:
+        """Whether a result of pending work may be stored now: no other one is being."""
+        queued = self._agents[work.agent].queued
+        if work.id in queued:
+            return False
+        queued.add(work.id)
+        return True
+
     def settle(self, work: Work, outcome: Outcome) -> None:
         """Hand an outcome to whoever asked, once."""
         agent = self._agents[work.agent]
         if agent.pending.get(work.id) is not work:
             return
-        del agent.pending[work.id]
+        _done_with(agent, work)
         agent.results += not isinstance(outcome, Failed)
         work.owner.deliver(work, outcome)
 
@@ -209,7 +281,20 @@ class Hub:
                 refusals=agent.refusals,
                 last_refusal=agent.last_refusal,
                 capabilities=agent.capabilities,
+                refused=self.shares.book.of(agent.name),
+                certificate_ends=agent.certificate_ends.timestamp() if agent.certificate_ends else None,
+                **self.shares.used(agent.name),
             )
             for _, agent in sorted(self._agents.items())
             if agent.sessions
         ]
+
+
+def _facts(event: str, connection: Connection) -> dict[str, object]:
+    return {"event": event, "agent": connection.caller.name, "session": connection.session}
+
+
+def _done_with(agent: Agent, work: Work) -> None:
+    del agent.pending[work.id]
+    agent.announced.pop(work.id, None)
+    agent.queued.discard(work.id)

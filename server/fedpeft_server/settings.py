@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedpeft.errors import UsageError
+from fedpeft.settings_file import beside, checked, read_table
+from fedpeft.telemetry import LogFormat, LogLevel, is_address
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import is_loopback
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
+Rate = Annotated[float, Field(gt=0.0)]
 DEFAULT_PORT = 9440
 
 
@@ -38,18 +40,37 @@ class LimitsSection(_Section):
     """What agents may use of this machine; `TransportOptions` has the reasons of the defaults."""
 
     agents: Count = 4096  # connected at a time
+    connections: Count = 8192  # of agents and people, with a call or without
+    streams: Count = 16  # calls of one caller that are open at a time
+    calls_per_s: Rate = 20.0  # of one caller; ten seconds' worth may come at once
+    messages_per_s: Rate = 100.0  # in one session, as calls
+    sessions_per_minute: Count = 60  # of one agent
+    agent_mib_per_hour: Count = 32_768  # of updates and models, both ways
+    refusals_per_hour: Count = 60  # of what only a hostile or broken caller sends; then it has to wait
     blob_mib: Count = 4096  # one update
     uploads: Count = 4  # at a time, the others wait
     downloads: Count = 16
     heartbeat_s: Seconds = 15.0
     stall_s: Seconds = 30.0
+    turn_s: Seconds = 60.0  # of a large update, while others wait
+    round_s: Seconds = 21_600.0  # for a round's last answers, where the run file sets no deadline
 
 
 class LogSection(_Section):
     """How the daemon's own log is written, on standard error; each run has a log of its own."""
 
-    format: Literal["text", "json"] = "text"
-    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: LogFormat = "text"
+    level: LogLevel = "info"
+
+
+class MetricsSection(_Section):
+    """Numbers for Prometheus, over plain HTTP and without a login: whoever reaches the address reads them.
+
+    Attributes:
+        address: host and port; empty: nowhere.
+    """
+
+    address: str = ""
 
 
 class Settings(_Section):
@@ -73,6 +94,7 @@ class Settings(_Section):
     tls: TlsSection = TlsSection()
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()
+    metrics: MetricsSection = MetricsSection()
 
     @property
     def host(self) -> str:
@@ -89,7 +111,15 @@ class Settings(_Section):
             download_credits=self.limits.downloads,
             heartbeat_s=self.limits.heartbeat_s,
             stall_s=self.limits.stall_s,
+            turn_s=self.limits.turn_s,
             max_sessions=self.limits.agents,
+            max_connections=self.limits.connections,
+            max_streams=self.limits.streams,
+            calls_per_s=self.limits.calls_per_s,
+            messages_per_s=self.limits.messages_per_s,
+            sessions_per_minute=self.limits.sessions_per_minute,
+            bytes_per_hour=self.limits.agent_mib_per_hour << 20,
+            refusals_per_hour=self.limits.refusals_per_hour,
         )
 
 
@@ -103,13 +133,12 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
         UsageError: every problem, in one line.
     """
     where = str(config or "fedpeft server")
-    try:
-        settings = Settings.model_validate(_over(_table(config), given))
-    except ValidationError as error:
-        raise UsageError(f"{where}: {'; '.join(_problem(detail) for detail in error.errors())}") from error
+    settings = with_given(config, given)
     host, colon, port = settings.listen.rpartition(":")
     if not (host and colon and port.isdecimal() and int(port) < 65536):
         raise UsageError(f"{where}: listen is {settings.listen!r}; give HOST:PORT")
+    if settings.metrics.address and not is_address(settings.metrics.address):
+        raise UsageError(f"{where}: metrics.address is {settings.metrics.address!r}; give HOST:PORT")
     if settings.insecure and not is_loopback(settings.host):
         raise UsageError(
             f"{where}: {settings.host} can be reached from elsewhere and would be plaintext; provision"
@@ -121,6 +150,11 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
             " on 127.0.0.1"
         )
     return settings
+
+
+def with_given(config: Path | None, given: Mapping[str, Any]) -> Settings:
+    """As `read_settings`, for commands beside a server's: whether a server could start so is not asked."""
+    return checked(Settings, _over(_table(config), given), source=str(config or "fedpeft server"))
 
 
 def _over(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,23 +169,11 @@ def _over(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(config: Path | None) -> dict[str, Any]:
-    if config is None:
-        return {}
-    try:
-        table = tomllib.loads(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"{config}: cannot be read as TOML ({error})") from error
+    table = read_table(config)
     tls = table.get("tls")
     for section, keys in ((table, ("state",)), (tls if isinstance(tls, dict) else {}, ("keys", "authority"))):
         for key in keys:
             value = section.get(key)
-            if isinstance(value, str):
-                section[key] = str((config.parent.resolve() / Path(value).expanduser()).resolve())
+            if config is not None and isinstance(value, str):
+                section[key] = beside(config, value)
     return table
-
-
-def _problem(detail: Any) -> str:
-    where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; remove it or check its spelling"
-    return f"{where}: {str(detail['msg']).removeprefix('Value error, ')}, got {detail['input']!r}"

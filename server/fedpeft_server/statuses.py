@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from fedpeft import errors
+from fedpeft_server.refusals import Refused
 
 STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
     errors.UsageError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -17,6 +18,7 @@ STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
     errors.UpdateError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.FederationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QuorumError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.PrivacyError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StorageError: grpc.StatusCode.UNAVAILABLE,
     errors.MissingExtraError: grpc.StatusCode.UNIMPLEMENTED,
@@ -27,6 +29,8 @@ STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
 
 def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     """Code and text for a caller; of what is not ours, no details."""
+    if isinstance(error, Refused):
+        return status_of(error.error)
     if isinstance(error, errors.FedPEFTError):
         return STATUS[type(error)], f"{type(error).__name__}: {' '.join(str(error).split())}"
     if isinstance(error, TimeoutError):

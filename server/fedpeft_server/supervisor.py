@@ -1,4 +1,7 @@
-"""The runs of a daemon: queued, held one or more at a time, paused and tried again, stopped, drained."""
+"""The runs of a daemon: queued, held one or more at a time, paused and tried again, stopped, drained.
+
+What holds a run stands on torch and half a gigabyte of memory with it; a server without runs does without.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
-from fedpeft.preflight import refuse_problems
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import Control, Draining, Paused, SteadyClock, Stopped
 from fedpeft_server.gathering import agents_wanted
-from fedpeft_server.hosting import Host, OpenGrid
 from fedpeft_server.store import Rules, Status, Store, StoredRun
+
+if TYPE_CHECKING:
+    from fedpeft_server.hosting import Host, OpenGrid
 
 LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
@@ -34,12 +40,20 @@ class Supervisor:
     Args:
         open_grid: a run's way to its agents.
         parallel: runs that are held at a time; two of the same run file never are.
+        patience_s: of a round of a run whose file sets no deadline.
     """
 
     def __init__(
-        self, store: Store, open_grid: OpenGrid, *, parallel: int = 1, clock: SteadyClock | None = None
+        self,
+        store: Store,
+        open_grid: OpenGrid,
+        *,
+        parallel: int = 1,
+        patience_s: float = 21_600.0,
+        clock: SteadyClock | None = None,
     ) -> None:
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
+        self._patience_s = patience_s
         self._clock = clock or SteadyClock()
         self._lock = threading.RLock()
         self._active: dict[str, _Active] = {}
@@ -67,8 +81,11 @@ class Supervisor:
             UsageError: it is not said for how many agents it waits, or the server is ending.
             StorageError: it cannot be stored.
         """
+        from fedpeft.preflight import refuse_problems  # with a first run, as it brings torch
+
         refuse_problems(run, source="run file")
         refuse_seeded(run)
+        refuse_attack(run)
         agents_wanted(run, rules)
         if self._draining:
             raise UsageError("the server is ending; submit the run again when it is back")
@@ -150,13 +167,17 @@ class Supervisor:
 
     def _start(self, stored: StoredRun) -> None:
         control = Control(self._clock)
-        host = Host(self._store, stored, self._open_grid, control)
-        thread = threading.Thread(target=self._hold, args=(host,), name=f"fedpeft-{stored.id}", daemon=True)
+        thread = threading.Thread(
+            target=self._hold, args=(stored, control), name=f"fedpeft-{stored.id}", daemon=True
+        )
         self._active[stored.id] = _Active(control, stored.digest, thread)
         thread.start()
 
-    def _hold(self, host: Host) -> None:
+    def _hold(self, stored: StoredRun, control: Control) -> None:
         """On the run's thread: attempts until the run has ended or the server does."""
+        from fedpeft_server.hosting import Host  # with a first run, as it brings torch
+
+        host = Host(self._store, stored, self._open_grid, control, self._patience_s)
         try:
             retry_s = FIRST_RETRY_S
             while self._attempt(host):
@@ -202,14 +223,16 @@ class Supervisor:
 
     def _settle(self, host: Host, status: Status, reason: str) -> None:
         """Write a final status for as long as it takes; if the server ends before, the run is tried again."""
-        LOG.info("run %s: %s %s", host.stored.id, status, reason)
+        facts = {"event": "status", "run": host.stored.id, "status": str(status)}
+        LOG.info("run %s: %s %s", host.stored.id, status, reason, extra=facts)
         _patiently(
             lambda: self._store.runs.set_status(host.stored.id, status, reason), lambda: self._draining
         )
 
     def _note(self, run_id: str, status: Status, reason: str) -> None:
         """Write a passing status if that is possible; it says why it may not be."""
-        LOG.warning("run %s: %s: %s", run_id, status, reason)
+        facts = {"event": "status", "run": run_id, "status": str(status)}
+        LOG.warning("run %s: %s: %s", run_id, status, reason, extra=facts)
         try:
             self._store.runs.set_status(run_id, status, reason)
         except StorageError:

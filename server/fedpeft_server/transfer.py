@@ -2,7 +2,7 @@
 
 A blob is written as it comes and hashed off the event loop; a connection that breaks leaves what came, and
 the next attempt goes on from there. Uploads wait for a credit, so that memory holds a few chunks for each
-upload that runs and nothing for those that wait.
+upload that runs and nothing for those that wait. Each agent has one turn at a time, see `turns`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from typing import Protocol, TypeVar
 
-from fedpeft.errors import UpdateError
+from fedpeft.errors import StorageError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller
 from fedpeft_server.contracts import Blobs, Partial
+from fedpeft_server.handlers import Unreadable
 from fedpeft_server.options import TransportOptions
+from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Hub
+from fedpeft_server.turns import Turn, Turns
 
 Result = TypeVar("Result")
 
@@ -41,32 +44,44 @@ class Transfers:
 
     Args:
         executor: threads for hashing and files.
+        trouble: told one line when blobs cannot be written, and None once they can be again; any thread.
     """
 
-    def __init__(self, hub: Hub, blobs: Blobs, options: TransportOptions, executor: Executor) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        blobs: Blobs,
+        options: TransportOptions,
+        executor: Executor,
+        trouble: Callable[[str | None], None] = lambda line: None,
+    ) -> None:
         self._hub, self._blobs, self._options, self._executor = hub, blobs, options, executor
-        self._up = asyncio.Semaphore(options.upload_credits)
-        self._down = asyncio.Semaphore(options.download_credits)
+        self._trouble, self._troubled = trouble, False
+        self._up = Turns(options.upload_credits, options.turn_s)
+        self._down = Turns(options.download_credits, options.turn_s)
 
     async def receive(self, caller: Caller, stream: Stream) -> None:
         """One upload, from `BlobOpen` to completion.
 
         Raises:
-            UpdateError: nobody waits for it, it is too large, or its bytes are wrong.
+            Refused: nobody waits for it, it is too large, its bytes are wrong or too many, or its turn is
+                over and the rest is wanted later.
             StorageError: it cannot be written.
             TimeoutError: the sender stalled.
         """
         open_ = await self._opened(caller, stream)
         digest = open_.digest.hex()
-        async with self._up:
+        async with self._up.turn(caller.name) as turn:
             if await self._off(lambda: self._blobs.has(digest)):
                 await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
                 return
-            partial = await self._off(lambda: self._blobs.begin(digest, open_.size))
+            partial = await self._written(lambda: self._blobs.begin(digest, open_.size))
             try:
                 await stream.write(pb.BlobProgress(offset=partial.offset))
-                await self._fill(partial, open_.size, stream)
-                await self._off(partial.finish)
+                await self._fill(partial, open_.size, stream, caller, turn)
+                await self._written(partial.finish)
+            except UpdateError as error:
+                raise Refused(Reason.CHANGED, error) from error
             finally:
                 await asyncio.shield(self._off(partial.close))
         await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
@@ -75,47 +90,80 @@ class Transfers:
         """A task's body, chunk by chunk.
 
         Raises:
-            UpdateError: it is not the body of a task of this agent.
+            Refused: it is not the body of a task of this agent, the agent has fetched too much, or its turn
+                is over and the rest is to be fetched later.
         """
         body = self._hub.body(caller.name, request.task, request.digest)
         if body is None:
-            raise UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task")
+            raise Refused(
+                Reason.NOT_ASKED,
+                UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task"),
+            )
         content, step = body.content, self._options.chunk_bytes
-        async with self._down:
+        async with self._down.turn(caller.name) as turn:
             for offset in range(request.offset, len(content), step):
+                turn.check()
                 data = content[offset : offset + step]
+                self._hub.shares.bytes(caller.name, down=len(data))
                 yield pb.BlobChunk(offset=offset, data=data, crc32=zlib.crc32(data))
 
     async def _opened(self, caller: Caller, stream: Stream) -> pb.BlobOpen:
         message = await self._next(stream)
         if message is None or message.WhichOneof("message") != "open":
-            raise UpdateError("an upload begins with what it is; another message came")
+            raise _malformed("an upload begins with what it is; another message came")
         open_ = message.open
         work = self._hub.pending(caller.name, open_.task)
         if work is None:
-            raise UpdateError("nobody waits for a result of this task any more; drop it")
+            error = UpdateError("nobody waits for a result of this task any more; drop it")
+            raise Refused(Reason.NOT_ASKED, error)
         if open_.size > work.max_result_bytes or len(open_.digest) != 32:
-            raise UpdateError(
-                f"a result of {open_.size} bytes was announced, this run takes {work.max_result_bytes}"
+            raise Refused(
+                Reason.TOO_LARGE,
+                UpdateError(
+                    f"a result of {open_.size} bytes was announced, this run takes {work.max_result_bytes}"
+                ),
+            )
+        if not self._hub.announce(work, open_.digest):
+            raise Refused(
+                Reason.QUOTA,
+                UpdateError("one more result of this task was announced than can be of use; drop it"),
             )
         return open_
 
-    async def _fill(self, partial: Partial, size: int, stream: Stream) -> None:
+    async def _fill(self, partial: Partial, size: int, stream: Stream, caller: Caller, turn: Turn) -> None:
         while partial.offset < size:
+            turn.check()
             message = await self._next(stream)
             if message is None:
-                raise UpdateError(f"the upload ended after {partial.offset} of {size} bytes; send the rest")
+                error = UpdateError(f"the upload ended after {partial.offset} of {size} bytes; send the rest")
+                raise Refused(Reason.BROKEN_OFF, error)
             chunk = message.chunk
             if message.WhichOneof("message") != "chunk" or chunk.offset != partial.offset or not chunk.data:
-                raise UpdateError(
+                raise _malformed(
                     f"the chunk at {partial.offset} was due and another one came; begin again there"
                 )
-            await self._off(functools.partial(_append, partial, chunk))
+            self._hub.shares.bytes(caller.name, up=len(chunk.data))
+            await self._written(functools.partial(_append, partial, chunk))
 
     async def _next(self, stream: Stream) -> pb.BlobUpload | None:
         async with asyncio.timeout(self._options.stall_s):
             message = await stream.read()
+        if isinstance(message, Unreadable):
+            raise message.refused
         return message if isinstance(message, pb.BlobUpload) else None
+
+    async def _written(self, call: Callable[[], Result]) -> Result:
+        """As `_off`; people hear of a disk that takes nothing, and of one that does so again."""
+        try:
+            result = await self._off(call)
+        except StorageError as error:
+            self._troubled, line = True, str(error)
+            await self._off(lambda: self._trouble(line))
+            raise
+        if self._troubled:
+            self._troubled = False
+            await self._off(lambda: self._trouble(None))
+        return result
 
     async def _off(self, call: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
@@ -126,3 +174,7 @@ def _append(partial: Partial, chunk: pb.BlobChunk) -> None:
     if zlib.crc32(data) != chunk.crc32:
         raise UpdateError(f"the chunk at {chunk.offset} was changed on its way; send it again")
     partial.write(data)
+
+
+def _malformed(line: str) -> Refused:
+    return Refused(Reason.MALFORMED, UpdateError(line))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -109,3 +110,15 @@ def test_pauses_grow_to_a_minute_and_are_never_the_same_for_all() -> None:
         column = [row[step] for row in drawn]
         assert 0.0 <= min(column) < 0.1 * bound
         assert 0.9 * bound < max(column) <= bound
+
+
+def test_the_memories_of_old_runs_go(tmp_path: Path) -> None:
+    """Neither the process nor the disk fills up with runs; those of the newest runs stay."""
+    memory = StageMemory(tmp_path)
+    for number in range(40):
+        memory.put(f"run-{number}", Remembered("t", b"", memory_bytes({"a": np.full(4, number)})))
+        os.utime(tmp_path / f"run-{number}.memory", ns=(number, number))  # the clock may be too coarse
+    assert sorted(tmp_path.iterdir()) == sorted(tmp_path / f"run-{number}.memory" for number in range(8, 40))
+    assert len(memory._known) <= 2
+    assert memory_of(memory.get("run-8").after)["a"].tolist() == [8] * 4
+    assert memory.get("run-7") == Remembered()

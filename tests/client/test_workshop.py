@@ -6,10 +6,14 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fedpeft.errors import FederationError
@@ -76,6 +80,32 @@ def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> Non
     lived(live())
 
 
+AGENT = """
+import asyncio
+from fedpeft_client.workshop import Bounds, Workshop
+from tests.client.test_workshop import order, update
+
+async def live():
+    workshop = Workshop(Bounds())
+    print(update(await workshop.do(order(b"ready")))["pid"], flush=True)
+    await workshop.do(order(b"sleep:60"))
+
+asyncio.run(live())
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_at_work_ends_with_its_killed_agent() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, env=environment) as agent:
+        assert agent.stdout is not None
+        worker = psutil.Process(int(agent.stdout.readline()))
+        time.sleep(0.5)
+        assert worker.status() != psutil.STATUS_ZOMBIE
+        agent.kill()
+    wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15.0)
+
+
 def test_bounds_end_a_worker() -> None:
     async def live() -> None:
         slow = Workshop(Bounds(seconds=0.5))
@@ -110,6 +140,26 @@ def test_a_worker_that_dies_in_a_round_costs_its_agents_update_only(tmp_path: Pa
     status = [json.loads((tmp_path / name / "status.json").read_text()) for name in agents]
     assert sum(s["failures"] for s in status) == len(failed)
     assert any("exit code 3" in s["last_error"] for s in status)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_in_a_round_costs_nothing(tmp_path: Path) -> None:
+    """Its task is done again; one that is killed each time is an error in the end."""
+    with server() as running, fleet(running.address, ["site-a"], tmp_path, processes=True) as agents:
+        workshop = agents["site-a"].workshop
+        assert isinstance(workshop, Workshop)
+        grid, killed = running.grid(RUN), list[int]()
+        wait_for(lambda: len(grid.connected) == 1)
+        for number, kills in ((1, 1), (2, 2)):
+            ids = list(grid.push_messages(messages(grid, ["site-a"], b"sleep:1.5", number)))
+            for _ in range(kills):
+                wait_for(lambda: agents["site-a"].status.doing.startswith("train"))
+                wait_for(lambda: workshop.pid not in (None, *killed), 30.0)
+                time.sleep(0.3)
+                killed.append(workshop.pid or 0)
+                os.kill(killed[-1], signal.SIGKILL)
+            (reply,) = collected(grid, ids, 60.0)
+            assert reply.has_error() == (kills == 2)
 
 
 def test_a_worker_killed_by_the_system_says_so() -> None:

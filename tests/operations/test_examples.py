@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
@@ -34,6 +35,7 @@ DOCKERFILES = (SERVER / "Dockerfile", CLIENT / "Dockerfile")
 UNITS = (SERVER / "fedpeft-server.service", CLIENT / "fedpeft-client.service")
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 AGENTS = ("east", "north", "south")
+PROFILES = [word for name in ("setup", "postgres", "prometheus") for word in ("--profile", name)]
 
 
 def is_understood(words: list[str]) -> bool:
@@ -148,14 +150,18 @@ def test_every_mounted_file_is_here_or_made_by_provisioning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = COMPOSE["services"]["provision"]["command"][0]
-    made, *after = [shlex.split(part) for part in script.split("&&")]
+    made, *after = script.split("&&")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     with pytest.raises(SystemExit) as ended:
-        main(made[1:])
+        main(shlex.split(made)[1:])
     assert not ended.value.code
-    for words in after:
-        if words[0] == "mkdir":
-            Path(words[1]).mkdir()
+    *here, owner = after
+    assert shlex.split(owner)[0] == "chown"  # which only root can
+    subprocess.run(["sh", "-ec", "&&".join(here)], check=True, timeout=60)
+    password = (tmp_path / "federation/database/password").read_text()
+    assert len(password.strip()) >= 32
+    assert (tmp_path / "federation/database/passwords").read_text().endswith(f":{password}")
     sources = [source for name in COMPOSE["services"] for source in mounts(name).values()]
     missing = [
         source
@@ -188,7 +194,7 @@ def test_containers_can_do_little() -> None:
 
 @pytest.mark.skipif(shutil.which("docker-compose") is None, reason="needs docker-compose")
 def test_compose_accepts_the_file() -> None:
-    subprocess.run(["docker-compose", "--profile", "setup", "config", "-q"], cwd=ROOT, check=True, timeout=60)
+    subprocess.run(["docker-compose", *PROFILES, "config", "-q"], cwd=ROOT, check=True, timeout=60)
 
 
 def test_the_commands_in_the_head_are_understood() -> None:
@@ -214,7 +220,7 @@ def test_an_image_holds_this_project_only_and_runs_as_nobody_special(dockerfile:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {project["readme"], *project["license-files"], "pyproject.toml"} <= set(copied)
     assert re.findall(r"pip install .*$", text, re.MULTILINE) in (
-        ["pip install --no-cache-dir -c requirements.lock ."],
+        ['pip install --no-cache-dir -c requirements.lock ".[postgres]"'],
         ['pip install --no-cache-dir -c requirements.lock ".[quant]"'],
     )
     assert "://" not in text, "no registry is named"

@@ -28,6 +28,7 @@ class StandIn(Grid):
         self.worked: list[tuple[int, int]] = []  # round, node of every update that came
         self.away: set[int] = set()
         self.leaving: set[int] = set()  # away once the roll was called
+        self.at_once = False  # all answers come in one pull: no deadline falls between two of them
         self.hold_after: int | None = None  # so many updates, no further one comes
         self.held = threading.Event()
         self.before_accept: Callable[[], object] = lambda: None
@@ -39,6 +40,8 @@ class StandIn(Grid):
     def know(self, agents: Iterable[str]) -> None: ...
 
     def bound(self, result_bytes: int) -> None: ...
+
+    def refused(self, agent: str, why: str) -> None: ...
 
     def set_run(self, run: Any) -> None: ...
 
@@ -60,11 +63,12 @@ class StandIn(Grid):
         return [node for node in self._inner.get_node_ids() if node not in self.away]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
+        ids, asked = [], list(messages)
+        if any(message.metadata.message_type == TRAIN for message in asked):
+            self.away |= self.leaving
+        away = frozenset(self.away)  # all are asked in the same moment
+        for message in asked:
             meta = message.metadata
-            if meta.message_type == TRAIN:
-                self.away |= self.leaving
             kept = {
                 arrival.agent: arrival
                 for arrival in self._store.results.recall(
@@ -75,7 +79,7 @@ class StandIn(Grid):
                 body = kept.body if kept.body is not None else self._store.blobs.get(kept.digest)
                 ids.append(f"recalled-{meta.group_id}-{meta.dst_node_id}")
                 self._recalled[ids[-1]] = update_reply(body, message)
-            elif meta.dst_node_id in self.away:
+            elif meta.dst_node_id in away:
                 ids.append(f"away-{meta.group_id}-{meta.dst_node_id}")
             else:
                 ids.extend(self._inner.push_messages([message]))
@@ -89,7 +93,10 @@ class StandIn(Grid):
         if self.hold_after is not None and len(self.worked) >= self.hold_after:
             self.held.set()
             return []
-        return [self._durable(reply) for reply in self._inner.pull_messages(wanted)]
+        replies = [self._durable(reply) for reply in self._inner.pull_messages(wanted)]
+        while self.at_once and (more := list(self._inner.pull_messages(wanted))):
+            replies += [self._durable(reply) for reply in more]
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

@@ -16,6 +16,7 @@ import tomli_w
 from fedpeft.cli import main
 from fedpeft.credentials import create_authority
 from fedpeft.errors import CredentialError
+from fedpeft.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.administration import Desk
 from fedpeft_server.admin import Admin, Administration
@@ -93,6 +94,23 @@ def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFi
     ]
     assert "--force" in said(capsys, "run", "pull", run_id, "--out", str(out), *at, code=7)
     said(capsys, "run", "pull", run_id, "--out", str(out), "--force", *at)
+
+
+def test_the_log_of_a_round_with_thousands_of_clients_can_be_read(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its record is one line that names all of them: 222 bytes each."""
+    site.daemon.prepared = lambda grid: grid.away.update(range(1, 5))
+    at = ("--server", site.address)
+    run_id = json.loads(said(capsys, "run", "submit", site.run_file(tables()), *at, "--json"))["id"]
+    outcomes = [
+        ClientOutcome(client=f"agent-{n:05d}", status="folded", reason="x" * 60) for n in range(20_000)
+    ]
+    line = Round(round=1, outcomes=tuple(outcomes)).model_dump_json()
+    assert len(line) > 4 << 20
+    site.daemon.store.runs.say(run_id, line)
+    assert line in said(capsys, "run", "logs", run_id, *at, "--json").splitlines()
+    said(capsys, "run", "stop", run_id, *at)
 
 
 def test_a_waiting_run_is_shown_and_stopped(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

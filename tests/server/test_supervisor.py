@@ -39,11 +39,13 @@ def tables(**federation: Any) -> dict[str, Any]:
 class Daemon:
     """A store, a supervisor and the stand-ins that it opened."""
 
-    def __init__(self, store: Store, clock: SteadyClock | None = None, parallel: int = 1) -> None:
+    def __init__(
+        self, store: Store, clock: SteadyClock | None = None, parallel: int = 1, patience_s: float = 600.0
+    ) -> None:
         self.store = store
         self.grids: list[StandIn] = []
         self.prepared: Callable[[StandIn], None] = lambda grid: None
-        self.supervisor = Supervisor(store, self._open, parallel=parallel, clock=clock)
+        self.supervisor = Supervisor(store, self._open, parallel=parallel, patience_s=patience_s, clock=clock)
 
     @contextmanager
     def _open(self, stored: StoredRun) -> Iterator[StandIn]:
@@ -206,6 +208,7 @@ def test_a_run_gives_up_when_its_agents_do_not_come(daemon: Daemon) -> None:
 def test_a_round_without_a_quorum_is_tried_again(daemon: Daemon, adapter: str) -> None:
     def leave(grid: StandIn) -> None:
         grid.leaving = {1, 2, 3}  # after the roll call
+        grid.at_once = True  # the deadline is for those that are away, however slow this machine is
 
     daemon.prepared = leave
     # The deadline is no part of the training: the adapter is that of the undisturbed run.
@@ -216,6 +219,24 @@ def test_a_round_without_a_quorum_is_tried_again(daemon: Daemon, adapter: str) -
     daemon.grids[0].away.clear()
     assert daemon.ended(stored.id).adapter_digest == adapter
     assert [number for round_, number in daemon.grids[0].worked if round_ == 1].count(4) == 1
+
+
+def test_a_member_that_never_answers_does_not_stop_a_run_without_a_deadline(tmp_path: Path) -> None:
+    with Store(tmp_path / "state") as store:
+        daemon = Daemon(store, patience_s=0.3)
+
+        def silent(grid: StandIn) -> None:
+            grid.leaving = {2}  # after the roll call
+            grid.at_once = True
+
+        daemon.prepared = silent
+        stored = daemon.ended(daemon.submit(tables()).id)
+        assert (stored.status, stored.round) == (Status.FINISHED, 2)
+        rows = [json.loads(line.text) for line in store.runs.lines(stored.id)]
+        outcomes = [row["outcomes"] for row in rows if row["event"] == "round" and row["round"]]
+        assert [[o["status"] for o in each] for each in outcomes] == [
+            ["folded", "late", "folded", "folded"]
+        ] * 2
 
 
 def test_a_locked_database_pauses_the_run(tmp_path: Path, adapter: str) -> None:

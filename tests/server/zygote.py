@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import fedpeft.preflight  # noqa: F401  # what a first run brings is loaded before anything is forked
+import fedpeft_server.hosting  # noqa: F401
 from fedpeft.faults import arm
 from fedpeft.runfile import build_run
 from fedpeft_server.store import Rules, Store

@@ -10,7 +10,7 @@ import time
 from collections.abc import Collection
 from pathlib import Path
 
-from fedpeft.errors import StateError, StorageError, UpdateError
+from fedpeft.errors import LimitError, StateError, UpdateError
 from fedpeft.faults import crash_point
 from fedpeft.files import storage, sync_folder
 
@@ -73,7 +73,8 @@ class Blobs:
         """Go on with a content that comes in pieces, or begin it.
 
         Raises:
-            StorageError: it cannot be written, or another upload of it is under way.
+            StorageError: it cannot be written.
+            LimitError: another upload of it is under way.
             UpdateError: `digest` is none.
         """
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
@@ -230,8 +231,8 @@ class Partial:
             if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
                 raise self._taken()  # finished by another between our opening and our lock
 
-    def _taken(self) -> StorageError:
-        return StorageError(f"blob {self._digest[:12]}: another upload of it is under way; ask again")
+    def _taken(self) -> LimitError:
+        return LimitError(f"blob {self._digest[:12]}: another upload of it is under way; ask again")
 
     def _read_again(self) -> None:
         """Hash what an earlier attempt left; more than was announced is no use."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, select, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
 
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft_server.store.schema import METADATA, MIGRATIONS, VERSION, schema_version
+from fedpeft_server.store.schema import METADATA, MIGRATIONS, VERSION, Only, schema_version
 
 BUSY_S = 5.0
+_AT_A_TIME = 500  # rows that are copied
+SQLITE, POSTGRESQL = "sqlite", "postgresql"
+_WRITER, _OWNER = 0x66656470_01, 0x66656470_02  # our advisory locks: "fedp" and a number
 _LOCKED = ("locked", "busy", "lock timeout")
 _FULL = ("disk is full", "no space left", "disk i/o error", "could not extend file")
 
@@ -22,17 +26,33 @@ _FULL = ("disk is full", "no space left", "disk i/o error", "could not extend fi
 class Database:
     """Transactions on one database; safe to use from several threads.
 
+    Args:
+        observe: told how many seconds each transaction that writes took, the wait for its lock included.
+
     Raises:
         UsageError: the URL names no database that is installed.
         StateError: it is of another version, or no database at all.
         StorageError: it cannot be reached or written.
     """
 
-    def __init__(self, url: str, *, migrate: bool = False, busy_s: float = BUSY_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        migrate: bool = False,
+        busy_s: float = BUSY_S,
+        observe: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._observe = observe
+        self._owner: Connection | None = None
         self._name, self._engine = _engine(url, busy_s)
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
-        with self._named():
-            _prepare(self, migrate=migrate)
+        try:
+            with self._named():
+                _prepare(self, migrate=migrate)
+        except BaseException:
+            self._engine.dispose()
+            raise
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -41,13 +61,45 @@ class Database:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A transaction that only reads, and sees nothing of what is committed while it lasts."""
+        with self._named(), self._engine.connect() as connection:
+            if self._engine.dialect.name != SQLITE:  # whose readers see one moment anyway
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                yield connection
+
+    @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction that is durable when the block ends, or did not happen."""
+        began = time.perf_counter()
         with self._named(), self._writer.begin() as connection:
             yield connection
+        self._observe(time.perf_counter() - began)
+
+    def own(self) -> None:
+        """Be the only server on this database until it is closed; for SQLite the state folder sees to that.
+
+        Raises:
+            StateError: another server holds it.
+        """
+        if self._engine.dialect.name != POSTGRESQL:
+            return
+        with self._named():
+            self._owner = self._engine.connect()
+            taken = self._owner.exec_driver_sql(f"SELECT pg_try_advisory_lock({_OWNER})").scalar_one()
+            self._owner.commit()  # the lock is the session's, not the transaction's
+        if not taken:
+            self.close()
+            raise StateError(
+                f"{self._name} is in use by another fedpeft server; end it, or give another --database"
+            )
 
     def close(self) -> None:
         """Close all connections."""
+        if self._owner is not None:
+            self._owner.invalidate()  # closes it rather than putting it aside with the lock
+            self._owner.close()
         self._engine.dispose()
 
     @contextmanager
@@ -61,15 +113,19 @@ class Database:
 def _engine(url: str, busy_s: float) -> tuple[str, Engine]:
     """The engine, and the database's name without its password."""
     try:
-        engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        dialect = make_url(url).get_dialect().name
+        waits = {"options": f"-c lock_timeout={int(busy_s * 1000)}"} if dialect == POSTGRESQL else {}
+        engine = create_engine(url, pool_pre_ping=dialect != SQLITE, connect_args=waits)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise UsageError(
             f"the database URL cannot be used ({_first_line(error)}); give one like"
             " sqlite:////var/lib/fedpeft/state.db, or install the driver that it names"
         ) from error
-    if engine.dialect.name == "sqlite":
+    if dialect == SQLITE:
         event.listen(engine, "connect", functools.partial(_set_up_sqlite, busy_s))
         event.listen(engine, "begin", _begin_sqlite)
+    elif dialect == POSTGRESQL:
+        event.listen(engine, "begin", _begin_postgresql)
     return engine.url.render_as_string(hide_password=True), engine
 
 
@@ -90,6 +146,12 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('begin', '')}".strip())
 
 
+def _begin_postgresql(connection: Connection) -> None:
+    """One writer at a time, as with SQLite: what a transaction that writes has read holds until its end."""
+    if connection.get_execution_options().get("begin"):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER})")
+
+
 def _prepare(database: Database, *, migrate: bool) -> None:
     """Make the tables, or bring them up to date, or refuse."""
     with database.writing() as connection:
@@ -105,7 +167,7 @@ def _prepare(database: Database, *, migrate: bool) -> None:
 
 
 def bring_up(
-    connection: Connection, version: int, target: int, migrations: Mapping[int, Sequence[str]]
+    connection: Connection, version: int, target: int, migrations: Mapping[int, Sequence[str | Only]]
 ) -> None:
     """Lead a database from one version of the tables to another, in the caller's transaction.
 
@@ -125,7 +187,10 @@ def bring_up(
         )
     for step in range(version, target):
         for statement in migrations[step]:
-            connection.execute(text(statement))
+            if isinstance(statement, str):
+                connection.execute(text(statement))
+            elif statement.dialect == connection.dialect.name:
+                connection.execute(text(statement.sql))
     if version < target:
         connection.execute(schema_version.update().values(version=target))
 
@@ -146,3 +211,29 @@ def _one_line(name: str, error: SQLAlchemyError) -> StateError | StorageError:
 
 def _first_line(error: Any) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def copy_tables(source: str, target: str) -> None:
+    """Copy all rows of one database, as they are at one moment, into another one that is empty.
+
+    Raises:
+        UsageError: a URL names no database that is installed.
+        StateError: one of them is of another version, or the target has rows.
+        StorageError: one of them cannot be read or written.
+    """
+    old, new = Database(source), None
+    try:
+        new = Database(target)
+        with old.snapshot() as reading, new.writing() as writing:
+            for table in METADATA.sorted_tables:
+                if table is schema_version:
+                    continue
+                if writing.execute(select(table).limit(1)).first() is not None:
+                    raise StateError(f"the target has rows in {table.name} already; give an empty database")
+                rows = reading.execution_options(yield_per=_AT_A_TIME).execute(select(table))
+                for some in rows.mappings().partitions():
+                    writing.execute(table.insert(), [dict(row) for row in some])
+    finally:
+        old.close()
+        if new is not None:
+            new.close()

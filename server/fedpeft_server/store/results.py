@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, tuple_
+from sqlalchemy import Connection, Row, func, select, tuple_
 
 from fedpeft.faults import crash_point
+from fedpeft.flower.flights import overlap_of
 from fedpeft.flower.tasks import TRAIN
+from fedpeft.runfile import run_from_json
 from fedpeft_server.contracts import Arrival
+from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.schema import refusals, rounds, runs, updates
@@ -27,15 +31,30 @@ _WORDS = {
 }
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What a run takes now.
+
+    Attributes:
+        takes: rounds whose updates it takes: the open one, and where rounds are buffered some before it.
+        opened_at: when the open round was opened; None between two rounds.
+    """
+
+    takes: range
+    opened_at: float | None
+
+
 class Results:
     """Updates that agents sent, at most one per run, round and agent. See `contracts.Acceptor`.
 
     Greetings are taken and not kept: after a restart agents are asked anew, and may have changed.
     """
 
-    def __init__(self, database: Database, blobs: Blobs) -> None:
+    def __init__(self, database: Database, blobs: Blobs, metrics: Metrics) -> None:
         self._database = database
         self._blobs = blobs
+        self._metrics = metrics
+        self._overlaps: dict[str, int] = {}  # by run: see `overlap_of`; a cache, runs never change
 
     def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
         """Make all of them durable in one transaction; for each None, or why it does not count.
@@ -45,12 +64,14 @@ class Results:
         """
         crash_point("server.accept.begun")
         with self._database.writing() as connection:
-            verdicts, fresh = self._judge(connection, arrivals)
+            standing = self._standing(connection, {arrival.run for arrival in arrivals})
+            verdicts, fresh = self._judge(connection, arrivals, standing)
             if fresh:
                 connection.execute(updates.insert(), fresh)
             crash_point("server.accept.inserted")
             _count(connection, arrivals, verdicts)
         crash_point("server.accept.committed")
+        self._measure(arrivals, verdicts, fresh, standing)
         return [None if verdict is None else _WORDS[verdict] for verdict in verdicts]
 
     def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
@@ -67,10 +88,9 @@ class Results:
             return [_arrival(row) for row in connection.execute(wanted)]
 
     def _judge(
-        self, connection: Connection, arrivals: Sequence[Arrival]
+        self, connection: Connection, arrivals: Sequence[Arrival], standing: Mapping[str, Standing]
     ) -> tuple[list[str | None], list[dict[str, Any]]]:
         """A verdict for each, and the rows to insert."""
-        standing = _standing(connection, {arrival.run for arrival in arrivals})
         known = _known(connection, [_key(arrival) for arrival in arrivals])
         verdicts: list[str | None] = []
         fresh: list[dict[str, Any]] = []
@@ -84,33 +104,70 @@ class Results:
         return verdicts, fresh
 
     def _verdict(
-        self, arrival: Arrival, key: Key, standing: Mapping[str, int | None], known: Mapping[Key, str]
+        self, arrival: Arrival, key: Key, standing: Mapping[str, Standing], known: Mapping[Key, str]
     ) -> str | None:
         if key in known and arrival.kind == TRAIN:
             return None if known[key] == arrival.digest else DIFFERENT
         if arrival.run not in standing:
             return UNKNOWN
-        if arrival.kind == TRAIN and standing[arrival.run] != key[1]:
+        if arrival.kind == TRAIN and key[1] not in standing[arrival.run].takes:
             return CLOSED
         if arrival.body is None and not self._blobs.has(arrival.digest):
             return LOST
         return None
 
+    def _measure(
+        self,
+        arrivals: Sequence[Arrival],
+        verdicts: Sequence[str | None],
+        fresh: Sequence[Mapping[str, Any]],
+        standing: Mapping[str, Standing],
+    ) -> None:
+        """Count what was stored, repetitions left out, and what wasn't."""
+        for row in fresh:
+            opened = standing[row["run"]].opened_at or row["accepted_at"]
+            self._metrics.accepted(TRAIN, row["size"], row["accepted_at"] - opened)
+        for arrival, verdict in zip(arrivals, verdicts, strict=True):
+            if verdict is not None:
+                self._metrics.refused(verdict)
+            elif arrival.kind != TRAIN:
+                self._metrics.accepted(arrival.kind, arrival.size, None)
+
+    def _standing(self, connection: Connection, names: Iterable[str]) -> dict[str, Standing]:
+        """Runs that exist, and what they take.
+
+        Between two rounds a buffered run takes what the next one will: its agents are at work all the time.
+        """
+        wanted = list(names)
+        there = list(connection.execute(select(runs.c.id).where(runs.c.id.in_(wanted))).scalars())
+        self._learn(connection, [run for run in there if run not in self._overlaps])
+        mine = rounds.c.run.in_(wanted)
+        newest = select(rounds.c.run, func.max(rounds.c.number)).where(mine).group_by(rounds.c.run)
+        last: dict[str, int] = {row[0]: row[1] for row in connection.execute(newest)}
+        open_ = select(rounds.c.run, rounds.c.number, rounds.c.opened_at).where(
+            mine, rounds.c.status == "open"
+        )
+        under_way = {run: (number, opened) for run, number, opened in connection.execute(open_)}
+        return {run: _standing_of(self._overlaps[run], last.get(run), under_way.get(run)) for run in there}
+
+    def _learn(self, connection: Connection, names: Sequence[str]) -> None:
+        described = select(runs.c.id, runs.c.run_json).where(runs.c.id.in_(names)) if names else None
+        for run, text in connection.execute(described) if described is not None else ():
+            self._overlaps[run] = overlap_of(run_from_json(text))
+
+
+def _standing_of(overlap: int, last: int | None, under_way: tuple[int, float] | None) -> Standing:
+    """Args: rounds before the current one whose updates count too; the newest round; the open one."""
+    if under_way is not None:
+        number, opened = under_way
+        return Standing(range(number - overlap, number + 1), opened)
+    if last is None or not overlap:
+        return Standing(range(0), None)
+    return Standing(range(last + 1 - overlap, last + 1), None)
+
 
 def _key(arrival: Arrival) -> Key:
     return arrival.run, arrival.round, arrival.agent
-
-
-def _standing(connection: Connection, names: Iterable[str]) -> dict[str, int | None]:
-    """Runs that exist, and their open round."""
-    wanted = list(names)
-    there = connection.execute(select(runs.c.id).where(runs.c.id.in_(wanted))).scalars()
-    standing: dict[str, int | None] = dict.fromkeys(there)
-    under_way = select(rounds.c.run, rounds.c.number).where(
-        rounds.c.run.in_(wanted), rounds.c.status == "open"
-    )
-    standing.update((run, number) for run, number in connection.execute(under_way))
-    return standing
 
 
 def _known(connection: Connection, keys: Sequence[Key]) -> dict[Key, str]:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 
 from pydantic import TypeAdapter
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, select, tuple_
 
 from fedpeft.errors import StateError
 from fedpeft.faults import crash_point
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
+from fedpeft.records import Round
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.runs import add_line
@@ -28,6 +29,7 @@ class StoredRounds:
         keep: how many checkpoints stay, the newest ones; None: all.
         deadline_s: of a round; written down for people only.
         gate: called before each durable step; may raise to keep the run from going on.
+        closed: told the length in seconds of each round that was committed, by the wall clock.
     """
 
     resumes = True
@@ -42,6 +44,7 @@ class StoredRounds:
         keep: int | None = None,
         deadline_s: float | None = None,
         gate: Callable[[], None] = lambda: None,
+        closed: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._database = database
         self._blobs = blobs
@@ -50,6 +53,7 @@ class StoredRounds:
         self._keep = keep
         self._deadline_s = deadline_s
         self._gate = gate
+        self._closed = closed
 
     def open_round(self, number: int, draw: Callable[[], Cohort]) -> Cohort:
         """The round's cohort: drawn and made durable before anyone is asked, or the one of before a restart.
@@ -98,16 +102,18 @@ class StoredRounds:
         digest = self._blobs.put(content)
         crash_point("server.checkpoint.written")
         with self._database.writing() as connection:
-            self._close(connection, checkpoint)
+            seconds = self._close(connection, checkpoint)
             connection.execute(
                 checkpoints.insert().values(
                     run=self._run, round=checkpoint.round, digest=digest, size=len(content)
                 )
             )
             crash_point("server.commit.written")
-            unused = [*self._counted(connection, checkpoint.round), *self._outdated(connection)]
+            unused = [*self._counted(connection, checkpoint.row), *self._outdated(connection)]
             crash_point("server.commit.counted")
         crash_point("server.commit.committed")
+        if seconds is not None:
+            self._closed(seconds)
         self._forget(unused)
 
     def latest(self) -> Checkpoint | None:
@@ -167,30 +173,67 @@ class StoredRounds:
             rows = [(row.round, row.digest) for row in connection.execute(wanted)]
         return {number: self._blobs.get(digest) for number, digest in (*rows[:1], *rows[1:][-1:])}
 
-    def _close(self, connection: Connection, checkpoint: Checkpoint) -> None:
-        row = checkpoint.row.model_dump_json()
+    def _close(self, connection: Connection, checkpoint: Checkpoint) -> float | None:
+        """Write the round's end; its length in seconds, None where it was never open."""
+        row, now = checkpoint.row.model_dump_json(), time.time()
         place = (rounds.c.run == self._run) & (rounds.c.number == checkpoint.round)
-        closed = connection.execute(
-            rounds.update().where(place & (rounds.c.status == OPEN)).values(status=CLOSED, row=row)
-        ).rowcount
-        if not closed:  # round 0 asks nobody; any other has been opened, and the key refuses a second time
+        under_way = place & (rounds.c.status == OPEN)
+        opened = connection.execute(select(rounds.c.opened_at).where(under_way)).scalar_one_or_none()
+        if opened is not None:
+            connection.execute(rounds.update().where(under_way).values(status=CLOSED, row=row, closed_at=now))
+        else:  # round 0 asks nobody; any other has been opened, and the key refuses a second time
             connection.execute(
                 rounds.insert().values(
                     run=self._run,
                     number=checkpoint.round,
                     status=CLOSED,
                     cohort="null",
-                    opened_at=time.time(),
+                    opened_at=now,
+                    closed_at=now,
                     row=row,
                 )
             )
         add_line(connection, self._run, row)
-        changed = runs.update().where(runs.c.id == self._run).values(changed_at=time.time())
-        connection.execute(changed)
+        connection.execute(runs.update().where(runs.c.id == self._run).values(changed_at=now))
+        return None if opened is None else now - opened
 
-    def _counted(self, connection: Connection, number: int) -> list[str]:
-        """Mark the round's results as counted and let go of their contents; digests of those in blobs."""
-        mine = (updates.c.run == self._run) & (updates.c.round == number)
+    def checkpoint(self, number: int) -> Checkpoint:
+        """A committed round.
+
+        Raises:
+            StateError: it is not kept, or its content is missing or corrupt.
+        """
+        place = (checkpoints.c.run == self._run) & (checkpoints.c.round == number)
+        with self._database.reading() as connection:
+            digest = connection.execute(select(checkpoints.c.digest).where(place)).scalar_one_or_none()
+        if digest is None:
+            raise StateError(
+                f"round {number} of run {self._run} is not kept, and agents are at work on its state"
+            )
+        return parse_checkpoint(self._blobs.get(digest), self._blobs.path(digest), self._digest)
+
+    def arrived(self) -> Sequence[tuple[str, int]]:
+        """Accepted updates that no committed round counts: (agent, round of its task), as they came."""
+        waiting = (
+            select(updates.c.agent, updates.c.round)
+            .where(updates.c.run == self._run, updates.c.counted.is_(False))
+            .order_by(updates.c.accepted_at, updates.c.agent)
+        )
+        with self._database.reading() as connection:
+            return [(agent, number) for agent, number in connection.execute(waiting)]
+
+    def _counted(self, connection: Connection, row: Round) -> list[str]:
+        """Mark the round's results as counted and let go of their contents; digests of those in blobs.
+
+        A buffered round's results are of several rounds' tasks, and its row names them.
+        """
+        tasks = [
+            (item.client, row.round - item.staleness) for item in row.outcomes if item.staleness is not None
+        ]
+        here = updates.c.round == row.round
+        if tasks:
+            here = tuple_(updates.c.agent, updates.c.round).in_(tasks)
+        mine = (updates.c.run == self._run) & here
         in_blobs = select(updates.c.digest).where(mine & updates.c.body.is_(None))
         digests = list(connection.execute(in_blobs).scalars())
         connection.execute(updates.update().where(mine).values(counted=True, body=None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -17,8 +17,9 @@ from fedpeft.errors import StateError, UsageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
 from fedpeft.runfile import run_digest, run_from_json, run_json
+from fedpeft_server.metrics import RunGauges
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.schema import checkpoints, lines, refusals, runs
+from fedpeft_server.store.schema import budget, checkpoints, lines, refusals, rounds, runs
 
 _ROSTER = TypeAdapter(Roster)
 
@@ -148,6 +149,7 @@ class Runs:
 
     def set_status(self, run_id: str, status: Status, reason: str = "") -> None:
         """Say how a run stands, and why; the change is also a line of its log."""
+        reason = reason.replace("\x00", " ")  # no text of PostgreSQL holds one, and an agent's words may
         with self._database.writing() as connection:
             stands = select(runs.c.status, runs.c.reason).where(runs.c.id == run_id)
             if tuple(connection.execute(stands).one()) == (status, reason):
@@ -211,6 +213,30 @@ class Runs:
         wanted = select(refusals.c.reason, refusals.c.count).where(refusals.c.run == run_id)
         with self._database.reading() as connection:
             return {str(reason): int(count) for reason, count in connection.execute(wanted)}
+
+    def gauges(self, newest: int) -> tuple[Mapping[str, int], Sequence[RunGauges]]:
+        """How many runs stand how, and the last committed round and spent epsilon of the newest ones."""
+        counted = select(runs.c.status, func.count()).group_by(runs.c.status)
+        listed = select(runs.c.id).order_by(runs.c.place.desc()).limit(newest)
+        with self._database.reading() as connection:
+            standing = {str(status): int(count) for status, count in connection.execute(counted)}
+            names = list(connection.execute(listed).scalars())
+            last = select(checkpoints.c.run, func.max(checkpoints.c.round)).where(
+                checkpoints.c.run.in_(names)
+            )
+            grouped = connection.execute(last.group_by(checkpoints.c.run))
+            reached: dict[str, int] = {str(run): int(round_) for run, round_ in grouped}
+            private = connection.execute(select(budget.c.run).where(budget.c.run.in_(names))).scalars()
+            spent = {run: _epsilon(connection, run, reached.get(run)) for run in private}
+        return standing, [RunGauges(run, reached.get(run, 0), spent.get(run)) for run in names]
+
+
+def _epsilon(connection: Connection, run_id: str, round_: int | None) -> float | None:
+    """What a private run had spent after its last committed round."""
+    wanted = select(rounds.c.row).where(rounds.c.run == run_id, rounds.c.number == round_)
+    text = connection.execute(wanted).scalar_one_or_none()
+    stated = json.loads(text).get("epsilon") if text else None
+    return None if stated is None else float(stated)  # infinities are written as text
 
 
 def add_line(connection: Connection, run_id: str, text: str) -> None:

@@ -7,8 +7,10 @@ the operator asks for it; one of a newer version is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     Column,
     Float,
@@ -20,10 +22,37 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    text,
 )
 
-VERSION = 1
-MIGRATIONS: Mapping[int, Sequence[str]] = {}  # from version -> statements that lead to the next one
+VERSION = 2
+RUN_ID = 100  # characters: a run's name has 80, and its number comes after it
+
+
+@dataclass(frozen=True)
+class Only:
+    """A statement that one kind of database needs and the others don't."""
+
+    dialect: str
+    sql: str
+
+
+# From version -> statements that lead to the next one, in one transaction with the new version's number.
+MIGRATIONS: Mapping[int, Sequence[str | Only]] = {
+    1: (
+        "ALTER TABLE rounds ADD COLUMN closed_at FLOAT",
+        # SQLite's integers have 64 bits whatever they are called; an update may have more than 2 GiB.
+        Only("postgresql", "ALTER TABLE updates ALTER COLUMN size TYPE BIGINT"),
+        Only("postgresql", "ALTER TABLE checkpoints ALTER COLUMN size TYPE BIGINT"),
+        Only("postgresql", f"ALTER TABLE runs ALTER COLUMN id TYPE VARCHAR({RUN_ID})"),
+        *(
+            Only("postgresql", f"ALTER TABLE {name} ALTER COLUMN run TYPE VARCHAR({RUN_ID})")
+            for name in ("rounds", "updates", "checkpoints", "budget", "lines", "refusals")
+        ),
+        # Which contents are still needed is asked at each commit, and must not read all that ever came.
+        "CREATE INDEX updates_waiting ON updates (digest) WHERE body IS NULL AND NOT counted",
+    ),
+}
 
 METADATA = MetaData()
 
@@ -40,7 +69,7 @@ agents = Table(  # for people; certificates, tokens and revocations are files of
 runs = Table(
     "runs",
     METADATA,
-    Column("id", String(64), primary_key=True),
+    Column("id", String(RUN_ID), primary_key=True),
     Column("place", Integer, nullable=False, unique=True),  # in the order of submission, from 1
     Column("name", String(80), nullable=False),
     Column("digest", String(64), nullable=False),
@@ -59,24 +88,25 @@ runs = Table(
 rounds = Table(
     "rounds",
     METADATA,
-    Column("run", String(64), ForeignKey("runs.id"), primary_key=True),
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
     Column("number", Integer, primary_key=True),
     Column("status", String(10), nullable=False),  # open, closed
     Column("cohort", Text, nullable=False),  # JSON
     Column("opened_at", Float, nullable=False),
     Column("deadline_at", Float),  # for people; the deadline itself runs on the monotonic clock
+    Column("closed_at", Float),  # null while it is open, and of rounds that version 1 closed
     Column("row", Text),  # JSON of the round's record; null while it is open
 )
 
 updates = Table(  # accepted results of training tasks
     "updates",
     METADATA,
-    Column("run", String(64), ForeignKey("runs.id"), primary_key=True),
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
     Column("round", Integer, primary_key=True),
     Column("agent", String(200), primary_key=True),
     Column("task", LargeBinary, nullable=False),
     Column("digest", String(64), nullable=False),  # SHA-256 of the body
-    Column("size", Integer, nullable=False),
+    Column("size", BigInteger, nullable=False),
     Column("body", LargeBinary),  # null: it is a blob, or it is counted and gone
     Column("signature", LargeBinary, nullable=False),
     Column("accepted_at", Float, nullable=False),
@@ -86,23 +116,23 @@ updates = Table(  # accepted results of training tasks
 checkpoints = Table(
     "checkpoints",
     METADATA,
-    Column("run", String(64), ForeignKey("runs.id"), primary_key=True),
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
     Column("round", Integer, primary_key=True),
     Column("digest", String(64), nullable=False),
-    Column("size", Integer, nullable=False),
+    Column("size", BigInteger, nullable=False),
 )
 
 budget = Table(
     "budget",
     METADATA,
-    Column("run", String(64), ForeignKey("runs.id"), primary_key=True),
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
     Column("ledger", Text, nullable=False),  # JSON of all charges, committed before a round asks anyone
 )
 
 lines = Table(
     "lines",
     METADATA,
-    Column("run", String(64), ForeignKey("runs.id"), primary_key=True),
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
     Column("number", Integer, primary_key=True),  # from 1
     Column("at", Float, nullable=False),
     Column("text", Text, nullable=False),
@@ -111,9 +141,11 @@ lines = Table(
 refusals = Table(
     "refusals",
     METADATA,
-    Column("run", String(64), primary_key=True),
+    Column("run", String(RUN_ID), primary_key=True),
     Column("reason", String(40), primary_key=True),
     Column("count", Integer, nullable=False),
 )
 
 Index("updates_by_digest", updates.c.digest)
+_WAITING = text("body IS NULL AND NOT counted")
+Index("updates_waiting", updates.c.digest, sqlite_where=_WAITING, postgresql_where=_WAITING)

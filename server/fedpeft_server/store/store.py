@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from fedpeft.errors import StateError
-from fedpeft.files import storage
+from fedpeft.files import hold_lock, storage
+from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.agents import Agents
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import BUSY_S, Database
@@ -29,6 +28,7 @@ class Store:
         url: of the database; None: an SQLite file in the folder.
         migrate: bring a database of an older version up to date.
         busy_s: how long a statement waits for another process's lock before the run pauses.
+        metrics: counts what is stored; None: for nobody.
 
     Raises:
         StateError: another server holds the folder, or the database is of another version.
@@ -37,23 +37,37 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, *, url: str | None = None, migrate: bool = False, busy_s: float = BUSY_S
+        self,
+        folder: Path,
+        *,
+        url: str | None = None,
+        migrate: bool = False,
+        busy_s: float = BUSY_S,
+        metrics: Metrics | None = None,
     ) -> None:
         with storage(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (folder / RUNS).mkdir(exist_ok=True)
         self.folder = folder
-        self._lock = _locked(folder)
+        self.metrics = metrics or Metrics()
+        self._lock = hold_lock(
+            folder / LOCK,
+            in_use=f"{folder} is in use by another fedpeft server; end it, or give another --state",
+        )
         try:
             url = url or f"sqlite:///{folder.resolve() / DATABASE}"
-            self.database = Database(url, migrate=migrate, busy_s=busy_s)
+            self.database = Database(
+                url, migrate=migrate, busy_s=busy_s, observe=self.metrics.commits.observe
+            )
+            self.database.own()
             self.blobs = Blobs(folder / BLOBS)
         except BaseException:
             os.close(self._lock)
             raise
         self.agents = Agents(self.database)
         self.runs = Runs(self.database)
-        self.results = Results(self.database, self.blobs)
+        self.results = Results(self.database, self.blobs, self.metrics)
+        self.metrics.watch_ledger(self.runs)
 
     def __enter__(self) -> Store:
         return self
@@ -74,6 +88,7 @@ class Store:
             keep=stored.run.output.keep_checkpoints,
             deadline_s=stored.run.federation.deadline_s,
             gate=gate,
+            closed=self.metrics.closed,
         )
 
     def run_folder(self, run_id: str) -> Path:
@@ -85,16 +100,3 @@ class Store:
         with self.database.reading() as connection:
             used = used_blobs(connection)
         return self.blobs.collect(used, older_than_s=_ABANDONED_S)
-
-
-def _locked(folder: Path) -> int:
-    with storage(folder):
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise StateError(
-            f"{folder} is in use by another fedpeft server; end it, or give another --state"
-        ) from error
-    return lock

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.errors import StateError, StorageError, UpdateError
+from fedpeft.errors import LimitError, StateError, UpdateError
 from fedpeft_server.store.blobs import Blobs
 
 CONTENT = b"0123456789" * 1000
@@ -69,7 +69,7 @@ def test_more_on_disk_than_announced_is_begun_anew(blobs: Blobs) -> None:
 
 def test_two_uploads_of_one_content_at_a_time_are_one_too_many(blobs: Blobs) -> None:
     partial = blobs.begin(DIGEST, len(CONTENT))
-    with pytest.raises(StorageError, match="another upload"):
+    with pytest.raises(LimitError, match="another upload"):
         blobs.begin(DIGEST, len(CONTENT))
     partial.close()
     blobs.begin(DIGEST, len(CONTENT)).close()

@@ -7,11 +7,17 @@ import stat
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
+from sqlalchemy import create_engine, inspect, text
 
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft_server.store import Store
+from fedpeft.ledger import Cohort
+from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.store.database import Database, bring_up
 from fedpeft_server.store.schema import VERSION
+from tests.server.postgres import Cluster
+from tests.server.store.things import checkpoint, cohort, rows, update
 
 
 def set_version(folder: Path, version: int) -> None:
@@ -21,6 +27,7 @@ def set_version(folder: Path, version: int) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("url", [None])
 def test_commits_reach_the_disk_before_they_return(store: Store) -> None:
     with store.database.reading() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
@@ -100,3 +107,140 @@ def test_urls_that_cannot_be_used_say_so_without_the_password(tmp_path: Path) ->
         assert "secret" not in str(caught.value)
     with pytest.raises(StorageError, match="cannot be used"):
         Database(f"sqlite:///{tmp_path / 'no' / 'such' / 'folder' / 'd.db'}")
+
+
+# ---- From one version to the next
+
+# As version 1 of fedpeft made it: its tables, written down so that no later change of ours changes them.
+VERSION_1 = """
+CREATE TABLE schema_version (version INTEGER NOT NULL PRIMARY KEY);
+CREATE TABLE agents (name VARCHAR(200) NOT NULL PRIMARY KEY, first_seen FLOAT NOT NULL,
+    last_seen FLOAT NOT NULL);
+CREATE TABLE runs (id VARCHAR(64) NOT NULL PRIMARY KEY, place INTEGER NOT NULL UNIQUE,
+    name VARCHAR(80) NOT NULL, digest VARCHAR(64) NOT NULL, run_json TEXT NOT NULL,
+    status VARCHAR(30) NOT NULL, reason TEXT NOT NULL, submitter VARCHAR(200) NOT NULL,
+    submitted_at FLOAT NOT NULL, changed_at FLOAT NOT NULL,
+    submission VARCHAR(200) NOT NULL UNIQUE, rules TEXT NOT NULL, roster TEXT,
+    adapter_digest VARCHAR(64) NOT NULL);
+CREATE TABLE rounds (run VARCHAR(64) NOT NULL REFERENCES runs (id), number INTEGER NOT NULL,
+    status VARCHAR(10) NOT NULL, cohort TEXT NOT NULL, opened_at FLOAT NOT NULL, deadline_at FLOAT, row TEXT,
+    PRIMARY KEY (run, number));
+CREATE TABLE updates (run VARCHAR(64) NOT NULL REFERENCES runs (id), round INTEGER NOT NULL,
+    agent VARCHAR(200) NOT NULL, task {blob} NOT NULL, digest VARCHAR(64) NOT NULL, size INTEGER NOT NULL,
+    body {blob}, signature {blob} NOT NULL, accepted_at FLOAT NOT NULL, counted BOOLEAN NOT NULL,
+    PRIMARY KEY (run, round, agent));
+CREATE TABLE checkpoints (run VARCHAR(64) NOT NULL REFERENCES runs (id), round INTEGER NOT NULL,
+    digest VARCHAR(64) NOT NULL, size INTEGER NOT NULL, PRIMARY KEY (run, round));
+CREATE TABLE budget (run VARCHAR(64) NOT NULL PRIMARY KEY REFERENCES runs (id), ledger TEXT NOT NULL);
+CREATE TABLE lines (run VARCHAR(64) NOT NULL REFERENCES runs (id), number INTEGER NOT NULL, at FLOAT NOT NULL,
+    text TEXT NOT NULL, PRIMARY KEY (run, number));
+CREATE TABLE refusals (run VARCHAR(64) NOT NULL, reason VARCHAR(40) NOT NULL, count INTEGER NOT NULL,
+    PRIMARY KEY (run, reason));
+CREATE INDEX updates_by_digest ON updates (digest);
+INSERT INTO schema_version VALUES (1);
+"""
+
+
+def test_a_database_of_version_1_goes_on_after_its_migration(tmp_path: Path, url: str | None) -> None:
+    """Its run, its open round and the update that was accepted are there, and the round can be closed."""
+    where = url or f"sqlite:///{tmp_path / 'state.db'}"
+    run = build_run({"run": {"name": "old", "rounds": 3}}, source="test")
+    old = StoredRun("old-1", 1, run, run_digest(run), Rules(), Status.RUNNING, "", "me", 1.0, 1.0, -1, "")
+    engine = create_engine(where)
+    script = VERSION_1.format(blob="BLOB" if url is None else "BYTEA")
+    with engine.begin() as connection:
+        for statement in script.split(";")[:-1]:
+            connection.exec_driver_sql(statement)
+        given = {
+            "run": run_json(run),
+            "digest": old.digest,
+            "cohort": TypeAdapter(Cohort).dump_json(cohort()).decode(),
+        }
+        for statement in (
+            "INSERT INTO runs VALUES ('old-1', 1, 'old', :digest, :run, 'running', '', 'me', 1, 1, 'one',"
+            " '{}', NULL, '')",
+            "INSERT INTO rounds VALUES ('old-1', 1, 'open', :cohort, 1, NULL, NULL)",
+        ):
+            connection.execute(text(statement), given)
+        sent = update(old, 1, "ann")
+        row = vars(sent) | {"accepted_at": 2.0, "counted": False}
+        connection.execute(
+            text(
+                "INSERT INTO updates VALUES (:run, :round, :agent, :task, :digest, :size, :body, :signature,"
+                " :accepted_at, :counted)"
+            ),
+            row,
+        )
+    engine.dispose()
+
+    with pytest.raises(StateError, match="is of version 1, version 2 is needed"):
+        Store(tmp_path, url=url)
+    with Store(tmp_path, url=url, migrate=True) as store:
+        stored = store.runs.get("old-1")
+        assert (stored.run, stored.round) == (run, -1)
+        rounds = store.rounds(stored)
+        assert rounds.open_round(1, cohort) == cohort()
+        assert list(store.results.recall("old-1", 1, "train")) == [sent]
+        store.results.accept([update(stored, 1, "bob")])
+        rounds.commit(checkpoint(stored, 1))
+        assert rows(store, "SELECT count(*) FROM updates WHERE counted") == [(2,)]
+        migrated = described(store)
+    if url is None:
+        with Store(tmp_path / "new") as store:
+            assert migrated == described(store), "a migrated database is as a new one"
+
+
+def test_the_longest_name_and_any_text_fit(store: Store) -> None:
+    """PostgreSQL counts characters, and has no text with a NUL in it."""
+    name = "r" * 80
+    run = build_run({"run": {"name": name, "rounds": 3}}, source="test")
+    stored = store.runs.submit(run, Rules(), submission="x" * 128, submitter="me")
+    store.rounds(stored).open_round(1, cohort)
+    store.results.accept([update(stored, 1, "a" * 200), update(stored, 2, "bob")])
+    store.runs.set_status(stored.id, Status.PAUSED, "an agent said \x00 ☃ " + "y" * 5000)
+    assert store.runs.get(f"{name}-1").status == Status.PAUSED
+    assert store.runs.refusals(stored.id) == {"round-closed": 1}
+
+
+def described(store: Store) -> dict[str, object]:
+    """Columns and indexes of all tables."""
+    with store.database.reading() as connection:
+        looked = inspect(connection)
+        return {
+            name: (
+                {(column["name"], column["nullable"]) for column in looked.get_columns(name)},
+                {index["name"] for index in looked.get_indexes(name)},
+            )
+            for name in looked.get_table_names()
+        }
+
+
+# ---- PostgreSQL
+
+
+@pytest.mark.slow
+def test_a_second_server_on_the_same_postgresql_is_refused(tmp_path: Path, cluster: Cluster) -> None:
+    url = cluster.url("two")
+    with (
+        Store(tmp_path / "one", url=url),
+        pytest.raises(StateError, match="in use by another fedpeft server"),
+    ):
+        Store(tmp_path / "two", url=url)
+    with Store(tmp_path / "two", url=url):  # the first one's lock went with it
+        pass
+
+
+@pytest.mark.slow
+def test_a_postgresql_that_goes_and_comes_back(tmp_path: Path, cluster: Cluster) -> None:
+    """Cut off as by a power failure: what was acknowledged is there, and the store goes on by itself."""
+    run = build_run({"run": {"name": "cut", "rounds": 3}}, source="test")
+    with Store(tmp_path, url=cluster.url("cut")) as store:
+        stored = store.runs.submit(run, Rules(), submission="one", submitter="me")
+        store.rounds(stored).open_round(1, cohort)
+        assert store.results.accept([update(stored, 1, "ann")]) == [None]
+        cluster.stop("immediate")
+        with pytest.raises(StorageError, match="cannot be used"):
+            store.results.accept([update(stored, 1, "bob")])
+        cluster.start()
+        assert store.results.accept([update(stored, 1, "bob")]) == [None]
+        assert [row.agent for row in store.results.recall(stored.id, 1, "train")] == ["ann", "bob"]

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedpeft_server.store import Store, StoredRun
-from tests.server.store.things import AGENTS, checkpoint, cohort, update
-
-
-def rows(store: Store, query: str) -> list[tuple[object, ...]]:
-    """What another process reads from the disk."""
-    connection = sqlite3.connect(f"file:{store.folder / 'state.db'}?mode=ro", uri=True)
-    try:
-        return connection.execute(query).fetchall()
-    finally:
-        connection.close()
+from tests.server.store.things import AGENTS, checkpoint, cohort, rows, update
 
 
 def opened(store: Store, stored: StoredRun, round_: int = 1) -> None:

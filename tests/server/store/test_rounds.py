@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from fedpeft.errors import StateError, StorageError
 from fedpeft.ledger import Cohort
 from fedpeft_server.control import Paused
 from fedpeft_server.store import Rules, Store, StoredRun
-from tests.server.store.things import checkpoint, cohort, update
+from tests.server.store.things import checkpoint, cohort, rows, update
 
 
 def never() -> Cohort:
@@ -45,9 +44,9 @@ def test_a_commit_holds_checkpoint_row_and_counted_updates(store: Store, stored:
     np.testing.assert_array_equal(last.state["a"], np.ones((2, 3), np.float32))
     np.testing.assert_array_equal(last.strategy["m"], [0.0, 1.0])
     assert json.loads(rounds.last_row() or "")["round"] == 1
-    connection = sqlite3.connect(store.folder / "state.db")
-    assert connection.execute("SELECT counted, body FROM updates").fetchall() == [(1, None)]
-    connection.close()
+    assert rows(store, "SELECT counted, body FROM updates") == [(True, None)]
+    ((seconds,),) = rows(store, "SELECT closed_at - opened_at FROM rounds WHERE number = 1")
+    assert 0 <= float(str(seconds)) < 60
     assert [json.loads(line.text)["round"] for line in store.runs.lines(stored.id)] == [0, 1]
     assert store.runs.get(stored.id).round == 1
 
@@ -111,12 +110,8 @@ def test_spent_privacy_is_kept_apart_from_rounds(store: Store, stored: StoredRun
 def test_a_locked_database_commits_nothing_and_says_so(store: Store, stored: StoredRun) -> None:
     rounds = store.rounds(stored)
     rounds.open_round(1, cohort)
-    other = sqlite3.connect(store.folder / "state.db", isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StorageError, match=r"locked by another process"):
+    with store.database.writing(), pytest.raises(StorageError, match=r"locked by another process"):
         store.results.accept([update(stored, 1, "ann")])
-    other.execute("ROLLBACK")
-    other.close()
     assert store.results.accept([update(stored, 1, "ann")]) == [None]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.records import ClientOutcome, Round
 from fedpeft_server.contracts import Arrival
-from fedpeft_server.store import StoredRun
+from fedpeft_server.store import Store, StoredRun
 
 AGENTS = ("ann", "bob", "eve")
 
@@ -17,6 +19,15 @@ AGENTS = ("ann", "bob", "eve")
 def cohort(names: tuple[str, ...] = AGENTS) -> Cohort:
     lost = (ClientOutcome(client="gone", status="dropped", reason="vanished"),)
     return Cohort(names, dict.fromkeys(names, 0.25), lost, 1.5)
+
+
+def rows(store: Store, query: str) -> list[tuple[object, ...]]:
+    """What another connection reads, of a file even past the store's own engine."""
+    if not (store.folder / "state.db").exists():
+        with store.database.reading() as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query)]
+    with closing(sqlite3.connect(f"file:{store.folder / 'state.db'}?mode=ro", uri=True)) as file:
+        return file.execute(query).fetchall()
 
 
 def update(
