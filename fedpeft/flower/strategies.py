@@ -192,7 +192,7 @@ class StrategyRunner:
         if hasattr(strategy, "current_arrays"):
             strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
         strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
-        with _quick_collections():
+        with contextlib.nullcontext() if self.rule.folds else _quick_collections():
             result, _ = strategy.aggregate_train(round_, [_reply(*reply) for reply in replies])
         if result is None:
             raise FederationError(f"round {round_}: {self._name} returned nothing for {len(replies)} updates")
