@@ -66,9 +66,7 @@ def simulate(
     ] = None,
     memory_check: Annotated[
         bool,
-        typer.Option(
-            "--memory-check/--no-memory-check", help="Refuse a run that is predicted not to fit."
-        ),
+        typer.Option("--memory-check/--no-memory-check", help="Refuse a run that is predicted not to fit."),
     ] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
     json_: Annotated[
@@ -515,9 +513,7 @@ def server_restore(
 
 
 @server_app.command("status")
-def server_status(
-    server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
-) -> None:
+def server_status(server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False) -> None:
     """Say who is connected to a server, what each used, and what was refused and why."""
     from fedpeft_client.administration import Desk
     from fedpeft_client.server_status import server_status_command

@@ -311,6 +311,7 @@ class FederationSection(Section):
             wanted = "give its size and concurrency" if self.buffer is None else "set mode = 'buffered'"
             raise ValueError(f"mode '{self.mode}' and [federation.buffer] don't go together; {wanted}")
         return self
+
     attack: AttackSection | None = None  # simulations only; absent: all clients are honest
 
 

@@ -320,9 +320,7 @@ class Resident:
         new_tokens = self.run.evaluation.max_new_tokens
         return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
 
-    def held_out_loss(
-        self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None
-    ) -> float:
+    def held_out_loss(self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None) -> float:
         """Mean loss of `state` moved by `change` on one client's held-out rows; NaN without any."""
         rows = self.data.clients[index].heldout[: self.run.evaluation.max_examples]
         if not len(rows):
