@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +122,19 @@ def provision(site: Site) -> None:
     site.call("provision", "federation", "--host", "127.0.0.1", *agents, "--submitter", "ada")
     made = json.loads(site.call("provision", "federation", "--agent", AGENTS[-1], "--tokens", "--json"))
     (site.token,) = (item["token"] for item in made["tokens"])
+
+
+def begin(site: Site, settings: Sequence[str]) -> str:
+    """Start the simulation and the federation of one run file, and submit it; the run's id."""
+    provision(site)
+    words = [word for setting in settings for word in ("--set", setting)]
+    site.start("simulation", "simulate", RUN_FILE, *words, "--out", "simulated", "--quiet", "--workers", "1")
+    site.start_server()
+    for name in AGENTS:
+        site.start_agent(name)
+    until("the server", lambda: "listening on" in site.log("server"))
+    submitted: dict[str, str] = json.loads(site.call("run", "submit", RUN_FILE, *words, "--json"))
+    return submitted["id"]
 
 
 def check_adapters(folder: Path, shown: dict[str, Any]) -> None:

@@ -14,17 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.site import (
-    AGENTS,
-    PATIENCE_S,
-    RUN_FILE,
-    Site,
-    check_adapters,
-    open_site,
-    provision,
-    say,
-    until,
-)
+from tests.integration.site import AGENTS, PATIENCE_S, Site, begin, check_adapters, open_site, say, until
 
 ROUNDS = 8
 SETTINGS = (f"run.rounds={ROUNDS}", "training.steps=4", "evaluation.every=100")
@@ -39,16 +29,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
 def test_killed_agents_and_a_killed_server_change_nothing(site: Site) -> None:
-    provision(site)
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    site.start(
-        "simulation", "simulate", RUN_FILE, *settings, "--out", "simulated", "--quiet", "--workers", "1"
-    )
-    site.start_server()
-    for name in AGENTS:
-        site.start_agent(name)
-    until("the server", lambda: "listening on" in site.log("server"))
-    run_id = json.loads(site.call("run", "submit", RUN_FILE, *settings, "--json"))["id"]
+    run_id = begin(site, SETTINGS)
     site.start("lines", "run", "logs", run_id, "--follow")
     say(f"submitted {run_id}")
 

@@ -134,7 +134,7 @@ def test_by_the_virtual_clock_agents_give_the_bytes_of_a_simulation(tmp_path: Pa
 
 
 def test_in_order_of_arrival_and_across_a_restart_nothing_is_lost_or_counted_twice(tmp_path: Path) -> None:
-    run = run_of(8, {"size": 2, "concurrency": 5, "max_staleness": 6}, clock=None)
+    run = run_of(8, {"size": 2, "concurrency": 5, "max_staleness": 10}, clock=None)
     with pytest.raises(StorageError, match="goes down"):
         served(run, tmp_path / "state", tmp_path / "homes", app="unequal", fails_at=4)
     before, accepted = committed(tmp_path / "state", run)
@@ -146,7 +146,7 @@ def test_in_order_of_arrival_and_across_a_restart_nothing_is_lost_or_counted_twi
     rows = [checkpoint.row for checkpoint in after]
     tasks = [(item.client, row.round - (item.staleness or 0)) for row in rows for item in row.outcomes]
     assert len(set(tasks)) == len(tasks)
-    assert all(item.status == "folded" for row in rows for item in row.outcomes)
+    assert [item for row in rows for item in row.outcomes if item.status != "folded"] == []
     first = list(itertools.islice((task for row in rows[4:] for task in _tasks(row)), len(accepted)))
     assert first == accepted, "what was durable comes first, in the order in which it was accepted"
     for checkpoint, state in zip(after, replayed(after), strict=True):
