@@ -11,6 +11,7 @@ from simulations.soak import AGENTS, Samples, failures, growth, soaked
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
 def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
     result = soaked(tmp_path, minutes=0.1, seed=3, here=True, rounds=4, every_s=0.5)
