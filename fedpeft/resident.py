@@ -147,10 +147,17 @@ class Resident:
         Raises:
             FederationError: no such client.
         """
-        for index, client in enumerate(self.data.clients):
-            if client.name == name:
-                return index
-        raise FederationError(f"there is no client {name!r}; the run has {len(self.data.clients)} clients")
+        index = self._places.get(name)
+        if index is None:
+            raise FederationError(
+                f"there is no client {name!r}; the run has {len(self.data.clients)} clients"
+            )
+        return index
+
+    @functools.cached_property
+    def _places(self) -> dict[str, int]:
+        """Position by name: looked up for every task, of runs with thousands of clients."""
+        return {client.name: index for index, client in enumerate(self.data.clients)}
 
     def train_client(
         self, index: int, round_: int, state: Arrays, *, proximal_mu: float, memory: Memory | None = None
@@ -206,7 +213,8 @@ class Resident:
                 parameters=parameters,
             )
         if memory is not None:
-            memory.update({_KEPT + name: read_parameters(self.parameters)[name] for name in self.start})
+            kept = read_parameters({name: self.parameters[name] for name in self.start})
+            memory.update({_KEPT + name: array for name, array in kept.items()})
         sent = self._part(lambda name: self.shares.sent(client.name, name, round_))
         begun = state if sent is self.parameters else {name: state[name] for name in sent}
         arrays = self.space.express(sent, begun, trail, memory)

@@ -27,6 +27,7 @@ class Rule:
             checkpoint.
         needs: fewest replies for its guarantee to hold, given its options.
         coefficients: the rule as a function of inner products; None: it looks at entries.
+        collects: Flower's class collects garbage after each client.
         robust: hostile clients, some of them, are what it is for; so it has a geometry.
         summary: one line for people.
     """
@@ -37,6 +38,7 @@ class Rule:
     memory: tuple[str, ...] = ()
     needs: Callable[[Mapping[str, Any]], int] = lambda options: 1
     coefficients: Coefficients | None = None
+    collects: bool = False
     robust: bool = False
 
     @property
@@ -91,6 +93,7 @@ RULES: dict[str, Rule] = {
         False,
         "trimmed mean of Krum selections (El Mhamdi et al. 2018)",
         needs=lambda o: 4 * malicious(o) + 3,
+        collects=True,
         robust=True,
     ),
     "fedmedian": Rule(flower.FedMedian, False, "coordinate-wise median (Yin et al. 2018)", robust=True),
@@ -111,7 +114,9 @@ RULES: dict[str, Rule] = {
         coefficients=geometric_median,
         robust=True,
     ),
-    "qfedavg": Rule(flower.QFedAvg, False, "mean weighted towards high losses (Li et al. 2020)"),
+    "qfedavg": Rule(
+        flower.QFedAvg, False, "mean weighted towards high losses (Li et al. 2020)", collects=True
+    ),
 }
 
 _POSITIVE = ("clip_norm", "multiple")

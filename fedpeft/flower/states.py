@@ -7,8 +7,15 @@ from fedpeft.update import Arrays
 from fedpeft.wire.codec import Envelope, encode
 
 
-def state_payload(federation: Federation, state: Arrays, number: int, digest: str) -> bytes:
-    """The state that the tasks of round `number` start from; `digest` is its fingerprint."""
+def state_payload(
+    federation: Federation, state: Arrays, number: int, digest: str, *, base: str | None = None
+) -> bytes:
+    """The state that the tasks of round `number` start from.
+
+    Args:
+        digest: its fingerprint.
+        base: that of the base model that its receivers hold; None: the one that clients have in common.
+    """
     return encode(
         Envelope(
             arrays=state,
@@ -16,6 +23,6 @@ def state_payload(federation: Federation, state: Arrays, number: int, digest: st
             round=number,
             state_digest=digest,
             space=federation.space.kind,
-            base_digest=federation.roster.base_digest,
+            base_digest=federation.roster.base_digest if base is None else base,
         )
     )

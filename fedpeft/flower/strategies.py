@@ -192,7 +192,7 @@ class StrategyRunner:
         if hasattr(strategy, "current_arrays"):
             strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
         strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
-        with contextlib.nullcontext() if self.rule.folds else _quick_collections():
+        with _quick_collections() if self.rule.collects else contextlib.nullcontext():
             result, _ = strategy.aggregate_train(round_, [_reply(*reply) for reply in replies])
         if result is None:
             raise FederationError(f"round {round_}: {self._name} returned nothing for {len(replies)} updates")
@@ -259,7 +259,7 @@ class _Gathering:
 def _quick_collections() -> Iterator[None]:
     """Leave what is there already out of garbage collections.
 
-    Flower's Bulyan collects garbage after each client, which goes through every object of every library that
+    For rules that collect garbage after each client, which goes through every object of every library that
     is loaded: half a second each time, beside a model.
     """
     if gc.get_freeze_count():  # left out already, to be shared with worker processes

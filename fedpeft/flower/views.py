@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fedpeft.errors import FederationError
 from fedpeft.flower.federation import Federation
+from fedpeft.flower.states import state_payload
 from fedpeft.records import ClientOutcome
 from fedpeft.update import Arrays, arrays_digest
-from fedpeft.wire.codec import Envelope, encode
 
 
 class Views:
@@ -51,13 +51,6 @@ class Views:
         if key not in self._made:
             arrays = federation.shares.view(client, self._state)
             digest = arrays_digest(arrays)
-            envelope = Envelope(
-                arrays=arrays,
-                run_digest=federation.digest,
-                round=self._number,
-                state_digest=digest,
-                space=federation.space.kind,
-                base_digest=base,
-            )
-            self._made[key] = (encode(envelope), digest)
+            payload = state_payload(federation, arrays, self._number, digest, base=base)
+            self._made[key] = (payload, digest)
         return self._made[key]

@@ -7,6 +7,7 @@ the same way. What it doesn't hold counts as zero in its adapter.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Shares:
         self._whole = Share()
         self._of_group = [_group_share(run, place) for place in range(len(run.groups))]
 
-    @property
+    @functools.cached_property
     def all_alike(self) -> bool:
         """Whether everybody holds, trains and sends everything, so that shares change nothing."""
         plain = self.rule.sent is _PLAIN.sent and self.rule.trained is _PLAIN.trained
