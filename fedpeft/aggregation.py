@@ -62,16 +62,28 @@ class ExactSum:
         if self._room <= 0:
             raise UpdateError(f"{who}: the round's cohort is complete; one more update cannot be counted")
         entries = pack(update.arrays, self._packing).flat
-        largest, squares = _integer_extent(entries) if self._exact else _extent(entries)
-        self._check_entries(largest, update, who)
-        if self._exact:
-            self._sum += entries * update.weight
-        else:
-            _add_quanta(self._sum, entries, 2.0**-self._exponent, update.weight)
+        squares = (self._add_integers if self._exact else self._add_floats)(entries, update, who)
         self._room -= 1
         self.total_weight += update.weight
         self.count += 1
         return math.sqrt(squares)
+
+    def _add_integers(self, entries: NDArray[np.int64], update: Update, who: str) -> float:
+        largest, squares = _integer_extent(entries)
+        self._check_entries(largest, update, who)
+        self._sum += entries * update.weight
+        return squares
+
+    def _add_floats(self, entries: NDArray[np.float32], update: Update, who: str) -> float:
+        """Add and look at once, in one pass over memory; what must be refused is taken back, exactly."""
+        terms = entries, 2.0**-self._exponent, float(self._bound // update.weight)
+        largest, squares = _add_quanta(self._sum, *terms, update.weight)
+        try:
+            self._check_entries(largest, update, who)
+        except UpdateError:
+            _add_quanta(self._sum, *terms, -update.weight)
+            raise
+        return squares
 
     def _check_entries(self, largest: float, update: Update, who: str) -> None:
         """Refuse entries that are not finite or don't fit."""
@@ -99,19 +111,44 @@ class ExactSum:
         """
         if not self.count:
             raise UpdateError("no update was counted: a mean needs at least one")
-        flat = self._sum.astype(np.float64)
-        np.ldexp(flat, self._exponent, out=flat)
-        flat /= self.total_weight
+        flat = _quotients(self._sum, 2.0**self._exponent, float(self.total_weight))
         return PackedArrays(flat, self._packing.like("<f8"))
 
 
 @compiled
 def _add_quanta(
-    total: NDArray[np.int64], entries: NDArray[np.float32], quanta_per_one: float, weight: int
-) -> None:
-    """Add weight * round(entry / quantum); the product with a power of two is exact, ties go to even."""
-    for i in range(entries.size):
-        total[i] += np.int64(np.rint(np.float64(entries[i]) * quanta_per_one)) * weight
+    total: NDArray[np.int64],
+    entries: NDArray[np.float32],
+    quanta_per_one: float,
+    most: float,
+    weight: int,
+) -> tuple[float, float]:
+    """Add weight * round(entry / quantum), and return what `_extent` does of the entries.
+
+    The product with a power of two is exact, ties go to even. More than `most` quanta (and NaN) count as
+    `most`, so that nothing overflows and a second call with -weight undoes the first one.
+    """
+    squares, peaks = np.zeros(_LANES), np.zeros(_LANES)
+    for row in range(-(-entries.size // _LANES)):
+        first = row * _LANES
+        for lane in range(min(_LANES, entries.size - first)):
+            entry = np.float64(entries[first + lane])
+            squares[lane] += entry * entry
+            peaks[lane] = abs(entry) if abs(entry) > peaks[lane] else peaks[lane]
+            quanta = np.rint(entry * quanta_per_one)
+            quanta = quanta if quanta < most else most
+            total[first + lane] += np.int64(quanta if quanta > -most else -most) * weight
+    squared = squares.sum()
+    return (squared if np.isnan(squared) else peaks.max()), squared
+
+
+@compiled
+def _quotients(total: NDArray[np.int64], quantum: float, weight: float) -> NDArray[np.float64]:
+    """Sums divided by the weight; the product with a power of two, far from both ends, is exact."""
+    result = np.empty(total.size, dtype=np.float64)
+    for i in range(total.size):
+        result[i] = np.float64(total[i]) * quantum / weight
+    return result
 
 
 def _integer_extent(entries: NDArray[np.int64]) -> tuple[int, float]:

@@ -364,6 +364,9 @@ def client(
     model: Annotated[
         str | None, typer.Option(help="This device's copy of the base model [default: the run file's].")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="What to train on: auto, cpu, cuda or cuda:N [default: auto].")
+    ] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plaintext, to a server on this very machine.")
     ] = False,
@@ -375,7 +378,7 @@ def client(
     from fedpeft_client.command import client_command
 
     given = {"server": server, "data": data, "name": name, "keys": keys, "home": home, "model": model}
-    given |= {"metrics": metrics}
+    given |= {"device": device, "metrics": metrics}
     stated: dict[str, object] = {key: value for key, value in given.items() if value is not None}
     client_command(config, stated | ({"insecure": True} if insecure else {}), token)
 
@@ -612,7 +615,7 @@ def run_pull(
     force: Annotated[bool, typer.Option("--force", help="Replace what is in --out.")] = False,
     json_: AsJson = False,
 ) -> None:
-    """Write an ended run's adapter, report and rows to a folder here."""
+    """Write a run's adapter, report and rows to a folder here; of one that goes on, its last round's."""
     from fedpeft_client.administration import Desk
     from fedpeft_client.run_commands import pull_command
 

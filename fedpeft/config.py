@@ -7,15 +7,34 @@ need heavy imports; everything that can be known from the file alone is checked 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _device_name(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise ValueError(f"{name!r} came; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    return name
+
+
+DeviceName = Annotated[str, AfterValidator(_device_name)]
+"""What a model computes on. "auto" is the first CUDA device, or the CPU where there is none."""
 
 
 class Section(BaseModel):
@@ -61,6 +80,7 @@ class ModelSection(Section):
     compute_dtype: Literal["float32", "bfloat16"] | None = None  # of products with quantised weights
     group_size: Annotated[int, Field(ge=2)] | None = None  # rtn: columns per scale; default a whole row
     keep_modules: tuple[str, ...] = ()  # modules left as they are, by name or its end; the head always is
+    device: DeviceName = "auto"  # of a simulation, and of a server's evaluation; agents choose their own
 
     @model_validator(mode="after")
     def _quantised(self) -> ModelSection:
@@ -287,6 +307,13 @@ class BufferSection(Section):
     staleness_weight: Annotated[StalenessSection, BeforeValidator(_kind_table)] = StalenessSection()
 
 
+class PruningSection(Section):
+    """HetLoRA's self-pruning: a client gives up its last ranks once they shrink while it trains."""
+
+    keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # share of a client's ranks that then stays
+    penalty: NonNegativeFloat = 0.01  # on the norms of the last ranks, in the training loss
+
+
 class FederationSection(Section):
     """Cohort, deadline and how replies become one change."""
 
@@ -304,6 +331,7 @@ class FederationSection(Section):
     quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
     lora_rule: str | None = None  # how LoRA factors are averaged; absent: entry by entry, unmeasured
     residual_rank: Count | None = None  # flora, exact-residual: most ranks kept; default: all it takes
+    self_pruning: PruningSection | None = None  # hetlora: clients give up ranks by themselves; absent: none
 
     @model_validator(mode="after")
     def _buffered(self) -> FederationSection:

@@ -84,14 +84,33 @@ def refuse_problems(run: RunConfig, *, source: str) -> None:
         raise RunFileError(source, problems)
 
 
+def simulation_problems(run: RunConfig) -> list[str]:
+    """What only agents that answer in real time can hold, and a simulation on its virtual clock.
+
+    Without the clock a simulation would have to say who answers first, and would say something else each
+    time.
+    """
+    federation = run.federation
+    if federation.clock is not None:
+        return []
+    problems = []
+    if federation.over_selection:
+        problems.append(
+            "federation.over_selection: a simulation needs a virtual clock to tell who answers first; set"
+            " [federation.clock], or submit the run to a server, where answers come in real time"
+        )
+    if federation.mode == "buffered":
+        problems.append(
+            "federation.mode 'buffered' needs a virtual clock in a simulation, to tell who answers when; set"
+            " [federation.clock], or submit the run to a server"
+        )
+    return problems
+
+
 def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
     """Cohort and strategy, as far as the number of clients is known before the rows are read."""
     federation = run.federation
     problems = []
-    if federation.over_selection and federation.clock is None:
-        problems.append(
-            "federation.over_selection: needs a virtual clock ([federation.clock]) to tell who answers first"
-        )
     rule = RULES.get(federation.strategy.kind)
     if isinstance(run.privacy, ClientLevelPrivacy) and rule is not None and not rule.folds:
         problems.append(

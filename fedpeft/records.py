@@ -53,6 +53,7 @@ class ClientOutcome(Record):
     cosine: float | None = None  # between the same two
     virtual_s: float | None = None  # when its answer arrived on the virtual clock, from when it was asked
     staleness: int | None = None  # buffered rounds: how many rounds ended while it worked
+    rank: int | None = None  # under self-pruning: what its training has left of its adapter's
 
 
 class Leg(Record):
@@ -129,6 +130,7 @@ class Started(Record):
     trainable_parameters: int
     total_parameters: int
     base_digest: str
+    device: str = "cpu"  # where this process computes; agents choose for themselves
     cut_rows: int
     labels: tuple[str, ...] = ()  # of a classifier, by class number
     primary_metric: str
@@ -155,6 +157,7 @@ class Round(Record):
     virtual_s: float | None = None  # length of the round on the virtual clock
     staleness: tuple[int, ...] = ()  # buffered rounds: entry s counts the folded updates of staleness s
     epsilon: float | None = None  # spent so far, this round included, by the account that spent most
+    joined: tuple[str, ...] = ()  # who may be asked from this round on and not before; others: from the start
     notes: tuple[str, ...] = ()
     wall_s: float = 0.0
 
@@ -182,6 +185,7 @@ class Finished(Record):
     bytes_up_per_client: float  # mean over clients that were asked at least once, all rounds
     bytes_down_per_client: float
     peak_rss_mib: float | None = None  # largest worker or parent process; a measurement, not reproducible
+    peak_device_mib: float | None = None  # of tensors on the GPU of the process that held the rounds
     stopped: str = ""  # why it ended before its last round; empty: it didn't
     wall_s: float = 0.0
 

@@ -29,13 +29,16 @@ from fedpeft.data.collate import evaluation_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.federated import FederatedData, RawFederated, encode, read_tables
 from fedpeft.data.tables import read_client_table, read_test_table
-from fedpeft.errors import FederationError, RunFileError, TrainingError, UpdateError
+from fedpeft.errors import FederationError, ModelError, RunFileError, TrainingError, UpdateError
 from fedpeft.evaluation.metrics import Column
 from fedpeft.evaluation.scoring import score
 from fedpeft.groups import refuse_idle, refuse_unknown
 from fedpeft.lora_rules import Shares
 from fedpeft.models.attach import attach
 from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
+from fedpeft.models.device import device_named, device_of, full_memory_refused, move, release
+from fedpeft.models.residual import frozen_factors
+from fedpeft.models.starts import start_of_model
 from fedpeft.models.trainable import (
     frozen_digest,
     pack_parameters,
@@ -47,17 +50,20 @@ from fedpeft.privacy.sources import noise_source
 from fedpeft.randomness import derive_seed, stream
 from fedpeft.runfile import run_digest
 from fedpeft.seedspace.layout import Stream
-from fedpeft.spaces import Memory, Space, Trail, build_space, direction_stream
-from fedpeft.stages import Stage, build_stages
+from fedpeft.spaces import Memory, Space, Trail, build_space
+from fedpeft.spaces.directions import direction_stream
+from fedpeft.stages import Stage, build_stages, stage_list
 from fedpeft.training import zeroth_order
 from fedpeft.training.first_order import Rows, TrainingReport, train
 from fedpeft.training.layers import check_layers
 from fedpeft.training.lean import device_problems
+from fedpeft.training.self_pruning import SelfPruning, self_pruning
 from fedpeft.training.steps import local_steps
 from fedpeft.training.zeroth_prober import Prober, prober
 from fedpeft.update import Arrays, Update, frozen_arrays, layout_of
 
 _KEPT = "kept/"  # in a client's memory: parameters that it keeps to itself
+_RANK = "lora-rank"  # and what self-pruning has left of its adapter's rank, int64[1]
 
 
 @dataclass
@@ -89,6 +95,21 @@ class Resident:
     own: Mapping[int, Resident] = field(default_factory=dict)
     start: Arrays = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; updates and states are on the CPU."""
+        return device_of(self.model)
+
+    @functools.cached_property
+    def stage_list(self) -> tuple[tuple[str, str], ...]:
+        """The stages as an update names them."""
+        return stage_list(self.stages)
+
+    @property
+    def start_bytes(self) -> bytes:
+        """What spares others to compute the model's start; empty where there is nothing to compute."""
+        return start_of_model(self.model)
+
     @functools.cached_property
     def shares(self) -> Shares:
         """What each client holds, trains and sends."""
@@ -103,6 +124,32 @@ class Resident:
         """Whether the model that a client holds is loaded here; that of its group may be elsewhere alone."""
         group = self.run.group_of(client)
         return group is None or not self.run.groups[group].own_model or group in self.own
+
+    @property
+    def clients_here(self) -> int:
+        """Clients whose rows are here."""
+        return len(self.data.clients)
+
+    def initial_state(self) -> Arrays:
+        """The state that the run starts from: that of the parameters now, so ask before they move."""
+        return self.space.initial_state(self.parameters)
+
+    def base_of(self, client: str) -> str | None:
+        """`base_digest` of the model that a client holds; None: that of its group is not loaded here."""
+        return self.of_client(client).base_digest if self.loads(client) else None
+
+    def frozen_factors(self) -> Arrays:
+        """LoRA's A where it doesn't train, by its parameter's name."""
+        return frozen_factors(self.model)
+
+    def own_states(self, state: Arrays, memories: Arrays, nodes: Mapping[str, int]) -> dict[str, Arrays]:
+        """A state as each client has it, with what it keeps to itself.
+
+        Args:
+            memories: of all clients, by ``"<node>/<array>"``.
+            nodes: each client's number.
+        """
+        return {name: self.completed(state, kept_of(memories, node)) for name, node in nodes.items()}
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -169,9 +216,10 @@ class Resident:
             own = memory if client == name else None
             return self._train_honestly(self.client_index(client), round_, state, proximal_mu, own)
 
-        if self.hostile is not None and name in self.hostile.names:
-            return self.hostile.send(name, round_, state, train)
-        return train(name)
+        with full_memory_refused():
+            if self.hostile is not None and name in self.hostile.names:
+                return self.hostile.send(name, round_, state, train)
+            return train(name)
 
     def _train_honestly(
         self, index: int, round_: int, state: Arrays, proximal_mu: float, memory: Memory | None
@@ -200,6 +248,7 @@ class Resident:
         section = self.run.of_client(client.name).training
         steps = local_steps(section, len(client.train))
         state = self.completed(state, memory)
+        pruning = self._pruning(memory)
         with self._trained(client.name, round_) as parameters:
             report, trail = self._train(
                 client.train,
@@ -211,6 +260,7 @@ class Resident:
                 probe=lambda: self.prober_of(client.name),
                 encoded=self._rows_of(client.name),
                 parameters=parameters,
+                pruning=pruning,
             )
         if memory is not None:
             kept = read_parameters({name: self.parameters[name] for name in self.start})
@@ -219,7 +269,19 @@ class Resident:
         begun = state if sent is self.parameters else {name: state[name] for name in sent}
         arrays = self.space.express(sent, begun, trail, memory)
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
+        if pruning is not None:
+            metrics["rank"] = report.rank
+            if memory is not None:
+                memory[_RANK] = np.array([report.rank], dtype=np.int64)
         return Update(arrays, len(client.train), metrics), report
+
+    def _pruning(self, memory: Mapping[str, NDArray[Any]] | None) -> SelfPruning | None:
+        """The ranks that a client still has, where clients may give some up."""
+        section = self.run.federation.self_pruning
+        if section is None:
+            return None
+        left = None if memory is None or _RANK not in memory else int(memory[_RANK][0])
+        return self_pruning(self.parameters, section, left)
 
     def completed(self, state: Arrays, memory: Mapping[str, NDArray[Any]] | None) -> Arrays:
         """A state as it came, with what a client keeps to itself."""
@@ -287,14 +349,20 @@ class Resident:
         probe: Callable[[], Prober] | None = None,
         encoded: Encoded | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
+        pruning: SelfPruning | None = None,
     ) -> tuple[TrainingReport, Trail | None]:
         """Enter the state and train on some rows, as the section says; a trail from zeroth-order trainers.
 
         Args:
             purpose: names the stream of randomness; clients of a round share its last word.
             parameters: those that train; None: all.
+            pruning: of a client that may give ranks up; its rank is in the report.
         """
         self.space.enter(self.parameters, state)
+        before = 0.0
+        if pruning is not None:
+            pruning.clear()
+            before = pruning.size()
         if section.kind == "none":
             return TrainingReport(0.0, 0, 0), None
         rng = stream(self.run.run.seed, *purpose)
@@ -312,8 +380,9 @@ class Resident:
             rng=rng,
             layers_rng=stream(self.run.run.seed, "layers", purpose[-1]) if section.sampled_layers else None,
             proximal_mu=proximal_mu,
+            add_gradient=None if pruning is None else pruning.add_gradient,
         )
-        return report, None
+        return report if pruning is None else replace(report, rank=pruning.after(before)), None
 
     def batches(self, encoded: Encoded, indices: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Evaluation batches; their composition depends on the run only."""
@@ -326,7 +395,8 @@ class Resident:
         self.space.enter(self.parameters, state)
         rows = self.rows(encoded, np.zeros(0, dtype=np.int64))
         new_tokens = self.run.evaluation.max_new_tokens
-        return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
+        with full_memory_refused():
+            return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
 
     def held_out_loss(self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None) -> float:
         """Mean loss of `state` moved by `change` on one client's held-out rows; NaN without any."""
@@ -353,31 +423,57 @@ Admit = Callable[[RunConfig, FederatedData], None]
 """Asked once the rows are there and before any weight is read; refuses by raising."""
 
 
-def load_resident(run: RunConfig, *, admit: Admit | None = None) -> Resident:
+def load_resident(run: RunConfig, *, admit: Admit | None = None, start_bytes: bytes = b"") -> Resident:
     """Read the rows, load the base model, attach the adapter.
+
+    Args:
+        start_bytes: `Resident.start_bytes` of who has loaded the run before; empty: nobody's is known.
 
     Raises:
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
     """
-    _refuse_device(run)
+    device = trainable_on(run)
     raw = read_tables(run.data, run.model.task, run.run.seed)
     names = {client.name for client in raw.clients}
     refuse_unknown(run, names)
     attackers_of(run, names)
-    resident = _loaded(run, raw, run.model, admit)
+    resident = _loaded(run, raw, run.model, device, admit, start_bytes=start_bytes)
     data = resident.data
     resident.hostile = hostile_clients(run, data.clients, data.rows, data.num_labels)
     resident.own = _of_groups(resident)
     return resident
 
 
-def _refuse_device(run: RunConfig) -> None:
-    """Refuse what this machine cannot do, before anything is read.
+def device_for(run: RunConfig) -> torch.device:
+    """The device that a run file asks for; anything but an agent computes there.
+
+    Raises:
+        RunFileError: this machine has none such.
+    """
+    try:
+        return device_named(run.model.device)
+    except ModelError as error:
+        raise RunFileError("run file", [f"model.{error}"]) from error
+
+
+def trainable_on(run: RunConfig) -> torch.device:
+    """The device that a run file asks for, if the run's clients can train on it; nothing is read for it.
+
+    Raises:
+        RunFileError: this machine has none such, or it can't do what the run asks for.
+    """
+    device = device_for(run)
+    _refuse_device(run, device)
+    return device
+
+
+def _refuse_device(run: RunConfig, device: torch.device) -> None:
+    """Refuse what clients cannot do on a device.
 
     Raises:
         RunFileError: with every such thing.
     """
-    problems = device_problems(run, cuda=torch.cuda.is_available())
+    problems = device_problems(run, cuda=device.type == "cuda")
     if problems:
         raise RunFileError("run file", problems)
 
@@ -390,14 +486,18 @@ class Own:
         client: its name in the run.
         data: its file or folder of rows; the run's own sources and partitioner play no part.
         model: where its copy of the base model lies; empty: where the run file says.
+        device: what it computes on, whatever the run file says.
     """
 
     client: str
     data: Path
     model: str = ""
+    device: str = "cpu"
 
 
-def load_own_resident(run: RunConfig, own: Own, *, admit: Admit | None = None) -> Resident:
+def load_own_resident(
+    run: RunConfig, own: Own, *, admit: Admit | None = None, start_bytes: bytes = b""
+) -> Resident:
     """A run as one device takes part in it: one client, with its own rows.
 
     The client has the rows, the split and the weight that it has in a simulation in which its file is one of
@@ -407,11 +507,12 @@ def load_own_resident(run: RunConfig, own: Own, *, admit: Admit | None = None) -
         DataError, ModelError, RunFileError: as `load_resident`.
     """
     refuse_attack(run)
-    _refuse_device(run)
-    raw = read_client_table(run.data, own.data, run.model.task, run.run.seed, own.client)
     part = run.of_client(own.client)
+    device = device_named(own.device)
+    _refuse_device(part, device)
+    raw = read_client_table(run.data, own.data, run.model.task, run.run.seed, own.client)
     section = part.model.model_copy(update={"path": own.model}) if own.model else part.model
-    return _loaded(run, raw, section, admit, part.peft)
+    return _loaded(run, raw, section, device, admit, part.peft, start_bytes)
 
 
 def load_serving_resident(run: RunConfig) -> Resident:
@@ -421,27 +522,32 @@ def load_serving_resident(run: RunConfig) -> Resident:
         DataError, ModelError, RunFileError: as `load_resident`.
     """
     refuse_attack(run)
-    return _loaded(run, read_test_table(run.data, run.model.task), run.model)
+    device = device_for(run)
+    return _loaded(run, read_test_table(run.data, run.model.task), run.model, device)
 
 
 def _loaded(
     run: RunConfig,
     raw: RawFederated,
     section: ModelSection,
+    device: torch.device,
     admit: Admit | None = None,
     peft: PeftSection | None = None,
+    start_bytes: bytes = b"",
 ) -> Resident:
     """Everything but the rows is the same for all who hold a run, or for those of one group.
 
     Args:
+        device: where the model goes once it is complete.
         peft: default the run's own.
+        start_bytes: see `load_resident`.
     """
     stages = build_stages(run)
     tokenizer = load_tokenizer(section)
     data = encode(raw, tokenizer, run.data, run.model.task)
     if admit is not None:
         admit(run.model_copy(update={"model": section}), data)
-    body = _load_body(run, section, run.peft if peft is None else peft, data)
+    body = _load_body(run, section, run.peft if peft is None else peft, data, device, start_bytes)
     names = trainable_parameters(body.model)
     for part in (run, *(run.of_group(group) for group in run.groups)):
         check_layers(part.training, list(names))
@@ -477,14 +583,24 @@ class _Body:
     group_directions: tuple[Stream, ...]
 
 
-def _load_body(run: RunConfig, section: ModelSection, peft: PeftSection, data: FederatedData) -> _Body:
+def _load_body(
+    run: RunConfig,
+    section: ModelSection,
+    peft: PeftSection,
+    data: FederatedData,
+    device: torch.device,
+    start_bytes: bytes = b"",
+) -> _Body:
     seed = run.run.seed
     base = load_base(section, num_labels=data.num_labels, seed=derive_seed(seed, "head"))
-    model = attach(base, peft, task=run.model.task, seed=derive_seed(seed, "adapter"))
+    own = derive_seed(seed, "adapter")
+    model = attach(base, peft, task=run.model.task, seed=own, start_bytes=start_bytes)
     model.eval()
+    digest = frozen_digest(model)
+    with full_memory_refused():
+        move(model, device)  # before a space or a stream takes hold of its parameters
     space, directions = build_space(run, model), direction_stream(run, model)
     group_directions = tuple(direction_stream(run.of_group(group), model) for group in run.groups)
-    digest = frozen_digest(model)
     for each in (directions, *group_directions):
         digest = _with_support(digest, each)
     return _Body(model, space, digest, directions, group_directions)
@@ -499,7 +615,7 @@ def _of_groups(whole: Resident) -> dict[int, Resident]:
             part = whole.run.of_group(group)
             key = part.model.model_dump_json() + part.peft.model_dump_json()
             if key not in bodies:
-                bodies[key] = _load_body(whole.run, part.model, part.peft, whole.data)
+                bodies[key] = _load_body(whole.run, part.model, part.peft, whole.data, whole.device)
             body = bodies[key]
             own[place] = replace(
                 whole,
@@ -536,6 +652,7 @@ _RESIDENTS: dict[str, Resident] = {}  # by run digest; one run at a time, except
 def install_resident(resident: Resident) -> None:
     """Make `resident` the one that this process, and processes forked from it, work with."""
     _RESIDENTS.clear()
+    release()
     add_resident(resident)
 
 
@@ -547,10 +664,14 @@ def add_resident(resident: Resident) -> None:
 def drop_resident(digest: str) -> None:
     """Let go of a run, and with it of its memory."""
     _RESIDENTS.pop(digest, None)
+    release()
 
 
-def resident_for(digest: str, run: RunConfig | None = None) -> Resident:
+def resident_for(digest: str, run: RunConfig | None = None, start_bytes: bytes = b"") -> Resident:
     """The loaded run with this digest; loaded now if `run` is given and it isn't.
+
+    Args:
+        start_bytes: see `load_resident`.
 
     Raises:
         FederationError: it is not loaded and there is no run file to load it from.
@@ -560,7 +681,7 @@ def resident_for(digest: str, run: RunConfig | None = None) -> Resident:
             raise FederationError(
                 f"run {digest[:12]} is not loaded in this process and no run file came with the task"
             )
-        install_resident(load_resident(run))
+        install_resident(load_resident(run, start_bytes=start_bytes))
     return _RESIDENTS[digest]
 
 

@@ -7,6 +7,7 @@ v.weight``; ``u.scale(a).global_norm() == |a| * u.global_norm()`` up to rounding
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.packed import Entry, PackedArrays
+from fedpeft.packed import Entry, PackedArrays, Packing
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -75,7 +76,7 @@ class Update:
         object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
         object.__setattr__(self, "encoded", MappingProxyType(dict(sorted(self.encoded.items()))))
-        both = sorted(self.arrays.keys() & self.encoded.keys())
+        both = sorted(self.arrays.keys() & self.encoded.keys()) if self.encoded else ()
         if both:
             raise UpdateError(f"array {both[0]!r} came both plain and encoded; one form is needed")
 
@@ -162,9 +163,36 @@ def _describe(entry: tuple[tuple[int, ...], str]) -> str:
 def arrays_digest(arrays: Arrays) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and little-endian bytes, names sorted: a state's fingerprint."""
     digest = hashlib.sha256()
+    for head, values in _packed_parts(arrays) if isinstance(arrays, PackedArrays) else _parts(arrays):
+        digest.update(head)
+        digest.update(values)
+    return digest.hexdigest()
+
+
+def _parts(arrays: Arrays) -> Iterator[tuple[bytes, memoryview]]:
+    """Each array's description and bytes."""
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        digest.update(f"{name}\0{array.dtype.name}\0{array.shape}\0".encode())
-        digest.update(memoryview(little.reshape(-1).view(np.uint8)))  # type: ignore[arg-type]  # an array is a buffer
-    return digest.hexdigest()
+        yield _head(name, array.shape, array.dtype), little.reshape(-1).view(np.uint8).data
+
+
+def _packed_parts(arrays: PackedArrays) -> Iterator[tuple[bytes, memoryview]]:
+    """As `_parts`, without an array object for each."""
+    little = arrays.flat.astype(arrays.flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    for head, start, end in _places(arrays.packing):
+        yield head, little[start:end]
+
+
+@functools.lru_cache(maxsize=8)
+def _places(packing: Packing) -> tuple[tuple[bytes, int, int], ...]:
+    """Each array's description, and where its bytes lie."""
+    width = packing.dtype.itemsize
+    return tuple(
+        (_head(name, span.shape, packing.dtype), span.start * width, span.end * width)
+        for name, span in packing.spans.items()
+    )
+
+
+def _head(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bytes:
+    return f"{name}\0{dtype.name}\0{shape}\0".encode()

@@ -268,7 +268,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, rows: Path) -> None:
     """All parts, Ray last, and the line of JSON."""
-    rounds = 7 if options.quick else 25
+    rounds = 15 if options.quick else 40
     resident = loaded(rows, clients=40, rounds=rounds)
     print(f"overhead per task: 40 clients, {rounds} rounds, no training")
     inline = overhead(resident, InlineWorkers)

@@ -5,13 +5,15 @@ Question: what do quantised bases save, does zeroth order train in the memory of
 Command:  python simulations/bench_memory.py [--quick]
 Expected: NF4 at most 0.6 bytes per parameter of the quantised layers; zeroth order at most 1.2 times
           inference; plans within 15%; loading never holds a full-precision model beside the quantised one.
-Run time: with --quick under 50 s on an idle machine, else some minutes.
+Run time: with --quick under 50 s on two idle cores, else some minutes.
 
-Memory is the peak of RssAnon over what the process held before, each cell in a process of its own, after a
-step on a tiny model of the same kind, so that what libraries keep is not counted. The random Llama's file is
-bfloat16, so that none of its weights are mapped. Held-out losses and speeds are of a small real model: the
-260K-parameter story teller on Dolly where the shared folder is there, else the embedded one. Inference is as
-many forward passes as zeroth order takes. The last line printed is one JSON object.
+Memory is the peak of RssAnon over what the process held before, each cell in a process of its own, forked
+once the libraries are loaded, after a step on a tiny model of the same kind, so that what libraries keep is
+not counted. The random Llama's file is bfloat16, so that none of its weights are mapped. Held-out losses and
+speeds are of a small real model: the 260K-parameter story teller on Dolly where the shared folder is there,
+else the embedded one. Inference is as many forward passes as zeroth order takes. With --quick two cells are
+measured at a time, which speeds suffer from and memory does not. Everything is computed on the CPU; for GPUs
+there is bench_gpu_memory.py. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ import argparse
 import ctypes
 import gc
 import json
+import logging
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +47,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 MIB = 2**20
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ROWS, TOKENS = 4, 128  # of one batch of the random model
+QUICK_STEPS = 20  # of learning; with as few, fewer rows are read
 
 LORA = {"method": "lora", "r": 8, "target_modules": "all-linear"}
 FULL = {"method": "full"}
@@ -99,7 +106,7 @@ QUICK_LEARNING = (("lora", "none"), ("lora", "nf4"), ("peqa", "rtn4"))
 LEARNING = (
     *(("lora", base) for base in ("none", "bf16", "int8", "nf4", "rtn8", "rtn4")),
     *((trainer, base) for trainer in ("ia3", "ln-tuning") for base in ("none", "nf4")),
-    ("loftq", "nf4"),
+    *((trainer, "nf4") for trainer in ("lora checkpointed", "loftq")),
     ("peqa", "rtn8"),
     ("peqa", "rtn4"),
     *(("zeroth order", base) for base in ("none", "nf4", "rtn4")),
@@ -165,7 +172,7 @@ def tables(cell: Cell, model: dict[str, Any], data: dict[str, Any], batch: int) 
     training = {"steps": cell.steps, "batch_size": batch} | parts["training"]
     return {
         "run": {"name": "bench-memory", "rounds": 1},
-        "model": model | BASES[cell.base],
+        "model": model | BASES[cell.base] | {"device": "cpu"},
         "peft": parts["peft"],
         "data": data,
         "training": training,
@@ -215,7 +222,7 @@ def small_model(cell: Cell) -> dict[str, Any]:
         "train": str(dolly),
         "prompt": "{instruction}\n{context}\n",
         "answer": "{response}",
-        "limit": 1000,
+        "limit": 1000 if cell.steps > QUICK_STEPS else 300,
         "max_length": 192,
         "heldout": 0.1,
         "partitioner": partitioner,
@@ -332,44 +339,72 @@ def quantised_bytes(model: Any) -> dict[str, int]:
     return {"packed_bytes": packed, "packed_parameters": parameters, "other_bytes": other}
 
 
-def child(cell: Cell) -> None:
-    """The cell's work, in this process; its figures as the last line."""
+def child(cell: Cell, to: Connection) -> None:
+    """The cell's work, in this process, and its figures, or what went wrong."""
     make: Callable[[Cell], dict[str, Any]] = MODELS[cell.what]
-    if cell.what == "memory":
-        warm = Cell(cell.trainer, cell.base, "memory", 1, f"{cell.folder}/small")
-        work(warm, random_llama(warm))
-    print(json.dumps(work(cell, make(cell))))
+    try:
+        if cell.what == "memory":
+            warm = Cell(cell.trainer, cell.base, "memory", 1, f"{cell.folder}/small")
+            work(warm, random_llama(warm))
+        to.send(work(cell, make(cell)))
+    except Exception:
+        to.send(traceback.format_exc())
+        raise
 
 
 MODELS = {"memory": random_llama, "learning": small_model, "classifying": classifier}
 
 
-def measured(cell: Cell) -> dict[str, Any]:
-    """The figures of a cell, from a fresh process."""
-    root = Path(__file__).resolve().parents[1]
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, __file__, "--cell", json.dumps(cell.__dict__)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{cell.trainer} on {cell.base} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def measured(cells: Sequence[Cell], width: int) -> Iterator[dict[str, Any]]:
+    """The figures of each cell in turn, from a process that is forked for it; `width` of them at a time."""
+    begun: deque[tuple[Cell, BaseProcess, Connection]] = deque()
+    waiting = deque(cells)
+    while waiting or begun:
+        while waiting and len(begun) < width:
+            begun.append(_begin(waiting.popleft()))
+        cell, process, figures = begun.popleft()
+        try:
+            found: dict[str, Any] | str = figures.recv()
+        except EOFError:
+            found = "its process died"
+        process.join()
+        if isinstance(found, str):
+            raise SystemExit(f"{cell.trainer} on {cell.base} failed:\n{found[-2000:]}")
+        yield found
 
 
-def memory_table(folder: str, cells: tuple[tuple[str, str], ...], steps: int) -> dict[str, dict[str, Any]]:
+def _begin(cell: Cell) -> tuple[Cell, BaseProcess, Connection]:
+    context = multiprocessing.get_context("fork")
+    figures, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=child, args=(cell, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return cell, process, figures
+
+
+def load_libraries() -> None:
+    """Once, for all processes that are forked later; nothing here starts a thread."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that it could fetch, and need not
+    import bitsandbytes  # noqa: F401 - loaded for its own sake
+    import torch
+
+    import fedpeft.planning.memory
+    import fedpeft.resident  # noqa: F401 - loaded for its own sake
+
+    torch.set_num_threads(1)
+
+
+def memory_table(
+    folder: str, cells: tuple[tuple[str, str], ...], steps: int, width: int
+) -> dict[str, dict[str, Any]]:
     """Measure and print the cells on the random model, in MiB."""
     print(
         f"{'trainer':18}{'base':6}{'peak':>9}{'plan':>9}{'off':>7}"
         f"{'load peak':>11}{'held':>8}{'tokens/s':>10}"
     )
     found = {}
-    for trainer, base in cells:
-        row = measured(Cell(trainer, base, "memory", steps, folder))
+    asked = [Cell(trainer, base, "memory", steps, folder) for trainer, base in cells]
+    for (trainer, base), row in zip(cells, measured(asked, width), strict=True):
         if base == "bf16":  # the file is of this type: weights stay in it, mapped, and are not counted
             row["planned"] -= row["planned_base"]
         row["off"] = row["planned"] / row["peak"] - 1
@@ -380,15 +415,17 @@ def memory_table(folder: str, cells: tuple[tuple[str, str], ...], steps: int) ->
     return found
 
 
-def learning_table(what: str, cells: tuple[tuple[str, str], ...], steps: int) -> dict[str, dict[str, Any]]:
+def learning_table(
+    what: str, cells: tuple[tuple[str, str], ...], steps: int, width: int
+) -> dict[str, dict[str, Any]]:
     """Measure and print what equal steps teach a small model."""
     print(f"\n{what}")
     print(
         f"\n{'trainer':18}{'base':6}{'peak MiB':>10}{'loss before':>13}{f'after {steps}':>11}{'tokens/s':>10}"
     )
     found = {}
-    for trainer, base in cells:
-        row = measured(Cell(trainer, base, what, steps, ""))
+    asked = [Cell(trainer, base, what, steps, "") for trainer, base in cells]
+    for (trainer, base), row in zip(cells, measured(asked, width), strict=True):
         found[f"{trainer}/{base}"] = row
         losses = f"{row['loss_before']:13.3f}{row['loss']:11.3f}"
         speed = f"{row['tokens_per_s']:10.0f}"
@@ -397,27 +434,28 @@ def learning_table(what: str, cells: tuple[tuple[str, str], ...], steps: int) ->
 
 
 def main() -> None:
-    """Measure everything, or one cell for the process that asked."""
+    """Measure everything, or a few cells."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few cells, under 50 s on an idle machine")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="a few cells, under 50 s on two idle cores")
     asked = parser.parse_args()
-    if asked.cell:
-        child(Cell(**json.loads(asked.cell)))
-        return
+    width = 2 if asked.quick else 1
+    load_libraries()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         count = write_random_llama(folder, small=False)
         write_random_llama(folder / "small", small=True)
         print(f"random Llama of {count / 1e6:.1f} million parameters, {ROWS} rows of {TOKENS} tokens; MiB")
-        memory = memory_table(place, QUICK_MEMORY if asked.quick else MEMORY, 1 if asked.quick else 2)
+        memory = memory_table(place, QUICK_MEMORY if asked.quick else MEMORY, 1 if asked.quick else 2, width)
         learning = learning_table(
-            "learning", QUICK_LEARNING if asked.quick else LEARNING, 20 if asked.quick else 100
+            "learning",
+            QUICK_LEARNING if asked.quick else LEARNING,
+            QUICK_STEPS if asked.quick else 100,
+            width,
         )
         if has_classifier() and not asked.quick:
-            found = learning_table("classifying", CLASSIFYING, 60)
+            found = learning_table("classifying", CLASSIFYING, 60, width)
             learning |= {f"minilm {name}": row for name, row in found.items()}
     nf4 = memory["lora/nf4"]
     full = 4 * count

@@ -121,6 +121,17 @@ class Superlink:
         )
         return done.stdout + done.stderr
 
+    def submit(self, run_file: Path, out: Path) -> None:
+        """`flwr run`, whose end is not waited for.
+
+        Raises:
+            RuntimeError: it did not begin.
+        """
+        config = f'fedpeft.run-file="{run_file}" fedpeft.out="{out}"'
+        log = self.flwr("run", str(APP), "local", "--run-config", config)
+        if re.search(r"started run (\d+)", log) is None:
+            raise RuntimeError(f"flwr run: {log[-2000:]}")
+
     def run(self, run_file: Path, out: Path) -> Flown:
         """`flwr run` to its end.
 

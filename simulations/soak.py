@@ -50,11 +50,11 @@ import psutil
 import tomli_w
 
 from fedpeft.errors import FedPEFTError
+from fedpeft.frames import Frame
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.administration import Desk, new_submission
 from fedpeft_client.agent import Agent
-from fedpeft_client.frames import Frame
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import read_status
@@ -164,6 +164,9 @@ class Turns:
         """Carry it out when its turn comes."""
         async with self._turn:
             return await self._inner.do(order)
+
+    async def interrupt(self) -> None:
+        """Nothing: the turn goes on to its end."""
 
     async def release(self) -> None:
         """Nothing is held."""

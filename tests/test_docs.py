@@ -18,6 +18,7 @@ DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
     "docs/asynchronous.md",
+    "docs/devices.md",
     "docs/federation.md",
     "docs/flower.md",
     "docs/heterogeneous.md",

@@ -29,6 +29,19 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
+class Pulled:
+    """What came of a run.
+
+    Attributes:
+        names: of the files.
+        unfinished: how far a run is that goes on; None: it has ended.
+    """
+
+    names: tuple[str, ...]
+    unfinished: pb.Unfinished | None
+
+
+@dataclass(frozen=True)
 class Desk:
     """Where to call, and as whom.
 
@@ -88,8 +101,8 @@ class Desk:
                     raise error_of(error, self.server) from error
             await asyncio.sleep(PAUSE_S)
 
-    async def pull(self, run_id: str, out: Path) -> list[str]:
-        """Write a run's files into a new folder, whole or not at all; their names.
+    async def pull(self, run_id: str, out: Path) -> Pulled:
+        """Write a run's files into a new folder, whole or not at all.
 
         Raises:
             FedPEFTError: what the server answered, or bytes that are not those it sent.
@@ -100,8 +113,13 @@ class Desk:
         with folder_atomically(out) as fresh:
             try:
                 async with self.stub() as stub:
-                    chunks = stub.PullResult(pb.PullResultRequest(id=run_id))
-                    return [chunk.path async for chunk in chunks if _write(fresh, chunk)]
+                    names: list[str] = []
+                    unfinished: pb.Unfinished | None = None
+                    async for chunk in stub.PullResult(pb.PullResultRequest(id=run_id)):
+                        if _write(fresh, chunk):
+                            names.append(chunk.path)
+                        unfinished = chunk.unfinished if chunk.HasField("unfinished") else None
+                    return Pulled(tuple(names), unfinished)
             except grpc.aio.AioRpcError as error:
                 raise error_of(error, self.server) from error
 

@@ -64,7 +64,7 @@ class Agent:
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
-        trade = Trade(name, settings.data, settings.model, policy, app)
+        trade = Trade(name, settings.data, settings.model, policy, app, settings.device)
         metrics = metrics or Metrics()
         self._desk = Desk(trade, home, self.workshop, self.status, metrics)
         metrics.watch(self.status)

@@ -125,8 +125,13 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
     if table.get("certificate_ends"):
         ends = time.strftime("%Y-%m-%d", time.localtime(table["certificate_ends"]))
         lines.append(("certified", f"until {ends}, renewed before if the server can"))
-    optional = {"base model": "base_digest", "last refusal": "last_refusal", "last error": "last_error"}
-    return lines + [(label, str(table[key])) for label, key in optional.items() if table[key]]
+    optional = {
+        "base model": "base_digest",
+        "last refusal": "last_refusal",
+        "last error": "last_error",
+        "the server": "notice",
+    }
+    return lines + [(label, str(table[key])) for label, key in optional.items() if table.get(key)]
 
 
 def _run_line(run: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fedpeft_client.frames import Frame
+from fedpeft.frames import Frame
 from fedpeft_client.worker import done
 
 
@@ -14,6 +14,9 @@ class InlineWorkshop:
     async def do(self, order: Frame) -> Frame:
         """On a thread, so that the connection lives on."""
         return await asyncio.to_thread(done, order)
+
+    async def interrupt(self) -> None:
+        """Nothing: what is under way goes on to its end, as other agents work in this process too."""
 
     async def release(self) -> None:
         """Nothing is held that is not the process's."""

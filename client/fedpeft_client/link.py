@@ -18,7 +18,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import error_named
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _PARTING_S = 0.5
 _STALL_S = 60.0  # without a byte in the middle of a blob
 

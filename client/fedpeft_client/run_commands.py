@@ -86,7 +86,7 @@ def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> Non
 
 
 def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bool) -> None:
-    """Write an ended run's adapter, report and rows to a folder.
+    """Write a run's adapter, report and rows to a folder: the last ones that there are.
 
     Raises:
         StateError: `out` is in the way.
@@ -94,11 +94,15 @@ def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bo
     """
     if out.exists() and not force:
         raise StateError(f"--out {out} is there already; replace it with --force, or choose another name")
-    names = answered(desk.pull(run_id, out))
+    pulled = answered(desk.pull(run_id, out))
+    names, unfinished = list(pulled.names), pulled.unfinished
     if as_json:
-        print(json.dumps({"out": str(out), "files": names}))
+        reached = {} if unfinished is None else {"round": unfinished.round, "rounds": unfinished.rounds}
+        print(json.dumps({"out": str(out), "files": names, "ended": unfinished is None, **reached}))
         return
     print(f"{out}: {len(names)} files")
+    if unfinished is not None:
+        print(f"as of    round {unfinished.round} of {unfinished.rounds}, not final: the run goes on")
     for label, name in (("adapter", "adapter"), ("report", "report.html")):
         if (out / name).exists():
             print(f"{label:<8} {out / name}")

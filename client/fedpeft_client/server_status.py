@@ -57,6 +57,7 @@ def status_table(reply: pb.ListAgentsReply) -> Mapping[str, Any]:
             {
                 "name": agent.name,
                 "connected": agent.connected,
+                "revoked": agent.revoked,
                 "address": agent.address,
                 "last_seen": _seconds(agent.last_seen_ms),
                 "capabilities": dict(agent.capabilities),
@@ -84,7 +85,7 @@ def _print_agents(reply: pb.ListAgentsReply) -> None:
         seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(agent.last_seen_ms / 1000))
         table.add_row(
             printable(agent.name),
-            "connected" if agent.connected else f"away since {seen}",
+            "revoked" if agent.revoked else "connected" if agent.connected else f"away since {seen}",
             str(agent.results),
             f"{agent.bytes_up / 2**20:.1f}",
             f"{agent.bytes_down / 2**20:.1f}",

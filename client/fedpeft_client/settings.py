@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedpeft.config import DeviceName
 from fedpeft.errors import UsageError
 from fedpeft.settings_file import beside, checked, read_table
 from fedpeft.telemetry import LogFormat, is_address
@@ -25,6 +26,8 @@ class Settings(BaseModel):
         keys: folder with the device's key and certificate; default: HOME/keys.
         home: folder of state and status. Default: ~/.fedpeft/NAME.
         model: where this device's copy of the base model lies; default: where the run file says.
+        device: what this machine trains on, whatever a run file says: auto (the first CUDA device, else the
+            CPU), cpu, cuda or cuda:N.
         insecure: plaintext, for servers on this very machine.
         connect_s: how long a first contact is tried before the agent gives up; 0: for ever. An agent that
             was connected once always goes on trying.
@@ -41,6 +44,7 @@ class Settings(BaseModel):
     keys: Path | None = None
     home: Path | None = None
     model: str = ""
+    device: DeviceName = "auto"
     insecure: bool = False
     connect_s: Annotated[float, Field(ge=0.0)] = 60.0
     idle_release_s: Annotated[float, Field(ge=0.0)] = 0.0

@@ -30,6 +30,7 @@ class Status:
         self.certificate_ends: float | None = None
         self.last_error = ""
         self.last_refusal = ""
+        self.notice = ""  # what the server said last
         self._since = time.time()
         self._written = 0.0
 
@@ -52,6 +53,11 @@ class Status:
     def failed(self, line: str) -> None:
         """Something went wrong."""
         self.last_error = line
+        self.changed(at_once=True)
+
+    def noticed(self, text: str) -> None:
+        """The server had something to say."""
+        self.notice = text
         self.changed(at_once=True)
 
     def refused(self, reason: str) -> None:
@@ -89,6 +95,7 @@ class Status:
             "certificate_ends": self.certificate_ends,
             "last_error": self.last_error,
             "last_refusal": self.last_refusal,
+            "notice": self.notice,
         }
 
 

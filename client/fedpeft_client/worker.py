@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.errors import FedPEFTError, ModelError
 from fedpeft.faults import crash_point
 from fedpeft.flower.execute import Outcome, execute, named_app
+from fedpeft.flower.tasks import START
+from fedpeft.frames import Frame, pack, read_frame
+from fedpeft.interruption import forget_interrupt, heed_interrupts
 from fedpeft.orphans import end_with
 from fedpeft.runfile import run_digest, run_from_json
-from fedpeft_client.frames import Frame, pack, read_frame
+from fedpeft.wire.content import decode_content
+from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.stage_memory import memory_bytes, memory_of
+from fedpeft_client.starts import StartShelf
 from fedpeft_client.workshop import CLIENT_APP
 
 if TYPE_CHECKING:
@@ -30,9 +35,11 @@ if TYPE_CHECKING:
 
 def main(fd: int) -> None:
     """Serve orders until the agent hangs up."""
+    heed_interrupts()
     end_with(os.getppid())  # beside its work: a killed agent's successor wants the memory
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while (order := read_frame(orders)) is not None:
+            forget_interrupt()  # it was meant for an order before this one
             pipe.sendall(pack(done(order)))
 
 
@@ -40,12 +47,14 @@ def done(order: Frame) -> Frame:
     """One order's answer; what goes wrong is part of it."""
     header = order.header
     try:
-        digest, fresh = _loaded(header)
+        digest, fresh = _loaded(header, order.parts["content"])
     except FedPEFTError as error:
         return Frame(
             {"error": f"{type(error).__name__}: {error}", "refused": isinstance(error, _NotPinnedError)}
         )
     crash_point("agent.worker.loaded")
+    shelf = ReplicaShelf(Path(header["replicas"])) if header.get("replicas") else None
+    replica = shelf.get(header["run_digest"]) if shelf is not None and fresh else None
     outcome: Outcome = execute(
         named_app(header["app"]),
         header["kind"],
@@ -53,7 +62,10 @@ def done(order: Frame) -> Frame:
         order.parts["content"],
         memory_of(order.parts["memory"]),
         client=header["client"],
+        replica=replica,
     )
+    if shelf is not None and outcome.replica:
+        shelf.put(header["run_digest"], outcome.replica)
     crash_point("agent.worker.done")
     return Frame(
         {"error": outcome.error, "refused": False, "base_digest": digest, "loaded": fresh},
@@ -65,7 +77,7 @@ class _NotPinnedError(ModelError):
     """The base model is not one that the owner accepts."""
 
 
-def _loaded(header: Any) -> tuple[str, bool]:
+def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
     """Load the order's run unless it is loaded; the base model's digest, and whether it was loaded now.
 
     Foreign apps load for themselves.
@@ -84,8 +96,9 @@ def _loaded(header: Any) -> tuple[str, bool]:
             raise ModelError(
                 f"the run file that came is not that of run {digest[:12]}; nothing was trained"
             ) from None
-        own = Own(header["client"], Path(header["data"]), header["model"])
-        resident = load_own_resident(run, own, admit=_admission(header.get("max_memory_mib")))
+        own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
+        admit = _admission(header.get("max_memory_mib"), own.device)
+        resident = load_own_resident(run, own, admit=admit, start_bytes=_start(header, content))
         install_resident(resident)
         fresh = True
     if pins and resident.base_digest not in pins:
@@ -95,14 +108,29 @@ def _loaded(header: Any) -> tuple[str, bool]:
     return resident.base_digest, fresh
 
 
-def _admission(most_mib: float | None) -> Admit:
+def _start(header: Any, content: bytes) -> bytes:
+    """What spares this process to compute the model's start, if that came now or before; else empty."""
+    if not header.get("starts"):
+        return b""
+    shelf, digest = StartShelf(Path(header["starts"])), header["run_digest"]
+    came = decode_content(content, who="the server").get("task", {}).get(START, b"")
+    if isinstance(came, bytes) and came:
+        shelf.put(digest, came)
+        return came
+    return shelf.get(digest)
+
+
+def _admission(most_mib: float | None, device: str) -> Admit:
     """Refuse what this device, or its owner, has no memory for, before the base model is read."""
+    from fedpeft.models.device import device_named
     from fedpeft.planning.admission import available_memory, refuse_oversized
 
     owners = float("inf") if most_mib is None else most_mib * 2**20
 
     def admit(run: RunConfig, data: FederatedData) -> None:
-        refuse_oversized(run, data, limit=int(min(available_memory(), owners)))
+        where = device_named(device)
+        limit = int(min(available_memory(where), owners))
+        refuse_oversized(run, data, limit=limit, gpu=where.type != "cpu")
 
     return admit
 

@@ -15,7 +15,8 @@ from typing import Protocol
 import psutil
 
 from fedpeft.errors import FederationError
-from fedpeft_client.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
+from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
+from fedpeft.interruption import INTERRUPT
 
 CLIENT_APP = "fedpeft.flower.client_app:deployed_app"
 _WATCH_S = 0.25
@@ -43,6 +44,10 @@ class Doer(Protocol):
         Raises:
             FederationError: there will be none.
         """
+        ...
+
+    async def interrupt(self) -> None:
+        """The answer to the order that is under way is not wanted; it may come early, as an error."""
         ...
 
     async def release(self) -> None:
@@ -103,6 +108,11 @@ class Workshop:
     def pid(self) -> int | None:
         """The worker's, if one was started and not ended by us."""
         return None if self._process is None else self._process.pid
+
+    async def interrupt(self) -> None:
+        """Let the worker leave its order at the next step of training; what it has loaded stays loaded."""
+        if self._busy.locked() and self._process is not None and self._process.poll() is None:
+            self._process.send_signal(INTERRUPT)
 
     async def release(self) -> None:
         """End the worker once it is idle, and with it what it holds; the next order starts another."""

@@ -10,10 +10,11 @@ from fedpeft.config import RunConfig
 from fedpeft.data.federated import encode, read_tables
 from fedpeft.data.labels import label_map
 from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
 from fedpeft.models.trainable import frozen_digest
 from fedpeft.randomness import derive_seed
-from fedpeft.resident import Resident
+from fedpeft.resident import Resident, device_for
 from fedpeft.spaces.adapter_delta import AdapterDelta
 
 
@@ -25,14 +26,16 @@ def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
 
     Raises:
         DataError, ModelError: what cannot be read, loaded or attached.
+        RunFileError: a device that is not there.
     """
+    device = device_for(run)
     raw = read_tables(run.data, run.model.task, run.run.seed)
     tokenizer = load_tokenizer(run.model)
     data = encode(raw, tokenizer, run.data, run.model.task)
     model = _base_with_adapter(run, adapter, data.num_labels)
-    return Resident(
-        run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), frozen_digest(model)
-    )
+    base_digest = frozen_digest(model)
+    move(model, device)
+    return Resident(run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), base_digest)
 
 
 def model_with_adapter(run: RunConfig, adapter: Path) -> tuple[nn.Module, tuple[str, ...]]:

@@ -64,6 +64,8 @@ def evaluate_adapter(run: RunConfig, folder: Path) -> Evaluation:
     install_resident(resident)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     width = max(1, min(cores, len(batches_of(resident, TEST)) // _BATCHES_PER_WORKER))
+    if resident.device.type != "cpu":  # processes forked after CUDA began cannot use it
+        width = 1
     with open_workers(width) as workers:
         evaluation = Scorer(resident, metrics, workers).evaluate({})
     if evaluation is None:

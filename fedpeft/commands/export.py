@@ -52,15 +52,18 @@ def export_command(
     print(f"adapter  {out}\nsha256   {digest}")
 
 
-def check_out(out: Path, adapter: Path, *, force: bool) -> None:
+def check_out(out: Path, made_from: Path, *, force: bool, what: str = "the adapter") -> None:
     """Refuse to write over anything but an earlier export, and that only with `force`.
+
+    Args:
+        made_from: what must not be written over at all; `what` names it.
 
     Raises:
         StateError: saying what is in the way.
     """
-    source, target = adapter.resolve(), out.resolve()
+    source, target = made_from.resolve(), out.resolve()
     if target == source or target in source.parents or source in target.parents:
-        raise StateError(f"--out {out} holds the adapter itself, or lies in it; choose a folder elsewhere")
+        raise StateError(f"--out {out} holds {what} itself, or lies in it; choose a folder elsewhere")
     if not out.exists():
         return
     if not out.is_dir():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from fedpeft.commands.export import check_out
 from fedpeft.config import RunConfig
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.files import folder_atomically, storage
@@ -31,7 +32,7 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
         FedPEFTError: what else keeps the model from being loaded, merged or written.
     """
     config, checkpoint = _last(run)
-    _check_out(out, run, force=force)
+    check_out(out, run, force=force, what="the run")
     resident = load_resident(config)
     resident.space.enter(resident.parameters, checkpoint.state)  # compares the fingerprint
     _write(resident, out)
@@ -54,23 +55,6 @@ def _last(path: Path) -> tuple[RunConfig, Checkpoint]:
         if checkpoint is None:
             raise StateError(f"{path} has no checkpoint yet; go on with: fedpeft simulate --resume {path}")
         return folder.run, checkpoint
-
-
-def _check_out(out: Path, run: Path, *, force: bool) -> None:
-    """Refuse to write over anything but a model, and that only with `force`.
-
-    Raises:
-        StateError: saying what is in the way.
-    """
-    source, target = run.resolve(), out.resolve()
-    if target == source or target in source.parents or source in target.parents:
-        raise StateError(f"--out {out} is the run's folder or around or inside it; choose a folder elsewhere")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not (out / "config.json").is_file():
-        raise StateError(f"--out {out} holds other files than a model; choose an empty or a new folder")
-    if not force:
-        raise StateError(f"--out {out} already holds a model; replace it with --force, or choose another")
 
 
 def _write(resident: Resident, out: Path) -> None:

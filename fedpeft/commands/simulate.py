@@ -8,12 +8,12 @@ from pathlib import Path
 from fedpeft.commands.runs import run_of
 from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
-from fedpeft.errors import UsageError
+from fedpeft.errors import RunFileError, UsageError
 from fedpeft.ledger import RunFolder
 from fedpeft.planning.admission import available_memory, refuse_oversized
-from fedpeft.preflight import refuse_problems
+from fedpeft.preflight import refuse_problems, simulation_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import Admit
+from fedpeft.resident import Admit, device_for, trainable_on
 from fedpeft.simulation.engine import simulate
 
 
@@ -43,7 +43,11 @@ def simulate_command(
         folder = RunFolder.resume(resume)
     else:
         run = run_of(run_file, overrides)
-        refuse_problems(run, source=str(run_file or "demo"))
+        source = str(run_file or "demo")
+        refuse_problems(run, source=source)
+        if impossible := simulation_problems(run):  # before there is a folder
+            raise RunFileError(source, impossible)
+        trainable_on(run)
         folder = RunFolder.create(out or Path("runs") / run.run.name, run, force=force)
     with folder, make_progress(progress) as shown:
         admit = _admission(workers) if memory_check else None
@@ -55,7 +59,9 @@ def _admission(workers: int) -> Admit:
     """Refuse what this machine's free memory cannot hold."""
 
     def admit(run: RunConfig, data: FederatedData) -> None:
-        at_once = min(workers, len(data.clients))
-        refuse_oversized(run, data, limit=available_memory(), workers=at_once)
+        device = device_for(run)
+        gpu = device.type != "cpu"
+        at_once = 1 if gpu else min(workers, len(data.clients))
+        refuse_oversized(run, data, limit=available_memory(device), workers=at_once, gpu=gpu)
 
     return admit

@@ -25,7 +25,7 @@ On a device::
 
 Updates::
 
-    header = UpdateHeader(run_id, run_digest, round, client)
+    header = UpdateHeader(run_id, run_digest, round, kind, client)
     signature = sign_update(material.key, header, body)
     verify_update(certificate, header, body, signature)
 

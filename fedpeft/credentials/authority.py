@@ -166,6 +166,16 @@ class Authority:
         """The certificates of a name that are neither expired nor revoked, in the order of issue."""
         return tuple(self._live(check_name(name), now))
 
+    def revoked(self, now: datetime) -> frozenset[str]:
+        """Names that hold nothing any more because their certificates were revoked before they ended."""
+        listed = read_revocations(self.revoked_file, self.certificate)
+        live, gone = set[str](), set[str]()
+        for path in self._records("*"):
+            item = read_certificate(path)
+            if item.not_valid_after_utc >= now:
+                (gone if item in listed else live).add(identity_of(item).name)
+        return frozenset(gone - live)
+
     def issued(self, now: datetime) -> tuple[x509.Certificate, ...]:
         """Device certificates that are neither expired nor revoked, by name."""
         names = sorted({path.name.rpartition(".")[0].rpartition(".")[0] for path in self._records("*")})

@@ -1,4 +1,4 @@
-"""Signatures over updates: body, run, round and client, so that none can be swapped for another.
+"""Signatures over results: body, run, round, kind and client, so that none can be swapped for another.
 
 What is signed is a byte string that no other tuple of fields gives: a domain line, then every field with its
 length before it. The body goes in as its length and SHA-256, so a large one is hashed as it streams and never
@@ -22,7 +22,7 @@ from fedpeft.credentials.keys import PrivateKey
 from fedpeft.errors import UpdateError
 
 # TLS signs with the same key, over messages that begin with 64 spaces: the two cannot be confused.
-_DOMAIN = b"fedpeft update signature v1"
+_DOMAIN = b"fedpeft update signature v2"
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,15 @@ class UpdateHeader:
     Attributes:
         run_id: the server's name for the run; two runs of one run file differ in it.
         run_digest: `fedpeft.runfile.run_digest`, hexadecimal.
-        round: the round that it answers, from 1.
+        round: the round that it answers; 0 for the roll call.
+        kind: of the task that it answers, such as "train".
         client: the name in the signer's certificate.
     """
 
     run_id: str
     run_digest: str
     round: int
+    kind: str
     client: str
 
 
@@ -63,7 +65,7 @@ def sign_body_digest(key: PrivateKey, header: UpdateHeader, body_sha256: bytes, 
 def verify_update(
     certificate: x509.Certificate, header: UpdateHeader, body: bytes | memoryview, signature: bytes
 ) -> None:
-    """Refuse an update that the certificate's holder did not sign for this run, round and client.
+    """Refuse an update that the certificate's holder did not sign for this run, round, kind and client.
 
     Raises:
         UpdateError: another client's certificate, or any field, the body or the signature differs.
@@ -96,8 +98,8 @@ def verify_body_digest(
         key.verify(signature, message, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         raise UpdateError(
-            f"{header.client!r}, round {header.round}: the signature does not fit the update, its run and"
-            " round; it was changed on its way or made for another; send it again"
+            f"{header.client!r}, round {header.round}: the signature does not fit the update, its run, round"
+            " and kind; it was changed on its way or made for another; send it again"
         ) from None
 
 
@@ -118,6 +120,7 @@ def signed_bytes(header: UpdateHeader, body_sha256: bytes, body_bytes: int) -> b
             header.run_id.encode(),
             header.run_digest.encode(),
             struct.pack("<Q", header.round),
+            header.kind.encode(),
             header.client.encode(),
             struct.pack("<Q", body_bytes),
             body_sha256,

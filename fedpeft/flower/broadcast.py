@@ -94,6 +94,10 @@ class Broadcast:
         self._round, self._digest, self._whole = 0, "", b""
         self._messages: dict[int, bytes] = {}
 
+    def admit(self, clients: Sequence[str]) -> None:
+        """Others have joined; those who are new hold nothing."""
+        self._held = {name: self._held.get(name, NOTHING) for name in sorted(clients)}
+
     def open(self, number: int, whole: bytes, digest: str) -> None:
         """Begin a round: what clients are to hold is the state before it, as bytes and as fingerprint."""
         self._round, self._digest, self._whole = number, digest, whole

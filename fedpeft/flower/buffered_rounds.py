@@ -95,6 +95,11 @@ class BufferedRounds:
             pending=flights.memory(),
         )
 
+    def admit(self, federation: Federation) -> None:
+        """Others have joined."""
+        self._federation = federation
+        self._flights.admit(federation.roster)
+
     def close(self) -> None:
         """Tell those who are still at work that nobody waits for them."""
         self._mail.close()

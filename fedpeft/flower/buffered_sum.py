@@ -11,7 +11,7 @@ from fedpeft.aggregation import ExactSum
 from fedpeft.errors import UpdateError
 from fedpeft.flower.strategies import StrategyRunner
 from fedpeft.packed import PackedArrays
-from fedpeft.spaces import Space
+from fedpeft.spaces import ServerSpace
 from fedpeft.staleness import UNIT
 from fedpeft.update import Arrays, Layout, Update
 
@@ -36,7 +36,7 @@ class BufferedSum:
     def __init__(
         self,
         strategy: StrategyRunner,
-        space: Space,
+        space: ServerSpace,
         layout: Layout,
         weigh: Callable[[int], int],
         *,

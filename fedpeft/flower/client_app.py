@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.federated import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.exact_steps import steps_of
+from fedpeft.flower.execute import REPLICA
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.replica import WHO, Replica, caught_up
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
@@ -23,7 +25,7 @@ from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.resident import Resident, resident_for
 from fedpeft.runfile import run_from_json
 from fedpeft.spaces import Memory
-from fedpeft.stages import StageContext, on_client, stage_list
+from fedpeft.stages import StageContext, on_client
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.state_message import decode_state
@@ -31,8 +33,8 @@ from fedpeft.wire.state_message import decode_state
 app = ClientApp()
 deployed_app = ClientApp()  # what runs outside a simulation
 
-_REPLICA = "replica"  # record of a client's state: the global state that it holds
 _MOST_REPLICAS = 8
+_STATES: deque[tuple[bytes, str, str, tuple[Arrays, str]]] = deque(maxlen=8)  # a cache of the latest ones
 _REPLICAS: dict[tuple[str, str], Replica] = {}  # a cache by run and client, for grids that keep no record
 
 
@@ -121,14 +123,16 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
             metrics=update.metrics,
             encoded=update.encoded,
             base_digest=resident.base_digest,
-            stages=stage_list(resident.stages),
+            stages=resident.stage_list,
         )
     )
 
 
 def _resident(task: Task) -> Resident:
-    torch.set_num_threads(1)  # more would change the last bits of what is computed
-    return resident_for(task.run_digest, run_from_json(task.run_json) if task.run_json else None)
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)  # more would change the last bits of what is computed
+    run = run_from_json(task.run_json) if task.run_json else None
+    return resident_for(task.run_digest, run, task.start)
 
 
 def _partition(context: Context, resident: Resident) -> int:
@@ -163,7 +167,7 @@ def _current_state(task: Task, resident: Resident, index: int, context: Context)
         return _state(message.whole, task.run_digest, resident.base_digest)
     holder = (task.run_digest, resident.data.clients[index].name)
     replica = caught_up(message, _replica(context) or _REPLICAS.get(holder), steps)
-    context.state[_REPLICA] = ArrayRecord({name: Array(array) for name, array in replica.arrays.items()})
+    context.state[REPLICA] = ArrayRecord({name: Array(array) for name, array in replica.arrays.items()})
     _hold(holder, replica)
     return replica.arrays, replica.digest
 
@@ -176,16 +180,25 @@ def _hold(holder: tuple[str, str], replica: Replica) -> None:
 
 
 def _replica(context: Context) -> Replica | None:
-    record = context.state.array_records.get(_REPLICA)
+    record = context.state.array_records.get(REPLICA)
     if record is None:
         return None
     arrays = frozen_arrays({name: array.numpy() for name, array in record.items()})
     return Replica(arrays_digest(arrays), arrays)
 
 
-@functools.lru_cache(maxsize=8)
 def _state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
-    """Decode a round's state and check its fingerprint: once per process and round, not once per client."""
+    """A round's state, checked: once per process and round, not once per client."""
+    for known, run, base, state in _STATES:  # no table by hash: to hash a payload is to read it all
+        if (run, base) == (run_digest, base_digest) and (known is payload or known == payload):
+            return state
+    state = _checked_state(payload, run_digest, base_digest)
+    _STATES.append((payload, run_digest, base_digest, state))
+    return state
+
+
+def _checked_state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
+    """Decode a state and compare its fingerprint with the one that was announced."""
     envelope = decode(payload, who=WHO)
     digest = arrays_digest(envelope.arrays)
     if digest != envelope.state_digest or envelope.run_digest != run_digest:

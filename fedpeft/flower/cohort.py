@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from fedpeft.clock import VirtualClock
 from fedpeft.config import ClientLevelPrivacy, RunConfig
@@ -29,7 +29,9 @@ def draw_cohort(
 ) -> Cohort:
     """Sample a round's cohort from the run's seed; with a virtual clock, decide who answers in time.
 
-    Late clients don't train: nothing of what they would compute is used. `bytes_down` says what each client
+    On the clock, late clients don't train: nothing of what they would compute is used. Without it, who is
+    late shows when answers come: of an over-selected cohort all work, and as many count as there are
+    `places`. `bytes_down` says what each client
     is sent, by name; `bytes_up` is what an update is expected to weigh, since its true size is known only
     after training.
 
@@ -37,15 +39,16 @@ def draw_cohort(
         coins: secret ones, for client-level privacy: each client is asked by its own, and the run's seed has
             no part in it.
     """
-    federation, seed, names = run.federation, run.run.seed, roster.names
+    federation, seed, names = run.federation, run.run.seed, roster.in_round(round_)
     rng = stream(seed, "cohort", round_)
     if federation.clock is None:
         asked = (
-            sample_cohort(federation.sampling, names, len(names), rng, 0.0)
+            sample_cohort(federation.sampling, names, len(names), rng, federation.over_selection)
             if coins is None
             else _secretly(run, coins, names)
         )
-        return Cohort(tuple(asked), dict.fromkeys(asked, 0.0))
+        places = _places(run, len(names), asked)
+        return Cohort(tuple(asked), dict.fromkeys(asked, 0.0), places=places)
     clock = VirtualClock(federation.clock, seed)
     present = [name for name in names if clock.available(name, round_)]
     if coins is None:
@@ -77,11 +80,8 @@ def _close(run: RunConfig, total: int, asked: tuple[str, ...], arrivals: Mapping
     deadline = federation.deadline_s if federation.deadline_s is not None else math.inf
     order = sorted(asked, key=lambda name: (arrivals[name], name))
     intime = [name for name in order if arrivals[name] <= deadline and not math.isinf(arrivals[name])]
-    poisson = federation.sampling.kind == "poisson"
-    wanted = (
-        len(asked) if poisson or not federation.over_selection else cohort_size(federation.sampling, total)
-    )
-    kept = intime[:wanted]
+    places = _places(run, total, asked)
+    kept = intime[:places]
     lost = [
         ClientOutcome(client=name, status="dropped", reason="vanished after it was asked")
         if math.isinf(arrivals[name])
@@ -92,9 +92,15 @@ def _close(run: RunConfig, total: int, asked: tuple[str, ...], arrivals: Mapping
         if name not in kept
     ]
     last = max((arrivals[name] for name in kept), default=0.0)
-    waits = len(kept) < wanted and not math.isinf(
-        deadline
-    )  # someone is missing: the server waits until the deadline
-    return Cohort(
-        asked, {name: arrivals[name] for name in sorted(kept)}, tuple(lost), deadline if waits else last
-    )
+    missing = len(kept) < (len(asked) if places is None else places)
+    length = deadline if missing and not math.isinf(deadline) else last  # the server waits for who is missing
+    return Cohort(asked, {name: arrivals[name] for name in sorted(kept)}, tuple(lost), length, places)
+
+
+def _places(run: RunConfig, total: int, asked: Sequence[str]) -> int | None:
+    """How many answers close a round whose cohort is over-selected; None: all."""
+    federation = run.federation
+    if federation.sampling.kind == "poisson" or not federation.over_selection:
+        return None
+    wanted = cohort_size(federation.sampling, total)
+    return wanted if wanted < len(asked) else None

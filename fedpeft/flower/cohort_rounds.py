@@ -1,15 +1,19 @@
-"""Synchronous rounds: a cohort is drawn, asked at once and waited for."""
+"""Synchronous rounds: a cohort is drawn, asked at once and waited for.
+
+An over-selected cohort whose answers come in real time is waited for until the first so many sound ones are
+in. Who they are depends on the agents and the network; the journal's side decides it durably, as it takes an
+update in or does not (see `fedpeft_server.store.results`), so a restart counts the same ones.
+"""
 
 from __future__ import annotations
 
 import functools
-import math
 
 from flwr.app import Message
 
 from fedpeft.flower.cohort import draw_cohort
 from fedpeft.flower.counting import Asked, Collected, count_reply, note, task_contents
-from fedpeft.flower.exchange import exchange
+from fedpeft.flower.exchange import Exchange, Spares
 from fedpeft.flower.factor_rounds import FactorAggregator, measured_by, needs_factors
 from fedpeft.flower.federation import Federation
 from fedpeft.flower.gathering import Gathered, Opening, refuse_too_few
@@ -20,6 +24,7 @@ from fedpeft.ledger import Cohort
 from fedpeft.records import ClientOutcome
 
 _NOBODY = "nobody was sampled; the state stays as it is"
+_SPARE = "not needed: {} others had answered"
 
 
 class CohortRounds:
@@ -64,6 +69,10 @@ class CohortRounds:
             aggregation=measured_by(aggregator),
         )
 
+    def admit(self, federation: Federation) -> None:
+        """Others have joined."""
+        self._federation = federation
+
     def close(self) -> None:
         """Nobody is at work between rounds."""
 
@@ -73,13 +82,14 @@ class CohortRounds:
         names = {federation.roster.members[name].node_id: name for name in cohort.working}
         payloads = {name: sending.payload(name) for name in cohort.working}
         contents = task_contents(federation, number, payloads)
-        messages = [
+        messages = (
             Message(contents[names[node]], node, TRAIN, group_id=str(number)) for node in sorted(names)
-        ]
+        )
         collected = Collected(opening.before.state)
         timeout_s = federation.timeout_s
         silent = dict(names)
-        for reply in exchange(federation.grid, messages, timeout_s=timeout_s):
+        exchange = Exchange(federation.grid, messages, timeout_s=timeout_s)
+        for reply in exchange.replies():
             name = silent.pop(reply.metadata.src_node_id)
             layout = aggregator.layout_of(name) if isinstance(aggregator, FactorAggregator) else None
             asked = Asked(name, number, opening.digest_of(name), sending.size(name), layout)
@@ -88,14 +98,31 @@ class CohortRounds:
             if federation.run.federation.clock is not None:
                 outcome = outcome.model_copy(update={"virtual_s": cohort.working[name]})
             note(federation, self._privacy, collected, outcome)
+            if cohort.places is not None:
+                if collected.folded == cohort.places:
+                    break
+                self._free_place(number, outcome)
+        if not self._privacy.counts_answers or collected.folded >= self._needed(cohort):
+            exchange.release()  # else the round is tried again, and they go on with their work
+        whole = collected.folded == cohort.places
+        reason = _SPARE.format(cohort.places) if whole else f"no answer in {timeout_s or 0:g} s"
         for name in silent.values():
-            late = ClientOutcome(client=name, status="late", reason=f"no answer in {timeout_s:g} s")
+            late = ClientOutcome(client=name, status="late", reason=reason)
             note(federation, self._privacy, collected, late)
         return collected
 
+    def _free_place(self, number: int, outcome: ClientOutcome) -> None:
+        """An answer that does not count takes no place from those that may."""
+        grid = self._federation.grid
+        if outcome.status != "folded" and isinstance(grid, Spares):
+            grid.free_place(number, outcome.client)
+
+    def _needed(self, cohort: Cohort) -> int:
+        return cohort.quorum(self._federation.run.federation.quorum)
+
     def _check_quorum(self, cohort: Cohort, collected: Collected, number: int) -> None:
         """Stop the run when too few of the asked clients counted."""
-        needed = math.ceil(self._federation.run.federation.quorum * len(cohort.asked))
+        needed = self._needed(cohort)
         if collected.folded >= needed:
             return
         counted = f"{collected.folded} of {len(cohort.asked)} clients counted"

@@ -74,10 +74,10 @@ def task_contents(
         number: the tasks' round.
         payloads: the state for each client, as bytes.
     """
-    made: dict[bytes, RecordDict] = {}
+    made: dict[int, RecordDict] = {}  # by identity: to hash a payload is to read it all
     for payload in payloads.values():
-        if payload not in made:
-            made[payload] = task_content(
+        if id(payload) not in made:
+            made[id(payload)] = task_content(
                 Task(
                     run_digest=federation.digest,
                     round=number,
@@ -86,7 +86,7 @@ def task_contents(
                     proximal_mu=proximal_mu(federation.run.federation.strategy),
                 )
             )
-    return {name: made[payload] for name, payload in payloads.items()}
+    return {name: made[id(payload)] for name, payload in payloads.items()}
 
 
 def note(federation: Federation, privacy: RoundPrivacy, collected: Collected, outcome: ClientOutcome) -> None:
@@ -137,6 +137,7 @@ def count_reply(
         update_norm=norm,
         distortion=metrics.get("distortion"),
         cosine=metrics.get("cosine"),
+        rank=int(metrics["rank"]) if "rank" in metrics else None,
     )
 
 

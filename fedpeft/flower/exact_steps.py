@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from fedpeft.config import RunConfig
 from fedpeft.errors import UpdateError
 from fedpeft.flower.steps import CompressedSteps, Memory, Step, Steps
-from fedpeft.spaces import Space
+from fedpeft.spaces import ServerSpace
 from fedpeft.stages import build_downlink
 from fedpeft.training.zeroth_rules import SEED_SPACES
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
 
-def steps_of(run: RunConfig, digest: str, space: Space) -> Steps | None:
+def steps_of(run: RunConfig, digest: str, space: ServerSpace) -> Steps | None:
     """How a run's states follow each other; None where every state travels whole.
 
     Args:
@@ -38,7 +38,7 @@ class ExactSteps:
     """Differences of states whose arrays are int64 vectors."""
 
     run_digest: str
-    space: Space
+    space: ServerSpace
 
     def make(self, number: int, state: Arrays, change: Mapping[str, NDArray[Any]], memory: Memory) -> Step:
         """Move exactly, and tell what changed."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -12,24 +13,68 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.01, 1.0
 WAITING_S = 0.1  # a pull that came back empty after so long has waited
 
 
-def exchange(grid: Grid, messages: Sequence[Message], *, timeout_s: float | None) -> Iterator[Message]:
-    """Push `messages` and yield each reply as soon as the grid has it.
+@runtime_checkable
+class Cancels(Protocol):
+    """A grid that can take messages back; Flower's own cannot."""
 
-    At most one message per node. A reply's node tells which message it answers, since only Flower's own grids
-    number messages. Ends when all have answered or the time is over.
+    def cancel(self, message_ids: Iterable[str]) -> None:
+        """Nobody waits for these any more."""
+        ...
+
+
+@runtime_checkable
+class Spares(Protocol):
+    """A grid that takes in no more answers of a round than there are places for; Flower's own take all."""
+
+    def free_place(self, round_: int, client: str) -> None:
+        """An answer that it took does not count: another one may have its place."""
+        ...
+
+
+class Exchange:
+    """One message for each of some nodes, pushed as they are made: a grid may start on the first at once.
+
+    A reply's node tells which message it answers, since only Flower's own grids number messages.
+
+    Args:
+        timeout_s: how long replies are waited for; None: as long as it takes.
     """
-    ids = list(grid.push_messages(messages))
-    waiting = {message.metadata.dst_node_id: id_ for message, id_ in zip(messages, ids, strict=True)}
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    pause = FIRST_PAUSE_S
-    while waiting and (deadline is None or time.monotonic() < deadline):
-        asked, came = time.monotonic(), False
-        for reply in grid.pull_messages(list(waiting.values())):
-            if waiting.pop(reply.metadata.src_node_id, None) is not None:
-                came = True
-                yield reply
-        if came:
-            pause = FIRST_PAUSE_S
-        elif time.monotonic() - asked < WAITING_S:  # a grid that waits by itself needs no pause
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def __init__(self, grid: Grid, messages: Iterable[Message], *, timeout_s: float | None) -> None:
+        self._grid = grid
+        nodes: list[int] = []
+
+        def pushed() -> Iterator[Message]:
+            for message in messages:
+                nodes.append(message.metadata.dst_node_id)
+                yield message
+
+        ids = list(grid.push_messages(pushed()))
+        self._waiting = dict(zip(nodes, ids, strict=True))
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+    def replies(self) -> Iterator[Message]:
+        """Each reply as soon as the grid has it, until all have answered or the time is over."""
+        pause = FIRST_PAUSE_S
+        while self._waiting and (self._deadline is None or time.monotonic() < self._deadline):
+            asked, came = time.monotonic(), False
+            for reply in self._grid.pull_messages(list(self._waiting.values())):
+                if self._waiting.pop(reply.metadata.src_node_id, None) is not None:
+                    came = True
+                    yield reply
+            if came:
+                pause = FIRST_PAUSE_S
+            elif time.monotonic() - asked < WAITING_S:  # a grid that waits by itself needs no pause
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def release(self) -> None:
+        """Take back what has no answer, where the grid can: who is at work on it may stop."""
+        if self._waiting and isinstance(self._grid, Cancels):
+            self._grid.cancel(list(self._waiting.values()))
+        self._waiting = {}
+
+
+def exchange(grid: Grid, messages: Iterable[Message], *, timeout_s: float | None) -> Iterator[Message]:
+    """Push `messages`, at most one per node, and yield each reply as soon as the grid has it."""
+    return Exchange(grid, messages, timeout_s=timeout_s).replies()

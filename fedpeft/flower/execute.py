@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 
+REPLICA = "replica"  # record of a client's state: the global state that it holds
 _NODE_ID = 2  # of an agent, to itself; the server routes by connection
 
 
@@ -27,11 +29,13 @@ class Outcome:
         content: the reply as `content_bytes`; empty where it failed.
         error: "<class>: <reason>" where it failed, else empty.
         memory: what the client remembers from now on; a failed task leaves it as it was.
+        replica: the global state that the client holds from now on, where later ones come as steps from it.
     """
 
     content: bytes
     error: str = ""
     memory: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    replica: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,14 @@ class Call:
 
 
 def execute(
-    app: ClientApp, kind: str, group: str, content: bytes, memory: Mapping[str, NDArray[Any]], *, client: str
+    app: ClientApp,
+    kind: str,
+    group: str,
+    content: bytes,
+    memory: Mapping[str, NDArray[Any]],
+    *,
+    client: str,
+    replica: Mapping[str, NDArray[Any]] | None = None,
 ) -> Outcome:
     """Call the client function of `app` for a message; whatever goes wrong in it is part of the outcome.
 
@@ -80,20 +91,21 @@ def execute(
         content: the message's content, see `content_bytes`.
         memory: what the client remembers.
         client: its name in the run.
+        replica: the global state that it holds, unless this process has held it since.
     """
-    state = RecordDict({"memory": _record(memory)} if memory else {})
+    held = {"memory": memory, REPLICA: replica}
+    state = RecordDict({name: _record(arrays) for name, arrays in held.items() if arrays})
     try:
         call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, {"client": client})
         reply = call.answer(app, state)
         if isinstance(reply, str):
             return Outcome(b"", reply, memory)
-        kept = state.array_records.get("memory")
-        remembered = {} if kept is None else {name: array.numpy() for name, array in kept.items()}
-        return Outcome(content_bytes(reply), "", remembered)
+        return Outcome(content_bytes(reply), "", _arrays(state, "memory"), _arrays(state, REPLICA))
     except FedPEFTError as error:  # a content that is none, or none that can be sent
         return Outcome(b"", f"{type(error).__name__}: {error}", memory)
 
 
+@functools.cache
 def named_app(name: str) -> ClientApp:
     """The app that ``module:attribute`` names.
 
@@ -105,6 +117,11 @@ def named_app(name: str) -> ClientApp:
     if not isinstance(app, ClientApp):
         raise TypeError(f"{name} is {type(app).__name__}, a ClientApp is needed")
     return app
+
+
+def _arrays(state: RecordDict, name: str) -> dict[str, NDArray[Any]]:
+    kept = state.array_records.get(name)
+    return {} if kept is None else {key: array.numpy() for key, array in kept.items()}
 
 
 def _record(memory: Mapping[str, NDArray[Any]]) -> ArrayRecord:

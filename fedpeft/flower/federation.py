@@ -16,7 +16,7 @@ from fedpeft.flower.roster import Roster
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.lora_rules import Shares
 from fedpeft.records import ClientOutcome, Evaluation, Round
-from fedpeft.spaces import Space
+from fedpeft.spaces import ServerSpace
 from fedpeft.stages import Stage, stage_list
 from fedpeft.update import Arrays
 
@@ -94,13 +94,15 @@ class Federation:
         budget: where a private run's ledger lies; other runs need none.
         history: what buffered rounds ask after a restart; other runs need none.
         frozen_factors: LoRA's A where it doesn't train, by its parameter's name.
+        newcomers: asked before each round, by its number: the roster with those who have come since, durable;
+            None: who takes part is settled by the roll call.
     """
 
     run: RunConfig
     digest: str
     grid: Grid
     roster: Roster
-    space: Space
+    space: ServerSpace
     stages: tuple[Stage, ...]
     journal: Journal
     observer: Observer
@@ -112,6 +114,7 @@ class Federation:
     budget: BudgetStore | None = None
     history: History | None = None
     frozen_factors: Arrays = field(default_factory=dict)
+    newcomers: Callable[[int], Roster] | None = None
 
     @functools.cached_property
     def shares(self) -> Shares:

@@ -59,7 +59,7 @@ class Flights:
         problems = crowd_problems(self._section, len(roster.members))
         if problems:
             raise FederationError(problems[0])
-        self._run, self._roster, self._names = run, roster, roster.names
+        self._run, self._roster, self._names = run, roster, roster.by_joining
         clock = run.federation.clock
         self._clock = None if clock is None else VirtualClock(clock, run.run.seed)
         deadline_s = run.federation.deadline_s
@@ -69,11 +69,16 @@ class Flights:
         self._turns: list[str] = []
         self._landed: set[str] = set()  # in the round that is open
 
+    def admit(self, roster: Roster) -> None:
+        """Others have joined; they are asked from the round on that the roster names."""
+        self._roster, self._names = roster, roster.by_joining
+
     def open(self, number: int) -> list[tuple[Flight, ClientOutcome]]:
         """Begin a round; gives up those whose state is too old now, and returns them."""
         self._number = number
         rng = stream(self._run.run.seed, "buffer", number)
-        self._turns = [self._names[index] for index in reversed(rng.permutation(len(self._names)))]
+        names = [name for name in self._names if self._roster.members[name].since <= number]
+        self._turns = [names[index] for index in reversed(rng.permutation(len(names)))]
         self._landed = set()
         bound = self._section.max_staleness
         return [self._too_old(flight) for flight in self._in_order() if number - flight.round > bound]
@@ -139,7 +144,7 @@ class Flights:
         )
 
     def memory(self) -> dict[str, NDArray[Any]]:
-        """Clients by their place among the sorted names, their tasks, and the time: for a checkpoint."""
+        """Clients by their place in the order of joining, their tasks, and the time: for a checkpoint."""
         flights = self._in_order()
         places = {name: place for place, name in enumerate(self._names)}
         return {

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import FederationError, QuorumError
 from fedpeft.flower.broadcast import Outgoing
 from fedpeft.flower.counting import Collected
+from fedpeft.flower.federation import Federation
 from fedpeft.flower.views import Views
 from fedpeft.ledger import Checkpoint
 from fedpeft.records import Aggregation, ClientOutcome
@@ -80,6 +81,10 @@ class Gathering(Protocol):
             QuorumError: too few updates.
             FedPEFTError: what clients failed with, if they are too few because of it.
         """
+        ...
+
+    def admit(self, federation: Federation) -> None:
+        """Others have joined: the federation with them, before a round."""
         ...
 
     def close(self) -> None:

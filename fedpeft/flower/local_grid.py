@@ -67,12 +67,14 @@ class LocalGrid(Grid):
         return range(1, self._clients + 1)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue messages; returns their ids."""
+        """Queue messages, the first of them for processes that idle; returns their ids."""
         ids = []
         for message in messages:
             self._count += 1
             ids.append(str(self._count))
             self._queue.append((ids[-1], message))
+            if self._workers.width > 1:
+                self._fill()
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

@@ -5,21 +5,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpeft.flower.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, WAITING_S
-
-
-@runtime_checkable
-class Cancels(Protocol):
-    """A grid that can take messages back; Flower's own cannot."""
-
-    def cancel(self, message_ids: Iterable[str]) -> None:
-        """Nobody waits for these any more."""
-        ...
+from fedpeft.flower.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, WAITING_S, Cancels
 
 
 class Mail:

@@ -21,12 +21,14 @@ POLL_S = 0.2
 class Member:
     """One client: the node that speaks for it, its number of training rows, and the base model that it holds.
 
-    `base_digest` is empty where that is the run's own.
+    `base_digest` is empty where that is the run's own. `since` is the first round that it may be asked in: 0
+    of those who answered the roll call, later of those who joined.
     """
 
     node_id: int
     examples: int
     base_digest: str = ""
+    since: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,19 @@ class Roster:
     def names(self) -> list[str]:
         """Sorted names."""
         return sorted(self.members)
+
+    @property
+    def by_joining(self) -> list[str]:
+        """Names in an order that stays as it is when others join: those since the same round sorted."""
+        return sorted(self.members, key=lambda name: (self.members[name].since, name))
+
+    def in_round(self, number: int) -> list[str]:
+        """Sorted names of those that a round's cohort is drawn from."""
+        return [name for name in self.names if self.members[name].since <= number]
+
+    def joined(self, number: int) -> tuple[str, ...]:
+        """Sorted names of those that joined with a round."""
+        return tuple(name for name in self.names if self.members[name].since == number > 0)
 
     def base_of(self, client: str) -> str:
         """Fingerprint of the base model that a client holds."""

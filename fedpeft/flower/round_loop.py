@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedpeft.flower.strategies import StrategyRunner
 from fedpeft.flower.views import Views
 from fedpeft.ledger import Checkpoint
 from fedpeft.lora_rules import is_residual
+from fedpeft.packed import PackedArrays
 from fedpeft.records import Round
 from fedpeft.sampling import cohort_size
 from fedpeft.stages import check_touched
@@ -68,12 +70,27 @@ def run_rounds(federation: Federation, checkpoint: Checkpoint) -> Checkpoint:
     if run.federation.mode == "buffered":
         gathering = BufferedRounds(federation, strategy, privacy, checkpoint)
     while checkpoint.round < run.run.rounds:
+        federation = _with_newcomers(federation, gathering, broadcast, checkpoint.round + 1)
         after = _round(federation, gathering, strategy, privacy, broadcast, checkpoint)
         if after is None:
             break
         checkpoint = after
     gathering.close()
     return checkpoint
+
+
+def _with_newcomers(
+    federation: Federation, gathering: Gathering, broadcast: Broadcast | None, number: int
+) -> Federation:
+    """The federation with those who have come since the last round began."""
+    roster = federation.roster if federation.newcomers is None else federation.newcomers(number)
+    if roster.members.keys() == federation.roster.members.keys():
+        return federation
+    larger = replace(federation, roster=roster)
+    gathering.admit(larger)
+    if broadcast is not None:
+        broadcast.admit(roster.names)
+    return larger
 
 
 def _broadcast(federation: Federation, checkpoint: Checkpoint) -> Broadcast | None:
@@ -147,12 +164,13 @@ def _row(federation: Federation, gathered: Gathered, before: Checkpoint, step: S
         round=before.round + 1,
         outcomes=gathered.outcomes,
         train_loss=collected.train_loss,
-        state_norm_change=_norm({n: a for n, a in gathered.change.items() if not is_residual(n)}),
+        state_norm_change=_norm(gathered.change),
         up=leg_up(federation.stages, gathered.layout, collected.outcomes, collected.header),
         down=leg_down(federation.downlink, layout_of(before.state), collected.outcomes, step),
         scalars=scalars_of(collected.scalars),
         virtual_s=gathered.virtual_s,
         staleness=gathered.staleness,
+        joined=federation.roster.joined(before.round + 1),
         aggregation=gathered.aggregation,
     )
 
@@ -181,4 +199,8 @@ def _step(
 
 
 def _norm(change: Mapping[str, NDArray[np.floating[Any]]]) -> float:
-    return math.sqrt(math.fsum(float(np.sum(np.square(array))) for array in change.values()))
+    """Of what is trained; a residual is what rounding left over."""
+    if isinstance(change, PackedArrays) and not any(map(is_residual, change.packing)):
+        return math.sqrt(float(np.sum(np.square(change.flat))))
+    kept = (array for name, array in change.items() if not is_residual(name))
+    return math.sqrt(math.fsum(float(np.sum(np.square(array))) for array in kept))

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
 from fedpeft.flower.federation import ClientMemory, Federation, History, Journal, Observer
 from fedpeft.flower.private_rounds import BudgetStore
@@ -19,14 +20,73 @@ from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of, refuse_unknown
 from fedpeft.ledger import Checkpoint
-from fedpeft.models.residual import frozen_factors
 from fedpeft.records import Evaluation
-from fedpeft.resident import Resident, kept_of
 from fedpeft.runfile import run_json
-from fedpeft.stages import build_downlink
+from fedpeft.spaces import ServerSpace
+from fedpeft.stages import Stage, build_downlink
 from fedpeft.update import Arrays
 
 RUN_FILE_KEY, OUT_KEY = "fedpeft.run-file", "fedpeft.out"  # in the app's configuration
+
+
+class Held(Protocol):
+    """What whoever holds a run's rounds knows of it, with its model in this process or elsewhere."""
+
+    @property
+    def run(self) -> RunConfig:
+        """The run."""
+        ...
+
+    @property
+    def run_digest(self) -> str:
+        """Of its run file."""
+        ...
+
+    @property
+    def space(self) -> ServerSpace:
+        """How its changes are expressed."""
+        ...
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What happens to them on the way."""
+        ...
+
+    @property
+    def start(self) -> Arrays:
+        """Parameters that clients keep to themselves, as they are before a client's first round."""
+        ...
+
+    @property
+    def start_bytes(self) -> bytes:
+        """What spares devices to compute the model's start; empty where there is nothing to compute."""
+        ...
+
+    @property
+    def clients_here(self) -> int:
+        """Clients whose rows are here."""
+        ...
+
+    def initial_state(self) -> Arrays:
+        """The state that the run starts from."""
+        ...
+
+    def base_of(self, client: str) -> str | None:
+        """The fingerprint of all that is frozen in a client's model; None: that model is not loaded here."""
+        ...
+
+    def frozen_factors(self) -> Arrays:
+        """LoRA's A where it doesn't train, by its parameter's name; only asked where a rule needs it."""
+        ...
+
+    def own_states(self, state: Arrays, memories: Arrays, nodes: Mapping[str, int]) -> dict[str, Arrays]:
+        """A state as each client has it, with what it keeps to itself.
+
+        Args:
+            memories: of all clients, ``"<node>/<array>"`` to array.
+            nodes: each client's number.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +103,7 @@ class Server:
         history: what buffered rounds ask after a restart.
     """
 
-    resident: Resident
+    resident: Held
     journal: Journal
     observer: Observer
     evaluate: Callable[[Arrays], Evaluation | None]
@@ -61,6 +121,7 @@ def hold_rounds(
     memory: ClientMemory | None = None,
     timeout_s: float | None = None,
     gather: Callable[[Task], Roster] | None = None,
+    newcomers: Callable[[int], Roster] | None = None,
 ) -> Checkpoint:
     """Call the roll, then hold all rounds after `last` (None: from the start); the final checkpoint.
 
@@ -69,6 +130,7 @@ def hold_rounds(
             with every task, since other processes than ours must load the run themselves.
         timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
         gather: how the roll is called; None: every client whose rows the server has must answer.
+        newcomers: see `Federation`.
 
     Raises:
         FederationError: a client is missing, or holds another base model than the server.
@@ -77,7 +139,8 @@ def hold_rounds(
     resident = server.resident
     text = run_json(resident.run) if memory is None else ""
     server.step("roll call")
-    task = Task(resident.run_digest, 0, b"", text)
+    start_bytes = resident.start_bytes if text else b""  # a process of our own was forked with the model
+    task = Task(resident.run_digest, 0, b"", text, start=start_bytes)
     roster = gather(task) if gather is not None else _everyone(resident, grid, task)
     refuse_unknown(resident.run, roster.members)
     server.ready(roster)
@@ -97,9 +160,10 @@ def hold_rounds(
         downlink=build_downlink(resident.run),
         budget=server.budget,
         history=server.history,
-        frozen_factors=frozen_factors(resident.model) if resident.run.federation.lora_rule else {},
+        frozen_factors=resident.frozen_factors() if resident.run.federation.lora_rule else {},
+        newcomers=newcomers,
     )
-    start = last or initial_checkpoint(federation, resident.space.initial_state(resident.parameters))
+    start = last or initial_checkpoint(federation, resident.initial_state())
     return run_rounds(federation, start)
 
 
@@ -116,19 +180,14 @@ def _evaluation(
     def each(state: Arrays) -> Evaluation | None:
         if memory is None or server.evaluate_each is None:
             return None
-        kept = memory.memory()
-        return server.evaluate_each(
-            {
-                name: server.resident.completed(state, kept_of(kept, member.node_id))
-                for name, member in roster.members.items()
-            }
-        )
+        nodes = {name: member.node_id for name, member in roster.members.items()}
+        return server.evaluate_each(server.resident.own_states(state, memory.memory(), nodes))
 
     return each
 
 
-def _everyone(resident: Resident, grid: Grid, task: Task) -> Roster:
-    clients = len(resident.data.clients)
+def _everyone(resident: Held, grid: Grid, task: Task) -> Roster:
+    clients = resident.clients_here
     roster = roll_call(grid, task, expected=clients, own_base=own_base_of(resident.run))
     if len(roster.members) < clients:
         raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
@@ -136,14 +195,14 @@ def _everyone(resident: Resident, grid: Grid, task: Task) -> Roster:
     return roster
 
 
-def check_base(roster: Roster, resident: Resident) -> None:
+def check_base(roster: Roster, resident: Held) -> None:
     """Refuse clients whose base model is not the server's.
 
     Raises:
         FederationError: it differs.
     """
-    held = {name: roster.base_of(name) for name in roster.names if resident.loads(name)}
-    if any(digest != resident.of_client(name).base_digest for name, digest in held.items()):
+    wanted = {name: resident.base_of(name) for name in roster.names}
+    if any(digest not in (None, roster.base_of(name)) for name, digest in wanted.items()):
         raise FederationError(
             "the clients hold another base model than the server; all need the same files and versions"
         )

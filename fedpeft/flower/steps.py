@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.spaces import Space
+from fedpeft.spaces import ServerSpace
 from fedpeft.stages import Stage, StageContext, on_client, on_server, promised_payload, stage_list
 from fedpeft.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
@@ -73,7 +73,7 @@ class CompressedSteps:
 
     run_digest: str
     seed: int
-    space: Space
+    space: ServerSpace
     stage: Stage
 
     def make(self, number: int, state: Arrays, change: Mapping[str, NDArray[Any]], memory: Memory) -> Step:

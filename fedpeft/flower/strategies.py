@@ -17,6 +17,7 @@ Flower's, on factors in the one form that each product has.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import math
@@ -32,6 +33,7 @@ from numpy.typing import NDArray
 from fedpeft.aggregation import ExactSum
 from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, RunFileError
+from fedpeft.flower.array_bytes import array_of, values_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.rules import RULES, strategy_problems
 from fedpeft.packed import PackedArrays, packable, packing_of
@@ -117,6 +119,11 @@ class StrategyRunner:
         exact = ExactSum(self.layout, quantum_exponent=self._quantum, capacity=capacity)
         return _Folding(self, round_, exact) if self.rule.folds else _Gathering(self, round_, exact)
 
+    @functools.cached_property
+    def _zeros(self) -> Mapping[str, Array]:
+        """What the strategy is anchored at."""
+        return {name: array_of(np.zeros(shape)) for name, (shape, _) in sorted(self._shown.items())}
+
     @property
     def _shown(self) -> Layout:
         """The arrays that the strategy sees."""
@@ -188,15 +195,14 @@ class StrategyRunner:
         strategy = self._strategy if strategy is None else strategy
         if strategy is None:
             raise FederationError(f"{self._name} is no strategy of Flower's")
-        zeros = {name: np.zeros(shape, dtype=np.float64) for name, (shape, _) in self._shown.items()}
         if hasattr(strategy, "current_arrays"):
             strategy.current_arrays = None  # else FedAvgM would stay anchored at its own last output
-        strategy.configure_train(round_, _record(zeros), ConfigRecord(), _NO_GRID)
+        strategy.configure_train(round_, ArrayRecord(dict(self._zeros)), ConfigRecord(), _NO_GRID)
         with _quick_collections() if self.rule.collects else contextlib.nullcontext():
             result, _ = strategy.aggregate_train(round_, [_reply(*reply) for reply in replies])
         if result is None:
             raise FederationError(f"round {round_}: {self._name} returned nothing for {len(replies)} updates")
-        return {name: array.numpy().astype(np.float64, copy=False) for name, array in result.items()}
+        return {name: values_of(array).astype(np.float64, copy=False) for name, array in result.items()}
 
     def memory(self) -> dict[str, NDArray[Any]]:
         """What the strategy carries to the next round, as named arrays for a checkpoint."""
@@ -283,7 +289,7 @@ def _reply(arrays: Arrays, weight: int, loss: float) -> Message:
 
 
 def _record(arrays: Arrays) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)})
+    return ArrayRecord({name: array_of(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)})
 
 
 class _NoGrid(Grid):

@@ -10,6 +10,7 @@ from fedpeft import errors
 from fedpeft.errors import FederationError, FedPEFTError
 
 TRAIN, HELLO = "train", "query.hello"
+START = "start"  # entry of a task's record
 ERROR_CODE = 1000  # ours, beyond the codes that Flower's runtimes use
 
 
@@ -22,6 +23,8 @@ class Task:
             empty).
         state: the global state as `fedpeft.wire` bytes.
         proximal_mu: FedProx's pull towards the state.
+        start: at roll call, what spares the receiver to compute the model's start; see
+            `fedpeft.resident.Resident.start_bytes`.
     """
 
     run_digest: str
@@ -29,6 +32,7 @@ class Task:
     state: bytes
     run_json: str = ""
     proximal_mu: float = 0.0
+    start: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def task_content(task: Task) -> RecordDict:
     }
     if task.run_json:
         config["run"] = task.run_json
+    if task.start:
+        config[START] = task.start
     return RecordDict({"task": ConfigRecord(config)})
 
 
@@ -70,6 +76,7 @@ def read_task(message: Message) -> Task:
         state=bytes(record["state"]),  # type: ignore[arg-type]
         run_json=str(record.get("run", "")),
         proximal_mu=float(record["proximal-mu"]),  # type: ignore[arg-type]
+        start=bytes(record.get(START, b"")),  # type: ignore[arg-type]
     )
 
 

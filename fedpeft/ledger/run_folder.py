@@ -228,6 +228,24 @@ class RunFolder:
         write_atomically(self.path / ROWS, text.encode())
 
 
+def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
+    """The open folder of this very run, begun or not.
+
+    Raises:
+        RunExistsError: another run is there.
+    """
+    if not (path / RUN_FILE).exists():
+        return RunFolder.create(path, run, rounds=rounds)
+    folder = RunFolder.resume(path, rounds=rounds)
+    if folder.digest != run_digest(run):
+        with folder:
+            raise RunExistsError(
+                f"{path} holds run {folder.digest[:12]}, the run file is {run_digest(run)[:12]}; choose"
+                " another folder, or undo the run file's changes"
+            )
+    return folder
+
+
 def _belongs(row: Row, last: int, rounds: int) -> bool:
     """Whether the newest checkpoint backs a row; baselines follow the last round, the end is written anew."""
     if row.event == "round":

@@ -40,7 +40,7 @@ def lora_problems(run: RunConfig, *, remembering: Set[str] = frozenset()) -> lis
     Args:
         remembering: strategies with a memory of their own.
     """
-    problems = [*_idle(run), *_groups(run)]
+    problems = [*_idle(run), *_pruning(run), *_groups(run)]
     name = run.federation.lora_rule
     if name is None:
         return problems
@@ -70,6 +70,26 @@ def _idle(run: RunConfig) -> Iterator[str]:
     if federation.residual_rank is not None and (rule is None or not rule.residual):
         takers = " and ".join(name for name, each in LORA_RULES.items() if each.residual)
         yield f"federation.residual_rank belongs to lora_rule {takers}; remove it"
+
+
+def _pruning(run: RunConfig) -> Iterator[str]:
+    """What stands against clients that give up ranks."""
+    federation, training = run.federation, run.training
+    if federation.self_pruning is None:
+        return
+    if federation.lora_rule != "hetlora":
+        yield "federation.self_pruning belongs to lora_rule 'hetlora'; remove it, or set that rule"
+    if training.kind != "first-order":
+        yield "federation.self_pruning: only training.kind 'first-order' can shrink ranks; remove it"
+    if training.fused_update:
+        yield "training.fused_update: the penalty of self_pruning needs all gradients; remove one of the two"
+    if run.privacy is not None:
+        yield (
+            "federation.self_pruning: which ranks a client gives up tells about its rows, and no noise hides"
+            " it; remove it"
+        )
+    if federation.attack is not None:
+        yield "federation.self_pruning: hostile clients remember no ranks; remove it, or the attack"
 
 
 def _method(run: RunConfig, name: str, rule: LoraRule) -> Iterator[str]:

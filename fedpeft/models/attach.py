@@ -17,6 +17,7 @@ from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
 from fedpeft.models.options import build_config, validate_peft
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
+from fedpeft.models.starts import decomposition_of, keep_start
 from fedpeft.models.targets import check_targets, default_targets, fitted_options, named_modules
 
 _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
@@ -25,7 +26,9 @@ _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "mod
 torch.sparse.check_sparse_tensor_invariants.disable()  # type: ignore[no-untyped-call]
 
 
-def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn.Module:
+def attach(
+    base: nn.Module, section: PeftSection, *, task: str, seed: int, start_bytes: bytes = b""
+) -> nn.Module:
     """Wrap `base` (changed in place) in the method of the section; return it in evaluation mode.
 
     Trainable parameters are float32 whatever the base's dtype. A classifier's head, and what else `load_base`
@@ -36,6 +39,8 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
         section: method and options.
         task: "causal-lm" or "sequence-classification".
         seed: of everything the method draws.
+        start_bytes: `fedpeft.models.starts.start_of_model` of a model that starts as this one shall; empty:
+            where one is needed, it is computed. Other starts have no use for it.
 
     Raises:
         ModelError: unknown method or option, target modules that are not in the model, a method that cannot
@@ -62,7 +67,8 @@ def attach(base: nn.Module, section: PeftSection, *, task: str, seed: int) -> nn
             raise ModelError(f"peft.method '{method.name}' cannot be attached: {one_line(error)}") from error
     settle(model, method)
     if start is not None:
-        start_near_full_precision(model, start)
+        known = decomposition_of(start_bytes) if start_bytes else None
+        keep_start(model, start_near_full_precision(model, start, known))
         model.quantised_start = start  # an adapter folder says so
     attached: nn.Module = model.eval()
     return attached

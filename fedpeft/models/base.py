@@ -132,7 +132,7 @@ def load_tokenizer(section: ModelSection) -> Tokenizer:
 
 
 def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int = 0) -> nn.Module:
-    """Load the base model in evaluation mode with every parameter frozen.
+    """Load the base model on the CPU, in evaluation mode, with every parameter frozen.
 
     Weights that the task needs and the files lack (a new classification head, with BERT's pooler where that
     is missing) are drawn from `seed`, the same for every client; the global generator is left as it was. The
@@ -162,6 +162,7 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
         options["quantization_config"] = quantization_config(
             section, lambda: skeleton_of(section, num_labels), HEAD_NAMES
         )
+        options["device_map"] = {"": "cpu"}  # by default a GPU would be taken, and codes not be everybody's
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:

@@ -6,12 +6,17 @@ further one changes the codes of the frozen base.
 
 Source: Li et al. 2023, "LoftQ" (arXiv 2310.08659), algorithm 1; Guo et al. 2024, LQ-LoRA (arXiv 2311.12023),
 algorithm 1, which stops once the error rises. Both return the last pair; we return the best. The codes are
-those of the base's own quantiser, on any device.
+those of the base's own quantiser.
+
+Singular vectors take long, and their last bits depend on the machine: in a federation the server computes
+them once. What it sends is small: a layer's factors, and those of the product that is taken out of its weight
+before that is quantised. Each client packs its own weights with them, see `fedpeft.models.starts`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +25,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import ModelError
-from fedpeft.models.checkpoint_files import saved_weights
-from fedpeft.models.lqlora import first_packed
+from fedpeft.models.checkpoint_files import SavedWeights, saved_weights
+from fedpeft.models.lqlora import largest_directions
 from fedpeft.models.rounding import RoundedLinear, levels_of, unpacked
 
 __all__ = [
@@ -33,6 +38,7 @@ __all__ = [
     "loftq_problem",
     "start_near_full_precision",
     "start_of",
+    "without",
 ]
 
 KINDS = ("nf4", "fp4", "rtn8", "rtn4")
@@ -45,20 +51,43 @@ METHODS = ("lora", "rslora", "ffa-lora")
 _OPTION = "init_lora_weights"
 _KEYS = frozenset({"loftq_iter"})
 
+_CHUNK_ROWS = 1024
+
 Roundtrip = Callable[[torch.Tensor], torch.Tensor]
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A product of low rank: (out, r) and (r, in), float32."""
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """W is near quantise(packed) + up @ down, with `error` the Frobenius norm of what is missing.
+    """W is near quantise(W - removed) + up @ down.
 
-    Shapes: packed (out, in), up (out, r), down (r, in); float32.
+    Attributes:
+        up, down: (out, r) and (r, in), float32.
+        removed: the product that is taken out before W is quantised; None: none.
+        error: Frobenius norm of what is missing; NaN where others computed it.
     """
 
-    packed: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
-    error: float
+    removed: Factors | None
+    error: float = math.nan
+
+
+def without(weight: torch.Tensor, removed: Factors | None) -> torch.Tensor:
+    """What is quantised: W less a product, float32 (out, in).
+
+    The product is summed in float64 and rounded once, so that its bits are the same on machines that sum in
+    another order.
+    """
+    if removed is None:
+        return weight
+    up, down = removed[0].double(), removed[1].double()
+    rest = torch.empty_like(weight)
+    for begin in range(0, len(weight), _CHUNK_ROWS):
+        rows = slice(begin, begin + _CHUNK_ROWS)
+        rest[rows] = weight[rows].double() - up[rows] @ down
+    return rest
 
 
 def decompose(
@@ -66,7 +95,7 @@ def decompose(
     roundtrip: Roundtrip,
     rank: int,
     iterations: int,
-    start: torch.Tensor | None = None,
+    start: Factors | None = None,
 ) -> Decomposition:
     """Alternate; see the module.
 
@@ -75,19 +104,19 @@ def decompose(
         roundtrip: quantises a matrix and unpacks it again.
         rank: of the factors, at most; of a smaller matrix its own.
         iterations: at least 1.
-        start: what is quantised first, of W's shape; default: W itself.
+        start: what is taken out of W before it is quantised for the first time; default: nothing.
     """
     best: Decomposition | None = None
-    packed = weight if start is None else start
+    removed = start
     for _ in range(iterations):
-        residual = weight - roundtrip(packed)
+        residual = weight - roundtrip(without(weight, removed))
         left, sizes, right = torch.linalg.svd(residual, full_matrices=False)
         error = float(torch.linalg.vector_norm(sizes[rank:].double()))  # Eckart, Young 1936
         if best is not None and error >= best.error:
             break
         root = sizes[:rank].sqrt()
-        best = Decomposition(packed, left[:, :rank] * root, root[:, None] * right[:rank], error)
-        packed = weight - best.up @ best.down
+        best = Decomposition(left[:, :rank] * root, root[:, None] * right[:rank], removed, error)
+        removed = best.up, best.down
     if best is None:
         raise ModelError(f"peft.loftq_config: loftq_iter is {iterations}; at least 1 is needed")
     return best
@@ -134,36 +163,70 @@ def start_of(options: dict[str, Any]) -> Start | None:
     return Start(kind, (options.get("loftq_config") or {}).get("loftq_iter", STARTS[kind]))
 
 
-def start_near_full_precision(model: nn.Module, start: Start) -> None:
-    """Give every low-rank layer of `model` its start, one after another.
+def start_near_full_precision(
+    model: nn.Module, start: Start, known: Mapping[str, Decomposition] | None = None
+) -> dict[str, Decomposition]:
+    """Give every low-rank layer of `model` its start, one after another; what each was given, by name.
 
-    Full-precision weights are read from the base's files, one at a time.
+    Full-precision weights are read from the base's files, one at a time, where they are needed.
+
+    Args:
+        known: decompositions that were computed elsewhere.
 
     Raises:
-        ModelError: the files can't be read, or lack a layer.
+        ModelError: the files can't be read, or lack a layer; what is known is of another model.
     """
     wrapped: Any = model
     base = wrapped.get_base_model()
     weights = saved_weights(base)
-    for name, layer in _low_rank_layers(base):
-        weight = weights.read(f"{name}.weight")
-        plain = layer.get_base_layer()
-        turned = getattr(plain, "transposed", False) or issubclass(
-            getattr(plain, "source_cls", nn.Linear), Conv1D
+    layers = dict(_low_rank_layers(base))
+    if known is not None and known.keys() != layers.keys():
+        odd = min(known.keys() ^ layers.keys())
+        raise ModelError(
+            f"the start that came is of another model or other targets: '{odd}' is in one of them"
         )
-        weight = weight.t().contiguous() if turned else weight
-        if weight.shape != (plain.out_features, plain.in_features):
+    found = {}
+    for name, layer in layers.items():
+        plain, down = layer.get_base_layer(), layer.lora_A["default"]
+        rank = min(down.weight.shape[0], plain.out_features, plain.in_features)
+        needed = known is None or known[name].removed is not None
+        weight = _full_precision(weights, name, plain) if needed else torch.empty(0)
+        if known is None:
+            first = largest_directions(weight, rank) if start.kind == "lq-lora" else None
+            found[name] = decompose(weight, _roundtrip(plain), rank, start.iterations, first)
+        else:
+            found[name] = _fitting(known[name], name, plain, rank)
+        _fill((down, layer.lora_B["default"]), found[name], layer.scaling["default"])
+        if found[name].removed is not None:
+            _pack(plain, without(weight, found[name].removed))
+    return found
+
+
+def _full_precision(weights: SavedWeights, name: str, layer: Any) -> torch.Tensor:
+    """A layer's weight (out, in) as the files have it."""
+    weight = weights.read(f"{name}.weight")
+    turned = getattr(layer, "transposed", False) or issubclass(
+        getattr(layer, "source_cls", nn.Linear), Conv1D
+    )
+    weight = weight.t().contiguous() if turned else weight
+    if weight.shape != (layer.out_features, layer.in_features):
+        raise ModelError(
+            f"the files hold '{name}' as {tuple(weight.shape)}, the model as"
+            f" {(layer.out_features, layer.in_features)}; they must be those it was loaded from"
+        )
+    return weight
+
+
+def _fitting(known: Decomposition, name: str, layer: Any, rank: int) -> Decomposition:
+    """A decomposition that came, if it is one of this layer."""
+    wanted = (layer.out_features, rank), (rank, layer.in_features)
+    for pair in ((known.up, known.down), known.removed):
+        if pair is not None and tuple(tuple(factor.shape) for factor in pair) != wanted:
             raise ModelError(
-                f"the files hold '{name}' as {tuple(weight.shape)}, the model as"
-                f" {(plain.out_features, plain.in_features)}; they must be those it was loaded from"
+                f"the start that came has factors of {tuple(pair[0].shape)} and {tuple(pair[1].shape)} for"
+                f" '{name}', {wanted[0]} and {wanted[1]} are needed; it is of another model or rank"
             )
-        factors = layer.lora_A["default"], layer.lora_B["default"]
-        rank = factors[0].weight.shape[0]
-        first = first_packed(weight, rank) if start.kind == "lq-lora" else None
-        found = decompose(weight, _roundtrip(plain), rank, start.iterations, first)
-        _fill(factors, found, layer.scaling["default"])
-        if found.packed is not weight:
-            _pack(plain, found.packed)
+    return known
 
 
 def _low_rank_layers(base: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["first_packed"]
+__all__ = ["largest_directions"]
 
 
-def first_packed(weight: torch.Tensor, rank: int) -> torch.Tensor:
-    """W less its best approximation of a rank, float32 (out, in): what is quantised first."""
+def largest_directions(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """W's best approximation of a rank as factors (out, r) and (r, in): what is taken out first."""
     left, sizes, right = torch.linalg.svd(weight, full_matrices=False)
-    rest: torch.Tensor = weight - (left[:, :rank] * sizes[:rank]) @ right[:rank]
-    return rest
+    return left[:, :rank] * sizes[:rank], right[:rank].contiguous()

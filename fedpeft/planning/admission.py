@@ -5,19 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import torch
 
 from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import FedPEFTError, ModelError
+from fedpeft.models.device import CPU, device_memory
 from fedpeft.planning.fit import propose
+from fedpeft.planning.memory import on_gpu
 from fedpeft.planning.predict import Predictor
 
 _CGROUPS = Path("/sys/fs/cgroup")  # of this very process, in a container
 _MIB = 2**20
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, or what its container has left."""
+def available_memory(device: torch.device = CPU) -> int:
+    """Bytes that this process may still take: what a GPU, the machine, or its container has left."""
+    if device.type == "cuda":
+        return device_memory(device)
     free = int(psutil.virtual_memory().available)
     try:
         limit = (_CGROUPS / "memory.max").read_text().strip()
@@ -29,12 +34,15 @@ def available_memory() -> int:
     return max(0, min(free, left))
 
 
-def refuse_oversized(run: RunConfig, data: FederatedData, *, limit: int, workers: int = 1) -> None:
+def refuse_oversized(
+    run: RunConfig, data: FederatedData, *, limit: int, workers: int = 1, gpu: bool = False
+) -> None:
     """Refuse a run whose prediction exceeds a limit; one that cannot be predicted passes.
 
     Args:
         limit: bytes.
         workers: processes that train at a time; they share the base model.
+        gpu: whether the limit is a GPU's.
 
     Raises:
         ModelError: on one line, with what would fit.
@@ -43,6 +51,8 @@ def refuse_oversized(run: RunConfig, data: FederatedData, *, limit: int, workers
         memory = Predictor(data).memory(run)
     except FedPEFTError:
         return
+    if gpu:
+        memory = on_gpu(memory, run)
     alone, shared = memory.peak, memory.base
     needed = shared + workers * (alone - shared)
     if needed <= limit:

@@ -52,6 +52,8 @@ class RoundsPlan:
         round_s: length of a round in virtual seconds; None without a virtual clock.
         run_s: length of all rounds in virtual seconds; None without one.
         buffered: what mode 'buffered' makes of it; None in synchronous rounds.
+        places: answers that close a round of an over-selected cohort; None: it is not one. Without a virtual
+            clock all are taken to train to the end, though most of those without a place are stopped before.
     """
 
     rounds: int
@@ -68,6 +70,7 @@ class RoundsPlan:
     round_s: Spread | None
     run_s: float | None
     buffered: BufferedPlan | None = None
+    places: int | None = None
 
 
 def spread(values: list[float] | list[int]) -> Spread:
@@ -122,6 +125,7 @@ def draw_rounds(
         round_s=spread(lengths) if lengths else None,
         run_s=scale * math.fsum(lengths) if lengths else None,
         buffered=buffered,
+        places=cohorts[0].places,
     )
     return plan, problems
 
@@ -152,7 +156,7 @@ def _round_problems(run: RunConfig, cohorts: list[Cohort]) -> list[str]:
     without_quorum, too_few = [], []
     for number, cohort in enumerate(cohorts, start=1):
         answers = len(cohort.working)
-        if answers < math.ceil(federation.quorum * len(cohort.asked)):
+        if answers < cohort.quorum(federation.quorum):
             without_quorum.append(f"round {number} ({answers} of {len(cohort.asked)})")
         elif 0 < answers < needed:
             too_few.append(f"round {number} ({answers})")

@@ -19,11 +19,12 @@ from fedpeft.models.trainable import count_parameters, trainable_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
 from fedpeft.planning.groups import GroupPlan, plan_groups
 from fedpeft.planning.loading import Loaded, Problems, load
-from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory
+from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory, on_gpu
 from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
 from fedpeft.planning.rule import RulePlan, plan_rule
 from fedpeft.planning.traffic import Sizes, measure_sizes
-from fedpeft.preflight import has_answers, problems_of
+from fedpeft.preflight import has_answers, problems_of, simulation_problems
+from fedpeft.resident import trainable_on
 from fedpeft.runfile import run_digest
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space, build_space
@@ -32,7 +33,10 @@ from fedpeft.stages import build_stages
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Base model and PEFT method. `linear` tells whether averaging parameters averages models."""
+    """Base model and PEFT method. `linear` tells whether averaging parameters averages models.
+
+    `device` is what a simulation on this machine would train on.
+    """
 
     path: str
     task: str
@@ -42,6 +46,7 @@ class ModelPlan:
     linear: bool
     trained: int
     total: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,10 @@ class SpacePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost; a part that cannot be known is None, and `problems` says why."""
+    """What a run would cost; a part that cannot be known is None, and `problems` says why.
+
+    `simulation_problems` are what `fedpeft simulate` would refuse and a server would not.
+    """
 
     run: str
     run_digest: str | None
@@ -107,6 +115,7 @@ class Plan:
     lora_rule: str | None = None
     groups: tuple[GroupPlan, ...] = ()
     rule: RulePlan | None = None
+    simulation_problems: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Nested tables of plain values; byte counts are integers, times are seconds."""
@@ -122,6 +131,8 @@ def make_plan(run: RunConfig) -> Plan:
     """Load rows and model, measure and add up; every problem on the way is noted and passed over."""
     problems = Problems()
     problems.add(*problems_of(run))
+    here = Problems()
+    device = here.attempt(lambda: trainable_on(run))
     data, model = load(run, problems)
     sizes = rounds = memory = space = groups = rule = None
     if data is not None:
@@ -132,6 +143,8 @@ def make_plan(run: RunConfig) -> Plan:
         space = problems.attempt(lambda: build_space(run, model))
         sizes = None if space is None else _sizes(run, Loaded(data, model), space, problems)
         memory = _memory(run, model, data)
+        if memory is not None and device is not None and device.type != "cpu":
+            memory = on_gpu(memory, run)
         problems.attempt(lambda: refuse_idle(run, trainable_parameters(model)))
         if space is not None and run.groups and not problems.lines:
             groups = problems.attempt(lambda: plan_groups(run, Loaded(data, model), space, build_stages(run)))
@@ -141,7 +154,7 @@ def make_plan(run: RunConfig) -> Plan:
         run=run.run.name,
         run_digest=run_digest(run),
         seed=run.run.seed,
-        model=None if model is None else _model(run, model),
+        model=None if model is None else _model(run, model, str(device or run.model.device)),
         data=None if data is None else _data(run, data),
         space=None if space is None else SpacePlan(space.kind, dict(space.facts()), space.replay_s()),
         rounds=rounds,
@@ -152,16 +165,16 @@ def make_plan(run: RunConfig) -> Plan:
         lora_rule=run.federation.lora_rule,
         groups=groups or (),
         rule=rule,
+        simulation_problems=(*simulation_problems(run), *here.lines),
     )
 
 
-def _model(run: RunConfig, model: nn.Module) -> ModelPlan:
+def _model(run: RunConfig, model: nn.Module, device: str) -> ModelPlan:
     trained, total = count_parameters(model)
     section, method = run.model, run.peft.method
     linear = METHODS[method].linear_in_trained
-    return ModelPlan(
-        section.path, section.task, section.quantization, section.dtype, method, linear, trained, total
-    )
+    held = (section.path, section.task, section.quantization, section.dtype)
+    return ModelPlan(*held, method, linear, trained, total, device)
 
 
 def _data(run: RunConfig, data: FederatedData) -> DataPlan:

@@ -36,11 +36,19 @@ def show_plan(console: Console, plan: Plan) -> None:
     ]
     if any(sections):
         console.print(_table(plan, [lines for lines in sections if lines]))
-    if not plan.problems:
-        console.print(Text("would be refused: nothing"))
-        return
-    console.print(Text("would be refused:", style="bold red"))
-    for problem in plan.problems:
+    if plan.problems:
+        console.print(Text("would be refused:", style="bold red"))
+    else:
+        by_server = " by a server" if plan.simulation_problems else ""
+        console.print(Text(f"would be refused{by_server}: nothing"))
+    _print_lines(console, plan.problems)
+    if plan.simulation_problems:
+        console.print(Text("would be refused by fedpeft simulate:", style="bold"))
+    _print_lines(console, plan.simulation_problems)
+
+
+def _print_lines(console: Console, problems: tuple[str, ...]) -> None:
+    for problem in problems:
         console.print(Text(f"  {printable(problem)}"), soft_wrap=True)
 
 
@@ -59,7 +67,8 @@ def _table(plan: Plan, sections: list[list[Line]]) -> Table:
 
 def _model_lines(model: ModelPlan) -> Iterator[Line]:
     held = model.dtype if model.quantization == "none" else model.quantization
-    yield "base model", held, printable(f"{model.path}, {model.task}")
+    where = "" if model.device == "cpu" else f", on {model.device}"
+    yield "base model", held, printable(f"{model.path}, {model.task}{where}")
     yield "method", model.method, "averaging it averages models exactly" if model.linear else ""
     share = f"{100 * model.trained / model.total:.2f}% of {model.total:,}"
     yield "trained parameters", f"{model.trained:,}", share
@@ -92,7 +101,10 @@ def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
     yield "rounds", f"{rounds.rounds:,}", partly
     if rounds.buffered is not None:
         yield from _buffer_lines(rounds.buffered)
-    yield "clients asked per round", f"{rounds.asked_per_round.mean:,.4g}", _range(rounds.asked_per_round)
+    places = "" if rounds.places is None else f"the first {rounds.places:,} to answer count"
+    asked = _range(rounds.asked_per_round)
+    detail = "; ".join(filter(None, (asked, places)))
+    yield "clients asked per round", f"{rounds.asked_per_round.mean:,.4g}", detail
     turns = rounds.participations_per_client
     yield "participations per client", f"{turns.mean:,.4g}", _range(turns)
     each = rounds.steps_per_client_round

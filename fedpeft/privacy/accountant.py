@@ -20,15 +20,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
-from dp_accounting import rdp
-from dp_accounting.pld import PLDAccountant
 from numpy.typing import NDArray
 
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import Event, one_kind
+
+if TYPE_CHECKING:
+    import dp_accounting
+
+# `dp_accounting` is imported where a private run needs it: and brings SciPy
 
 # Whole orders only, see above. Large ones serve small epsilons; between the best order and its neighbour here
 # lies less than a thousandth of epsilon, and a curve takes time in proportion to the orders' sum.
@@ -52,6 +55,8 @@ def epsilon(events: Sequence[Event], target_delta: float) -> float:
         curve += _curve(release.noise_multiplier, release.sample_rate) * (release.count * times)
     if not curve.any():
         return 0.0
+    from dp_accounting import rdp
+
     return max(0.0, float(rdp.compute_epsilon(ORDERS, curve, target_delta)[0]))
 
 
@@ -63,6 +68,8 @@ def tighter_epsilon(events: Sequence[Event], target_delta: float) -> float:
     """
     one_kind(events)
     check_delta(target_delta)
+    from dp_accounting.pld import PLDAccountant
+
     accountant = PLDAccountant(value_discretization_interval=1e-3)
     for event, times in Counter(events).items():
         release = event.release()
@@ -118,9 +125,9 @@ def check_delta(target_delta: float) -> None:
 @lru_cache(maxsize=4096)  # a run has one curve or, in calibration, some dozens
 def _curve(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
     """Rényi divergences of one release at `ORDERS`, float64[len(ORDERS)], read-only."""
-    accountant = rdp.RdpAccountant(
-        ORDERS, neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    )
+    from dp_accounting import NeighboringRelation, rdp
+
+    accountant = rdp.RdpAccountant(ORDERS, neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(_dp_event(noise_multiplier, sample_rate))
     curve: NDArray[np.float64] = np.asarray(accountant.rdp, dtype=np.float64).copy()
     curve.flags.writeable = False
@@ -128,5 +135,7 @@ def _curve(noise_multiplier: float, sample_rate: float) -> NDArray[np.float64]:
 
 
 def _dp_event(noise_multiplier: float, sample_rate: float) -> dp_accounting.DpEvent:
+    import dp_accounting
+
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
     return gaussian if sample_rate == 1.0 else dp_accounting.PoissonSampledDpEvent(sample_rate, gaussian)

@@ -29,6 +29,15 @@ def aggregation_text(row: Aggregation) -> str:
     return f"aggregation error {error_text(row.error)}{frozen}"
 
 
+def ranks_text(row: Round) -> str:
+    """What self-pruning has left of the clients' ranks: "ranks 3 to 8"; empty where nobody gives any up."""
+    ranks = [outcome.rank for outcome in row.outcomes if outcome.rank is not None]
+    if not ranks:
+        return ""
+    least, most = min(ranks), max(ranks)
+    return f"ranks {least}" if least == most else f"ranks {least} to {most}"
+
+
 def aggregation_charts(rounds: Sequence[Round]) -> list[Chart]:
     """One chart; none for runs without such a rule."""
     known = [(row.round, row.aggregation) for row in rounds if row.aggregation is not None]

@@ -172,11 +172,16 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Rows cut to the length limit", "" if started.privacy else f"{started.cut_rows:,}"),
         ("Global test rows", f"{started.test_examples:,}"),
         ("Engine", started.engine),
+        ("Device", "" if started.device == "cpu" else started.device),
         ("Seed", str(started.seed)),
         ("Run digest", started.run_digest),
         ("Base digest", started.base_digest),
         ("Adapter digest", finished.adapter_digest if finished else ""),
         ("Peak memory", f"{finished.peak_rss_mib:,.0f} MiB" if finished and finished.peak_rss_mib else ""),
+        (
+            "Peak memory of the device",
+            f"{finished.peak_device_mib:,.0f} MiB" if finished and finished.peak_device_mib else "",
+        ),
         ("Wall time", text.duration(summary.wall_s) + ("" if finished else " so far")),
     ]
     return [(label, value) for label, value in facts if value]

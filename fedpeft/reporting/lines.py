@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fedpeft.records import Baseline, ClientOutcome, Finished, Promise, Round, Started
-from fedpeft.reporting.aggregation import aggregation_text
+from fedpeft.reporting.aggregation import aggregation_text, ranks_text
 from fedpeft.reporting.text import counted, duration, listed, metric_name, metric_value, printable
 
 NOT_PRIVATE = (
     "THIS RUN IS NOT PRIVATE: privacy.seeded draws the noise from the run's seed, for experiments that repeat"
     " themselves; epsilon is what the same run would cost with secret noise"
 )
+_MOST_NAMED = 5
 _TROUBLES = frozenset(
     {"refused", "failed"}
 )  # shown with their reason; being away or late is part of the game
@@ -73,10 +74,16 @@ def round_line(row: Round, rounds: int, primary: str) -> str:
         parts.append(f"train loss {metric_value('loss', row.train_loss)}")
     if row.aggregation is not None:
         parts.append(aggregation_text(row.aggregation))
+    if ranks := ranks_text(row):
+        parts.append(ranks)
     if row.epsilon is not None:
         parts.append(f"epsilon {row.epsilon:.3f}")
     if row.outcomes:
         parts.append(clients_text(row.outcomes))
+    if row.joined:
+        more = len(row.joined) - _MOST_NAMED
+        names = ", ".join(map(printable, row.joined[:_MOST_NAMED]))
+        parts.append(f"joined: {names}" + (f" and {more} more" if more > 0 else ""))
     if row.staleness:
         parts.append(staleness_text(row.staleness))
     if row.wall_s or row.epsilon is None:  # a secret cohort's size shows in its time, which is 0 then

@@ -1,9 +1,12 @@
-"""The lines that load a finished run's adapter with `peft`."""
+"""Lines that load a finished run's adapter: with `peft`, or where that cannot make the base, with ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from fedpeft.models.loftq import STARTS
+from fedpeft.models.methods import METHODS
 
 _AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
@@ -22,6 +25,8 @@ def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
     path, auto = model.get("path", "embedded"), _AUTO_CLASSES.get(model.get("task", "causal-lm"), "AutoModel")
     labels = run.get("data", {}).get("labels") if model.get("task") == "sequence-classification" else None
     extra = f", num_labels={_label_count(labels)}" if labels else ""
+    if _needs_our_base(run):
+        return _with_our_base(model, adapter, extra)
     lines = ["from peft import PeftModel", f"from transformers import {auto}"]
     base = repr(path)
     if path == "embedded":
@@ -36,6 +41,28 @@ def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
             *lines,
             f"base = {auto}.from_pretrained({base}{extra})",
             f"model = PeftModel.from_pretrained(base, {adapter!r})",
+        ]
+    )
+
+
+def _needs_our_base(run: Mapping[str, Any]) -> bool:
+    """Whether the adapter is one of this very quantised base: it begins at its codes, or is their scales."""
+    peft = run.get("peft", {})
+    method = METHODS.get(peft.get("method", "lora"))
+    return peft.get("init_lora_weights") in STARTS or (method is not None and bool(method.needs_quantization))
+
+
+def _with_our_base(model: Mapping[str, Any], adapter: str, extra: str) -> str:
+    given = {key: value for key, value in model.items() if key != "device" and value not in (None, [], ())}
+    section = ", ".join(f"{key}={value!r}" for key, value in given.items())
+    return "\n".join(
+        [
+            "from pathlib import Path",
+            "from fedpeft.config import ModelSection",
+            "from fedpeft.models.base import load_base",
+            "from fedpeft.models.export import load_adapter",
+            f"base = load_base(ModelSection({section}){extra})",
+            f"model = load_adapter(base, Path({adapter!r}))",
         ]
     )
 

@@ -25,9 +25,10 @@ from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.perturb import perturb_rows, prepare
 from fedpeft.seedspace.trainable import ids_by_identity
 
-# Each block costs a call of the matrix product, so blocks are large; still small beside a language model's
-# logits.
-BLOCK_BYTES = 2**21
+# Each block costs a call of the matrix product; it and the weights that it is made of should fit the cache of
+# the second level together. Small beside a language model's logits.
+BLOCK_BYTES = 2**20
+_ALIGNED = 64  # rows: products whose columns begin elsewhere take up to a seventh longer
 
 Forward = Callable[..., torch.Tensor]
 
@@ -69,8 +70,9 @@ class Point:
         self.scratch = Scratch()
 
     def rows(self, weights: torch.Tensor) -> int:
-        """How many rows of a matrix make a block."""
-        return max(1, self.block_bytes // (weights.shape[1] * weights.element_size()))
+        """How many rows of a matrix make a block; whole cache lines of the result, where that is possible."""
+        rows = self.block_bytes // (weights.shape[1] * weights.element_size())
+        return max(1, rows - rows % _ALIGNED if rows > _ALIGNED else rows)
 
 
 class Whole:

@@ -22,6 +22,7 @@ from fedpeft.seedspace.support import Support
 
 BLOCK = 128
 MAX_SEED = 2**64 - 1
+MAX_INT32 = 2**31 - 1  # of the sums of a state, which take four bytes per weight
 MAX_STEP = 2**24 - 1
 MAX_DIRECTION = 2**32 - 1
 MAX_TENSOR_ID = 2**32 - 1

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.jit import compiled
-from fedpeft.seedspace.philox import MULTIPLIERS, ROUNDS, WEYL
+from fedpeft.seedspace.philox_constants import MULTIPLIERS, ROUNDS, WEYL
 
 Words = NDArray[np.uint64]
 

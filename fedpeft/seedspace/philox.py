@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-ROUNDS = 10
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
+from fedpeft.seedspace.philox_constants import MULTIPLIERS, ROUNDS, WEYL
+
 LOW_32 = 0xFFFFFFFF
 
 

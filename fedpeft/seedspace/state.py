@@ -7,11 +7,9 @@ import torch
 from fedpeft.errors import UpdateError
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.digest import digest
-from fedpeft.seedspace.layout import Span
+from fedpeft.seedspace.layout import MAX_INT32, Span
 from fedpeft.seedspace.rounding import combine
 from fedpeft.seedspace.space import SeedSpace, chunk_of
-
-MAX_INT32 = 2**31 - 1
 
 
 class SeedState:

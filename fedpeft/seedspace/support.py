@@ -3,9 +3,12 @@
 What is out of support is the same for everybody, so replay stays a sum of integers times directions.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Support(Protocol):

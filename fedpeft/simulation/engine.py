@@ -19,19 +19,20 @@ from rich.console import Console
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
-from fedpeft.errors import RunExistsError, UsageError
+from fedpeft.errors import UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
 from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Order, Server, hold_rounds
-from fedpeft.ledger import Checkpoint, Rounds, RunFolder
-from fedpeft.ledger.run_folder import RUN_FILE
+from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.models.base import model_path
+from fedpeft.models.device import peak_memory
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.trainable import count_parameters
-from fedpeft.preflight import has_answers, refuse_problems
+from fedpeft.preflight import has_answers, refuse_problems, simulation_problems
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.records import ClientOutcome, Finished, Promise, Round, Started
@@ -42,8 +43,8 @@ from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
-from fedpeft.resident import Admit, Resident, install_resident, load_resident
-from fedpeft.runfile import load_run, run_digest, run_toml
+from fedpeft.resident import Admit, Resident, device_for, install_resident, load_resident
+from fedpeft.runfile import load_run, run_toml
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.offsite import PLUGGED, emulator_to_plug, offsite_scores, write_plugged
 from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
@@ -111,17 +112,22 @@ def simulate(
     """
     if engine not in ENGINES:
         raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
-    if folder.run.federation.mode == "buffered" and folder.run.federation.clock is None:
-        raise UsageError(
-            "federation.mode 'buffered' needs a virtual clock in a simulation, to tell who answers when; set"
-            " [federation.clock]"
-        )
+    impossible = simulation_problems(folder.run)
+    if impossible:
+        raise UsageError(impossible[0])
+    if engine == "ray" and device_for(folder.run).type != "cpu":
+        raise UsageError("--engine ray trains on the CPU; set model.device 'cpu', or leave the engine out")
     load = functools.partial(load_alone, admit=admit)
     return hold_run(folder, Venue(engine, ENGINES[engine], load), progress, workers=workers)
 
 
-def hold_run(folder: RunFolder, venue: Venue, progress: Progress, *, workers: int = 1) -> RunResult:
+def hold_run(
+    folder: RunFolder, venue: Venue, progress: Progress, *, workers: int = 1, spent_s: float = 0.0
+) -> RunResult:
     """Bring the run of an open folder to its end; one that is at its end already is left as it is.
+
+    Args:
+        spent_s: on the run by another process of the same attempt.
 
     Raises:
         FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
@@ -129,7 +135,7 @@ def hold_run(folder: RunFolder, venue: Venue, progress: Progress, *, workers: in
     if folder.finished() is not None:
         progress.note(f"{folder.path} is finished already; nothing to do")
         return _result(folder)
-    return _Holding(folder, venue, progress).run(workers)
+    return _Holding(folder, venue, progress, spent_s).run(workers)
 
 
 def serve(order: Order) -> None:
@@ -157,32 +163,14 @@ def serve(order: Order) -> None:
             progress.result(result.summary, result.paths, result.snippet)
 
 
-def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
-    """The open folder of this very run, begun or not.
-
-    Raises:
-        RunExistsError: another run is there.
-    """
-    if not (path / RUN_FILE).exists():
-        return RunFolder.create(path, run, rounds=rounds)
-    folder = RunFolder.resume(path, rounds=rounds)
-    if folder.digest != run_digest(run):
-        with folder:
-            raise RunExistsError(
-                f"{path} holds run {folder.digest[:12]}, the run file is {run_digest(run)[:12]}; choose"
-                " another folder, or undo the run file's changes"
-            )
-    return folder
-
-
 def _on_local_grid(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
-    grid = LocalGrid(len(server.resident.data.clients), pool)
+    grid = LocalGrid(server.resident.clients_here, pool)
     return hold_rounds(server, grid, last, grid)
 
 
 def _on_ray(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     server.step("starting Flower's simulation engine")
-    clients = len(server.resident.data.clients)
+    clients = server.resident.clients_here
     return run_on_ray(lambda grid: hold_rounds(server, grid, last), clients, pool.width)
 
 
@@ -192,12 +180,12 @@ ENGINES: dict[str, Engine] = {"local": _on_local_grid, "ray": _on_ray}
 class _Holding:
     """One process's work on one run folder."""
 
-    def __init__(self, folder: RunFolder, venue: Venue, progress: Progress) -> None:
+    def __init__(self, folder: RunFolder, venue: Venue, progress: Progress, spent_s: float) -> None:
         self._folder = folder
         self._run = folder.run
         self._venue = venue
         self._progress = progress
-        self._began = time.monotonic()
+        self._began = time.monotonic() - spent_s
         progress.setup("loading rows and model")
         self._resident = venue.load(self._run)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
@@ -210,7 +198,7 @@ class _Holding:
         self._folder.realign(last)
         with ExitStack() as stack:
             self._progress.setup("starting worker processes")
-            pool = stack.enter_context(open_workers(min(workers, max(2, len(self._resident.data.clients)))))
+            pool = stack.enter_context(open_workers(self._width(workers)))
             self._sinks = [stack.enter_context(closing(sink)) for sink in self._open_sinks(last)]
             scorer = Scorer(self._resident, self._metrics, pool)
             final = self._rounds(scorer, pool, last)
@@ -223,6 +211,18 @@ class _Holding:
                 self._plug_in(final)
         self._finish(final, rounds)
         return _result(self._folder)
+
+    def _width(self, workers: int) -> int:
+        """How many work at a time: no more than there are clients, and one on a GPU.
+
+        A process that was forked after CUDA began cannot use it, and one client at a time keeps a GPU busy.
+        """
+        device = self._resident.device
+        if device.type == "cpu":
+            return min(workers, max(2, len(self._resident.data.clients)))
+        if self._venue.name in ENGINES:  # elsewhere clients have devices of their own
+            self._progress.note(f"one client at a time on {device}; bits are promised on the CPU alone")
+        return 1
 
     def _open_sinks(self, last: Checkpoint | None) -> list[MetricSink]:
         names = ["tensorboard"] if self._run.output.tensorboard else []
@@ -302,14 +302,12 @@ class _Holding:
                 bytes_down_per_client=down,
                 stopped=_stopped(self._run, final.round),
                 peak_rss_mib=_peak_rss_mib(),
+                peak_device_mib=_peak_device_mib(self._resident),
                 wall_s=time.monotonic() - self._began,
             )
             folder.append(row)
             self._progress.finished(row)
-        rows = folder.rows()
-        text = json.dumps(summary_json(build_summary(rows)), indent=2) + "\n"
-        write_atomically(folder.path / "summary.json", text.encode())
-        write_report(folder.path, run_toml(self._run), rows, _snippet(folder, "adapter"))
+        write_summary(folder)
 
 
 def write_adapter(resident: Resident, folder: RunFolder, state: Arrays) -> None:
@@ -321,6 +319,18 @@ def write_adapter(resident: Resident, folder: RunFolder, state: Arrays) -> None:
     resident.space.enter(resident.parameters, state)
     with folder_atomically(folder.adapter) as fresh:
         export_adapter(resident.model, fresh, base_name=model_path(resident.run.model))
+
+
+def write_summary(folder: RunFolder) -> None:
+    """Write summary and report of what the folder's rows say; the adapter is there.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    rows = folder.rows()
+    text = json.dumps(summary_json(build_summary(rows)), indent=2) + "\n"
+    write_atomically(folder.path / "summary.json", text.encode())
+    write_report(folder.path, run_toml(folder.run), rows, _snippet(folder, "adapter"))
 
 
 class _Observer:
@@ -367,6 +377,7 @@ def started_row(resident: Resident, metrics: tuple[str, ...], engine: str, roste
         trainable_parameters=trainable,
         total_parameters=total,
         base_digest=resident.base_digest,
+        device=str(resident.device),
         cut_rows=0 if private else data.cut_rows,
         attack="" if resident.hostile is None else resident.hostile.attack.kind,
         attackers=() if resident.hostile is None else resident.hostile.names,
@@ -428,6 +439,12 @@ def _bytes_per_client(rounds: Sequence[Round]) -> tuple[float, float]:
                 up[outcome.client] = up.get(outcome.client, 0) + outcome.bytes_up
                 down[outcome.client] = down.get(outcome.client, 0) + outcome.bytes_down
     return (sum(up.values()) / len(up), sum(down.values()) / len(down)) if up else (0.0, 0.0)
+
+
+def _peak_device_mib(resident: Resident) -> float | None:
+    """The most that tensors took of a GPU's memory; None on the CPU."""
+    peak = peak_memory(resident.device)
+    return None if peak is None else peak / 2**20
 
 
 def _peak_rss_mib() -> float:

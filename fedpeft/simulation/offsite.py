@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedpeft.config import ModelSection
 from fedpeft.models.base import load_base
+from fedpeft.models.device import move
 from fedpeft.models.export import load_adapter
 from fedpeft.models.offsite import Emulator, check_source, emulator_of, plug_in
 from fedpeft.models.trainable import frozen_digest
@@ -74,6 +75,8 @@ def _full_resident(resident: Resident, name: str, adapter: Path | None) -> Resid
     model = load_base(section, num_labels=resident.data.num_labels, seed=seed)
     if adapter is not None:
         model = load_adapter(model, adapter)
+    digest = frozen_digest(model)
+    move(model, resident.device)
     return Resident(
         run=run,
         run_digest=f"{resident.run_digest}:{name}",
@@ -82,5 +85,5 @@ def _full_resident(resident: Resident, name: str, adapter: Path | None) -> Resid
         data=resident.data,
         space=AdapterDelta(),
         stages=(),
-        base_digest=frozen_digest(model),
+        base_digest=digest,
     )

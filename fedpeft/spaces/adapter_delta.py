@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedpeft.config import RunConfig, Section
-from fedpeft.models.trainable import changes, read_parameters, write_parameters
 from fedpeft.packed import PackedArrays, pack, packing_of
 from fedpeft.seedspace.layout import MAX_DIRECTION
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.update import Arrays, Layout, frozen_arrays, layout_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class AdapterDelta(Section):
@@ -50,10 +51,14 @@ class AdapterDelta(Section):
 
     def initial_state(self, parameters: Parameters) -> Arrays:
         """Copies of the trainable parameters."""
+        from fedpeft.models.trainable import read_parameters  # with a model, as it brings torch
+
         return frozen_arrays(read_parameters(parameters))
 
     def enter(self, parameters: Parameters, state: Arrays) -> None:
         """Copy the state into the trainable parameters."""
+        from fedpeft.models.trainable import write_parameters  # as above
+
         write_parameters(parameters, state)
 
     def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
@@ -69,6 +74,8 @@ class AdapterDelta(Section):
         memory: Memory | None = None,
     ) -> Arrays:
         """Parameter minus state, one float32 rounding per entry, however the trainer got there."""
+        from fedpeft.models.trainable import changes  # as above
+
         return changes(parameters, state)
 
     def update_layout(self, state: Layout) -> Layout:
@@ -89,5 +96,6 @@ class AdapterDelta(Section):
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""
         packing = packing_of(layout_of(state)).like("<f4")
-        total = pack(state, packing).flat + pack(change, packing.like("<f8")).flat
-        return PackedArrays(total.astype(np.float32), packing)
+        start, moved = pack(state, packing).flat, pack(change, packing.like("<f8")).flat
+        total = np.add(start, moved, dtype=np.float64, out=np.empty_like(start), casting="same_kind")
+        return PackedArrays(total, packing)

@@ -1,19 +1,24 @@
-"""The seam: what a space must say."""
+"""The seam: what a space must say.
+
+This module and those of the spaces' options stand on NumPy alone: whoever only counts updates needs no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from fedpeft.config import RunConfig
 from fedpeft.update import Arrays, Layout
 
-Parameters = Mapping[str, nn.Parameter]
+if TYPE_CHECKING:
+    from torch import nn
+
+Parameters: TypeAlias = "Mapping[str, nn.Parameter]"
 """A model's trainable parameters by canonical name, sorted."""
 
 
@@ -49,8 +54,8 @@ class Trail:
     amounts: NDArray[np.int64]
 
 
-class Space(Protocol):
-    """A way to express changes of a model's trainable parameters.
+class ServerSpace(Protocol):
+    """What those who count updates need of a space; no part of it looks at a model.
 
     The *state* is what the server keeps and broadcasts, as named arrays; an *update* is what one client
     sends. The server aggregates updates and need not know what they mean; only `apply` does.
@@ -60,6 +65,48 @@ class Space(Protocol):
     def kind(self) -> str:
         """Name in the run file."""
         ...
+
+    def update_layout(self, state: Layout) -> Layout:
+        """Names, shapes and dtypes of an update, given those of the state."""
+        ...
+
+    def sum_layout(self, state: Layout) -> Layout:
+        """Names, shapes and dtypes of an update as it is summed; see `placed`."""
+        ...
+
+    def placed(self, arrays: Arrays, age: int) -> Arrays:
+        """An update as it is summed with others, which may have started from other states.
+
+        Args:
+            age: rounds that ended since the state it started from; 0 in synchronous rounds.
+        """
+        ...
+
+    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
+        """Refuse an update whose values no honest client can send, or that alone would lead out of range.
+
+        Args:
+            state: what the update starts from. Where a mean of updates is applied to it, none of which was
+                refused, `apply` raises nothing.
+
+        Raises:
+            UpdateError: naming `who` sent it.
+        """
+        ...
+
+    def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
+        """The next state: `state` moved by an aggregated change (float64), rounded once.
+
+        The change is laid out as updates are, or as sums of updates are.
+
+        Raises:
+            UpdateError: the state would leave its range.
+        """
+        ...
+
+
+class Space(ServerSpace, Protocol):
+    """A way to express changes of a model's trainable parameters."""
 
     def facts(self) -> Mapping[str, str]:
         """What a person should know of it before a run: name to value, both short."""
@@ -116,44 +163,6 @@ class Space(Protocol):
             memory: arrays that the client keeps from round to round, by name; replaced in place. None: it
                 keeps nothing.
             trail: how a zeroth-order trainer got there; None from other trainers.
-        """
-        ...
-
-    def update_layout(self, state: Layout) -> Layout:
-        """Names, shapes and dtypes of an update, given those of the state."""
-        ...
-
-    def sum_layout(self, state: Layout) -> Layout:
-        """Names, shapes and dtypes of an update as it is summed; see `placed`."""
-        ...
-
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
-        """An update as it is summed with others, which may have started from other states.
-
-        Args:
-            age: rounds that ended since the state it started from; 0 in synchronous rounds.
-        """
-        ...
-
-    def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
-        """Refuse an update whose values no honest client can send, or that alone would lead out of range.
-
-        Args:
-            state: what the update starts from. Where a mean of updates is applied to it, none of which was
-                refused, `apply` raises nothing.
-
-        Raises:
-            UpdateError: naming `who` sent it.
-        """
-        ...
-
-    def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
-        """The next state: `state` moved by an aggregated change (float64), rounded once.
-
-        The change is laid out as updates are, or as sums of updates are.
-
-        Raises:
-            UpdateError: the state would leave its range.
         """
         ...
 

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from fedpeft.errors import ModelError
 from fedpeft.seedspace.digest import digest
 
-FINGERPRINT = "fingerprint"
-
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> NDArray[np.int64]:
     """int64 [8]: SHA-256 over names, dtypes, shapes and bits of the weights."""

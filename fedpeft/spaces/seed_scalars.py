@@ -2,98 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import Count, RunConfig, Section, TrainingSection
-from fedpeft.errors import ModelError, UpdateError
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.layout import Span
 from fedpeft.seedspace.space import SeedSpace
-from fedpeft.seedspace.state import MAX_INT32, SeedState
-from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
+from fedpeft.seedspace.state import SeedState
+from fedpeft.seedspace.trainable import trainable_parameters
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
-from fedpeft.spaces.directions import direction_stream
-from fedpeft.spaces.fingerprint import FINGERPRINT, fingerprint, refuse_other_weights
-from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, CommonDirections, FixedSeeds, Mode, WeightedSeeds
+from fedpeft.spaces.fingerprint import fingerprint, refuse_other_weights
+from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, Mode
+from fedpeft.spaces.seed_options import LARGEST, RESOLUTION
+from fedpeft.spaces.seed_rules import FINGERPRINT, SeedRules, checked_amounts
 from fedpeft.spaces.timing import least_s
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.update import Arrays, Layout
 
-RESOLUTION = 8  # bits: a scalar of 1 moves lr, or 2**8 quanta up to a factor of two
-LARGEST = 2**24  # quanta that one client may move along one direction in one round
+__all__ = ["LARGEST", "SeedScalars"]
+
 REPLAY_SAMPLE = 2**16  # weights
-PUBLISHED_CLIP = 1000.0  # of a scalar's size, in FedKSeed-Pro's amplitudes
-
-
-class SeedScalarsOptions(Section):
-    """Seed-scalars as the run file describes them.
-
-    `num_seeds` is K, or with mode "common" the directions of one round. The quantum is 2**quantum_exponent;
-    by default the power of two at or below ``lr * 2**-8``.
-    """
-
-    kind: ClassVar[str] = "seed-scalars"
-
-    mode: Literal["fedkseed", "fedkseed-pro", "common"] = "fedkseed"
-    num_seeds: Count = 4096
-    quantum_exponent: int | None = None
-
-    def open(self, run: RunConfig, model: nn.Module) -> SeedScalars:
-        """Take theta_0 from the model.
-
-        Raises:
-            ModelError: nothing is trainable, or a trainable tensor is not contiguous.
-            UpdateError: K or the quantum is out of range.
-        """
-        lr = run.training.lr
-        exponent = self.exponent(lr)
-        mode = self._mode(run, exponent)
-        space = SeedSpace(direction_stream(run, model), mode.num_seeds, exponent, trainable_shapes(model))
-        return SeedScalars(space, mode, model, largest_amount(run, exponent))
-
-    def exponent(self, lr: float) -> int:
-        """log2 of the quantum."""
-        default = math.frexp(lr)[1] - 1 - RESOLUTION  # frexp's mantissa is in [1/2, 1)
-        return default if self.quantum_exponent is None else self.quantum_exponent
-
-    def _mode(self, run: RunConfig, exponent: int) -> Mode:
-        if self.mode == "common":
-            buffer = run.federation.buffer
-            return CommonDirections(
-                self.num_seeds, run.run.rounds, 1 if buffer is None else buffer.max_staleness + 1
-            )
-        if self.mode == "fedkseed-pro":
-            return WeightedSeeds(self.num_seeds, quanta(PUBLISHED_CLIP * run.training.lr, exponent))
-        return FixedSeeds(self.num_seeds)
-
-
-def quanta(length: float, exponent: int) -> int:
-    """A positive length in quanta, rounded up, at most `LARGEST`."""
-    return min(LARGEST, math.ceil(math.ldexp(length, -exponent)))
-
-
-def largest_amount(run: RunConfig, exponent: int) -> int:
-    """The most quanta along one direction that an honest client of any group can reach in a round.
-
-    With `training.max_scalar` and `training.steps` that is what all visits to one direction add up to;
-    otherwise the general bound.
-    """
-    parts = [run, *(run.of_group(group) for group in run.groups)]
-    return max(_largest_amount(part.training, exponent) for part in parts)
-
-
-def _largest_amount(training: TrainingSection, exponent: int) -> int:
-    if training.max_scalar is None or training.steps is None:
-        return LARGEST
-    return min(
-        LARGEST, training.steps * training.queries * quanta(training.lr * training.max_scalar, exponent)
-    )
 
 
 class SeedScalars:
@@ -112,6 +44,7 @@ class SeedScalars:
         self._live = trainable_parameters(model)
         base = {name: parameter.detach().clone() for name, parameter in self._live.items()}
         self._position = SeedState(space, base)
+        self._rules = SeedRules(mode, largest, self._weighed)
         self._verified: tuple[bytes, bytes] | None = None  # amounts and fingerprint that were found to agree
 
     def facts(self) -> Mapping[str, str]:
@@ -159,7 +92,7 @@ class SeedScalars:
 
     def initial_state(self, parameters: Parameters) -> Arrays:
         """A = 0."""
-        return self._with_fingerprint(self.mode.start())
+        return self._rules.start()
 
     def enter(self, parameters: Parameters, state: Arrays) -> None:
         """Write the state's weights, exactly, and compare them with its fingerprint.
@@ -194,77 +127,36 @@ class SeedScalars:
 
     def update_layout(self, state: Layout) -> Layout:
         """The mode's arrays."""
-        return self.mode.layout()
+        return self._rules.update_layout(state)
 
     def sum_layout(self, state: Layout) -> Layout:
         """The mode's arrays."""
-        return self.mode.sum_layout()
+        return self._rules.sum_layout(state)
 
     def placed(self, arrays: Arrays, age: int) -> Arrays:
-        """As the mode does: by the directions that it was measured along."""
-        return self.mode.placed(arrays, age)
+        """See `SeedRules`."""
+        return self._rules.placed(arrays, age)
 
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
-        """Refuse scalars out of the agreed range, and what the state's sums have no room for.
-
-        The sum of magnitudes of a mean is at most the largest among those averaged, and rounding adds at most
-        half a quantum for each direction.
-
-        Raises:
-            UpdateError: naming the first one, or their sum.
-        """
-        for name, array in arrays.items():
-            # Sizes and counts are what later rounds divide by: never negative.
-            least = -self.largest if name == AMOUNTS else 0
-            beyond = np.flatnonzero((array > self.largest) | (array < least))
-            if len(beyond):
-                raise UpdateError(
-                    f"{who}: {name}[{beyond[0]}] is {array[beyond[0]]}; the agreed range is"
-                    f" {least} to {self.largest}"
-                )
-        reach, room = magnitude(arrays[AMOUNTS]), MAX_INT32 - magnitude(state[AMOUNTS]) - self.space.num_seeds
-        if reach > room:
-            raise UpdateError(
-                f"{who}: scalars that add up to {reach} quanta came, the model's sums have room for {room};"
-                " set a larger space.quantum_exponent, or lower training.lr"
-            )
+        """See `SeedRules`."""
+        self._rules.check(arrays, state=state, who=who)
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
-        """The next A, after one rounding to integers, with the fingerprint of its weights.
+        """See `SeedRules`."""
+        return self._rules.apply(state, change)
 
-        Raises:
-            UpdateError: sum |A_k| would leave 31 bits; the state stays as it was.
-        """
-        return self._with_fingerprint(self.mode.apply(state, change))
-
-    def _with_fingerprint(self, arrays: dict[str, NDArray[np.int64]]) -> Arrays:
-        self._move(arrays)
+    def _weighed(self, amounts: NDArray[np.int64]) -> NDArray[np.int64]:
+        self._move({AMOUNTS: amounts})
         weights = {name: torch.empty_like(tensor) for name, tensor in self._position.base.items()}
         self._position.write(weights)
-        return frozen_arrays({**arrays, FINGERPRINT: fingerprint(weights)})
+        return fingerprint(weights)
 
     def _move(self, state: Arrays) -> None:
         """Bring the cached sums to a state."""
-        amounts = state.get(AMOUNTS)
-        if amounts is None or amounts.dtype != np.int64 or amounts.shape != (self.space.num_seeds,):
-            raise ModelError(
-                f"the state has no int64 [{self.space.num_seeds}] array {AMOUNTS!r}; it must come from the"
-                " same [space] section"
-            )
-        total = magnitude(amounts)
-        if total > MAX_INT32:
-            raise UpdateError(
-                f"the state's scalars would add up to {total} quanta and {MAX_INT32} is the most; set a"
-                " larger space.quantum_exponent, or lower training.lr"
-            )
+        amounts = checked_amounts(state, self.space.num_seeds)
         difference = torch.from_numpy(amounts - self._position.amounts.numpy())
         if bool(difference.any()):
             self._position.advance(difference)
-
-
-def magnitude(amounts: NDArray[np.int64]) -> int:
-    """Sum of |A_k|, in Python's integers: it cannot wrap, whatever came."""
-    return sum(abs(amount) for amount in amounts.tolist())
 
 
 def _scalars(count: int, rng: np.random.Generator) -> NDArray[np.int64]:

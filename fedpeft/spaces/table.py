@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.config import RunConfig, SpaceSection
 from fedpeft.lora_rules import rule_of
 from fedpeft.options import build_option
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space, SpaceOptions
-from fedpeft.spaces.projected import ProjectedOptions
-from fedpeft.spaces.residual import ResidualSpace
-from fedpeft.spaces.seed_scalars import SeedScalarsOptions
+from fedpeft.spaces.projected_options import ProjectedOptions
+from fedpeft.spaces.seed_options import SeedScalarsOptions
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SPACES: dict[str, Any] = {  # a class that is SpaceOptions and takes its options by name
     "adapter-delta": AdapterDelta,
@@ -41,6 +41,8 @@ def build_space(run: RunConfig, model: nn.Module) -> Space:
     """
     space = space_options(run.space).open(run, model)
     rule = rule_of(run)
-    if rule is not None and rule.residual and space.kind == ResidualSpace.kind:
+    if rule is not None and rule.residual and space.kind == AdapterDelta.kind:
+        from fedpeft.spaces.residual import ResidualSpace  # with a model, as it brings torch
+
         return ResidualSpace(model)
     return space

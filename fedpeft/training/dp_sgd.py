@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
+from fedpeft.interruption import go_on
 from fedpeft.privacy.clipping import check_clip_norm
 from fedpeft.privacy.events import PersonLevel, RecordLevel
 from fedpeft.privacy.noise import NoiseSource, coins
@@ -120,6 +121,7 @@ def train(
     )
     with per_example(model, parameters) as hooked, training_mode(model, section, int(rng.integers(2**62))):
         for step in range(steps):
+            go_on()
             batch = drawn_rows(rows, mechanism, source, rng)
             _noised_gradient(hooked, optimizer, parameters, rows, _pieces(batch, section.batch_size))
             add_proximal_gradient(trained, start, proximal_mu)

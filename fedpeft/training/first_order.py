@@ -17,6 +17,7 @@ from fedpeft.config import TrainingSection
 from fedpeft.data.collate import Task, collate, training_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import TrainingError
+from fedpeft.interruption import go_on
 from fedpeft.training.layers import Periods
 from fedpeft.training.losses import LOSSES
 from fedpeft.training.optimizers import build_optimizer, build_schedule
@@ -34,11 +35,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What local training did: mean loss over its steps (nats per scored token or class), steps, rows."""
+    """What local training did: mean loss over its steps (nats per scored token or class), steps, rows.
+
+    `rank` is what self-pruning has left of a LoRA adapter's; 0 without it.
+    """
 
     loss: float
     steps: int
     examples: int
+    rank: int = 0
 
 
 def train(
@@ -51,6 +56,7 @@ def train(
     rng: np.random.Generator,
     layers_rng: np.random.Generator | None = None,
     proximal_mu: float = 0.0,
+    add_gradient: Callable[[], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> TrainingReport:
     """Train `parameters` in place for `steps` optimiser steps.
@@ -59,6 +65,10 @@ def train(
     micro-batches, plus ``proximal_mu / 2 * |w - w_start|^2`` (Li et al. 2020, FedProx, eq. 2). The optimiser
     starts fresh. Row order and dropout come from `rng`, sampled layers from `layers_rng`; torch's global
     generator is left as it was.
+
+    Args:
+        add_gradient: adds that of a further term of the loss, before gradients are clipped; a fused update
+            has none.
 
     Raises:
         TrainingError: the loss became NaN or infinite.
@@ -76,9 +86,10 @@ def train(
     with (
         training_mode(model, section, int(rng.integers(2**62))),
         periods.over(),
-        mover(optimizer, trained, start, proximal_mu, section.max_grad_norm).ready() as move,
+        mover(optimizer, trained, start, proximal_mu, section.max_grad_norm, add_gradient).ready() as move,
     ):
         for step in range(steps):
+            go_on()
             periods.turn(step, optimizer)
             micro = [next(batches) for _ in range(section.gradient_accumulation)]
             optimizer.zero_grad(set_to_none=True)
@@ -102,6 +113,7 @@ class _Mover:
     start: Sequence[Tensor]
     mu: float
     max_grad_norm: float | None
+    add_gradient: Callable[[], None] | None
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], None]]:
@@ -110,6 +122,8 @@ class _Mover:
 
     def _move(self) -> None:
         add_proximal_gradient(self.trained, self.start, self.mu)
+        if self.add_gradient is not None:
+            self.add_gradient()
         if self.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.optimizer.step()
@@ -130,6 +144,7 @@ class _FusedMover:
     start: Sequence[Tensor]
     mu: float
     max_grad_norm: float | None  # never set: preflight refuses it
+    add_gradient: Callable[[], None] | None  # likewise
 
     @contextmanager
     def ready(self) -> Iterator[Callable[[], None]]:
@@ -211,8 +226,8 @@ def _activations(section: TrainingSection) -> AbstractContextManager[object]:
 @contextmanager
 def training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iterator[None]:
     """Dropout on, checkpointing as asked, torch's global generator seeded for dropout and restored after."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.train()
         try:

@@ -107,7 +107,7 @@ def device_problems(run: RunConfig, *, cuda: bool) -> list[str]:
     """What a run, or one of its groups, asks for that only a CUDA device can do.
 
     Args:
-        cuda: whether the machine that is to train has one.
+        cuda: whether it is to train on one.
     """
     if cuda:
         return []

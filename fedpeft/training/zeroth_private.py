@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
+from fedpeft.interruption import go_on
 from fedpeft.privacy.central import sensitivity_quanta
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
@@ -55,6 +56,7 @@ def train(
     mover = build_mover(probe, rows, section, route)
     amounts = np.zeros(len(route.directions), dtype=np.int64)
     for step in range(steps):
+        go_on()
         visits = range(step * section.queries, (step + 1) * section.queries)
         directions = [int(route.directions[visit]) for visit in visits]
         drawn = drawn_rows(rows, mechanism, source, rng)

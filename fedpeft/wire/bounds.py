@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -46,23 +47,28 @@ def check_header(header: pb.Header, who: str) -> None:
     Raises:
         UpdateError: naming the field.
     """
-    for field in ("run_digest", "state_digest", "base_digest"):
-        if len(getattr(header, field)) not in (0, DIGEST_BYTES):
-            raise UpdateError(
-                f"{who}: {field} has {len(getattr(header, field))} bytes, {DIGEST_BYTES} are needed"
-            )
-    sizes = {
-        "client": (len(header.client.encode()), 1024),
-        "space": (len(header.space.encode()), 64),
-        "metrics": (len(header.metrics), MAX_METRICS),
-        "a metric's name": (max((len(name.encode()) for name in header.metrics), default=0), 64),
-        "stages": (len(header.stages), MAX_STAGES),
-        "a stage's kind": (max((len(stage.kind.encode()) for stage in header.stages), default=0), 64),
-        "a stage's parameters": (
-            max((len(stage.parameters.encode()) for stage in header.stages), default=0),
-            4096,
-        ),
-    }
-    for what, (came, most) in sizes.items():
+    digests = (
+        ("run_digest", header.run_digest),
+        ("state_digest", header.state_digest),
+        ("base_digest", header.base_digest),
+    )
+    for field, digest in digests:
+        if len(digest) not in (0, DIGEST_BYTES):
+            raise UpdateError(f"{who}: {field} has {len(digest)} bytes, {DIGEST_BYTES} are needed")
+    stages = header.stages
+    sizes = (
+        ("client", len(header.client.encode()), 1024),
+        ("space", len(header.space.encode()), 64),
+        ("metrics", len(header.metrics), MAX_METRICS),
+        ("a metric's name", _longest(header.metrics), 64),
+        ("stages", len(stages), MAX_STAGES),
+        ("a stage's kind", _longest(stage.kind for stage in stages) if stages else 0, 64),
+        ("a stage's parameters", _longest(stage.parameters for stage in stages) if stages else 0, 4096),
+    )
+    for what, came, most in sizes:
         if came > most:
             raise UpdateError(f"{who}: the header's {what} has size {came}, at most {most} is accepted")
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max([len(text.encode()) for text in texts], default=0)

@@ -45,7 +45,16 @@ def dense_field(arrays: Arrays, offset: int) -> Pieces:
     layout = layout_of(arrays)
     index = _cached_index(layout) if isinstance(layout, Packing) else _index(layout)
     values = _values(arrays)
-    size = sum(piece.nbytes for piece in values)
+    return [_head(index, sum(piece.nbytes for piece in values), offset % ALIGNMENT), *values]
+
+
+@functools.lru_cache(maxsize=32)
+def _head(index: bytes, size: int, offset: int) -> bytes:
+    """What comes before `size` bytes of values: keys, the index, and padding that aligns them.
+
+    Args:
+        offset: where the field begins, modulo the alignment.
+    """
     tail = _VALUES_KEY + varint(size) if size else b""
     for padding in range(ALIGNMENT):
         fill = _PADDING_KEY + varint(padding) + bytes(padding) if padding else b""
@@ -53,7 +62,7 @@ def dense_field(arrays: Arrays, offset: int) -> Pieces:
         head = _DENSE_KEY + varint(len(inner) + size) + inner
         if (offset + len(head)) % ALIGNMENT == 0:
             break
-    return [head, *values]
+    return head
 
 
 def _values(arrays: Arrays) -> list[memoryview]:
@@ -95,6 +104,8 @@ def read_dense(payload: bytes, field: Field, who: str, layout: Layout | None) ->
     index, values = _parts(payload, field, who)
     if isinstance(layout, Packing) and payload[index.key : index.end] == _cached_index(layout):
         entries: Layout = layout
+    elif layout is None:
+        entries = _own_entries(payload[index.content : index.end], who)
     else:
         entries = _entries(payload[index.content : index.end], who, layout)
     needed = _size_in_bytes(entries)
@@ -151,6 +162,13 @@ def _entries(content: bytes, who: str, layout: Layout | None) -> Layout:
         missing = sorted(set(layout) - set(entries))
         raise UpdateError(f"{who}: array {missing[0]!r} is missing, {len(entries)} of {len(layout)} came")
     return entries
+
+
+@functools.lru_cache(maxsize=4)
+def _own_entries(content: bytes, who: str) -> Layout:
+    """What a state's index declares, which is the same in every round."""
+    entries = _entries(content, who, None)
+    return packing_of(entries) if _packing(entries) is not None else entries
 
 
 def _entry(head: pb.TensorHead, who: str, layout: Layout | None) -> tuple[tuple[int, ...], str]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
+from fedpeft.packed import Packing
 from fedpeft.seedspace.scalar_codec import decode_amounts, encode_amounts
 from fedpeft.update import Arrays, Layout
 from fedpeft.v1 import update_pb2 as pb
@@ -27,6 +28,8 @@ Exact = Literal["seed_scalars", "projected"]
 
 def exact_payload(layout: Layout) -> Exact | None:
     """The payload for arrays of this layout: exact if all are int64 vectors, else None."""
+    if isinstance(layout, Packing) and layout.dtype != np.int64:
+        return None
     if not layout or any(len(shape) != 1 or dtype != "<i8" for shape, dtype in layout.values()):
         return None
     return "seed_scalars" if set(layout) == {AMOUNTS} else "projected"

@@ -7,19 +7,18 @@ varint, and for wire type 2 a length and so many bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5
 _LONGEST_VARINT = 10  # bytes
+_SHORT = [bytes((value,)) for value in range(128)]
 
 
 class MalformedError(ValueError):
     """Bytes that are no sequence of fields."""
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(NamedTuple):
     """A field of wire type 2 and where it lies: its key, its content, its end (offsets into the message)."""
 
     number: int
@@ -30,6 +29,8 @@ class Field:
 
 def varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first; the top bit says that more follow."""
+    if value < 128:
+        return _SHORT[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -56,7 +57,8 @@ class _Filed:
 @functools.lru_cache(maxsize=2)
 def _load(path: str) -> Any:
     """Unpickle a file that this run's own processes wrote into their private folder."""
-    return pickle.loads(Path(path).read_bytes())
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        return pickle.loads(mapped)
 
 
 @dataclass
@@ -97,7 +99,11 @@ class ProcessWorkers:
         self._shared += 1
         path = self.folder / str(self._shared)
         try:
-            path.write_bytes(pickled)
+            if len(self._files) == _KEPT:  # under another name, so that nobody takes it for what it was
+                self._files.pop(0).rename(path)
+            with open(path, "r+b" if path.exists() else "wb") as file:  # pages that are there save time
+                file.write(pickled)
+                file.truncate()
         except OSError as error:
             path.unlink(missing_ok=True)
             raise StorageError(
@@ -105,8 +111,6 @@ class ProcessWorkers:
                 " set TMPDIR"
             ) from error
         self._files.append(path)
-        while len(self._files) > _KEPT:
-            self._files.pop(0).unlink(missing_ok=True)
         return _Filed(str(path))
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Job[Result]:

@@ -6,6 +6,7 @@ import asyncio
 import tomllib
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -142,26 +143,34 @@ class Admin(rpc.AdminServicer):
     async def PullResult(  # noqa: N802
         self, request: pb.PullResultRequest, context: Any
     ) -> AsyncIterator[pb.ResultChunk]:
-        """The files of a run that has ended."""
+        """The files of a run that has ended; of one that goes on, those of its last committed round."""
+        with ExitStack() as stack:
 
-        def files(_: Identity) -> list[tuple[str, Path]]:
-            stored = self._base.supervisor.get(request.id)
-            if not stored.status.final:
-                raise UsageError(
-                    f"run {stored.id} is {stored.status}; pull it when it has ended, or end it with: fedpeft"
-                    f" run stop {stored.id}"
-                )
-            folder = self._base.store.run_folder(stored.id)
-            return [(path.relative_to(folder).as_posix(), path) for path in _pulled(folder)]
+            def files(_: Identity) -> tuple[pb.Unfinished | None, list[tuple[str, Path]]]:
+                folder, unfinished = self._result(request.id, stack)
+                return unfinished, [(path.relative_to(folder).as_posix(), path) for path in _pulled(folder)]
 
-        for name, path in await self._answer(context, Role.SUBMITTER, files):
-            chunks = _chunks(name, path)
+            unfinished, found = await self._answer(context, Role.SUBMITTER, files)
+            for name, path in found:
+                chunks = _chunks(name, path)
 
-            def following(_: Identity, left: Iterator[pb.ResultChunk] = chunks) -> pb.ResultChunk | None:
-                return next(left, None)
+                def following(_: Identity, left: Iterator[pb.ResultChunk] = chunks) -> pb.ResultChunk | None:
+                    return next(left, None)
 
-            while chunk := await self._answer(context, Role.SUBMITTER, following):
-                yield chunk
+                while chunk := await self._answer(context, Role.SUBMITTER, following):
+                    if unfinished is not None:
+                        chunk.unfinished.CopyFrom(unfinished)
+                    yield chunk
+
+    def _result(self, run_id: str, stack: ExitStack) -> tuple[Path, pb.Unfinished | None]:
+        """A run's folder, or one with what it has reached, which goes with the stack."""
+        store, supervisor = self._base.store, self._base.supervisor
+        stored = supervisor.get(run_id)
+        if stored.status.final:
+            return store.run_folder(stored.id), None
+        folder = stack.enter_context(store.scratch()) / "run"
+        reached = supervisor.snapshot(run_id, folder)
+        return folder, pb.Unfinished(round=reached, rounds=stored.run.run.rounds)
 
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Any) -> pb.ListAgentsReply:  # noqa: N802
         """Those that are here and those that were."""
@@ -173,6 +182,10 @@ class Admin(rpc.AdminServicer):
                     now[sighting.name] = pb.AgentInfo(
                         name=sighting.name, last_seen_ms=_ms(sighting.last_seen)
                     )
+            authority = self._base.authority  # without it a server knows serial numbers, and no names
+            for name in authority.revoked(datetime.now(UTC)) if authority is not None else ():
+                if name in now:
+                    now[name].revoked = True
             agents = [now[name] for name in sorted(now)]
             return pb.ListAgentsReply(agents=agents, server=_server_info(self._base.desk().standing()))
 

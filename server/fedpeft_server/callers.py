@@ -147,7 +147,7 @@ class CertificateGate:
     def verify(self, caller: Caller, arrival: Arrival) -> None:
         """See `Gate`."""
         certificate = self._peers.certificate(caller.certificate, self._now())
-        header = UpdateHeader(arrival.run, arrival.run_digest, arrival.round, arrival.agent)
+        header = UpdateHeader(arrival.run, arrival.run_digest, arrival.round, arrival.kind, arrival.agent)
         verify_body_digest(
             certificate, header, bytes.fromhex(arrival.digest), arrival.size, arrival.signature
         )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+ENOUGH = "enough others had answered before"  # the verdict on a result for which there is no place
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -49,7 +51,8 @@ class Acceptor(Protocol):
         twice if its digest is the same, and refused if it differs.
 
         Returns:
-            None for a result that is durable now, else one line that says why it does not count.
+            None for a result that is durable now, else one line that says why it does not count. `ENOUGH`:
+            it is as sound as others, and its round's places are taken; one may become free.
 
         Raises:
             StorageError: nothing was stored. No result is acknowledged; agents keep theirs and send again.
@@ -58,6 +61,13 @@ class Acceptor(Protocol):
 
     def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
         """Results that were accepted before, also before a restart: they are not asked for again."""
+        ...
+
+    def free_place(self, run: str, round_: int, agent: str) -> None:
+        """A result that was accepted does not count after all, so it takes no place.
+
+        Not durable: whoever finds it unsound finds it so again after a restart.
+        """
         ...
 
 

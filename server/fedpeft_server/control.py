@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.flower.mail import Cancels
+from fedpeft.errors import UsageError
+from fedpeft.flower.exchange import Cancels, Spares
 
 TOLERANCE_S = 5.0
 
@@ -58,28 +61,64 @@ class SteadyClock:
             raise Paused(f"the clock jumped by {jump:+.0f} s; check this machine's time, the run goes on")
 
 
+class _Errand:
+    """A piece of work for another thread."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+        self.done: Future[None] = Future()
+
+    def run(self) -> None:
+        """Do it, unless nobody waits for it any more; what goes wrong is its asker's."""
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self._work()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
 class Control:
     """One run's switch. Its methods may be called on any thread."""
 
     def __init__(self, clock: SteadyClock) -> None:
         self._clock = clock
-        self._asked = threading.Event()
+        self._asked = threading.Condition()
         self._halt: Halt | None = None
+        self._errands: deque[_Errand] = deque()
 
     def halt(self, why: Halt) -> None:
         """Ask the run's thread to leave the run; a person's word outweighs the server's end."""
-        if self._halt is None or isinstance(why, Stopped):
-            self._halt = why
-        self._asked.set()
+        with self._asked:
+            if self._halt is None or isinstance(why, Stopped):
+                self._halt = why
+            self._asked.notify_all()
+
+    def errand(self, work: Callable[[], None]) -> Future[None]:
+        """Have something done by the run's thread, to which the model belongs, while it waits for agents."""
+        errand = _Errand(work)
+        with self._asked:
+            self._errands.append(errand)
+            self._asked.notify_all()
+        return errand.done
+
+    def leave(self) -> None:
+        """The run's thread is at its end: what is still asked of it stays undone."""
+        while self._errands:
+            self._errands.popleft().done.set_exception(UsageError("the run has just ended; ask again"))
 
     def check(self) -> None:
-        """Leave if that was asked for.
+        """Leave if that was asked for; do what else was.
 
         Raises:
             Halt: what was asked.
         """
         if self._halt is not None:
             raise self._halt
+        while self._errands:
+            self._errands.popleft().run()
 
     def gate(self) -> None:
         """What must hold before a round is opened or closed.
@@ -90,9 +129,13 @@ class Control:
         self._clock.check()
 
     def sleep(self, seconds: float) -> None:
-        """Wait, and leave as `check` does."""
-        self._asked.wait(seconds)
+        """Wait, and meanwhile do and leave as `check` does."""
+        until = time.monotonic() + seconds
         self.check()
+        while (left := until - time.monotonic()) > 0:
+            with self._asked:
+                self._asked.wait_for(lambda: self._halt is not None or bool(self._errands), left)
+            self.check()
 
 
 class WatchedGrid(Grid):
@@ -140,6 +183,11 @@ class WatchedGrid(Grid):
         """As the inner grid, if it can."""
         if isinstance(self._inner, Cancels):
             self._inner.cancel(message_ids)
+
+    def free_place(self, round_: int, client: str) -> None:
+        """As the inner grid, if it has places."""
+        if isinstance(self._inner, Spares):
+            self._inner.free_place(round_, client)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

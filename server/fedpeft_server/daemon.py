@@ -6,8 +6,8 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -29,8 +29,10 @@ from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.descriptors import allow_connections
 from fedpeft_server.doors import Doors, certificate_doors
 from fedpeft_server.expiry import ExpiryWatch
-from fedpeft_server.grid import GrpcGrid, RunIdentity
+from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
+from fedpeft_server.heaps import keep_few_heaps
 from fedpeft_server.metrics import Metrics
+from fedpeft_server.model_room import ModelRoom
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.settings import Settings
 from fedpeft_server.store import Store, StoredRun
@@ -52,6 +54,7 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
         StorageError: the state cannot be written.
         FederationError: the port is taken.
     """
+    keep_few_heaps()
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
@@ -98,6 +101,7 @@ def standing(
             line.open_grid,
             parallel=settings.parallel_runs,
             patience_s=settings.limits.round_s,
+            models=stack.enter_context(closing(ModelRoom(settings.model_s))) if settings.model_s else None,
         )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
         line.running = running = serve(
@@ -149,10 +153,12 @@ class _Line:
         agents = stored.rules.agents or None
         identity = RunIdentity(stored.id, stored.digest, overlap_of(stored.run))
         grid = self.server().grid(identity, agents=agents)
+        greeter = self.server().grid(identity, agents=agents, wait_s=0.0)
         try:
-            yield _Agents(grid)
+            yield _Agents(grid, greeter)
         finally:
-            grid.stop(FedPEFTError("the run was left"))
+            for one in (grid, greeter):
+                one.stop(FedPEFTError("the run was left"))
 
 
 @dataclass(frozen=True)
@@ -160,13 +166,22 @@ class _Agents:
     """A `GrpcGrid` as a run takes it."""
 
     inner: GrpcGrid
+    greeter: GrpcGrid
 
     @property
     def grid(self) -> Grid:
         return self.inner
 
+    def here(self) -> Mapping[str, int]:
+        names = self.greeter.connected
+        self.greeter.know(names)
+        return {name: node_id(name) for name in names}
+
     def know(self, agents: Iterable[str]) -> None:
         self.inner.know(agents)
+
+    def tell(self, agent: str, text: str) -> None:
+        self.inner.tell(agent, text)
 
     def bound(self, result_bytes: int) -> None:
         self.inner.bound(result_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import threading
 import time
@@ -17,6 +18,7 @@ from fedpeft.errors import FederationError, FedPEFTError, UpdateError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import ERROR_CODE, HELLO, read_hello
+from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.contracts import Acceptor, Arrival, Blobs
 from fedpeft_server.refusals import Reason
 from fedpeft_server.sessions import Hub
@@ -25,6 +27,7 @@ from fedpeft_server.work import Body, Done, Failed, Outcome, Work, work_id
 WAIT_S = 0.25  # how long `pull_messages` waits for the first reply; bounds how late a deadline is noticed
 
 
+@functools.lru_cache(maxsize=16_384)
 def node_id(agent: str) -> int:
     """An agent's number: from its name alone, so that it is the same after a restart of either side."""
     return (int.from_bytes(hashlib.sha256(agent.encode()).digest()[:8], "little") >> 1) | 2
@@ -56,6 +59,7 @@ class GrpcGrid(Grid):
     Args:
         agents: who may take part; None: every agent.
         max_result_bytes: of one reply; larger ones are refused.
+        wait_s: how long `pull_messages` waits for the first reply.
     """
 
     def __init__(
@@ -68,8 +72,10 @@ class GrpcGrid(Grid):
         *,
         agents: Collection[str] | None = None,
         max_result_bytes: int,
+        wait_s: float = WAIT_S,
     ) -> None:
         ensure_identity()
+        self._wait_s = wait_s
         self._run, self._hub, self._loop = run, hub, loop
         self._acceptor, self._blobs = acceptor, blobs
         self._allowed = None if agents is None else frozenset(agents)
@@ -160,7 +166,7 @@ class GrpcGrid(Grid):
         """
         wanted = set(message_ids)
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or not wanted.isdisjoint(self._ready), WAIT_S)
+            self._changed.wait_for(lambda: self._stopped or not wanted.isdisjoint(self._ready), self._wait_s)
             self._refuse_if_stopped()
             ready = [id_ for id_ in self._ready if id_ in wanted]
             taken = [(*self._waiting.pop(id_), self._ready.pop(id_)) for id_ in ready]
@@ -184,6 +190,16 @@ class GrpcGrid(Grid):
         with self._changed:
             works = [self._forget(id_) for id_ in message_ids if id_ in self._waiting]
         self._withdraw(works, "nobody waits for it any more")
+
+    def free_place(self, round_: int, client: str) -> None:
+        """An answer does not count: those whose answers wait for a place are asked for them again."""
+        self._acceptor.free_place(self._run.id, round_, client)
+        self._loop.call_soon_threadsafe(self._hub.call_spares, self._run.id)
+
+    def tell(self, agent: str, text: str) -> None:
+        """From any thread: say something to an agent's owner, if the agent is here."""
+        notice = pb.ServerMessage(notice=pb.Notice(run=self._run.id, text=text[:4096]))
+        self._loop.call_soon_threadsafe(self._hub.tell, agent, notice)
 
     def refused(self, agent: str, why: str) -> None:
         """From any thread: count a reply that must not be folded in, with its sender."""

@@ -5,45 +5,39 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 from flwr.serverapp import Grid
 
-from fedpeft.config import RunConfig
+from fedpeft.errors import StateError, UsageError
 from fedpeft.faults import crash_point
-from fedpeft.files import storage, write_atomically
 from fedpeft.flower.roster import Roster
-from fedpeft.flower.server_app import Server, check_base, hold_rounds
+from fedpeft.flower.server_app import Held, Server, check_base, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
-from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.ledger.folder_rounds import checkpoint_name
-from fedpeft.ledger.run_folder import CHECKPOINTS
-from fedpeft.resident import Resident, add_resident, drop_resident, load_resident, load_serving_resident
-from fedpeft.simulation.engine import RunResult, Venue, begun_or_new, hold_run, write_adapter
+from fedpeft.ledger import Checkpoint
+from fedpeft.ledger.run_folder import ROWS
 from fedpeft.update import layout_of
-from fedpeft.workers import Workers
 from fedpeft_server.control import Control, WatchedGrid
 from fedpeft_server.gathering import agents_wanted, gather
-from fedpeft_server.journal_lines import LoggedProgress
+from fedpeft_server.joining import Joining, Strangers
+from fedpeft_server.journal_lines import LoggedProgress, event_line
+from fedpeft_server.keepers import Book, HeldElsewhereError, Hold, Keeper, counts_alone, write_checkpoints
+from fedpeft_server.model_room import ModelRoom
 from fedpeft_server.store import Status, Store, StoredRounds, StoredRun
 
 
-class AgentGrid(Protocol):
+class AgentGrid(Strangers, Protocol):
     """A run's way to its agents."""
 
     @property
     def grid(self) -> Grid:
         """For the round loop."""
-        ...
-
-    def know(self, agents: Iterable[str]) -> None:
-        """Make these addressable, connected or not."""
         ...
 
     def bound(self, result_bytes: int) -> None:
@@ -66,6 +60,7 @@ class Host:
         control: keeps the run from going on when it shall not.
         patience_s: how long a round waits for its last answers where the run file sets no deadline: a member
             that never answers costs so much, and does not stop the run.
+        models: processes that hold models; None: this process does.
     """
 
     store: Store
@@ -73,11 +68,12 @@ class Host:
     open_grid: OpenGrid
     control: Control
     patience_s: float = 21_600.0
-    _resident: Resident | None = field(default=None, init=False)
+    models: ModelRoom | None = None
+    _keeper: Keeper | None = field(default=None, init=False)
     _kept: ExitStack = field(default_factory=ExitStack, init=False)
     _agents: AgentGrid | None = field(default=None, init=False)
 
-    def attempt(self) -> RunResult:
+    def attempt(self) -> None:
         """Bring the run from its last committed round to its end.
 
         Raises:
@@ -87,21 +83,20 @@ class Host:
         if self._agents is None:  # kept for the next attempt: agents go on with what they are at
             self._agents = self._kept.enter_context(self.open_grid(self.stored))
         rounds = self.store.rounds(self.stored, self.control.gate)
-        path = self.store.run_folder(self.stored.id)
-        with begun_or_new(path, self.stored.run, rounds=rounds) as folder:
-            progress = LoggedProgress(
-                self.stored.id,
-                self._say,
-                begun=rounds.latest() is not None,
-                refused=self._agents.refused,
-            )
-            crash_point("server.run.begun")
-            result = hold_run(folder, Venue("grpc", self._holder(self._agents), self._load), progress)
-            crash_point("server.run.exported")
-            _write_checkpoints(folder, rounds)
-        digest = result.summary.finished.adapter_digest if result.summary.finished else ""
-        self.store.runs.finish(self.stored.id, digest)
-        return result
+        book = self._book(rounds)
+        progress = LoggedProgress(
+            self.stored.id,
+            self._say,
+            begun=rounds.latest() is not None,
+            refused=self._agents.refused,
+        )
+        crash_point("server.run.begun")
+        self._held(book, progress, self._holder(self._agents))
+        crash_point("server.run.exported")
+        with book.open() as folder:
+            write_checkpoints(folder, rounds)
+            end = folder.finished()
+        self.store.runs.finish(self.stored.id, end.adapter_digest if end is not None else "")
 
     def export(self) -> None:
         """Write the adapter of the last committed round, where the model is loaded and a round is committed.
@@ -110,56 +105,100 @@ class Host:
             FedPEFTError: it cannot be written.
         """
         rounds = self.store.rounds(self.stored)
-        last = rounds.latest()
-        if self._resident is None or last is None:
+        if self._keeper is None or rounds.latest() is None:
             return
-        with begun_or_new(self.store.run_folder(self.stored.id), self.stored.run, rounds=rounds) as folder:
-            write_adapter(self._resident, folder, last.state)
-            _write_checkpoints(folder, rounds)
+        book = self._book(rounds)
+        self._keeper.export(book)
+        with book.open() as folder:
+            write_checkpoints(folder, rounds)
+
+    def snapshot(self, path: Path) -> int:
+        """Write what a run that goes on has reached to a new folder; the round of it. On the run's thread.
+
+        Raises:
+            UsageError: no round is committed.
+            FedPEFTError: it cannot be written.
+        """
+        rounds = self.store.rounds(self.stored)
+        last = rounds.latest()
+        lines = self.store.run_folder(self.stored.id) / ROWS
+        if self._keeper is None or last is None or not lines.exists():
+            raise UsageError(f"run {self.stored.id} has not come to its first commit; pull it a little later")
+        self._keeper.snapshot(self._book(rounds), path)
+        return last.round
 
     def release(self) -> None:
         """Let go of model and agents."""
         self._kept.close()
-        self._agents = self._resident = None
-        drop_resident(self.stored.digest)
+        if self._keeper is not None:
+            self._keeper.release()
+        self._agents = self._keeper = None
         _give_back()
+
+    def _book(self, rounds: StoredRounds) -> Book:
+        path = self.store.run_folder(self.stored.id)
+        return Book(self.stored.id, self.stored.run, self.store.reference, path, rounds)
 
     def _say(self, text: str) -> None:
         self.store.runs.say(self.stored.id, text)
 
-    def _load(self, run: RunConfig) -> Resident:
-        """The run as a server needs it, kept for the next attempt.
+    def _held(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+        """Bring the run to its end where its model is; kept for the next attempt."""
+        if self._keeper is None:
+            apart = self.models is not None and counts_alone(self.stored.run)
+            self._keeper = self._apart() if apart else self._here()
+        try:
+            self._keeper.hold(book, progress, hold)
+        except HeldElsewhereError:
+            self._keeper.release()
+            self._keeper = self._here()
+            self._keeper.hold(book, progress, hold)
 
-        The rows of the embedded data set are in every installation; of other runs only the test set is here.
-        """
-        if self._resident is None:
-            torch.set_num_threads(1)
-            load = load_resident if run.data.train == "embedded" else load_serving_resident
-            self._resident = load(run)
-        add_resident(self._resident)
-        return self._resident
+    def _here(self) -> Keeper:
+        from fedpeft_server.kept_here import KeptHere  # as it brings torch
 
-    def _holder(self, agents: AgentGrid) -> Callable[[Server, Checkpoint | None, Workers], Checkpoint]:
+        return KeptHere(self.stored)
+
+    def _apart(self) -> Keeper:
+        from fedpeft_server.kept_apart import KeptApart
+
+        if self.models is None:
+            raise StateError("this server has no processes for models")
+        return KeptApart(self.stored, self.models)
+
+    def _holder(self, agents: AgentGrid) -> Hold:
         grid = WatchedGrid(agents.grid, self.control)
         run = self.stored.run
         stated = run.federation.deadline_s if run.federation.clock is None else None
         deadline_s = self.patience_s if stated is None else stated
 
-        def hold(server: Server, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
+        def hold(server: Server, last: Checkpoint | None) -> Checkpoint:
             agents.bound(largest_update(server.resident))
+
+            joining = Joining(
+                run,
+                agents,
+                check=lambda came: check_base(came, server.resident),
+                keep=lambda larger: self.store.runs.keep_roster(self.stored.id, larger),
+                say=lambda line: self._say(event_line("note", line)),
+                is_open=lambda number: self.store.rounds(self.stored).is_open(number),
+            )
 
             def call(task: Task) -> Roster:
                 roster = self._roster(server, grid, task)
                 agents.know(roster.names)
+                joining.begin(task, roster)
                 self.store.runs.set_status(self.stored.id, Status.RUNNING)
                 return roster
 
-            return hold_rounds(server, grid, last, timeout_s=deadline_s, gather=call)
+            return hold_rounds(
+                server, grid, last, timeout_s=deadline_s, gather=call, newcomers=joining.before
+            )
 
         return hold
 
     def _roster(self, server: Server, grid: Grid, task: Task) -> Roster:
-        """Who takes part: asked once in a run's life, since a round's cohort is drawn from it."""
+        """Who takes part, by the roll call, which is held once in a run's life; `Joining` adds to it."""
         kept = self.store.runs.roster(self.stored.id)
         if kept is not None:
             return kept
@@ -176,13 +215,13 @@ class Host:
         return self.store.runs.keep_roster(self.stored.id, roster)
 
 
-def largest_update(resident: Resident) -> int:
+def largest_update(held: Held) -> int:
     """Bytes that no sound update of the run exceeds.
 
     Twice those of the plain arrays, as a sparse code spends up to as much on positions as on values; and a
     MiB for names, metrics and what surrounds it all.
     """
-    layout = resident.space.update_layout(layout_of(resident.space.initial_state(resident.parameters)))
+    layout = held.space.update_layout(layout_of(held.initial_state()))
     plain = sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in layout.values())
     return 2 * plain + (1 << 20)
 
@@ -195,14 +234,3 @@ def _give_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _write_checkpoints(folder: RunFolder, rounds: StoredRounds) -> None:
-    """The start and the end as files: what compressing, replaying and merging ask of a run's folder."""
-    for number, content in rounds.contents().items():
-        place = folder.path / CHECKPOINTS / checkpoint_name(number)
-        with storage(place):
-            known = place.exists() and place.read_bytes() == content
-        if not known:
-            write_atomically(place, content)
-        crash_point("server.run.checkpoint-copied")

@@ -18,7 +18,7 @@ from fedpeft.errors import CredentialError, FedPEFTError, UpdateError
 from fedpeft.faults import crash_point
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller, Gate
-from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.contracts import ENOUGH, Acceptor, Arrival, Blobs
 from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Hub
 from fedpeft_server.work import Done, Failed, Outcome, Work
@@ -79,8 +79,9 @@ class Intake:
         work = self._hub.pending(caller.name, result.task)
         if work is None:
             why = "nobody waits for this task any more"
-            self._hub.shares.count(caller.name, Reason.NOT_ASKED, why)
-            self._acknowledge(caller.name, result.task, why)
+            spare = self._hub.was_withdrawn(caller.name, result.task)
+            self._hub.shares.count(caller.name, Reason.SPARE if spare else Reason.NOT_ASKED, why)
+            self._acknowledge(caller.name, result.task, why, spare=spare)
             return
         if result.WhichOneof("body") == "blob" and len(result.blob.digest) != hashlib.sha256().digest_size:
             raise Refused(Reason.MALFORMED, UpdateError("a result came whose content has no SHA-256"))
@@ -121,9 +122,10 @@ class Intake:
                 batch, self._queue = self._queue, []
                 if not batch:
                     return
+            freed = self._hub.freed  # before anything is judged: see `Hub.spare`
             verdicts = self._verdicts(batch)
             if verdicts is not None:
-                self._loop.call_soon_threadsafe(self._finish, batch, verdicts)
+                self._loop.call_soon_threadsafe(self._finish, batch, verdicts, freed)
 
     def _verdicts(self, batch: list[_Item]) -> list[Verdict | None] | None:
         """Why each item does not count, None for those that are durable; None altogether if cut short."""
@@ -136,7 +138,8 @@ class Intake:
             return None
         crash_point("server.results.durable")
         for index, reason in zip(sound, stored, strict=True):
-            reasons[index] = None if reason is None else (Reason.STORED, reason)
+            if reason is not None:
+                reasons[index] = (Reason.SPARE if reason == ENOUGH else Reason.STORED, reason)
         return reasons
 
     def _unsound(self, item: _Item) -> Verdict | None:
@@ -171,13 +174,15 @@ class Intake:
             return verdicts
         return []
 
-    def _finish(self, batch: Sequence[_Item], verdicts: Sequence[Verdict | None]) -> None:
+    def _finish(self, batch: Sequence[_Item], verdicts: Sequence[Verdict | None], freed: int) -> None:
         """On the loop: tell agents and runs."""
         for item, verdict in zip(batch, verdicts, strict=True):
             self._held -= item.held
-            arrival, reason = item.arrival, None
+            arrival, reason, why = item.arrival, None, None
             if verdict is not None:
                 why, reason = verdict
+                if why is Reason.SPARE and self._hub.spare(item.work, freed):
+                    continue
                 self._hub.shares.count(item.caller.name, why, reason)
             outcome: Outcome = (
                 Done(arrival.digest, arrival.size, arrival.body)
@@ -185,11 +190,11 @@ class Intake:
                 else Failed("UpdateError", reason[:_REASON])
             )
             self._hub.settle(item.work, outcome)
-            self._acknowledge(item.caller.name, item.work.id, reason or "")
+            self._acknowledge(item.caller.name, item.work.id, reason or "", spare=why is Reason.SPARE)
         self._room.set()
 
-    def _acknowledge(self, name: str, task: bytes, reason: str) -> None:
-        ack = pb.Ack(task=task, accepted=not reason, reason=reason[:_REASON])
+    def _acknowledge(self, name: str, task: bytes, reason: str, *, spare: bool = False) -> None:
+        ack = pb.Ack(task=task, accepted=not reason, reason=reason[:_REASON], spare=spare)
         self._hub.tell(name, pb.ServerMessage(ack=ack))
 
 

@@ -96,4 +96,9 @@ class LoggedProgress:
         """Nothing: people pull it."""
 
     def _event(self, kind: str, text: str) -> None:
-        self._say(json.dumps({"event": kind, "text": text}))
+        self._say(event_line(kind, text))
+
+
+def event_line(kind: str, text: str) -> str:
+    """A line of the log that is no row."""
+    return json.dumps({"event": kind, "text": text})

@@ -27,6 +27,9 @@ class MemoryAcceptor:
         with self._lock:
             return [a for a in self._kept.values() if (a.run, a.round, a.kind) == (run, round_, kind)]
 
+    def free_place(self, run: str, round_: int, agent: str) -> None:
+        """See `Acceptor`: here there is a place for everyone."""
+
     def _keep(self, arrival: Arrival) -> str | None:
         kept = self._kept.setdefault((arrival.run, arrival.task, arrival.agent), arrival)
         return None if kept.digest == arrival.digest else "another result for this task was accepted before"

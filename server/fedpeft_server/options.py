@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 LONGEST_ANSWER = 8 << 20  # to people: the log's line of a round names its clients, 36,000 of them fit
 SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities
 

@@ -29,7 +29,8 @@ class Reason(StrEnum):
     CHANGED = "changed"  # bytes that are not those announced
     SIGNATURE = "signature"  # not by the caller, or over another run, round or body
     UPDATE = "update"  # an update of the wrong shape, run or round, or not finite
-    NOT_ASKED = "not-asked"  # nobody waits for it: late, repeated, or never asked
+    NOT_ASKED = "not-asked"  # nobody waits for it: repeated, or never asked
+    SPARE = "spare"  # late: its round had enough others, or its time was over
     STORED = "stored"  # another result was accepted before, or its round is closed
     STALLED = "stalled"  # neither read nor sent for too long
     BROKEN_OFF = "broken-off"  # ended in the middle: a lost network, or a message that gRPC itself refused
@@ -48,6 +49,7 @@ class Reason(StrEnum):
 _OURS = frozenset(
     {
         Reason.NOT_ASKED,
+        Reason.SPARE,
         Reason.STORED,
         Reason.STALLED,
         Reason.BROKEN_OFF,
@@ -93,7 +95,8 @@ class Refusals:
             count = counts[reason]
         if count <= _SAID or count.bit_count() == 1:
             line = " ".join(detail.split())[:500]
-            LOG.warning(
+            LOG.log(
+                logging.INFO if reason is Reason.SPARE else logging.WARNING,
                 "refused %s: %s: %s (%d so far)",
                 known or "a caller without a name",
                 reason,

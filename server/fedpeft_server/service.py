@@ -152,6 +152,7 @@ class Federation:
                 )
             )
         )
+        self._hub.remind(connection)
         return connection
 
     async def _held(self, connection: Connection, context: Any) -> None:

@@ -18,7 +18,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.contracts import Acceptor, Blobs
 from fedpeft_server.doors import Doors
-from fedpeft_server.grid import GrpcGrid, RunIdentity
+from fedpeft_server.grid import WAIT_S, GrpcGrid, RunIdentity
 from fedpeft_server.handlers import Front
 from fedpeft_server.intake import Intake
 from fedpeft_server.loops import transport_loop
@@ -109,7 +109,12 @@ class RunningServer:
         return f"{self._options.host}:{self.port}"
 
     def grid(
-        self, run: RunIdentity, *, agents: Collection[str] | None = None, max_result_bytes: int | None = None
+        self,
+        run: RunIdentity,
+        *,
+        agents: Collection[str] | None = None,
+        max_result_bytes: int | None = None,
+        wait_s: float = WAIT_S,
     ) -> GrpcGrid:
         """A grid for one run; see `GrpcGrid`."""
         return GrpcGrid(
@@ -120,6 +125,7 @@ class RunningServer:
             self._blobs,
             agents=agents,
             max_result_bytes=max_result_bytes or self._options.max_blob_bytes,
+            wait_s=wait_s,
         )
 
     def agents(self) -> list[AgentStatus]:

@@ -15,12 +15,14 @@ from datetime import datetime
 
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller
+from fedpeft_server.refusals import Reason
 from fedpeft_server.shares import Shares
 from fedpeft_server.work import Body, Failed, Outcome, Work
 
 LOG = logging.getLogger("fedpeft.server")
 _RETRY_MS = 1000  # after which an agent that was sent away dials again
 MAX_NOTES = 1024  # small messages that wait for a peer to read; there is one per task at most, and heartbeats
+MAX_WITHDRAWN = 64  # tasks of an agent that are remembered as no longer wanted
 MAX_ANNOUNCED = 2  # blobs for one task: the result, and once more if the agent crashed and did it again
 
 
@@ -90,6 +92,8 @@ class Agent:
         pending: work without an outcome, in the order in which it was asked; a new connection gets it again.
         announced: digests of the blobs that were announced for pending work.
         queued: pending work whose result is being stored.
+        spare: pending work whose result came, and found no place in its round.
+        withdrawn: tasks that were no longer wanted, the last ones: their results are late and nothing worse.
     """
 
     name: str
@@ -97,6 +101,8 @@ class Agent:
     pending: OrderedDict[bytes, Work] = field(default_factory=OrderedDict)
     announced: dict[bytes, set[bytes]] = field(default_factory=dict)
     queued: set[bytes] = field(default_factory=set)
+    spare: dict[bytes, Work] = field(default_factory=dict)
+    withdrawn: deque[bytes] = field(default_factory=lambda: deque(maxlen=MAX_WITHDRAWN))
     certificate_ends: datetime | None = None
     capabilities: Mapping[str, str] = field(default_factory=dict)
     address: str = ""
@@ -160,6 +166,7 @@ class Hub:
         self._agents: dict[str, Agent] = {}
         self._sessions = 0
         self.connected: frozenset[str] = frozenset()  # replaced, never changed: any thread may read it
+        self.freed = 0  # how often a place became free; any thread may read it
 
     def open(self, caller: Caller, address: str, hello: pb.Hello) -> Connection:
         """A new connection of an agent; an older one of the same name ends. Pending work is pushed again."""
@@ -179,6 +186,11 @@ class Hub:
         LOG.info("%s connected", caller.name, extra=_facts("connected", connection))
         return connection
 
+    def remind(self, connection: Connection) -> None:
+        """Say again what is no longer wanted, after the welcome: the agent may have been away."""
+        for task in self._agents[connection.caller.name].withdrawn:
+            connection.withdraw(task, "nobody waits for it any more")
+
     def gone(self, connection: Connection) -> None:
         """A connection has ended; its work stays pending."""
         agent = self._agents[connection.caller.name]
@@ -197,6 +209,8 @@ class Hub:
         for work in works:
             agent = self._agents.setdefault(work.agent, Agent(work.agent))
             agent.pending[work.id] = work
+            if work.id in agent.withdrawn:
+                agent.withdrawn.remove(work.id)
             if agent.connection is not None:
                 agent.connection.push(work)
 
@@ -205,6 +219,9 @@ class Hub:
         for work in works:
             agent = self._agents.get(work.agent)
             if agent is not None and agent.pending.get(work.id) is work:
+                if work.id in agent.spare:
+                    self.shares.count(agent.name, Reason.SPARE, reason)
+                agent.withdrawn.append(work.id)
                 _done_with(agent, work)
                 if agent.connection is not None:
                     agent.connection.withdraw(work.id, reason)
@@ -233,6 +250,37 @@ class Hub:
             return False
         queued.add(work.id)
         return True
+
+    def was_withdrawn(self, name: str, task: bytes) -> bool:
+        """Whether a task was the agent's until it was no longer wanted."""
+        agent = self._agents.get(name)
+        return agent is not None and task in agent.withdrawn
+
+    def spare(self, work: Work, freed: int) -> bool:
+        """Put a result off that found no place; its agent keeps it. False: nobody waits for it any more.
+
+        Args:
+            freed: as it was before the result was judged; if a place has become free since, it is asked for
+                again at once.
+        """
+        agent = self._agents[work.agent]
+        if agent.pending.get(work.id) is not work:
+            return False
+        agent.queued.discard(work.id)
+        if freed == self.freed:
+            agent.spare[work.id] = work
+        elif agent.connection is not None:
+            agent.connection.push(work)
+        return True
+
+    def call_spares(self, run: str) -> None:
+        """A place is free: ask again for all results of the run that were put off."""
+        self.freed += 1
+        for agent in self._agents.values():
+            for work in [work for work in agent.spare.values() if work.run == run]:
+                del agent.spare[work.id]
+                if agent.connection is not None:
+                    agent.connection.push(work)
 
     def settle(self, work: Work, outcome: Outcome) -> None:
         """Hand an outcome to whoever asked, once."""
@@ -296,5 +344,6 @@ def _facts(event: str, connection: Connection) -> dict[str, object]:
 
 def _done_with(agent: Agent, work: Work) -> None:
     del agent.pending[work.id]
+    agent.spare.pop(work.id, None)
     agent.announced.pop(work.id, None)
     agent.queued.discard(work.id)

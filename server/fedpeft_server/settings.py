@@ -83,6 +83,8 @@ class Settings(_Section):
         parallel_runs: held at a time; the others are queued.
         insecure: plaintext, for agents on this very machine.
         drain_s: what runs get to reach a safe point when the daemon is told to end.
+        model_s: how long the process that holds a model stays when nothing is to be evaluated or exported; 0:
+            the daemon holds models itself.
     """
 
     listen: str = f"127.0.0.1:{DEFAULT_PORT}"
@@ -91,6 +93,7 @@ class Settings(_Section):
     parallel_runs: Count = 1
     insecure: bool = False
     drain_s: Seconds = 30.0
+    model_s: Annotated[float, Field(ge=0.0)] = 60.0
     tls: TlsSection = TlsSection()
     limits: LimitsSection = LimitsSection()
     log: LogSection = LogSection()

@@ -1,6 +1,6 @@
 """The runs of a daemon: queued, held one or more at a time, paused and tried again, stopped, drained.
 
-What holds a run stands on torch and half a gigabyte of memory with it; a server without runs does without.
+What holds a run's model stands on torch and half a gigabyte of memory with it; see `model_room`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.attacks import refuse_attack
@@ -22,9 +23,11 @@ from fedpeft_server.store import Rules, Status, Store, StoredRun
 
 if TYPE_CHECKING:
     from fedpeft_server.hosting import Host, OpenGrid
+    from fedpeft_server.model_room import ModelRoom
 
 LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
+SNAPSHOT_S = 60.0  # for the run's thread to come to a point at which it waits
 
 
 @dataclass
@@ -32,6 +35,7 @@ class _Active:
     control: Control
     digest: str
     thread: threading.Thread
+    host: Host | None = None
 
 
 class Supervisor:
@@ -41,6 +45,7 @@ class Supervisor:
         open_grid: a run's way to its agents.
         parallel: runs that are held at a time; two of the same run file never are.
         patience_s: of a round of a run whose file sets no deadline.
+        models: processes that hold models; None: this one does.
     """
 
     def __init__(
@@ -51,9 +56,10 @@ class Supervisor:
         parallel: int = 1,
         patience_s: float = 21_600.0,
         clock: SteadyClock | None = None,
+        models: ModelRoom | None = None,
     ) -> None:
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
-        self._patience_s = patience_s
+        self._patience_s, self._models = patience_s, models
         self._clock = clock or SteadyClock()
         self._lock = threading.RLock()
         self._active: dict[str, _Active] = {}
@@ -81,9 +87,7 @@ class Supervisor:
             UsageError: it is not said for how many agents it waits, or the server is ending.
             StorageError: it cannot be stored.
         """
-        from fedpeft.preflight import refuse_problems  # with a first run, as it brings torch
-
-        refuse_problems(run, source="run file")
+        self._check(run)
         refuse_seeded(run)
         refuse_attack(run)
         agents_wanted(run, rules)
@@ -92,6 +96,14 @@ class Supervisor:
         stored = self._store.runs.submit(run, rules, submission=submission, submitter=submitter)
         self._fill()
         return stored
+
+    def _check(self, run: RunConfig) -> None:
+        if self._models is not None:
+            self._models.check(run)
+            return
+        from fedpeft.preflight import refuse_problems  # with a first run, as it brings torch
+
+        refuse_problems(run, source="run file")
 
     def get(self, run_id: str) -> StoredRun:
         """One run as it stands, even where its standing cannot be written.
@@ -126,6 +138,29 @@ class Supervisor:
         if active is not None:
             active.thread.join(timeout=10.0)
         return self._store.runs.get(run_id)
+
+    def snapshot(self, run_id: str, folder: Path) -> int:
+        """Write what a run that goes on has reached to a new folder; the round of it.
+
+        Raises:
+            UsageError: it isn't held now, is in the middle of something long, or has reached nothing.
+            FedPEFTError: it cannot be written.
+        """
+        with self._lock:
+            active = self._active.get(run_id)
+            host = None if active is None else active.host
+        if active is None or host is None:
+            raise UsageError(f"run {run_id} waits for its turn; pull it when it goes on, or has ended")
+        reached: list[int] = []
+        done = active.control.errand(lambda: reached.append(host.snapshot(folder)))
+        try:
+            done.result(SNAPSHOT_S)
+        except TimeoutError:
+            done.cancel()
+            raise UsageError(
+                f"run {run_id} is in the middle of something, such as an evaluation; pull it a little later"
+            ) from None
+        return reached[0]
 
     def trouble(self, line: str | None) -> None:
         """What keeps updates from being stored, for people to see; None: nothing any more."""
@@ -175,9 +210,11 @@ class Supervisor:
 
     def _hold(self, stored: StoredRun, control: Control) -> None:
         """On the run's thread: attempts until the run has ended or the server does."""
-        from fedpeft_server.hosting import Host  # with a first run, as it brings torch
+        from fedpeft_server.hosting import Host  # with a first run, as it brings numba
 
-        host = Host(self._store, stored, self._open_grid, control, self._patience_s)
+        host = Host(self._store, stored, self._open_grid, control, self._patience_s, self._models)
+        with self._lock:
+            self._active[stored.id].host = host
         try:
             retry_s = FIRST_RETRY_S
             while self._attempt(host):
@@ -190,6 +227,7 @@ class Supervisor:
                     break
                 retry_s = min(2 * retry_s, LONGEST_RETRY_S)
         finally:
+            control.leave()
             host.release()
             self._unwritten.pop(host.stored.id, None)
             self._leave(host.stored.id)

@@ -25,6 +25,8 @@ from fedpeft_server.sessions import Hub
 from fedpeft_server.turns import Turn, Turns
 
 Result = TypeVar("Result")
+_BATCH_BYTES = 1 << 20  # handed to a thread at a time
+_FLUSHES = 4  # at a time, so that threads are left for what comes in
 
 
 class Stream(Protocol):
@@ -59,6 +61,7 @@ class Transfers:
         self._trouble, self._troubled = trouble, False
         self._up = Turns(options.upload_credits, options.turn_s)
         self._down = Turns(options.download_credits, options.turn_s)
+        self._flushing = asyncio.Semaphore(_FLUSHES)
 
     async def receive(self, caller: Caller, stream: Stream) -> None:
         """One upload, from `BlobOpen` to completion.
@@ -75,16 +78,28 @@ class Transfers:
             if await self._off(lambda: self._blobs.has(digest)):
                 await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
                 return
-            partial = await self._written(lambda: self._blobs.begin(digest, open_.size))
+            partial = await self.written(lambda: self._blobs.begin(digest, open_.size))
             try:
                 await stream.write(pb.BlobProgress(offset=partial.offset))
                 await self._fill(partial, open_.size, stream, caller, turn)
-                await self._written(partial.finish)
             except UpdateError as error:
-                raise Refused(Reason.CHANGED, error) from error
-            finally:
                 await asyncio.shield(self._off(partial.close))
+                raise Refused(Reason.CHANGED, error) from error
+            except BaseException:
+                await asyncio.shield(self._off(partial.close))
+                raise
+        await self._finish(partial)
         await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
+
+    async def _finish(self, partial: Partial) -> None:
+        """Verify and flush, without a turn: nothing of the blob is in memory any more, and disks are slow."""
+        try:
+            async with self._flushing:
+                await self.written(partial.finish)
+        except UpdateError as error:
+            raise Refused(Reason.CHANGED, error) from error
+        finally:
+            await asyncio.shield(self._off(partial.close))
 
     async def send(self, caller: Caller, request: pb.PullBlobRequest) -> AsyncIterator[pb.BlobChunk]:
         """A task's body, chunk by chunk.
@@ -95,8 +110,9 @@ class Transfers:
         """
         body = self._hub.body(caller.name, request.task, request.digest)
         if body is None:
+            late = self._hub.was_withdrawn(caller.name, request.task)
             raise Refused(
-                Reason.NOT_ASKED,
+                Reason.SPARE if late else Reason.NOT_ASKED,
                 UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task"),
             )
         content, step = body.content, self._options.chunk_bytes
@@ -115,7 +131,8 @@ class Transfers:
         work = self._hub.pending(caller.name, open_.task)
         if work is None:
             error = UpdateError("nobody waits for a result of this task any more; drop it")
-            raise Refused(Reason.NOT_ASKED, error)
+            late = self._hub.was_withdrawn(caller.name, open_.task)
+            raise Refused(Reason.SPARE if late else Reason.NOT_ASKED, error)
         if open_.size > work.max_result_bytes or len(open_.digest) != 32:
             raise Refused(
                 Reason.TOO_LARGE,
@@ -131,19 +148,27 @@ class Transfers:
         return open_
 
     async def _fill(self, partial: Partial, size: int, stream: Stream, caller: Caller, turn: Turn) -> None:
-        while partial.offset < size:
-            turn.check()
-            message = await self._next(stream)
-            if message is None:
-                error = UpdateError(f"the upload ended after {partial.offset} of {size} bytes; send the rest")
-                raise Refused(Reason.BROKEN_OFF, error)
-            chunk = message.chunk
-            if message.WhichOneof("message") != "chunk" or chunk.offset != partial.offset or not chunk.data:
-                raise _malformed(
-                    f"the chunk at {partial.offset} was due and another one came; begin again there"
-                )
-            self._hub.shares.bytes(caller.name, up=len(chunk.data))
-            await self._written(functools.partial(_append, partial, chunk))
+        """Read to the end, and write while the next chunks come; what came is written in any case."""
+        pages = _Pages(self, partial)
+        try:
+            while pages.offset < size:
+                turn.check()
+                message = await self._next(stream)
+                if message is None:
+                    error = UpdateError(
+                        f"the upload ended after {pages.offset} of {size} bytes; send the rest"
+                    )
+                    raise Refused(Reason.BROKEN_OFF, error)
+                chunk = message.chunk
+                data = chunk.data  # a copy, each time that it is asked for
+                if message.WhichOneof("message") != "chunk" or chunk.offset != pages.offset or not data:
+                    raise _malformed(
+                        f"the chunk at {pages.offset} was due and another one came; begin again there"
+                    )
+                self._hub.shares.bytes(caller.name, up=len(data))
+                await pages.add(data, chunk.crc32)
+        finally:
+            await asyncio.shield(pages.flush())
 
     async def _next(self, stream: Stream) -> pb.BlobUpload | None:
         async with asyncio.timeout(self._options.stall_s):
@@ -152,7 +177,7 @@ class Transfers:
             raise message.refused
         return message if isinstance(message, pb.BlobUpload) else None
 
-    async def _written(self, call: Callable[[], Result]) -> Result:
+    async def written(self, call: Callable[[], Result]) -> Result:
         """As `_off`; people hear of a disk that takes nothing, and of one that does so again."""
         try:
             result = await self._off(call)
@@ -169,11 +194,55 @@ class Transfers:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
 
-def _append(partial: Partial, chunk: pb.BlobChunk) -> None:
-    data = chunk.data
-    if zlib.crc32(data) != chunk.crc32:
-        raise UpdateError(f"the chunk at {chunk.offset} was changed on its way; send it again")
-    partial.write(data)
+class _Pages:
+    """Chunks on their way to a file, several at a time: a thread's work on each costs less than calling it.
+
+    One batch is written while the next one is gathered, so that an upload holds twice `_BATCH_BYTES`.
+    """
+
+    def __init__(self, transfers: Transfers, partial: Partial) -> None:
+        self._transfers, self._partial = transfers, partial
+        self.offset = partial.offset
+        self._gathered: list[tuple[bytes, int]] = []
+        self._held = 0
+        self._writing: asyncio.Task[None] | None = None
+
+    async def add(self, data: bytes, crc32: int) -> None:
+        """Take a chunk; waits while two batches are held.
+
+        Raises:
+            UpdateError, StorageError: of a batch before it.
+        """
+        self._gathered.append((data, crc32))
+        self._held += len(data)
+        self.offset += len(data)
+        if self._held >= _BATCH_BYTES:
+            await self._written()
+            self._begin()
+
+    async def flush(self) -> None:
+        """Write what is left; raises as `add`."""
+        await self._written()
+        self._begin()
+        await self._written()
+
+    def _begin(self) -> None:
+        if self._gathered:
+            batch, self._gathered, self._held = self._gathered, [], 0
+            write = functools.partial(_append, self._partial, batch)
+            self._writing = asyncio.create_task(self._transfers.written(write))
+
+    async def _written(self) -> None:
+        if self._writing is not None:
+            task, self._writing = self._writing, None
+            await asyncio.shield(task)
+
+
+def _append(partial: Partial, batch: list[tuple[bytes, int]]) -> None:
+    for data, crc32 in batch:
+        if zlib.crc32(data) != crc32:
+            raise UpdateError(f"the chunk at {partial.offset} was changed on its way; send it again")
+        partial.write(data)
 
 
 def _malformed(line: str) -> Refused:

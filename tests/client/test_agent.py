@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import time
@@ -18,6 +19,7 @@ from fedpeft_client.dialing import error_named, is_final
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import read_status
+from fedpeft_server.grid import RunIdentity
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, played, server, wait_for
 
 
@@ -106,6 +108,19 @@ def test_status_says_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture
     assert any("2 accepted, 0 refused, 0 failed" in line for line in lines)
     with pytest.raises(StateError, match="no agent has run"):
         read_status(tmp_path / "nowhere")
+
+
+def test_a_roll_call_that_is_repeated_is_fetched_once(tmp_path: Path) -> None:
+    large = bytes(200_000)  # a blob
+    down = []
+    with server() as running, fleet(running.address, ["site-a"], tmp_path) as agents:
+        for number, round_ in enumerate((0, 0, 1, 0)):
+            grid = running.grid(RunIdentity(f"run-{number}", RUN.digest))
+            ids = list(grid.push_messages(messages(grid, ["site-a"], large, round_)))
+            collected(grid, ids)
+            down.append(agents["site-a"].status.usage.bytes_down)
+    fetched = [now - before for before, now in itertools.pairwise([0, *down])]
+    assert [size > len(large) for size in fetched] == [True, False, True, True]
 
 
 def test_idle_agents_give_their_memory_back(tmp_path: Path) -> None:

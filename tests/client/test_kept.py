@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import StateError
+from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.dialing import FIRST_PAUSE_S, LONGEST_PAUSE_S, pauses
-from fedpeft_client.frames import Frame, pack, read_frame
 from fedpeft_client.outbox import Finished, Outbox
 from fedpeft_client.stage_memory import Remembered, StageMemory, memory_bytes, memory_of
 from fedpeft_client.usage import RunUsage, UsageBook

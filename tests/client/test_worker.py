@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.tasks import HELLO, Task, task_content
-from fedpeft.resident import drop_resident
+from fedpeft.flower.exact_steps import steps_of
+from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
+from fedpeft.frames import Frame
+from fedpeft.resident import drop_resident, load_serving_resident
 from fedpeft.runfile import build_run, run_digest, run_json
-from fedpeft_client.frames import Frame
+from fedpeft.update import arrays_digest
+from fedpeft.wire.codec import Envelope, encode
+from fedpeft.wire.state_message import StateMessage, encode_state
+from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.worker import done
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.workshop import CLIENT_APP, Bounds, Workshop
 
 RUN = build_run(
     {
@@ -77,3 +85,57 @@ def test_rows_that_cannot_be_read(rows: Path) -> None:
     answered = done(order(rows))
     assert answered.header["error"].startswith("DataError: ")
     assert not answered.header["refused"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood(
+    rows: Path, tmp_path: Path
+) -> None:
+    """Two processes; the second one is sent the step alone, which leads on from the first one's state."""
+    tables = RUN.model_dump(mode="json") | {
+        "space": {"kind": "seed-scalars", "num_seeds": 8},
+        "training": {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 2, "lr": 1e-6},
+    }
+    run = build_run(tables, source="test")
+    resident = load_serving_resident(run)
+    digest, space = resident.run_digest, resident.space
+    first, steps = space.initial_state(resident.parameters), steps_of(run, digest, space)
+    assert steps is not None
+    _, change = space.example(first, 8, np.random.default_rng(0))
+    step = steps.make(1, first, {name: array.astype(np.float64) for name, array in change.items()}, {})
+    assert arrays_digest(step.state) != arrays_digest(first)
+    whole = encode(Envelope(first, digest, 1, arrays_digest(first), space.kind))
+    sent = {
+        1: StateMessage(arrays_digest(first), whole, keep=True),
+        2: StateMessage(arrays_digest(step.state), steps=(step.payload,), keep=True),
+    }
+
+    def train(number: int) -> Frame:
+        content = content_bytes(task_content(Task(digest, number, encode_state(sent[number]), run_json(run))))
+        header = order(rows, run_digest=digest, run=run_json(run), kind=TRAIN, group=str(number)).header
+        return Frame({**header, "replicas": str(tmp_path / "replicas")}, {"content": content, "memory": b""})
+
+    async def live() -> list[Frame]:
+        workshop, answers = Workshop(Bounds()), []
+        for number in sent:
+            answers.append(await workshop.do(train(number)))
+            await workshop.release()
+        return answers
+
+    assert [answer.header["error"] for answer in asyncio.run(live())] == ["", ""]
+    kept = ReplicaShelf(tmp_path / "replicas").get(digest)
+    assert {name: array.tobytes() for name, array in kept.items()} == {
+        name: array.tobytes() for name, array in step.state.items()
+    }
+
+
+def test_replicas_that_are_torn_or_too_many_are_none(tmp_path: Path) -> None:
+    shelf = ReplicaShelf(tmp_path / "replicas")
+    assert shelf.get("ab") == {}
+    for number in range(10):
+        shelf.put(f"{number}", {"a": np.full(3, number)})
+        os.utime(tmp_path / "replicas" / f"{number}.state", (number, number))
+    assert [bool(shelf.get(f"{number}")) for number in range(10)] == [False] * 2 + [True] * 8
+    assert shelf.get("9")["a"].tolist() == [9, 9, 9]
+    (tmp_path / "replicas" / "9.state").write_bytes(b"torn")
+    assert shelf.get("9") == {}

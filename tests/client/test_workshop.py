@@ -19,7 +19,7 @@ import pytest
 from fedpeft.errors import FederationError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.tasks import TRAIN, Task, task_content
-from fedpeft_client.frames import Frame
+from fedpeft.frames import Frame
 from fedpeft_client.policy import Policy
 from fedpeft_client.workshop import Bounds, Workshop
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, reason, server, wait_for
@@ -188,3 +188,37 @@ def test_refusals_are_shown_at_both_ends(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "site-a" / "status.json").read_text())
     assert kept["refusals"] == 1
     assert "max_bytes_per_day" in kept["last_refusal"]
+
+
+def test_a_withdrawn_training_is_left_and_its_worker_kept(tmp_path: Path) -> None:
+    """A task of half a minute is withdrawn; the next one is done at once, by the same process."""
+    with server() as running, fleet(running.address, ["site-a"], tmp_path, processes=True) as agents:
+        workshop = agents["site-a"].workshop
+        assert isinstance(workshop, Workshop)
+        grid = running.grid(RUN)
+        wait_for(lambda: len(grid.connected) == 1)
+        (first,) = grid.send_and_receive(messages(grid, ["site-a"], b"hi", 1), timeout=60.0)
+        ids = list(grid.push_messages(messages(grid, ["site-a"], b"steps:1500", 2)))
+        wait_for(lambda: agents["site-a"].status.doing == "train, round 2")
+        time.sleep(0.2)
+        grid.cancel(ids)
+        (last,) = grid.send_and_receive(messages(grid, ["site-a"], b"hi", 3), timeout=25.0)
+        assert (answer(last)["pid"], workshop.started) == (answer(first)["pid"], 1)
+        assert answer(last)["asked"] == 2, "the task in between left no memory"
+    status = json.loads((tmp_path / "site-a" / "status.json").read_text())
+    assert (status["results"], status["failures"]) == (2, 0)
+
+
+def test_a_worker_that_is_still_starting_survives_a_withdrawal() -> None:
+    async def live() -> None:
+        workshop = Workshop(Bounds())
+        work = asyncio.create_task(workshop.do(order(b"hi")))
+        while workshop.pid is None:
+            await asyncio.sleep(0.001)
+        await workshop.interrupt()
+        assert update(await work)["asked"] == 1
+        await workshop.interrupt()  # between two orders it is about neither
+        assert update(await workshop.do(order(b"steps:1")))["asked"] == 1
+        await workshop.close()
+
+    lived(live())

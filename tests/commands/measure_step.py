@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from fedpeft.commands.runs import run_of
+from fedpeft.config import RecordLevelPrivacy
 from fedpeft.planning.memory import estimate_memory
+from fedpeft.privacy.sources import noise_source
 from fedpeft.resident import Resident, load_resident
 from fedpeft.simulation.engine import run_metrics
-from fedpeft.training.first_order import train
+from fedpeft.training.first_order import Rows, train
 
 
 def status(key: str) -> int:
@@ -30,6 +32,9 @@ def status(key: str) -> int:
 
 def step(resident: Resident, row: int, count: int) -> None:
     rows = resident.rows(resident.data.rows, np.full(count, row, dtype=np.int64))
+    if isinstance(resident.run.privacy, RecordLevelPrivacy):
+        private_step(resident, rows)
+        return
     train(
         resident.model,
         resident.parameters,
@@ -38,6 +43,17 @@ def step(resident: Resident, row: int, count: int) -> None:
         steps=1,
         rng=np.random.default_rng(0),
     )
+
+
+def private_step(resident: Resident, rows: Rows) -> None:
+    """Every row is drawn: the run's sample rate is 1."""
+    from fedpeft.training.private import Told, train_by_gradients
+
+    run = resident.run
+    assert isinstance(run.privacy, RecordLevelPrivacy)
+    source = noise_source(run, "train", "site", 1)
+    told = Told(rows, run.training, run.privacy, np.random.default_rng(0), source)
+    train_by_gradients(resident.model, resident.parameters, told)
 
 
 def main(run_file: str, *overrides: str) -> None:

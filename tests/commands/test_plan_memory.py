@@ -14,7 +14,16 @@ import torch
 from torch import nn
 
 from fedpeft.config import TrainingSection
-from fedpeft.planning.memory import OPTIMIZER_BYTES, BatchShape, Geometry, activations, optimizer_bytes
+from fedpeft.planning.memory import (
+    OPTIMIZER_BYTES,
+    BatchShape,
+    Geometry,
+    Memory,
+    activations,
+    on_gpu,
+    optimizer_bytes,
+)
+from fedpeft.runfile import build_run
 from fedpeft.training.lean import PAGED
 from fedpeft.training.optimizers import OPTIMIZERS, build_optimizer
 
@@ -63,6 +72,17 @@ def test_activations_by_hand() -> None:
     assert activations(plainer, batch, plain, language=False) == 4 * 15 * 2 * (6 * 8 + 2 * 4 + 2 * 16)
 
 
+def test_a_gpu_holds_what_trains_and_no_messages() -> None:
+    parts = {"gradients": 30, "optimizer": 60, "proximal": 0, "activations": 500, "evaluation": 90}
+    whole = Memory(base=1000, adapter=30, state=60, exchange=9000, overlap=30, allocator=700, peak=0, **parts)
+    plain, scalars = (
+        build_run({"run": {"name": "x", "rounds": 1}, "space": {"kind": kind}}, source="test")
+        for kind in ("adapter-delta", "seed-scalars")
+    )
+    assert on_gpu(whole, plain).peak == 1000 + 30 + (30 + 60 + 500 - 30)
+    assert on_gpu(whole, scalars).peak == on_gpu(whole, plain).peak + 60, "theta_0 and sums are there"
+
+
 def measured(run_file: str, *overrides: str, mapped: bool) -> dict[str, int]:
     """One step in a process of its own. `mapped`: blocks from 64 KiB are mappings and go when freed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
@@ -95,6 +115,24 @@ needs_glibc = pytest.mark.skipif(
 def test_estimate_for_the_embedded_model(batch_size: int) -> None:
     items = ("data.limit=512", "data.partitioner.clients=2", f"training.batch_size={batch_size}")
     check("demo", *items)
+
+
+@needs_glibc
+@pytest.mark.slow
+def test_estimate_for_gradients_of_single_rows() -> None:
+    """Embedded rows are short: most of what DP-SGD holds are its rows' gradients."""
+    private = {
+        "kind": "record-level",
+        "max_grad_norm": 1.0,
+        "noise_multiplier": 1.0,
+        "sample_rate": 1.0,
+        "expected_batch_size": 8.0,
+        "target_delta": 1e-5,
+        "max_epsilon": 1e6,
+    }
+    items = [f"privacy.{key}={json.dumps(value)}" for key, value in private.items()]
+    sizes = ("data.limit=512", "data.partitioner.clients=2", "training.batch_size=32")
+    check("demo", *sizes, "training.steps=1", "peft.r=16", *items)
 
 
 @needs_glibc

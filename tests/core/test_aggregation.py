@@ -78,6 +78,20 @@ def test_nothing_of_a_non_finite_update_is_counted(bad: float) -> None:
     assert total.mean()["b"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38, -3e38, 2.0**30])
+@pytest.mark.parametrize("place", [0, 700, 1299])
+def test_a_refused_update_leaves_the_sum_as_it_was(bad: float, place: int) -> None:
+    rng = np.random.default_rng(0)
+    total = ExactSum({"a": ((1300,), FLOAT)}, quantum_exponent=-36, capacity=10)
+    total.fold(Update({"a": rng.standard_normal(1300).astype(np.float32)}, 7))
+    before = total.sums()["a"].copy()
+    entries = (1e4 * rng.standard_normal(1300)).astype(np.float32)
+    entries[place] = bad
+    with pytest.raises(UpdateError):
+        total.fold(Update({"a": entries}, 99))
+    assert np.array_equal(total.sums()["a"], before)
+
+
 @pytest.mark.parametrize("capacity", [1, 3, 1000])
 def test_every_update_has_its_share_of_the_range_and_no_more(capacity: int) -> None:
     share = 2**HEADROOM_BITS // capacity

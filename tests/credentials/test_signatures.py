@@ -25,7 +25,7 @@ from fedpeft.credentials.signing import length_prefixed, signed_bytes
 from fedpeft.errors import UpdateError
 from tests.credentials.federation import member
 
-HEADER = UpdateHeader("run-7", "ab" * 32, 3, "hospital-1")
+HEADER = UpdateHeader("run-7", "ab" * 32, 3, "train", "hospital-1")
 BODY = bytes(range(256)) * 5
 
 
@@ -51,8 +51,15 @@ def test_the_streaming_form_is_the_same_signature(device: Material) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"run_id": "run-8"}, {"run_digest": "ab" * 31 + "ac"}, {"round": 4}, {"round": 2}],
-    ids=["run", "run file", "later round", "earlier round"],
+    [
+        {"run_id": "run-8"},
+        {"run_digest": "ab" * 31 + "ac"},
+        {"round": 4},
+        {"round": 2},
+        {"kind": "query.hello"},
+        {"kind": ""},
+    ],
+    ids=["run", "run file", "later round", "earlier round", "kind", "no kind"],
 )
 def test_a_swapped_field_is_refused(device: Material, change: dict[str, str | int]) -> None:
     signature = sign_update(device.key, HEADER, BODY)
@@ -113,14 +120,15 @@ def test_numbers_and_digests_that_cannot_be_are_refused(device: Material) -> Non
 
 def test_what_is_signed_byte_for_byte() -> None:
     """Written out by hand: a change of it would make old and new agents refuse each other."""
-    header = UpdateHeader("r", "d", 258, "c")
+    header = UpdateHeader("r", "d", 258, "train", "c")
     number = struct.Struct("<Q").pack
     expected = (
-        number(7)
-        + number(27) + b"fedpeft update signature v1"
+        number(8)
+        + number(27) + b"fedpeft update signature v2"
         + number(1) + b"r"
         + number(1) + b"d"
         + number(8) + b"\x02\x01\0\0\0\0\0\0"
+        + number(5) + b"train"
         + number(1) + b"c"
         + number(8) + b"\x05\0\0\0\0\0\0\0"
         + number(32) + bytes(range(32))

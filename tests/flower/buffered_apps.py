@@ -33,8 +33,12 @@ def name_of(context: Context) -> str:
     return str(config["client"]) if "client" in config else f"client-{int(config['partition-id'])}"
 
 
-def make_app(pauses: dict[str, float] | None = None, failing: frozenset[str] = frozenset()) -> ClientApp:
-    """`pauses` are real seconds by client; those in `failing` never succeed."""
+def make_app(
+    pauses: dict[str, float] | None = None,
+    failing: frozenset[str] = frozenset(),
+    garbled: frozenset[str] = frozenset(),
+) -> ClientApp:
+    """`pauses` are real seconds by client; those in `failing` never succeed, `garbled` send no update."""
     app = ClientApp()
 
     @app.query("hello")
@@ -47,6 +51,8 @@ def make_app(pauses: dict[str, float] | None = None, failing: frozenset[str] = f
         time.sleep((pauses or {}).get(name, 0.0))
         if name in failing:
             return error_reply(TrainingError("the training loss is nan"), message)
+        if name in garbled:
+            return update_reply(b"no update", message)
         state, number = decode(task.state, who="state"), int(name.rpartition("-")[2])
         envelope = Envelope(
             {key: (np.float32(point(number)) - array) / np.float32(2) for key, array in state.arrays.items()},
@@ -68,5 +74,8 @@ def make_app(pauses: dict[str, float] | None = None, failing: frozenset[str] = f
 honest = make_app()
 one_fails = make_app(failing=frozenset({"client-1"}))
 all_fail = make_app(failing=frozenset(f"client-{number}" for number in range(9)))
+three_quick = make_app({"client-3": 1.5, "client-4": 1.5})
+two_quick = make_app({f"client-{number}": 1.5 for number in range(3)})
+one_garbled = make_app({"client-4": 1.5}, garbled=frozenset({"client-0"}))
 one_sleeps = make_app({"client-5": 4.0})
 unequal = make_app({f"client-{number}": 0.02 * number * number for number in range(9)})

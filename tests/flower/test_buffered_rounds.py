@@ -354,3 +354,23 @@ def test_common_directions_of_several_rounds_are_summed_side_by_side() -> None:
     early = mode.apply(mode.start(), change | {AMOUNTS: np.array([3.0, 4.0, 0, 0, 0, 0])})
     assert early[AMOUNTS].tolist() == [3, 4, 0, 0, 0, 0, 0, 0]
     assert CommonDirections(2, 4).placed(update, 0) is update
+
+
+def test_who_joins_is_drawn_from_its_round_on_and_work_under_way_stays_whose_it_is() -> None:
+    """The newcomer's name sorts before all others', which a checkpoint's places must not mind."""
+    run = run_of(9, {"size": 2, "concurrency": 2}, clock=None)
+    old = {f"client-{number}": Member(number + 1, EXAMPLES) for number in range(3)}
+    flights = Flights(run, Roster(old, ""), {})
+    flights.open(1)
+    working = {flight.client for flight in flights.fill(lambda _: 0, 0)}
+    before = flights.memory()
+    larger = Roster({**old, "another": Member(9, EXAMPLES, since=3)}, "")
+    flights.admit(larger)
+    assert {name: array.tolist() for name, array in flights.memory().items()} == {
+        name: array.tolist() for name, array in before.items()
+    }
+    assert Flights(run, larger, before).working.keys() == working
+    for number in (2, 3):
+        flights.open(number)
+        turns = set(flights._turns)
+        assert turns == set(old) | ({"another"} if number == 3 else set())

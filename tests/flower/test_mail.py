@@ -9,8 +9,9 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedpeft.flower.exchange import Cancels
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.mail import Cancels, Mail
+from fedpeft.flower.mail import Mail
 from fedpeft.flower.tasks import TRAIN
 
 NODES = {"ann": 1, "bob": 2, "eve": 3}

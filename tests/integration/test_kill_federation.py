@@ -120,36 +120,7 @@ class Chain:
 @pytest.mark.exhaustive
 def test_a_federation_killed_at_every_point_ends_with_the_simulations_bytes(tmp_path: Path) -> None:
     run = tables(tmp_path)
-    (tmp_path / "run.toml").write_text(tomli_w.dumps(run))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    listening = ("--insecure", "--listen", address, "--state", "state")
-    server = Chain(tmp_path, "server", ("server", *listening), list(SERVER))
-    agents = [
-        Chain(
-            tmp_path,
-            name,
-            (
-                "client",
-                "--server",
-                address,
-                "--insecure",
-                "--data",
-                f"{name}.jsonl",
-                "--home",
-                f"home-{name}",
-            ),
-            list(AGENT) if name == "ann" else [],
-        )
-        for name in ("ann", "bob", "eve")
-    ]
-    chains = [server, *agents]
-    try:
-        _submitted(chains, tmp_path / "run.toml", address)
-        _until_finished(chains, tmp_path / "state")
-    finally:
-        for chain in chains:
-            chain.end(signal.SIGKILL)
+    server, agents = held(tmp_path, run, SERVER, AGENT)
     assert server.killed == SERVER
     assert agents[0].killed == AGENT
     finished = simulated(run, tmp_path / "simulated").summary.finished
@@ -160,7 +131,36 @@ def test_a_federation_killed_at_every_point_ends_with_the_simulations_bytes(tmp_
     assert counted == [(number, 3, 3) for number in range(1, run["run"]["rounds"] + 1)]
 
 
-def _submitted(chains: list[Chain], run_file: Path, address: str) -> None:
+def held(
+    folder: Path, run: dict[str, Any], server_points: list[str], agent_points: list[str]
+) -> tuple[Chain, list[Chain]]:
+    """Hold a run to its end, with the server killed at each of its points and one agent at its own."""
+    (folder / "run.toml").write_text(tomli_w.dumps(run))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    listening = ("--insecure", "--listen", address, "--state", "state")
+    server = Chain(folder, "server", ("server", *listening), list(server_points))
+    dialling = ("client", "--server", address, "--insecure")
+    agents = [
+        Chain(
+            folder,
+            name,
+            (*dialling, "--data", f"{name}.jsonl", "--home", f"home-{name}"),
+            list(agent_points) if name == "ann" else [],
+        )
+        for name in ("ann", "bob", "eve")
+    ]
+    chains = [server, *agents]
+    try:
+        submit_when_up(chains, folder / "run.toml", address)
+        until_finished(chains, folder / "state")
+    finally:
+        for chain in chains:
+            chain.end(signal.SIGKILL)
+    return server, agents
+
+
+def submit_when_up(chains: list[Chain], run_file: Path, address: str) -> None:
     """Submit as soon as a server stays up for long enough to take it; the same submission counts once."""
     from fedpeft.errors import FederationError
     from fedpeft.runfile import load_run, run_toml
@@ -180,7 +180,7 @@ def _submitted(chains: list[Chain], run_file: Path, address: str) -> None:
             return
 
 
-def _until_finished(chains: list[Chain], state: Path) -> None:
+def until_finished(chains: list[Chain], state: Path) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while asked(state, "SELECT status FROM runs") != [("finished",)]:
         left = [chain.points for chain in chains]

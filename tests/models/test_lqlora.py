@@ -12,8 +12,8 @@ from fedpeft.config import ModelSection, PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import export_adapter, load_adapter
-from fedpeft.models.loftq import decompose, loftq_problem
-from fedpeft.models.lqlora import first_packed
+from fedpeft.models.loftq import decompose, loftq_problem, without
+from fedpeft.models.lqlora import largest_directions
 from fedpeft.models.rounding import Levels, levels_of, unpacked
 from fedpeft.models.trainable import frozen_digest, get_arrays
 from tests.models.tiny import logits, saved
@@ -33,7 +33,7 @@ def spiked(seed: int) -> torch.Tensor:
 
 def test_the_first_step_takes_the_largest_directions_out() -> None:
     weight = spiked(0)
-    left = first_packed(weight, 2)
+    left = without(weight, largest_directions(weight, 2))
     sizes = np.linalg.svd(weight.double().numpy(), compute_uv=False)
     rest = np.linalg.svd(left.double().numpy(), compute_uv=False)
     np.testing.assert_allclose(rest[:-2], sizes[2:], rtol=1e-3)
@@ -43,8 +43,8 @@ def test_spiked_weights_lose_less_than_with_loftq() -> None:
     for seed in range(3):
         weight = spiked(seed)
         loftq = decompose(weight, four_bits, 2, 1)
-        ours = decompose(weight, four_bits, 2, 20, first_packed(weight, 2))
-        actual = weight - four_bits(ours.packed) - ours.up @ ours.down
+        ours = decompose(weight, four_bits, 2, 20, largest_directions(weight, 2))
+        actual = weight - four_bits(without(weight, ours.removed)) - ours.up @ ours.down
         assert float(actual.norm()) == pytest.approx(ours.error, rel=1e-4)
         assert ours.error < 0.5 * loftq.error
 

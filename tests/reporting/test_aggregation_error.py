@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedpeft.records import Aggregation, Round
+from fedpeft.records import Aggregation, ClientOutcome, Round
 from fedpeft.reporting.aggregation import aggregation_charts, error_text
 from fedpeft.reporting.lines import round_line
 from fedpeft.reporting.sinks import scalars
@@ -32,6 +32,16 @@ def test_a_round_tells_its_error_and_what_is_kept_frozen() -> None:
     assert "frozen" not in round_line(row(2, 0.0964), 3, "loss")
     assert "aggregation" not in round_line(Round(round=2), 3, "loss")
     assert ("train/aggregation_error", 0.0964, 2) in list(scalars(row(2, 0.0964), None, 3))
+
+
+def test_a_round_tells_the_ranks_that_clients_have_left() -> None:
+    def told(*ranks: int | None) -> str:
+        outcomes = tuple(ClientOutcome(client="a", status="folded", rank=rank) for rank in ranks)
+        return round_line(Round(round=1, outcomes=outcomes), 3, "loss")
+
+    assert "ranks 3 to 8" in told(8, None, 3)
+    assert "ranks 5 ·" in told(5, 5)
+    assert "ranks" not in told(None)
 
 
 def test_the_chart_is_of_rounds_that_were_measured() -> None:

@@ -30,6 +30,13 @@ def test_in_a_rounds_line() -> None:
     assert "staleness" not in round_line(Round(round=1), 2, "exact-match")
 
 
+def test_who_joined_with_a_round_is_named() -> None:
+    assert "joined: east, \ufffdwest · " in round_line(Round(round=1, joined=("east", "\x1bwest")), 2, "loss")
+    many = Round(round=1, joined=tuple("abcdefg"))
+    assert "joined: a, b, c, d, e and 2 more" in round_line(many, 2, "loss")
+    assert "joined" not in round_line(Round(round=1), 2, "loss")
+
+
 def test_over_the_run() -> None:
     summary = build_summary([started(), *ROUNDS])
     assert summary.staleness == (3, 2, 0, 1)

@@ -11,6 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Conte
 from flwr.clientapp import ClientApp
 
 from fedpeft.flower.tasks import Hello, hello_reply, read_task
+from fedpeft.interruption import go_on
 
 app = ClientApp()
 
@@ -30,6 +31,10 @@ def train(message: Message, context: Context) -> Message:
     what, _, value = task.state.decode().partition(":")
     if what == "sleep":
         time.sleep(float(value))
+    if what == "steps":
+        for _ in range(int(value)):
+            go_on()
+            time.sleep(0.02)
     if what == "die" and not Path(value).exists():
         Path(value).touch()
         os._exit(3)

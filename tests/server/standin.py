@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,16 @@ class StandIn(Grid):
     def grid(self) -> Grid:
         return self
 
+    @property
+    def greeter(self) -> Grid:
+        return self
+
+    def here(self) -> Mapping[str, int]:
+        return {}
+
     def know(self, agents: Iterable[str]) -> None: ...
+
+    def tell(self, agent: str, text: str) -> None: ...
 
     def bound(self, result_bytes: int) -> None: ...
 

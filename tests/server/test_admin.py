@@ -6,15 +6,16 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from safetensors.numpy import load_file
 
 from fedpeft.cli import main
-from fedpeft.credentials import create_authority
+from fedpeft.credentials import Identity, Role, create_authority, make_request, new_key
 from fedpeft.errors import CredentialError
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
@@ -26,8 +27,9 @@ from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Status, Store
 from fedpeft_server.supervisor import Supervisor
 from tests.server.fleet import played
-from tests.server.standin import standins
+from tests.server.standin import StandIn, standins
 from tests.server.test_supervisor import LONG_S, Daemon, tables
+from tests.simulation.runs import simulated
 
 
 @dataclass
@@ -96,6 +98,39 @@ def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFi
     said(capsys, "run", "pull", run_id, "--out", str(out), "--force", *at)
 
 
+def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    def hold(grid: StandIn) -> None:
+        grid.hold_after = 5  # in round 2
+
+    site.daemon.prepared = hold
+    at, out = ("--server", site.address), site.folder / "part"
+    said(capsys, "run", "submit", site.run_file(tables()), *at)
+    site.daemon.reaches("tiny-1", Status.RUNNING)
+    assert site.daemon.grids[0].held.wait(LONG_S)
+    assert "as of    round 1 of 2, not final" in said(capsys, "run", "pull", "tiny-1", "--out", str(out), *at)
+    told = json.loads(said(capsys, "run", "pull", "tiny-1", "--out", str(out), "--force", "--json", *at))
+    assert (told["ended"], told["round"], told["rounds"]) == (False, 1, 2)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "round-000000.safetensors",
+        "round-000001.safetensors",
+    ]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["finished"], summary["rounds_done"], summary["rounds"]) == (False, 1, 2)
+    assert "1 of 2 rounds done" in (out / "report.html").read_text()
+    state = load_file(out / "checkpoints" / "round-000001.safetensors")
+    weights = load_file(out / "adapter" / "adapter_model.safetensors")
+    trained = {name: array for name, array in state.items() if name.startswith("state/")}
+    assert len(trained) == len(weights)
+    assert sorted(a.tobytes() for a in trained.values()) == sorted(a.tobytes() for a in weights.values())
+    assert [path.name for path in site.daemon.store.folder.glob(".scratch*")] == []
+
+    site.daemon.grids[0].hold_after = None
+    ended = site.daemon.ended("tiny-1")
+    finished = simulated(tables(), site.folder / "simulated").summary.finished
+    assert finished is not None
+    assert ended.adapter_digest == finished.adapter_digest
+
+
 def test_the_log_of_a_round_with_thousands_of_clients_can_be_read(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,7 +154,7 @@ def test_a_waiting_run_is_shown_and_stopped(site: Site, capsys: pytest.CaptureFi
     said(capsys, "run", "submit", site.run_file(tables()), "--min-agents", "3", *at)
     site.daemon.reaches("tiny-1", Status.WAITING)
     assert "waiting-for-agents: 0 of 3 agents are connected" in said(capsys, "run", "show", "tiny-1", *at)
-    assert "stop tiny-1" in said(
+    assert "not come to its first commit" in said(
         capsys, "run", "pull", "tiny-1", "--out", str(site.folder / "x"), *at, code=2
     )
     assert not (site.folder / "x").exists()
@@ -167,5 +202,32 @@ def test_a_name_is_invited_once(tmp_path: Path) -> None:
                 issued()
             authority.revoke("hospital-1", datetime.now(UTC))
             assert issued().startswith("fpt1.")
+        finally:
+            running[0].stop()
+
+
+def test_a_revoked_agent_is_listed_as_one(tmp_path: Path) -> None:
+    now = datetime.now(UTC)
+    authority = create_authority(tmp_path / "ca", now)
+    for name in ("hospital-1", "hospital-2"):
+        token = authority.tokens.invite(Identity(name, Role.AGENT), now, timedelta(days=1))
+        authority.enrol(token, make_request(new_key()), now)
+    with Store(tmp_path / "state") as store:
+        store.agents.seen(["hospital-1", "hospital-2"])
+        doors, running = Doors(), list[RunningServer]()
+        supervisor = Supervisor(store, standins(store, []))
+        base = Administration(store, supervisor, doors.gate, authority, lambda: running[0])
+        running.append(serve(TransportOptions(), store.results, store.blobs, doors=doors, admin=Admin(base)))
+
+        def listed() -> dict[str, bool]:
+            reply = played(
+                Desk(running[0].address).call(lambda stub: stub.ListAgents(pb.ListAgentsRequest()))
+            )
+            return {agent.name: agent.revoked for agent in reply.agents}
+
+        try:
+            assert listed() == {"hospital-1": False, "hospital-2": False}
+            authority.revoke("hospital-1", now)
+            assert listed() == {"hospital-1": True, "hospital-2": False}
         finally:
             running[0].stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,15 @@ class Journal:
     def round_done(self, row: Round) -> None: ...
 
 
-def served(run: RunConfig, state: Path, homes: Path, *, app: str, fails_at: int | None = None) -> None:
+def served(
+    run: RunConfig,
+    state: Path,
+    homes: Path,
+    *,
+    app: str,
+    fails_at: int | None = None,
+    names: Sequence[str] = NAMES,
+) -> None:
     """One life of a server: from where its store is to the end, or to a commit that fails."""
     with Store(state) as store:
         stored = store.runs.submit(run, Rules(), submission="one", submitter="me")
@@ -65,10 +73,10 @@ def served(run: RunConfig, state: Path, homes: Path, *, app: str, fails_at: int 
         journal = Journal(rounds, fails_at)
         with (
             server(store.results, store.blobs) as running,
-            fleet(running.address, NAMES, homes, app=f"tests.flower.buffered_apps:{app}"),
+            fleet(running.address, names, homes, app=f"tests.flower.buffered_apps:{app}"),
         ):
             grid = running.grid(RunIdentity(stored.id, stored.digest, overlap_of(run)))
-            roster = roll_call(grid, Task(stored.digest, 0, b""), expected=CLIENTS, timeout_s=20.0)
+            roster = roll_call(grid, Task(stored.digest, 0, b""), expected=len(names), timeout_s=20.0)
             federation = Federation(
                 run=run,
                 digest=run_digest(run),

@@ -36,6 +36,9 @@ class Reluctant:
     def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
         return self.inner.recall(run, round_, kind)
 
+    def free_place(self, run: str, round_: int, agent: str) -> None:
+        self.inner.free_place(run, round_, agent)
+
 
 def outbox(home: Path) -> int:
     return len(list(home.glob("*/outbox/*.result")))

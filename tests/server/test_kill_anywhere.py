@@ -187,6 +187,20 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
+def test_an_over_selected_round_counts_the_same_ones_after_a_kill(zygote: Zygote, tmp_path: Path) -> None:
+    """Three of four: killed with two of them, with the round decided and not yet committed, and later."""
+    chosen = {"sampling": {"kind": "fixed", "cohort": 3}, "over_selection": 0.3}
+    run = plain() | {"federation": chosen}
+    assert zygote.hold(tmp_path / "calm", run) == 0
+    calm, state = outcome(tmp_path / "calm"), tmp_path / "state"
+    for point in ("server.accept.committed:2", "server.checkpoint.written", "server.accept.inserted:2"):
+        assert zygote.hold(state, run, point) == -9, f"{point} was not reached"
+    assert zygote.hold(state, run) == 0
+    assert outcome(state) == calm
+    assert [number for number, *_ in calm.updates] == [1] * 3 + [2] * 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("point", [*PRIVATE, "server.commit.counted:2", "server.accept.committed:2"])
 def test_a_private_run_pays_for_each_round_once(point: str, zygote: Zygote, tmp_path: Path) -> None:
     private = tables() | {

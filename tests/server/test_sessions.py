@@ -19,7 +19,7 @@ from fedpeft.errors import FederationError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.link import Link
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.options import TransportOptions
+from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
 from fedpeft_server.serving import RunningServer, serve
 from tests.server.fleet import RUN, answer, collected, federation, fleet, messages, played, server, wait_for
 
@@ -33,7 +33,7 @@ def running() -> Iterator[RunningServer]:
         yield started
 
 
-def hello(name: str, version: int = 1) -> pb.AgentMessage:
+def hello(name: str, version: int = PROTOCOL_VERSION) -> pb.AgentMessage:
     return pb.AgentMessage(hello=pb.Hello(protocol_version=version, name=name))
 
 
@@ -55,7 +55,7 @@ def ended(running: RunningServer, behaviour: Behaviour) -> tuple[grpc.StatusCode
 
 
 async def old_version(call: Any) -> None:
-    await call.write(hello("stranger", version=2))
+    await call.write(hello("stranger", version=1))
 
 
 async def bad_name(call: Any) -> None:
@@ -87,7 +87,7 @@ async def talkative(call: Any) -> None:
     await call.write(
         pb.AgentMessage(
             hello=pb.Hello(
-                protocol_version=1,
+                protocol_version=PROTOCOL_VERSION,
                 name="stranger",
                 capabilities={str(number): "x" * 50 for number in range(100)},
             )
@@ -97,7 +97,7 @@ async def talkative(call: Any) -> None:
 
 CODE = grpc.StatusCode
 CASES: dict[str, tuple[Behaviour, grpc.StatusCode, str]] = {
-    "old-version": (old_version, CODE.FAILED_PRECONDITION, "protocol version 2 came, this server speaks 1"),
+    "old-version": (old_version, CODE.FAILED_PRECONDITION, "protocol version 1 came, this server speaks 2"),
     "bad-name": (bad_name, CODE.UNAUTHENTICATED, "cannot be used"),
     "no-hello": (no_hello, CODE.INVALID_ARGUMENT, "a session begins with a hello"),
     "silent": (silent, CODE.DEADLINE_EXCEEDED, "stalled"),

@@ -246,7 +246,7 @@ def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
 
 def _apart(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     """Clients that are sent nothing but messages, and remember what they hold."""
-    return hold_rounds(server, LocalGrid(len(server.resident.data.clients), pool), last)
+    return hold_rounds(server, LocalGrid(server.resident.clients_here, pool), last)
 
 
 @pytest.mark.parametrize("kind", ["seed-scalars", "projected"])
@@ -310,7 +310,7 @@ def test_replay_refuses_what_it_must(tmp_path: Path, replayed: Callable[..., tup
     simulated(tables, tmp_path / "run")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    assert "other files than a model" in replayed()[1]
+    assert "other files than an export" in replayed()[1]
     (tmp_path / "model" / "notes.txt").unlink()
     assert replayed()[0] == 0
     code, error = replayed()

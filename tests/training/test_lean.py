@@ -244,8 +244,10 @@ def test_too_many_layers_are_refused_when_the_model_is_known() -> None:
         load_resident(run_of(sampled_layers=9))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_offloaded_activations_change_memory_only() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and to be asked for: pytest -m gpu")
     model = fresh().cuda()
     start = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     ends = []

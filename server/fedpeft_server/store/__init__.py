@@ -2,6 +2,6 @@
 
 from fedpeft_server.store.rounds import StoredRounds
 from fedpeft_server.store.runs import Line, Rules, Runs, Status, StoredRun
-from fedpeft_server.store.store import Store
+from fedpeft_server.store.store import Reference, Store
 
-__all__ = ["Line", "Rules", "Runs", "Status", "Store", "StoredRounds", "StoredRun"]
+__all__ = ["Line", "Reference", "Rules", "Runs", "Status", "Store", "StoredRounds", "StoredRun"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedpeft.errors import LimitError, StateError, UpdateError
 from fedpeft.faults import crash_point
 from fedpeft.files import storage, sync_folder
+from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, read_whole
 
 _TEMPORARY, _INCOMING = ".partial-", "incoming"
 _PIECE = 1 << 20
@@ -89,9 +90,12 @@ class Blobs:
             StorageError: it cannot be read.
         """
         place = self._present(digest)
-        with storage(place), place.open("rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        with storage(place):
+            if not offset and length < 0:
+                return read_whole(place)
+            with place.open("rb") as file:
+                file.seek(offset)
+                return file.read(length)
 
     def adopt(self, file: Path, digest: str) -> None:
         """Take over a file of this folder whose content was flushed and has that digest.
@@ -174,6 +178,10 @@ class Partial:
             self._hash = hashlib.sha256()
             self.offset = 0
             self._read_again()
+            self._appender: DirectAppender | None = None
+            if size >= LEAST_BYTES:
+                with storage(path):
+                    self._appender = DirectAppender(path, self.offset)
         except BaseException:
             self._file.close()
             raise
@@ -188,8 +196,11 @@ class Partial:
         if self.offset + len(data) > self._size:
             raise UpdateError(f"blob {self._digest[:12]}: more than the announced {self._size} bytes came")
         with storage(self._path):
-            self._file.write(data)
-            self._file.flush()
+            if self._appender is not None:
+                self._appender.write(data)
+            else:
+                self._file.write(data)
+                self._file.flush()
         self._hash.update(data)
         self.offset += len(data)
         crash_point("server.upload.piece")
@@ -212,6 +223,8 @@ class Partial:
                 f"blob {self._digest[:12]}: other bytes came than were announced; send it again"
             )
         with storage(self._path):
+            if self._appender is not None:
+                self._appender.rest()
             crash_point("server.upload.whole")
             os.fsync(self._file.fileno())
             self._blobs.adopt(self._path, self._digest)
@@ -219,7 +232,15 @@ class Partial:
 
     def close(self) -> None:
         """Put it aside; what came stays for the next attempt."""
-        self._file.close()
+        appender, self._appender = self._appender, None
+        try:
+            if appender is not None:
+                with storage(self._path):
+                    appender.rest()
+        finally:
+            if appender is not None:
+                appender.close()
+            self._file.close()
 
     def _lock(self) -> None:
         """A lock of the file itself: it is gone with the process."""

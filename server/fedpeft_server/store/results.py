@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,20 +17,23 @@ from fedpeft.faults import crash_point
 from fedpeft.flower.flights import overlap_of
 from fedpeft.flower.tasks import TRAIN
 from fedpeft.runfile import run_from_json
-from fedpeft_server.contracts import Arrival
+from fedpeft_server.contracts import ENOUGH, Arrival
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
+from fedpeft_server.store.rounds import used_blobs
 from fedpeft_server.store.schema import refusals, rounds, runs, updates
 
 Key = tuple[str, int, str]  # run, round, agent
 _ASKED = 400  # keys per question; databases bound the number of parameters
 CLOSED, DIFFERENT, UNKNOWN, LOST = "round-closed", "different-result", "unknown-run", "blob-missing"
+SPARE = "spare"
 _WORDS = {
     CLOSED: "the round that it belongs to is closed",
     DIFFERENT: "another result for this task was accepted before",
     UNKNOWN: "there is no such run or round",
     LOST: "its content is not there; upload it again",
+    SPARE: ENOUGH,
 }
 
 
@@ -38,14 +44,20 @@ class Standing:
     Attributes:
         takes: rounds whose updates it takes: the open one, and where rounds are buffered some before it.
         opened_at: when the open round was opened; None between two rounds.
+        places: for updates of the open round; None: everybody who was asked has one.
     """
 
     takes: range
     opened_at: float | None
+    places: int | None = None
 
 
 class Results:
     """Updates that agents sent, at most one per run, round and agent. See `contracts.Acceptor`.
+
+    Of an over-selected cohort no more are taken in than there are places, so that being durable and being
+    counted are one decision, and a restart cannot come to another one. An update that proves unsound gives
+    its place back.
 
     Greetings are taken and not kept: after a restart agents are asked anew, and may have changed.
     """
@@ -55,6 +67,9 @@ class Results:
         self._blobs = blobs
         self._metrics = metrics
         self._overlaps: dict[str, int] = {}  # by run: see `overlap_of`; a cache, runs never change
+        self._places: dict[str, tuple[int, int | None]] = {}  # by run: the open round and its places; a cache
+        self._lock = threading.Lock()
+        self._unsound: dict[str, set[Key]] = {}  # by run, of its open round
 
     def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
         """Make all of them durable in one transaction; for each None, or why it does not count.
@@ -72,6 +87,9 @@ class Results:
             _count(connection, arrivals, verdicts)
         crash_point("server.accept.committed")
         self._measure(arrivals, verdicts, fresh, standing)
+        self._discard(
+            [a.digest for a, v in zip(arrivals, verdicts, strict=True) if v == SPARE and a.body is None]
+        )
         return [None if verdict is None else _WORDS[verdict] for verdict in verdicts]
 
     def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
@@ -87,18 +105,37 @@ class Results:
         with self._database.reading() as connection:
             return [_arrival(row) for row in connection.execute(wanted)]
 
+    def free_place(self, run: str, round_: int, agent: str) -> None:
+        """See `Acceptor`."""
+        with self._lock:
+            earlier = {key for key in self._unsound.get(run, ()) if key[1] == round_}
+            self._unsound[run] = {*earlier, (run, round_, agent)}
+
+    def _discard(self, digests: Sequence[str]) -> None:
+        """Delete contents that found no place; if there is one after all, they are sent again."""
+        if not digests:
+            return
+        with self._database.reading() as connection:
+            still = used_blobs(connection)
+        self._blobs.remove(sorted(set(digests) - still))
+
     def _judge(
         self, connection: Connection, arrivals: Sequence[Arrival], standing: Mapping[str, Standing]
     ) -> tuple[list[str | None], list[dict[str, Any]]]:
         """A verdict for each, and the rows to insert."""
         known = _known(connection, [_key(arrival) for arrival in arrivals])
+        room = {run: self._room(connection, run, stands) for run, stands in standing.items()}
         verdicts: list[str | None] = []
         fresh: list[dict[str, Any]] = []
         for arrival in arrivals:
             key = _key(arrival)
             verdict = self._verdict(arrival, key, standing, known)
+            fresh_one = verdict is None and key not in known and arrival.kind == TRAIN
+            if fresh_one and room[arrival.run] <= 0:
+                verdict = SPARE
             verdicts.append(verdict)
-            if verdict is None and key not in known and arrival.kind == TRAIN:
+            if fresh_one and verdict is None:
+                room[arrival.run] -= 1
                 known[key] = arrival.digest
                 fresh.append(_row(arrival, key))
         return verdicts, fresh
@@ -147,8 +184,31 @@ class Results:
         open_ = select(rounds.c.run, rounds.c.number, rounds.c.opened_at).where(
             mine, rounds.c.status == "open"
         )
-        under_way = {run: (number, opened) for run, number, opened in connection.execute(open_)}
+        under_way = {
+            run: (number, opened, self._places_of(connection, run, number))
+            for run, number, opened in list(connection.execute(open_))
+        }
         return {run: _standing_of(self._overlaps[run], last.get(run), under_way.get(run)) for run in there}
+
+    def _places_of(self, connection: Connection, run: str, number: int) -> int | None:
+        """A round's places; its cohort, which may name thousands, is read once."""
+        known = self._places.get(run)
+        if known is None or known[0] != number:
+            place = (rounds.c.run == run) & (rounds.c.number == number)
+            cohort = json.loads(connection.execute(select(rounds.c.cohort).where(place)).scalar_one())
+            known = self._places[run] = (number, (cohort or {}).get("places"))
+        return known[1]
+
+    def _room(self, connection: Connection, run: str, standing: Standing) -> float:
+        """How many more updates a run takes in now."""
+        if standing.places is None:
+            return math.inf
+        number = standing.takes[-1]
+        there = select(updates.c.agent).where(updates.c.run == run, updates.c.round == number)
+        with self._lock:
+            unsound = set(self._unsound.get(run, ()))
+        taken = sum((run, number, agent) not in unsound for agent in connection.execute(there).scalars())
+        return standing.places - taken
 
     def _learn(self, connection: Connection, names: Sequence[str]) -> None:
         described = select(runs.c.id, runs.c.run_json).where(runs.c.id.in_(names)) if names else None
@@ -156,11 +216,11 @@ class Results:
             self._overlaps[run] = overlap_of(run_from_json(text))
 
 
-def _standing_of(overlap: int, last: int | None, under_way: tuple[int, float] | None) -> Standing:
+def _standing_of(overlap: int, last: int | None, under_way: tuple[int, float, int | None] | None) -> Standing:
     """Args: rounds before the current one whose updates count too; the newest round; the open one."""
     if under_way is not None:
-        number, opened = under_way
-        return Standing(range(number - overlap, number + 1), opened)
+        number, opened, places = under_way
+        return Standing(range(number - overlap, number + 1), opened, places)
     if last is None or not overlap:
         return Standing(range(0), None)
     return Standing(range(last + 1 - overlap, last + 1), None)

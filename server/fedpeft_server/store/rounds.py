@@ -88,6 +88,12 @@ class StoredRounds:
         crash_point("server.round.opened")
         return cohort
 
+    def is_open(self, number: int) -> bool:
+        """Whether a round's cohort is durable, so that nobody can join it any more."""
+        place = (rounds.c.run == self._run) & (rounds.c.number == number)
+        with self._database.reading() as connection:
+            return connection.execute(select(rounds.c.number).where(place)).first() is not None
+
     def commit(self, checkpoint: Checkpoint) -> None:
         """Close a round: checkpoint, row and the end of its results' life, all in one transaction.
 

@@ -197,11 +197,16 @@ class Runs:
         return None if text is None else _ROSTER.validate_json(text)
 
     def keep_roster(self, run_id: str, roster: Roster) -> Roster:
-        """Make the roll call's outcome the run's for good; the one kept before, if there is one."""
+        """Make the roll call's outcome, or a larger roster, the run's for good; nobody leaves it again.
+
+        Returns:
+            The one that is kept: that of before, if it isn't a part of this one.
+        """
         with self._database.writing() as connection:
-            kept = connection.execute(select(runs.c.roster).where(runs.c.id == run_id)).scalar_one()
-            if kept is not None:
-                return _ROSTER.validate_json(kept)
+            text = connection.execute(select(runs.c.roster).where(runs.c.id == run_id)).scalar_one()
+            kept = None if text is None else _ROSTER.validate_json(text)
+            if kept is not None and not kept.members.items() <= roster.members.items():
+                return kept
             text = _ROSTER.dump_json(roster).decode()
             connection.execute(runs.update().where(runs.c.id == run_id).values(roster=text))
             crash_point("server.roster.written")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +21,20 @@ from fedpeft_server.store.rounds import StoredRounds, used_blobs
 from fedpeft_server.store.runs import Runs, StoredRun
 
 DATABASE, BLOBS, RUNS, LOCK = "state.db", "blobs", "runs", ".lock"
+SCRATCH = ".scratch-"
 _ABANDONED_S = 24 * 3600.0  # an upload that nobody has gone on with for so long
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What another process needs to read a run's rounds and to write its log.
+
+    Attributes:
+        url: of the database, with its password.
+    """
+
+    url: str
+    blobs: Path
 
 
 class Store:
@@ -61,9 +78,11 @@ class Store:
             )
             self.database.own()
             self.blobs = Blobs(folder / BLOBS)
+            self.reference = Reference(url, self.blobs.folder)
         except BaseException:
             os.close(self._lock)
             raise
+        self.clear()
         self.agents = Agents(self.database)
         self.runs = Runs(self.database)
         self.results = Results(self.database, self.blobs, self.metrics)
@@ -94,6 +113,21 @@ class Store:
     def run_folder(self, run_id: str) -> Path:
         """Where a run's adapter and report are written."""
         return self.folder / RUNS / run_id
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder that is gone afterwards; what a kill leaves of it goes when the store is opened."""
+        with storage(self.folder):
+            path = Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self.folder))
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what a killed server left behind. No other one holds the folder."""
+        for path in self.folder.glob(f"{SCRATCH}*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def collect(self) -> int:
         """Delete blobs that nothing refers to; uploads under way stay for a day. Returns how many went."""

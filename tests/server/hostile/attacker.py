@@ -85,6 +85,7 @@ class Attacker:
             "run_id": task.run,
             "run_digest": task.run_digest.hex(),
             "round": task.round,
+            "kind": task.kind,
             "client": self.name,
         }
         return sign_update(self.material.key, UpdateHeader(**(fields | changes)), body)

@@ -166,6 +166,7 @@ CASES = {
     "from another state": Case(changed(lambda e: replace(e, state_digest="0" * 64)), U),
     "no update at all": Case(unreadable, U),
     "signed for another round": Case(signed(round=7), S),
+    "signed for another kind of task": Case(signed(kind="query.hello"), S),
     "signed for another run": Case(signed(run_id="other-1"), S),
     "signed for another run file": Case(signed(run_digest="ab" * 32), S),
     "signed in another's name": Case(signed(client="ada"), S),

@@ -27,13 +27,14 @@ from fedpeft.credentials import (
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.loops import transport_loop
+from fedpeft_server.options import PROTOCOL_VERSION
 from fedpeft_server.refusals import NOBODY, Reason
 from tests.server.fleet import federation, played, wait_for
 from tests.server.hostile.attacker import ENDINGS, Attacker, ended, named, new_name, pieces
 from tests.server.hostile.scene import PATIENCE_S, Scene, counted
 
 Attack = Callable[[Attacker], Awaitable[None]]
-HELLO = pb.AgentMessage(hello=pb.Hello(protocol_version=1))
+HELLO = pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
 BEAT = pb.AgentMessage(heartbeat=pb.Heartbeat(sent_ms=1))
 CODE = grpc.StatusCode
 
@@ -262,7 +263,7 @@ async def incorrigible(self: Attacker) -> None:
 async def in_anothers_name(self: Attacker) -> None:
     async with self.stub() as stub:
         call = stub.Session()
-        await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=1, name="ada")))
+        await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION, name="ada")))
         code, details = await ended(call)
         assert code is CODE.UNAUTHENTICATED
         assert "its certificate" in details

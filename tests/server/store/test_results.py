@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_server.store import Store, StoredRun
+from fedpeft.runfile import build_run
+from fedpeft_server.contracts import ENOUGH
+from fedpeft_server.store import Rules, Store, StoredRun
 from tests.server.store.things import AGENTS, checkpoint, cohort, rows, update
 
 
@@ -47,6 +49,31 @@ def test_a_second_different_body_is_refused_and_counted(
     assert "another result" in str(verdicts[1])
     assert store.runs.refusals(stored.id) == {"different-result": 1}
     assert store.results.recall(stored.id, 1, "train")[0].body == b"ann in round 1"
+
+
+def test_an_over_selected_round_takes_as_many_as_there_are_places(tmp_path: Path) -> None:
+    with Store(tmp_path / "state") as store:
+        run = build_run({"run": {"name": "small", "rounds": 3}}, source="test")
+        stored = store.runs.submit(run, Rules(), submission="one", submitter="me")
+        store.rounds(stored).open_round(1, lambda: replace(cohort(), places=2))
+        ann, bob, eve = (update(stored, 1, name) for name in AGENTS)
+        assert store.results.accept([eve, ann, bob]) == [None, None, ENOUGH], "as they came"
+        assert store.results.accept([bob, ann]) == [ENOUGH, None], "ann's acknowledgement was lost"
+    with Store(tmp_path / "state") as store:  # as after a kill: what is durable has decided
+        assert store.results.accept([bob]) == [ENOUGH]
+        assert [arrival.agent for arrival in store.results.recall(stored.id, 1, "train")] == ["ann", "eve"]
+        store.results.free_place(stored.id, 1, "ann")
+        store.results.free_place(stored.id, 1, "ann")
+        assert store.results.accept([bob]) == [None], "ann's update was unsound: its place is free, once"
+        large = update(stored, 1, "dan", b"x" * 1000)
+        store.blobs.put(b"x" * 1000)
+        assert store.blobs.has(large.digest)
+        assert store.results.accept([replace(large, body=None)]) == [ENOUGH]
+        assert not store.blobs.has(large.digest), "its agent has it still"
+        assert store.runs.refusals(stored.id) == {"spare": 4}
+        store.rounds(stored).commit(checkpoint(stored, 1))
+        store.rounds(stored).open_round(2, cohort)
+        assert store.results.accept([update(stored, 2, name) for name in AGENTS]) == [None] * 3
 
 
 def test_only_the_open_round_of_a_run_that_exists_takes_updates(store: Store, stored: StoredRun) -> None:

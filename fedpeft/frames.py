@@ -1,4 +1,4 @@
-"""What agent and worker say to each other: one JSON header and named byte strings, each with its length."""
+"""What a daemon and its worker process say: one JSON header and named byte strings, each with its length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HEAD = struct.Struct("<IQ")  # length of the header, length of all that follows
 
 @dataclass(frozen=True)
 class Frame:
-    """One message between the two processes of an agent."""
+    """One message between the two processes."""
 
     header: Mapping[str, Any]
     parts: Mapping[str, bytes] = field(default_factory=dict)

@@ -1,0 +1,51 @@
+"""Starts that servers computed, on the agent's disk by run: a worker that begins anew asks nobody again."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedpeft.files import storage, write_atomically
+
+_KEPT = 8  # files; each is as large as two adapters
+
+
+@dataclass(frozen=True)
+class StartShelf:
+    """One file for each run, named by the run's digest and the content's.
+
+    Raises:
+        StorageError: the folder cannot be read or written.
+    """
+
+    folder: Path
+
+    def put(self, run_digest: str, content: bytes) -> None:
+        """Keep what came; of other runs only the newest few stay."""
+        own = self._path(run_digest, content)
+        with storage(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for old in self._of(run_digest):
+                if old != own:
+                    old.unlink(missing_ok=True)
+        write_atomically(own, content, mode=0o600)
+        with storage(self.folder):
+            newest = sorted(self.folder.glob("*.start"), key=lambda path: path.stat().st_mtime_ns)
+            for path in newest[:-_KEPT]:
+                path.unlink(missing_ok=True)
+
+    def get(self, run_digest: str) -> bytes:
+        """What is kept of a run; empty if nothing is, or if it has changed on the disk."""
+        with storage(self.folder):
+            for path in self._of(run_digest):
+                content = path.read_bytes()
+                if path == self._path(run_digest, content):
+                    return content
+        return b""
+
+    def _of(self, run_digest: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{run_digest}-*.start"))
+
+    def _path(self, run_digest: str, content: bytes) -> Path:
+        return self.folder / f"{run_digest}-{hashlib.sha256(content).hexdigest()}.start"

@@ -1,0 +1,97 @@
+"""A run's model in this very process."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import UsageError
+from fedpeft.files import storage
+from fedpeft.flower.server_app import Server
+from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger.run_folder import ROWS
+from fedpeft.resident import Resident, add_resident, drop_resident, load_resident, load_serving_resident
+from fedpeft.simulation.engine import Venue, hold_run, write_adapter, write_summary
+from fedpeft.update import Arrays
+from fedpeft.workers import Workers
+from fedpeft_server.journal_lines import LoggedProgress
+from fedpeft_server.keepers import Book, Hold, write_checkpoints
+from fedpeft_server.store import StoredRun
+
+
+class KeptHere:
+    """Loads the model when it is needed; see `Keeper`."""
+
+    def __init__(self, stored: StoredRun) -> None:
+        self._stored = stored
+        self._resident: Resident | None = None
+        self._start: Arrays = {}
+
+    def hold(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+        """All of it in the caller's thread."""
+
+        def engine(server: Server, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
+            return hold(server, last)
+
+        with book.open() as folder:
+            hold_run(folder, Venue("grpc", engine, self._load), progress)
+
+    def export(self, book: Book) -> None:
+        """See `Keeper`."""
+        last = book.rounds.latest()
+        if self._resident is None or last is None:
+            return
+        with book.open() as folder:
+            write_adapter(self._resident, folder, last.state)
+
+    def snapshot(self, book: Book, path: Path) -> None:
+        """See `Keeper`."""
+        if self._resident is None:
+            raise UsageError(f"run {book.id} has not come to its first commit; pull it a little later")
+        write_snapshot(self._resident, book, path)
+
+    def release(self) -> None:
+        """See `Keeper`."""
+        self._resident = None
+        drop_resident(self._stored.digest)
+
+    def _load(self, run: RunConfig) -> Resident:
+        if self._resident is None:
+            self._resident = load_for_server(run)
+            self._start = self._resident.initial_state()
+        # An attempt before this one may have left the parameters elsewhere; baselines start here.
+        self._resident.space.enter(self._resident.parameters, self._start)
+        add_resident(self._resident)
+        return self._resident
+
+
+def write_snapshot(resident: Resident, book: Book, path: Path) -> None:
+    """Write what a run that goes on has reached to a new folder.
+
+    Raises:
+        UsageError: no round is committed.
+        FedPEFTError: it cannot be written.
+    """
+    last = book.rounds.latest()
+    if last is None:
+        raise UsageError(f"run {book.id} has not come to its first commit; pull it a little later")
+    with RunFolder.create(path, book.run, rounds=book.rounds) as folder:
+        with storage(path):
+            shutil.copyfile(book.path / ROWS, path / ROWS)
+        folder.realign(last)
+        write_adapter(resident, folder, last.state)
+        write_checkpoints(folder, book.rounds)
+        write_summary(folder)
+
+
+def load_for_server(run: RunConfig) -> Resident:
+    """The run as a server needs it.
+
+    The rows of the embedded data set are in every installation; of other runs only the test set is here.
+    """
+    torch.set_num_threads(1)
+    load = load_resident if run.data.train == "embedded" else load_serving_resident
+    return load(run)

@@ -1,0 +1,194 @@
+"""A process that holds a run's model for the daemon: it checks run files, evaluates and writes adapters.
+
+It reads orders from a socket that it inherits, and each brings all that it needs: nothing is lost with the
+process but time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load, save
+
+from fedpeft.errors import FederationError, FedPEFTError, RunFileError
+from fedpeft.flower.server_app import Server
+from fedpeft.frames import Frame, pack, read_frame
+from fedpeft.ledger import Checkpoint
+from fedpeft.orphans import end_with
+from fedpeft.preflight import refuse_problems
+from fedpeft.resident import Resident, install_resident
+from fedpeft.runfile import run_digest, run_from_json
+from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.simulation.engine import Venue, hold_run, run_metrics, started_row, write_adapter
+from fedpeft.simulation.scoring import Scorer, may_score
+from fedpeft.update import Arrays
+from fedpeft.workers import InlineWorkers, Workers
+from fedpeft_server.journal_lines import LoggedProgress
+from fedpeft_server.keepers import Book
+from fedpeft_server.kept_here import load_for_server, write_snapshot
+from fedpeft_server.store import Reference, Runs, StoredRounds
+from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.database import Database
+
+LOG = logging.getLogger("fedpeft.server")
+
+
+def main(fd: int, keep_s: float) -> None:
+    """Serve orders until the daemon hangs up, or asks nothing for `keep_s`."""
+    end_with(os.getppid())
+    bench = Bench()
+    with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
+        while _comes(pipe, keep_s) and (order := read_frame(orders)) is not None:
+            pipe.sendall(pack(bench.done(order)))
+
+
+def _comes(pipe: socket.socket, keep_s: float) -> bool:
+    return bool(select.select([pipe], [], [], keep_s)[0])
+
+
+class Bench:
+    """Does orders, and keeps the model of the last one."""
+
+    def __init__(self) -> None:
+        self._resident: Resident | None = None
+        self._start: Arrays = {}
+        self._orders: dict[str, Callable[[Frame], Frame]] = {
+            "check": self._check,
+            "describe": self._describe,
+            "evaluate": self._evaluate,
+            "finish": self._finish,
+            "export": self._export,
+            "snapshot": self._snapshot,
+        }
+
+    def done(self, order: Frame) -> Frame:
+        """One order's answer; what goes wrong is part of it."""
+        try:
+            return self._orders[order.header["do"]](order)
+        except RunFileError as error:
+            told: dict[str, Any] = {"source": error.source, "problems": list(error.problems)}
+            return Frame({"error": "RunFileError", "text": str(error), **told})
+        except FedPEFTError as error:
+            return Frame({"error": type(error).__name__, "text": str(error)})
+        except Exception as error:
+            LOG.exception("an order of the daemon failed")
+            return Frame({"error": type(error).__name__, "text": " ".join(str(error).split())})
+
+    def _check(self, order: Frame) -> Frame:
+        refuse_problems(run_from_json(order.header["run"]), source="run file")
+        return Frame({})
+
+    def _describe(self, order: Frame) -> Frame:
+        """All that holding the rounds takes, and in a seed space the weights, as float32 in a file."""
+        resident = self._as_loaded(order)
+        run = resident.run
+        weights = _weights_of(resident) if run.space.kind == "seed-scalars" else {}
+        plain = not resident.start and all(array.dtype == np.float32 for array in weights.values())
+        if plain and weights:
+            np.save(
+                order.header["weights"], np.concatenate([array.reshape(-1) for array in weights.values()])
+            )
+        return Frame(
+            {
+                "plain": plain,
+                "base_digest": resident.base_digest,
+                "started": started_row(resident, run_metrics(run), "grpc", None).model_dump_json(),
+                "scores": bool(len(resident.data.test)) and may_score(run),
+                "clients_here": resident.clients_here,
+                "shapes": {name: list(array.shape) for name, array in weights.items()},
+            },
+            {"state": save(dict(self._start)), "start": resident.start_bytes},
+        )
+
+    def _evaluate(self, order: Frame) -> Frame:
+        resident = self._loaded(order)
+        scorer = Scorer(resident, run_metrics(resident.run), InlineWorkers())
+        found = scorer.evaluate(load(order.parts["state"]))
+        return Frame({"evaluation": None if found is None else found.model_dump_json()})
+
+    def _finish(self, order: Frame) -> Frame:
+        """All that comes after the last round."""
+        book, database = _opened(order)
+        with closing(database), book.open() as folder:
+            runs = Runs(database)
+            progress = LoggedProgress(
+                order.header["id"],
+                lambda text: runs.say(order.header["id"], text),
+                begun=True,
+                refused=lambda agent, why: None,
+            )
+            venue = Venue("grpc", _no_rounds, lambda run: self._as_loaded(order))
+            hold_run(folder, venue, progress, spent_s=order.header["spent_s"])
+        return Frame({})
+
+    def _export(self, order: Frame) -> Frame:
+        book, database = _opened(order)
+        with closing(database), book.open() as folder:
+            last = book.rounds.latest()
+            if last is not None:
+                write_adapter(self._loaded(order), folder, last.state)
+        return Frame({})
+
+    def _snapshot(self, order: Frame) -> Frame:
+        book, database = _opened(order)
+        with closing(database):
+            write_snapshot(self._loaded(order), book, Path(order.header["to"]))
+        return Frame({})
+
+    def _loaded(self, order: Frame) -> Resident:
+        run = run_from_json(order.header["run"])
+        if self._resident is None or self._resident.run_digest != run_digest(run):
+            self._resident = None  # before the next one takes memory
+            self._resident = load_for_server(run)
+            self._start = self._resident.initial_state()
+        install_resident(self._resident)
+        return self._resident
+
+    def _as_loaded(self, order: Frame) -> Resident:
+        """With its parameters where the run starts, whatever was evaluated meanwhile."""
+        resident = self._loaded(order)
+        resident.space.enter(resident.parameters, self._start)
+        return resident
+
+
+def _weights_of(resident: Resident) -> dict[str, NDArray[Any]]:
+    """What directions of a seed space move, by canonical name, sorted."""
+    found = trainable_parameters(resident.model)
+    return {name: _array_of(parameter.detach()) for name, parameter in sorted(found.items())}
+
+
+def _array_of(tensor: torch.Tensor) -> NDArray[Any]:
+    """The tensor itself where it is float32; a mark in its place of a type that NumPy may not have."""
+    return tensor.cpu().numpy() if tensor.dtype == torch.float32 else np.zeros(0, dtype=np.float16)
+
+
+def _opened(order: Frame) -> tuple[Book, Database]:
+    """The run's place in the daemon's database and folders, which this process has for itself meanwhile."""
+    header, run = order.header, run_from_json(order.header["run"])
+    database, blobs = Database(header["database"]), Blobs(Path(header["blobs"]))
+    rounds = StoredRounds(database, blobs, header["id"], run_digest(run), keep=run.output.keep_checkpoints)
+    reference = Reference(header["database"], blobs.folder)
+    return Book(header["id"], run, reference, Path(header["folder"]), rounds), database
+
+
+def _no_rounds(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+    """The daemon has held them all."""
+    if last is None:
+        raise FederationError("the run has no round; it cannot be finished")
+    return last
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
+    os._exit(0)  # taking the libraries down in order takes seconds and frees nothing that the end does not

@@ -1,0 +1,85 @@
+"""Starts that came with the roll call: on disk by run, and used by a worker that begins anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedpeft.flower.content import content_bytes
+from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
+from fedpeft.frames import Frame
+from fedpeft.models.starts import decomposition_bytes, decomposition_of
+from fedpeft.resident import drop_resident, load_serving_resident
+from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft_client.starts import StartShelf
+from fedpeft_client.worker import done
+from fedpeft_client.workshop import CLIENT_APP
+
+RUN = build_run(
+    {
+        "run": {"name": "t", "rounds": 1},
+        "model": {"quantization": "rtn4"},
+        "peft": {"method": "lora", "r": 2, "init_lora_weights": "lq-lora", "loftq_config": {"loftq_iter": 1}},
+        "data": {"train": "nowhere", "prompt": "{prompt}", "answer": "{answer}"},
+    },
+    source="test",
+)
+DIGEST = run_digest(RUN)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "site-a.jsonl").write_text('{"prompt": "1 ", "answer": "1"}\n' * 4)
+    yield tmp_path
+    drop_resident(DIGEST)
+
+
+def base_held(site: Path, kind: str, start: bytes = b"") -> str:
+    """Fingerprint of the base that a worker, which holds nothing, loads for an order."""
+    drop_resident(DIGEST)
+    header = {
+        "app": CLIENT_APP,
+        "kind": kind,
+        "group": "0",
+        "run_digest": DIGEST,
+        "run": run_json(RUN),
+        "client": "site-a",
+        "data": str(site / "site-a.jsonl"),
+        "model": "",
+        "base_digests": [],
+        "starts": str(site / "starts"),
+    }
+    content = content_bytes(task_content(Task(DIGEST, 0, b"", run_json(RUN), start=start)))
+    return str(done(Frame(header, {"content": content, "memory": b""})).header["base_digest"])
+
+
+def test_a_start_that_came_once_serves_every_later_worker(site: Path) -> None:
+    server = load_serving_resident(RUN)
+    theirs = decomposition_of(server.start_bytes)
+    name, one = next(iter(theirs.items()))
+    assert one.removed is not None
+    # Nothing that this machine would compute by itself, to see whose start it is.
+    up, down = one.removed
+    other = decomposition_bytes({**theirs, name: one.__class__(one.up, one.down, (2 * up, down))})
+    assert base_held(site, HELLO, server.start_bytes) == server.base_digest
+    changed = base_held(site, HELLO, other)
+    assert changed not in ("", server.base_digest)
+    assert base_held(site, TRAIN) == changed, "read from the disk"
+    (kept,) = (site / "starts").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert base_held(site, TRAIN) == server.base_digest, "spoilt, so computed here"
+
+
+def test_a_shelf_keeps_the_newest_runs_and_no_changed_file(tmp_path: Path) -> None:
+    shelf = StartShelf(tmp_path / "starts")
+    assert shelf.get("a" * 64) == b""
+    for number in range(12):
+        shelf.put(f"{number:064x}", bytes([number]) * 5)
+    assert [shelf.get(f"{number:064x}") != b"" for number in range(12)] == [False] * 4 + [True] * 8
+    shelf.put(f"{11:064x}", b"newer")
+    assert shelf.get(f"{11:064x}") == b"newer"
+    assert len(list((tmp_path / "starts").iterdir())) == 8
+    next((tmp_path / "starts").glob(f"{11:064x}-*")).write_bytes(b"older")
+    assert shelf.get(f"{11:064x}") == b""
