@@ -115,6 +115,20 @@ class ExactSum:
         return PackedArrays(flat, self._packing.like("<f8"))
 
 
+def norm_of(entries: NDArray[Any]) -> float:
+    """The L2 norm of contiguous entries, summed in float64 and in one fixed order."""
+    return math.sqrt(_extent(entries)[1])
+
+
+@compiled
+def moved(start: NDArray[np.float32], change: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Start plus change, added in float64 and rounded once."""
+    result = np.empty(start.size, dtype=np.float32)
+    for i in range(start.size):
+        result[i] = np.float32(np.float64(start[i]) + change[i])
+    return result
+
+
 @compiled
 def _add_quanta(
     total: NDArray[np.int64],

@@ -16,12 +16,20 @@ from numpy.typing import NDArray
 _KIND = "numpy.ndarray"  # Flower's name for .npy bytes
 
 
+class Readable(Array):
+    """An array that gives its values without copies, and read-only."""
+
+    def numpy(self) -> NDArray[Any]:
+        """See `values_of`."""
+        return values_of(self)
+
+
 def array_of(values: NDArray[Any]) -> Array:
-    """Flower's array of contiguous values; equal to `Array(values)`."""
+    """Flower's array of contiguous values; holds what `Array(values)` does."""
     header = BytesIO()
     npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
     data = b"".join((header.getvalue(), values.reshape(-1).view(np.uint8).data))
-    return Array(str(values.dtype), tuple(values.shape), _KIND, data)
+    return Readable(str(values.dtype), tuple(values.shape), _KIND, data)
 
 
 def values_of(array: Array) -> NDArray[Any]:
@@ -31,13 +39,13 @@ def values_of(array: Array) -> NDArray[Any]:
         TypeError: the array holds something else than .npy bytes.
     """
     if array.stype != _KIND:
-        return array.numpy()
+        return Array.numpy(array)
     stream = BytesIO(array.data)
     if npy.read_magic(stream) != (1, 0):
-        return array.numpy()
+        return Array.numpy(array)
     shape, fortran, dtype = npy.read_array_header_1_0(stream)
     if fortran or dtype.hasobject:
-        return array.numpy()
+        return Array.numpy(array)
     count = int(np.prod(shape, dtype=np.int64))
     flat = np.frombuffer(array.data, dtype=dtype, count=count, offset=stream.tell())
     return flat.reshape(shape)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.aggregation import norm_of
 from fedpeft.errors import UpdateError
 from fedpeft.flower.broadcast import Broadcast, Outgoing, WholeStates
 from fedpeft.flower.buffered_rounds import BufferedRounds
@@ -201,6 +202,6 @@ def _step(
 def _norm(change: Mapping[str, NDArray[np.floating[Any]]]) -> float:
     """Of what is trained; a residual is what rounding left over."""
     if isinstance(change, PackedArrays) and not any(map(is_residual, change.packing)):
-        return math.sqrt(float(np.sum(np.square(change.flat))))
+        return norm_of(change.flat)
     kept = (array for name, array in change.items() if not is_residual(name))
     return math.sqrt(math.fsum(float(np.sum(np.square(array))) for array in kept))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.aggregation import moved
 from fedpeft.config import RunConfig, Section
 from fedpeft.packed import PackedArrays, pack, packing_of
 from fedpeft.seedspace.layout import MAX_DIRECTION
@@ -96,6 +97,5 @@ class AdapterDelta(Section):
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """State plus change, added in float64 and rounded once to float32."""
         packing = packing_of(layout_of(state)).like("<f4")
-        start, moved = pack(state, packing).flat, pack(change, packing.like("<f8")).flat
-        total = np.add(start, moved, dtype=np.float64, out=np.empty_like(start), casting="same_kind")
-        return PackedArrays(total, packing)
+        start, by = pack(state, packing).flat, pack(change, packing.like("<f8")).flat
+        return PackedArrays(moved(start, by), packing)

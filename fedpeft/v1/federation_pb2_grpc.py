@@ -322,7 +322,7 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PullResult(self, request, context):
-        """The files of a run that has ended, of a stopped one with the adapter of its last round: each in order, in chunks.
+        """The files of a run, each in order, in chunks: of one that goes on or was stopped with the adapter of its last committed round.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
