@@ -14,8 +14,9 @@ share one process with --quick and have one process each otherwise; there are 10
 and 3 rounds, of which the first is left out, to its advantage: 10 nodes would start five times as many
 processes. With --quick it has 1 node, which has the machine for itself, and its one round is measured: each
 message starts a new process there, so that no round is warmer than the first. Nothing else is at work while
-either is timed. With --load, agents are the bare protocol, and collect_s is the time from a round's opening
-to its last update's acceptance. The last line printed is one JSON object.
+either is timed (`superlink_beside_other_work_s` would say so). With --load, agents are the bare protocol, and
+collect_s is the time from a round's opening to its last update's acceptance. The last line printed is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +47,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tomli_w
 
-from fedpeft.resident import install_resident, load_resident
 from fedpeft.runfile import build_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.administration import Desk, new_submission
@@ -56,7 +56,6 @@ from fedpeft_client.settings import Settings
 from fedpeft_server.loops import transport_loop
 from simulations.deployment import (
     ROOT,
-    Superlink,
     end_group,
     environment,
     free_ports,
@@ -121,6 +120,16 @@ class Daemon:
     def finished(self, run: str) -> None:
         """Wait for a run's end."""
         until(f"the end of {run}", lambda: self.status(run) == "finished", 0.2)
+
+    def closed(self, run: str, rounds: int) -> None:
+        """Wait until so many rounds are committed; what comes after a run's last one is not waited for."""
+
+        def look() -> bool:
+            self.status(run)
+            question = "SELECT count(*) FROM rounds WHERE run = ? AND status = 'closed' AND number > 0"
+            return bool(self.asked(question, run)[0][0] >= rounds)
+
+        until(f"round {rounds} of {run}", look, 0.1)
 
     def round_ms(self, run: str) -> list[float]:
         """From the opening of each round but the first to that of the next: all of it, commits included."""
@@ -232,22 +241,35 @@ def agent_processes(address: str, names: Sequence[str], folder: Path) -> Iterato
             end_group(process)
 
 
-def empty_rounds(server: Daemon, folder: Path, *, rounds: int, processes: bool) -> dict[str, float]:
-    """Ten agents' rounds; the first one, which loads the base model everywhere, is left out."""
-    names = [f"client-{number}" for number in range(10)]
-    tables = empty_run(folder, clients=len(names), rounds=rounds)
+NAMES = [f"client-{number}" for number in range(10)]
+
+
+def prepared(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
+    """The run of `empty_rounds`; where its agents are to share this process, their model is loaded here."""
+    tables = empty_run(folder, clients=len(NAMES), rounds=rounds)
     if processes:
-        tables["data"]["partitioner"] = {"kind": "files", "clients": len(names)}
-        serving = agent_processes(server.address, names, folder)
+        tables["data"]["partitioner"] = {"kind": "files", "clients": len(NAMES)}
     else:
-        install_resident(load_resident(build_run(tables, source="bench")))  # for all agents of this process
-        serving = agents_here(server.address, names, folder / "homes", folder / "rows.jsonl")
+        from fedpeft.resident import install_resident, load_resident  # seconds, while others begin too
+
+        install_resident(load_resident(build_run(tables, source="bench")))
+    return tables
+
+
+def empty_rounds(
+    server: Daemon, folder: Path, tables: dict[str, Any], *, rounds: int, processes: bool
+) -> dict[str, float]:
+    """Ten agents' rounds; the first one, which loads the base model everywhere, is left out."""
+    if processes:
+        serving = agent_processes(server.address, NAMES, folder)
+    else:
+        serving = agents_here(server.address, NAMES, folder / "homes", folder / "rows.jsonl")
     with serving:
-        run = server.submit(tables, agents=len(names))
-        server.finished(run)
+        run = server.submit(tables, agents=len(NAMES))
+        server.closed(run, rounds)
     spans = sorted(server.round_ms(run))
     return {
-        "agents": len(names),
+        "agents": len(NAMES),
         "rounds": rounds,
         "round_ms_p50": statistics.median(spans),
         "round_ms_p99": spans[min(len(spans) - 1, int(0.99 * len(spans)))],
@@ -283,16 +305,25 @@ def loads_per_agent(server: Daemon, folder: Path, *, agents: int, rounds: int) -
 
     made_agents = played(made())
     with running(made_agents):
-        server.finished(server.submit(tables, agents=len(names)))
+        server.closed(server.submit(tables, agents=len(names)), rounds)
     return [agent.status.loads for agent in made_agents]
 
 
-def superlink_ms(flower: Superlink, folder: Path, *, nodes: int, rounds: int) -> list[float]:
-    """Wall time of the same empty rounds on Flower's processes; the first of several left out.
+@dataclass(frozen=True)
+class Flown:
+    """The same empty rounds on Flower's processes: wall times, and when the last one was opened."""
+
+    ms: list[float]
+    opened_at: float
+
+
+def flown(stack: ExitStack, folder: Path, *, nodes: int, rounds: int) -> Flown:
+    """Start Flower's processes, until the stack closes, and hold rounds; the first of several is left out.
 
     They are read as soon as the last one is committed: the run's end is not waited for.
     """
-    folder.mkdir()
+    (folder / "flower").mkdir(parents=True)
+    flower = stack.enter_context(superlink(folder / "flower", nodes))
     run_file, rows = folder / "run.toml", folder / "out" / "metrics.jsonl"
     run_file.write_text(tomli_w.dumps(empty_run(folder, clients=nodes, rounds=rounds)))
     flower.submit(run_file, folder / "out")
@@ -303,7 +334,7 @@ def superlink_ms(flower: Superlink, folder: Path, *, nodes: int, rounds: int) ->
         return [1000 * row["wall_s"] for row in found] if len(found) == rounds else []
 
     found = until("the last round on the SuperLink", measured, 0.1)
-    return found[1:] or found
+    return Flown(found[1:] or found, time.time() - found[-1] / 1000)
 
 
 # ---- Load
@@ -400,36 +431,32 @@ def load_report(folder: Path, *, quick: bool) -> dict[str, Any]:
 
 
 def round_report(folder: Path, *, quick: bool, flower: bool) -> dict[str, Any]:
-    """Rounds that cost nothing but themselves."""
-    nodes, rounds = (1, 1) if quick else (2, 3)
+    """Rounds that cost nothing but themselves.
+
+    While Flower's processes come up, which takes them much longer than a round of ours, base loads are
+    counted; then Flower's last round is held, then ours, each with nothing else at work.
+    """
+    nodes, rounds, ours = (1, 1, 60) if quick else (2, 3, 300)
     with ExitStack() as stack:
-        starting = stack.enter_context(ThreadPoolExecutor(1))
-        with daemon(folder / "daemon") as server:
-            link = starting.submit(_begun, stack, folder / "flower", nodes) if flower else None
-            loads = loads_per_agent(
-                server, folder / "real", agents=1 if quick else 2, rounds=4 if quick else 10
-            )
-            if link is not None:
-                link.result()  # from here on one thing at a time is at work
-            result: dict[str, Any] = empty_rounds(
-                server, folder, rounds=60 if quick else 300, processes=not quick
-            )
-            result |= {"server_peak_mib": server.memory_mib(), "base_loads_per_agent": max(loads)}
-        result |= {"agents_share_a_process": quick, "speedup_vs_superlink": None}
-        if link is not None:
-            theirs = superlink_ms(link.result(), folder / "flown", nodes=nodes, rounds=rounds)
-            result |= {
-                "superlink_round_ms": statistics.median(theirs),
-                "superlink_nodes": nodes,
-                "superlink_rounds": rounds,
-                "speedup_vs_superlink": statistics.median(theirs) / result["round_ms_p50"],
-            }
+        aside = stack.enter_context(ThreadPoolExecutor(1))
+        flying = aside.submit(flown, stack, folder / "flown", nodes=nodes, rounds=rounds) if flower else None
+        server = stack.enter_context(daemon(folder / "daemon"))
+        tables = prepared(folder, rounds=ours, processes=not quick)
+        loads = loads_per_agent(server, folder / "real", agents=1 if quick else 2, rounds=4 if quick else 10)
+        counted_at = time.time()
+        theirs = flying.result() if flying is not None else None
+        result: dict[str, Any] = empty_rounds(server, folder, tables, rounds=ours, processes=not quick)
+        result |= {"server_peak_mib": server.memory_mib(), "base_loads_per_agent": max(loads)}
+    result |= {"agents_share_a_process": quick, "speedup_vs_superlink": None}
+    if theirs is not None:
+        result |= {
+            "superlink_round_ms": statistics.median(theirs.ms),
+            "superlink_nodes": nodes,
+            "superlink_rounds": rounds,
+            "superlink_beside_other_work_s": max(0.0, counted_at - theirs.opened_at),
+            "speedup_vs_superlink": statistics.median(theirs.ms) / result["round_ms_p50"],
+        }
     return result
-
-
-def _begun(stack: ExitStack, folder: Path, nodes: int) -> Superlink:
-    folder.mkdir()
-    return stack.enter_context(superlink(folder, nodes))
 
 
 def main() -> None:

@@ -166,6 +166,7 @@ def superlink(folder: Path, nodes: int) -> Iterator[Superlink]:
         f'[superlink]\ndefault = "local"\n[superlink.local]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
     )
     made = Superlink(folder, environment(FLWR_HOME=str(folder / "home")))
+    processes: list[subprocess.Popen[bytes]] = []
     with ExitStack() as stack:
 
         def start(name: str, words: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
@@ -173,6 +174,7 @@ def superlink(folder: Path, nodes: int) -> Iterator[Superlink]:
             log = folder / f"{name}.log"
             process = started(words, folder / name, log, made.environment)
             stack.callback(end_group, process)
+            processes.append(process)
             return process, log
 
         options = ["--insecure", "--port", str(link), "--disable-runtime-dependency-installation"]
@@ -185,4 +187,9 @@ def superlink(folder: Path, nodes: int) -> Iterator[Superlink]:
             begun.append((port, *start(f"node-{number}", words)))
         for port, process, log in begun:
             wait_for_port(port, process, log)
-        yield made
+        try:
+            yield made
+        finally:
+            for process in processes:  # all at once: each takes seconds to end
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)

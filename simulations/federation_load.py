@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -22,7 +22,6 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedpeft.flower.content import content_bytes
 from fedpeft.flower.tasks import HELLO
-from fedpeft.resident import Resident, load_serving_resident
 from fedpeft.runfile import build_run
 from fedpeft.stages import stage_list
 from fedpeft.update import Arrays, arrays_digest, layout_of
@@ -34,6 +33,9 @@ from fedpeft_client.link import Link
 from fedpeft_server.options import TransportOptions, server_channel_options
 
 CHUNK = TransportOptions().chunk_bytes
+if TYPE_CHECKING:  # it takes seconds to import
+    from fedpeft.resident import Resident
+
 Answering = Callable[[pb.Task, int], tuple[bytes, bytes]]  # a body and its SHA-256
 
 
@@ -48,6 +50,8 @@ class Answers:
     @classmethod
     def of(cls, tables: dict[str, Any]) -> Answers:
         """Load the run as a server does, and draw an update that is as large as an honest one."""
+        from fedpeft.resident import load_serving_resident
+
         resident = load_serving_resident(build_run(tables, source="bench"))
         state = resident.space.initial_state(resident.parameters)
         layout = resident.space.update_layout(layout_of(state))

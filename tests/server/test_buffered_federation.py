@@ -33,7 +33,7 @@ from tests.server.fleet import fleet, server
 
 CLIENTS = 6
 NAMES = [f"client-{number}" for number in range(CLIENTS)]
-UNITS = (1024, 724, 591, 512, 458, 418, 387)
+UNITS = (1024, 724, 591, 512, 458, 418, 387, 362, 341, 324, 309)  # 1024 / sqrt(1 + staleness)
 
 
 class Journal:
