@@ -268,7 +268,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, rows: Path) -> None:
     """All parts, Ray last, and the line of JSON."""
-    rounds = 15 if options.quick else 40
+    rounds, on_ray = (40, 15) if options.quick else (100, 40)
     resident = loaded(rows, clients=40, rounds=rounds)
     print(f"overhead per task: 40 clients, {rounds} rounds, no training")
     inline = overhead(resident, InlineWorkers)
@@ -285,7 +285,7 @@ def measure(options: argparse.Namespace, rows: Path) -> None:
     )
     print(f"throughput: {one:.2f}x the plain loop on one core, {two:.2f}x with two workers")
     if not options.no_ray:
-        resident = loaded(rows, clients=40, rounds=rounds)
+        resident = loaded(rows, clients=40, rounds=on_ray)
         began = time.perf_counter()
         ray_ms, first_round = overhead_on_ray(resident)
         ratio = ray_ms / pool
