@@ -115,6 +115,17 @@ class ExactSum:
         return PackedArrays(flat, self._packing.like("<f8"))
 
 
+def prepare_sums() -> None:
+    """Load the compiled code of sums now, a second or so, rather than with a round's first update."""
+    entries = np.zeros(1, dtype=np.float32)
+    for flat in (
+        entries,
+        np.frombuffer(entries.tobytes(), dtype=np.float32),
+    ):  # the second: as it is received
+        _add_quanta(np.zeros(1, dtype=np.int64), flat, 1.0, 1.0, 1)
+    moved(entries, _quotients(np.zeros(1, dtype=np.int64), 1.0, 1.0))
+
+
 def norm_of(entries: NDArray[Any]) -> float:
     """The L2 norm of contiguous entries, summed in float64 and in one fixed order."""
     return math.sqrt(_extent(entries)[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import sys
 import time
@@ -30,6 +31,7 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.dialing import error_of, open_channel
 from fedpeft_client.link import Link
+from fedpeft_server.heaps import keep_few_heaps
 from fedpeft_server.options import TransportOptions, server_channel_options
 
 CHUNK = TransportOptions().chunk_bytes
@@ -103,8 +105,9 @@ async def connected(address: str, count: int, answer: Answering) -> list[asyncio
 
 async def _agent(address: str, index: int, answer: Answering, ready: asyncio.Event) -> None:
     errands: set[asyncio.Task[None]] = set()
-    async with open_channel(address, None) as channel:
-        link = await Link.open(channel, name_of(index), {})
+    dial = functools.partial(open_channel, address, None)
+    async with dial() as channel:
+        link = await Link.open(channel, name_of(index), {}, dial)
         ready.set()
         try:
             async for message in link.messages():
@@ -178,6 +181,7 @@ class _Sink(rpc.FederationServicer):
 
 async def _sink(ready: Path) -> None:
     """A server that reads and forgets, with the options of ours."""
+    keep_few_heaps()
     server = grpc.aio.server(options=server_channel_options(TransportOptions()))
     rpc.add_FederationServicer_to_server(_Sink(), server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port("127.0.0.1:0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -134,10 +135,11 @@ class Agent:
         material = await self._renewing() if self._renewing is not None else None
         if material is not None:
             self.status.certificate_ends = material.certificate.not_valid_after_utc.timestamp()
-        channel = open_channel(self._settings.server, material)
+        dial = functools.partial(open_channel, self._settings.server, material)
+        channel = dial()
         link: Link | None = None
         try:
-            link = await Link.open(channel, self._name, capabilities())
+            link = await Link.open(channel, self._name, capabilities(), dial)
             facts = {"event": "connected", "agent": link.welcome.name, "session": link.welcome.session}
             LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
             self._known, self._link = True, link

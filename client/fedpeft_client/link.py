@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import time
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -16,11 +16,13 @@ from fedpeft import __version__
 from fedpeft.errors import FederationError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft.wire.pace import Pace
 from fedpeft_client.dialing import error_named
 
 PROTOCOL_VERSION = 2
 _PARTING_S = 0.5
 _STALL_S = 60.0  # without a byte in the middle of a blob
+Dial = Callable[[], grpc.aio.Channel]
 
 
 class Link:
@@ -30,21 +32,32 @@ class Link:
         welcome: what the server said of itself and its bounds.
     """
 
-    def __init__(self, stub: Any, call: Any, welcome: pb.Welcome) -> None:
-        self._stub, self._call, self.welcome = stub, call, welcome
+    def __init__(self, stub: Any, call: Any, welcome: pb.Welcome, dial: Dial | None) -> None:
+        self._stub, self._call, self.welcome, self._dial = stub, call, welcome, dial
         self._writing = asyncio.Lock()
         self._metadata = (("fedpeft-agent", welcome.name),)  # heeded only where there are no certificates
         self._beat = asyncio.create_task(self._beating())
 
     @classmethod
-    async def open(cls, channel: grpc.aio.Channel, name: str, capabilities: Mapping[str, str]) -> Link:
+    async def open(
+        cls,
+        channel: grpc.aio.Channel,
+        name: str,
+        capabilities: Mapping[str, str],
+        dial: Dial | None = None,
+    ) -> Link:
         """Say hello and wait for the welcome.
+
+        Args:
+            dial: opens one more connection, for a blob, closed after it: gRPC keeps receive buffers that are
+                as large as what once came quickly, up to a megabyte, for as long as a connection lasts, and
+                a server has a thousand. None: blobs go over `channel`.
 
         Raises:
             grpc.aio.AioRpcError: the server cannot be reached or does not want this agent.
             FederationError: it speaks another version of the protocol.
         """
-        stub = rpc.FederationStub(channel)  # type: ignore[no-untyped-call]  # generated code
+        stub = _stub(channel)
         call = stub.Session()
         hello = pb.Hello(
             protocol_version=PROTOCOL_VERSION,
@@ -65,7 +78,7 @@ class Link:
                 f"the server speaks protocol version {welcome.protocol_version} and this agent"
                 f" {PROTOCOL_VERSION}; install the same version of fedpeft on both sides"
             )
-        return cls(stub, call, welcome)
+        return cls(stub, call, welcome, dial)
 
     async def send(self, message: pb.AgentMessage) -> None:
         """Send one message; waits while the server does not read."""
@@ -102,8 +115,14 @@ class Link:
             FedPEFTError: the server does not want it.
             grpc.aio.AioRpcError: cut; what came stays at the server.
         """
+        async with contextlib.AsyncExitStack() as stack:
+            stub = self._stub
+            if self._dial is not None:
+                stub = _stub(await stack.enter_async_context(self._dial()))
+            return await self._push(stub.PushBlob(metadata=self._metadata), task, body, digest)
+
+    async def _push(self, call: Any, task: bytes, body: bytes, digest: bytes) -> pb.BlobRef:
         reference = pb.BlobRef(digest=digest, size=len(body))
-        call = self._stub.PushBlob(metadata=self._metadata)
         opened = pb.BlobOpen(digest=reference.digest, size=reference.size, task=task)
         await _written(call, pb.BlobUpload(open=opened))
         progress = await call.read()  # waits for a credit
@@ -121,13 +140,14 @@ class Link:
     async def _pushed(self, call: Any, body: bytes, start: int) -> Any:
         """Send the chunks from `start` on, until the server answers."""
         answer = asyncio.create_task(call.read())
-        for offset in range(start, len(body), self.welcome.chunk_bytes):
-            if answer.done():
-                break
-            data = body[offset : offset + self.welcome.chunk_bytes]
+        offset, pace = start, Pace(self.welcome.chunk_bytes)
+        while offset < len(body) and not answer.done():
+            data, began = body[offset : offset + pace.size], time.monotonic()
             chunk = pb.BlobChunk(offset=offset, data=data, crc32=zlib.crc32(data))
             async with asyncio.timeout(_STALL_S):
                 await _written(call, pb.BlobUpload(chunk=chunk))
+            pace.took(time.monotonic() - began)
+            offset += len(data)
         return await answer
 
     async def pull(self, task: bytes, reference: pb.BlobRef, begun: bytearray) -> bytes:
@@ -175,6 +195,10 @@ class Link:
             while True:
                 await asyncio.sleep(self.welcome.heartbeat_ms / 1000)
                 await self.send(pb.AgentMessage(heartbeat=pb.Heartbeat(sent_ms=round(time.time() * 1000))))
+
+
+def _stub(channel: grpc.aio.Channel) -> Any:
+    return rpc.FederationStub(channel)  # type: ignore[no-untyped-call]  # generated code
 
 
 async def _written(call: Any, message: Any) -> None:

@@ -28,7 +28,7 @@ def content_bytes(content: RecordDict) -> bytes:
     return encode_content(records)
 
 
-def content_of(payload: bytes, *, who: str) -> RecordDict:
+def content_of(payload: bytes | memoryview, *, who: str) -> RecordDict:
     """Inverse of `content_bytes`; raises what `decode_content` raises."""
     records = decode_content(payload, who=who)
     return RecordDict({name: ConfigRecord(dict(entries)) for name, entries in records.items()})

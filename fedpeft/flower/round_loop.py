@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.aggregation import norm_of
+from fedpeft.aggregation import norm_of, prepare_sums
 from fedpeft.errors import UpdateError
 from fedpeft.flower.broadcast import Broadcast, Outgoing, WholeStates
 from fedpeft.flower.buffered_rounds import BufferedRounds
@@ -70,6 +70,7 @@ def run_rounds(federation: Federation, checkpoint: Checkpoint) -> Checkpoint:
     gathering: Gathering = CohortRounds(federation, strategy, privacy)
     if run.federation.mode == "buffered":
         gathering = BufferedRounds(federation, strategy, privacy, checkpoint)
+    prepare_sums()
     while checkpoint.round < run.run.rounds:
         federation = _with_newcomers(federation, gathering, broadcast, checkpoint.round + 1)
         after = _round(federation, gathering, strategy, privacy, broadcast, checkpoint)

@@ -8,12 +8,19 @@ from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.fields import Field, MalformedError, length_delimited, number_of
 
 Value = bool | int | float | str | bytes
 Records = Mapping[str, Mapping[str, Value]]
 
 MAX_RECORDS, MAX_ENTRIES = 64, 1024
 _LARGEST = 2**63
+_BY_HAND = 64 * 1024  # bytes of a value from which on it is copied once, not twice as by protobuf
+_RECORDS, _ENTRIES, _DATA = (
+    number_of(pb.Content, "records"),
+    number_of(pb.Record, "entries"),
+    number_of(pb.Entry, "data"),
+)
 
 
 def encode_content(records: Records) -> bytes:
@@ -32,8 +39,8 @@ def encode_content(records: Records) -> bytes:
     return content.SerializeToString(deterministic=True)
 
 
-def decode_content(payload: bytes, *, who: str) -> dict[str, dict[str, Value]]:
-    """Inverse of `encode_content`, for bytes that came from outside.
+def decode_content(payload: bytes | memoryview, *, who: str) -> dict[str, dict[str, Value]]:
+    """Inverse of `encode_content`, for bytes that came from outside; nothing refers to `payload` afterwards.
 
     Args:
         who: named in errors.
@@ -42,22 +49,64 @@ def decode_content(payload: bytes, *, who: str) -> dict[str, dict[str, Value]]:
         UpdateError: not a content, too many records or values, a name twice, or a value of no known type.
     """
     try:
-        content = pb.Content.FromString(payload)
-    except DecodeError as error:
-        raise UpdateError(f"{who}: {len(payload)} bytes came that are no content (foreign or cut)") from error
-    if len(content.records) > MAX_RECORDS:
-        raise UpdateError(f"{who}: {len(content.records)} records came, at most {MAX_RECORDS} are accepted")
-    records: dict[str, dict[str, Value]] = {}
-    for record in content.records:
-        if len(record.entries) > MAX_ENTRIES:
+        rest, large = _split(payload, 0, len(payload), _RECORDS)
+        small = pb.Content.FromString(rest).records
+        if len(small) + len(large) > MAX_RECORDS:
             raise UpdateError(
-                f"{who}: a record of {len(record.entries)} values came, {MAX_ENTRIES} are accepted"
+                f"{who}: {len(small) + len(large)} records came, at most {MAX_RECORDS} are accepted"
             )
-        entries = {entry.name: _read(entry, who) for entry in record.entries}
-        if record.name in records or len(entries) != len(record.entries):
-            raise UpdateError(f"{who}: the content has a name twice")
-        records[record.name] = entries
+        pairs = [_record(record, {}, who) for record in small]
+        pairs += [_large_record(payload, field, who) for field in large]
+    except (DecodeError, MalformedError) as error:
+        raise UpdateError(f"{who}: {len(payload)} bytes came that are no content (foreign or cut)") from error
+    records = dict(pairs)
+    if len(records) != len(pairs):
+        raise _twice(who)
     return records
+
+
+def _record(record: pb.Record, large: dict[str, Value], who: str) -> tuple[str, dict[str, Value]]:
+    """A record's name and values, with those that were read by hand."""
+    count = len(record.entries) + len(large)
+    if count > MAX_ENTRIES:
+        raise UpdateError(f"{who}: a record of {count} values came, {MAX_ENTRIES} are accepted")
+    entries = {entry.name: _read(entry, who) for entry in record.entries} | large
+    if len(entries) != count:
+        raise _twice(who)
+    return record.name, entries
+
+
+def _large_record(payload: bytes | memoryview, field: Field, who: str) -> tuple[str, dict[str, Value]]:
+    rest, fields = _split(payload, field.content, field.end, _ENTRIES)
+    pairs = [_large_entry(payload, entry, who) for entry in fields]
+    large = dict(pairs)
+    if len(large) != len(pairs):
+        raise _twice(who)
+    return _record(pb.Record.FromString(rest), large, who)
+
+
+def _large_entry(payload: bytes | memoryview, field: Field, who: str) -> tuple[str, Value]:
+    rest, fields = _split(payload, field.content, field.end, _DATA)
+    entry = pb.Entry.FromString(rest)
+    if not fields:
+        return entry.name, _read(entry, who)
+    if len(fields) > 1 or entry.WhichOneof("value") is not None:
+        raise UpdateError(f"{who}: value {entry.name!r} came twice")
+    return entry.name, bytes(payload[fields[0].content : fields[0].end])
+
+
+def _split(payload: bytes | memoryview, start: int, end: int, number: int) -> tuple[bytes, list[Field]]:
+    """A message without its large fields of that number, and these."""
+    if end - start < _BY_HAND:
+        return bytes(payload[start:end]), []
+    fields = length_delimited(payload, start, end)
+    large = [field for field in fields if field.number == number and field.end - field.content >= _BY_HAND]
+    places = [start, *(place for field in large for place in (field.key, field.end)), end]
+    return b"".join(payload[a:b] for a, b in zip(places[::2], places[1::2], strict=True)), large
+
+
+def _twice(who: str) -> UpdateError:
+    return UpdateError(f"{who}: the content has a name twice")
 
 
 def _write(entry: pb.Entry, value: Value) -> None:

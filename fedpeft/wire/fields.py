@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 _VARINT, _EIGHT, _LENGTH, _FOUR = 0, 1, 2, 5
 _LONGEST_VARINT = 10  # bytes
-_SHORT = [bytes((value,)) for value in range(128)]
 
 
 class MalformedError(ValueError):
@@ -29,8 +28,6 @@ class Field(NamedTuple):
 
 def varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first; the top bit says that more follow."""
-    if value < 128:
-        return _SHORT[value]
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -49,7 +46,7 @@ def number_of(message: Any, field: str) -> int:
     return int(message.DESCRIPTOR.fields_by_name[field].number)
 
 
-def length_delimited(data: bytes, start: int, end: int) -> Iterator[Field]:
+def length_delimited(data: bytes | memoryview, start: int, end: int) -> Iterator[Field]:
     """The fields of wire type 2 in ``data[start:end]``, in order; nothing is copied.
 
     Raises:
@@ -76,7 +73,7 @@ def length_delimited(data: bytes, start: int, end: int) -> Iterator[Field]:
         raise MalformedError("the last field is cut")
 
 
-def _read_varint(data: bytes, place: int, end: int) -> tuple[int, int]:
+def _read_varint(data: bytes | memoryview, place: int, end: int) -> tuple[int, int]:
     value = 0
     for position in range(min(_LONGEST_VARINT, end - place)):
         byte = data[place + position]

@@ -24,13 +24,13 @@ from fedpeft.runfile import build_run
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.callers import Gate
+from fedpeft_server.options import LONGEST_REQUEST
 from fedpeft_server.sessions import AgentStatus, ServerStatus
 from fedpeft_server.store import Rules, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 
 FOLLOW_S = 0.3  # between two looks at a log that is followed
 CHUNK = 256 * 1024
-MAX_RUN_BYTES = 256 * 1024
 TOKEN_LIFE = timedelta(days=7)
 PULLED = (RUN_FILE, ROWS, ADAPTER, CHECKPOINTS, REPORT, "summary.json", "tensorboard")
 Answer = TypeVar("Answer")
@@ -261,8 +261,8 @@ class Admin(rpc.AdminServicer):
 
 
 def _run_of(text: str) -> RunConfig:
-    if len(text.encode()) > MAX_RUN_BYTES:
-        raise UsageError(f"the run file has more than {MAX_RUN_BYTES} bytes; it is no run file")
+    if len(text.encode()) > LONGEST_REQUEST:
+        raise UsageError(f"the run file has more than {LONGEST_REQUEST} bytes; it is no run file")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -6,6 +6,7 @@ Everything here is called from worker threads, never on the event loop, and by s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -117,10 +118,11 @@ class Blobs(Protocol):
         """
         ...
 
-    def read(self, digest: str, offset: int = 0, length: int = -1) -> bytes:
-        """Bytes of a whole blob; fewer at its end, none beyond it. A negative length: to the end.
+    def reading(self, digest: str) -> AbstractContextManager[bytes | memoryview]:
+        """A whole blob while the block lasts.
 
         Raises:
             StateError: no such blob.
+            StorageError: it cannot be read.
         """
         ...

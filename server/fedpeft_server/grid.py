@@ -275,8 +275,7 @@ class GrpcGrid(Grid):
         if isinstance(outcome, Failed):
             return _error(f"{outcome.kind}: {outcome.reason}", message)
         try:
-            body = outcome.body if outcome.body is not None else self._blobs.read(outcome.digest)
-            reply = Message(content_of(body, who=work.agent), reply_to=message)
+            reply = Message(self._content_of(work, outcome), reply_to=message)
             if work.kind == HELLO and read_hello(reply).client != work.agent:
                 raise UpdateError(
                     f"{work.agent}: an agent answered the roll call under another name than its own"
@@ -286,6 +285,12 @@ class GrpcGrid(Grid):
                 self.refused(work.agent, str(error))
             return _error(f"{type(error).__name__}: {error}", message)
         return reply
+
+    def _content_of(self, work: Work, done: Done) -> RecordDict:
+        if done.body is not None:
+            return content_of(done.body, who=work.agent)
+        with self._blobs.reading(done.digest) as body:
+            return content_of(body, who=work.agent)
 
     def _refuse_if_stopped(self) -> None:
         if self._stopped is not None:

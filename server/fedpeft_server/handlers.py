@@ -17,6 +17,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from fedpeft.errors import FedPEFTError, UpdateError
 from fedpeft_server.callers import Gate
+from fedpeft_server.options import TransportOptions
 from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.shares import Shares
 
@@ -32,12 +33,12 @@ class Front:
     """Makes handlers for gRPC from a servicer's methods.
 
     Args:
-        largest: bytes of one message; gRPC's own bound is a little wider, so that what is beyond this one is
-            counted here.
+        options: how many bytes a message may have; gRPC's own bound is a little wider, so that what is beyond
+            ours is counted here.
     """
 
-    def __init__(self, gate: Gate, shares: Shares, largest: int) -> None:
-        self._gate, self._shares, self._largest = gate, shares, largest
+    def __init__(self, gate: Gate, shares: Shares, options: TransportOptions) -> None:
+        self._gate, self._shares, self._options = gate, shares, options
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:
         """All methods of a service.
@@ -55,6 +56,7 @@ class Front:
 
     def _handler(self, method: MethodDescriptor, call: Callable[..., Any]) -> grpc.RpcMethodHandler:
         kind = GetMessageClass(method.input_type)
+        most = self._options.most_bytes(kind)
         make = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
@@ -63,7 +65,7 @@ class Front:
         work = self._streamed(call) if method.server_streaming else call
         return make(
             self._guarded(work),
-            request_deserializer=lambda content: self._read(kind, content),
+            request_deserializer=lambda content: _read(kind, content, most),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
 
@@ -91,12 +93,13 @@ class Front:
 
         return streamed
 
-    def _read(self, kind: type[Message], content: bytes) -> Message | Unreadable:
-        if len(content) > self._largest:
-            error = UpdateError(f"a message of {len(content)} bytes came, at most {self._largest} are taken")
-            return Unreadable(Refused(Reason.TOO_LARGE, error))
-        try:
-            return kind.FromString(content)
-        except DecodeError:
-            error = UpdateError(f"{len(content)} bytes came that are no {kind.DESCRIPTOR.name}")
-            return Unreadable(Refused(Reason.MALFORMED, error))
+
+def _read(kind: type[Message], content: bytes, most: int) -> Message | Unreadable:
+    if len(content) > most:
+        error = UpdateError(f"a message of {len(content)} bytes came, at most {most} are taken")
+        return Unreadable(Refused(Reason.TOO_LARGE, error))
+    try:
+        return kind.FromString(content)
+    except DecodeError:
+        error = UpdateError(f"{len(content)} bytes came that are no {kind.DESCRIPTOR.name}")
+        return Unreadable(Refused(Reason.MALFORMED, error))

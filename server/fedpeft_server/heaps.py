@@ -6,7 +6,7 @@ import ctypes
 from contextlib import suppress
 
 _ARENA_MAX = -8  # mallopt's number for it
-_HEAPS = 2
+_HEAPS = 1
 
 
 def keep_few_heaps() -> None:

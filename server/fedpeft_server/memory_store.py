@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from fedpeft.errors import StateError, UpdateError
 from fedpeft_server.contracts import Arrival, Partial
@@ -50,12 +51,13 @@ class MemoryBlobs:
         """See `Blobs`."""
         return _MemoryPartial(self._begun.setdefault(digest, bytearray()), self, digest, size)
 
-    def read(self, digest: str, offset: int = 0, length: int = -1) -> bytes:
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[bytes]:
         """See `Blobs`."""
         blob = self._whole.get(digest)
         if blob is None:
             raise StateError(f"there is no blob {digest[:12]}; ask for it again once it is uploaded")
-        return blob[offset:] if length < 0 else blob[offset : offset + length]
+        yield blob
 
     def keep(self, digest: str) -> None:
         """Turn a begun blob into a whole one if its bytes are right."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from google.protobuf.message import Message
+
+from fedpeft.v1 import federation_pb2 as pb
+
 PROTOCOL_VERSION = 2
+LONGEST_REQUEST = 256 * 1024  # of people: a run file
 LONGEST_ANSWER = 8 << 20  # to people: the log's line of a round names its clients, 36,000 of them fit
 SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities
 
@@ -18,8 +23,8 @@ class TransportOptions:
     Attributes:
         host, port: where to listen; port 0 takes a free one.
         max_inline_bytes: larger bodies travel as blobs, so that no session's stream is held up by one.
-        chunk_bytes: of blobs: large enough that a chunk's fixed cost vanishes, small enough that what
-            connections buffer stays small.
+        chunk_bytes: of blobs, at most: large enough that a chunk's fixed cost vanishes, small enough that
+            what connections buffer stays small. Over slow lines chunks are smaller, see `Pace`.
         max_blob_bytes: no blob may be larger; runs have tighter bounds of their own.
         upload_credits, download_credits: blobs that may be under way at a time; the rest wait their turn, so
             that memory doesn't grow with the number of agents.
@@ -51,7 +56,7 @@ class TransportOptions:
     host: str = "127.0.0.1"
     port: int = 0
     max_inline_bytes: int = 64 * 1024
-    chunk_bytes: int = 256 * 1024
+    chunk_bytes: int = 1024 * 1024
     max_blob_bytes: int = 4 << 30
     upload_credits: int = 4
     download_credits: int = 16
@@ -74,14 +79,14 @@ class TransportOptions:
     drain_s: float = 5.0
 
     @property
-    def max_message_bytes(self) -> int:
-        """What one message may weigh; a longer one is refused before it is parsed."""
-        return max(self.max_inline_bytes, self.chunk_bytes) + SLACK_BYTES
-
-    @property
     def max_received_bytes(self) -> int:
-        """What gRPC reads at most: what is a little too long is counted with its sender, by us."""
-        return 4 * self.max_message_bytes
+        """What gRPC reads at most: what is a little too long is counted with its sender, see `most_bytes`."""
+        return 2 * max(self.max_inline_bytes, self.chunk_bytes, LONGEST_REQUEST) + SLACK_BYTES
+
+    def most_bytes(self, message: type[Message]) -> int:
+        """What one message of that class may weigh; a longer one is refused before it is parsed."""
+        of_agents = {pb.AgentMessage: self.max_inline_bytes, pb.BlobUpload: self.chunk_bytes}
+        return of_agents.get(message, LONGEST_REQUEST) + SLACK_BYTES
 
 
 def server_channel_options(options: TransportOptions) -> ChannelOptions:

@@ -187,7 +187,7 @@ class RunningServer:
         services: list[tuple[str, object]] = [("Federation", service)]
         if admin is not None:
             services.append(("Admin", admin))
-        front = Front(doors.gate, self._shares, options.max_message_bytes)
+        front = Front(doors.gate, self._shares, options)
         described = {name: pb.DESCRIPTOR.services_by_name[name] for name, _ in services}
         handlers = [front.handlers(described[name], servicer) for name, servicer in services]
         self._server.add_generic_rpc_handlers(handlers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -16,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from fedpeft.errors import StorageError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.pace import Pace
 from fedpeft_server.callers import Caller
 from fedpeft_server.contracts import Blobs, Partial
 from fedpeft_server.handlers import Unreadable
@@ -115,13 +117,15 @@ class Transfers:
                 Reason.SPARE if late else Reason.NOT_ASKED,
                 UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task"),
             )
-        content, step = body.content, self._options.chunk_bytes
+        content, offset, pace = body.content, request.offset, Pace(self._options.chunk_bytes)
         async with self._down.turn(caller.name) as turn:
-            for offset in range(request.offset, len(content), step):
+            while offset < len(content):
                 turn.check()
-                data = content[offset : offset + step]
+                data, began = content[offset : offset + pace.size], time.monotonic()
                 self._hub.shares.bytes(caller.name, down=len(data))
                 yield pb.BlobChunk(offset=offset, data=data, crc32=zlib.crc32(data))
+                pace.took(time.monotonic() - began)
+                offset += len(data)
 
     async def _opened(self, caller: Caller, stream: Stream) -> pb.BlobOpen:
         message = await self._next(stream)

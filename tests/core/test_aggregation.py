@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.aggregation import HEADROOM_BITS, ExactSum
+from fedpeft.aggregation import HEADROOM_BITS, ExactSum, _add_quanta, prepare_sums
 from fedpeft.errors import UpdateError
 from fedpeft.update import Layout, Update, arrays_digest, layout_of
 from tests.core.strategies import FLOAT, INT, several
@@ -162,3 +162,14 @@ def test_folding_returns_the_norm() -> None:
     update = Update({"a": np.array([3, 0], np.float32), "b": np.array([[4]], np.float32)}, 7)
     total = ExactSum(layout_of(update.arrays), quantum_exponent=EXPONENT, capacity=1)
     assert total.fold(update) == 5.0
+
+
+def test_prepared_sums_meet_no_update_that_their_code_was_not_loaded_for() -> None:
+    prepare_sums()
+    known = len(_add_quanta.signatures)
+    arrays = {"a": np.ones((2, 3), np.float32)}
+    exact = ExactSum(layout_of(arrays), quantum_exponent=-36, capacity=2)
+    exact.fold(Update(arrays, 1))
+    received = {"a": np.frombuffer(arrays["a"].tobytes(), np.float32).reshape(2, 3)}
+    exact.fold(Update(received, 1))
+    assert len(_add_quanta.signatures) == known

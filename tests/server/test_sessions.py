@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Behaviour, grpc.StatusCode, str]] = {
     "silent": (silent, CODE.DEADLINE_EXCEEDED, "stalled"),
     "silent-later": (silent_later, CODE.DEADLINE_EXCEEDED, "stalled"),
     "two-hellos": (two_hellos, CODE.INVALID_ARGUMENT, "a hello came in the middle"),
-    "huge": (huge, CODE.INVALID_ARGUMENT, "a message of 1000026 bytes came, at most 327680"),
+    "huge": (huge, CODE.INVALID_ARGUMENT, "a message of 1000026 bytes came, at most 131072"),
     "talkative": (talkative, CODE.INVALID_ARGUMENT, "too many capabilities"),
 }
 

@@ -7,13 +7,14 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedpeft.errors import LimitError, StateError, UpdateError
 from fedpeft.faults import crash_point
 from fedpeft.files import storage, sync_folder
-from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, read_whole
+from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, reading_whole
 
 _TEMPORARY, _INCOMING = ".partial-", "incoming"
 _PIECE = 1 << 20
@@ -82,20 +83,19 @@ class Blobs:
             raise UpdateError(f"{digest[:20]!r} is no SHA-256; announce the content's digest in hexadecimal")
         return Partial(self, self.folder / _INCOMING / digest, digest, size)
 
-    def read(self, digest: str, offset: int = 0, length: int = -1) -> bytes:
-        """A part of a whole content, unverified; fewer bytes at its end. A negative length: to the end.
+    @contextmanager
+    def reading(self, digest: str) -> Iterator[bytes | memoryview]:
+        """A whole content, unverified, while the block lasts.
 
         Raises:
             StateError: it is not there.
             StorageError: it cannot be read.
         """
         place = self._present(digest)
-        with storage(place):
-            if not offset and length < 0:
-                return read_whole(place)
-            with place.open("rb") as file:
-                file.seek(offset)
-                return file.read(length)
+        with ExitStack() as stack:
+            with storage(place):
+                content = stack.enter_context(reading_whole(place))
+            yield content
 
     def adopt(self, file: Path, digest: str) -> None:
         """Take over a file of this folder whose content was flushed and has that digest.

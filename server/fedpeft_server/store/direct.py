@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 LEAST_BYTES = 4 << 20  # below, the cache is cheaper than a trip to the disk
@@ -74,25 +76,47 @@ class DirectAppender:
         self._start, self._filled = self._start + _BUFFER, 0
 
 
-def read_whole(path: Path) -> bytes:
-    """A whole file; raises what the system does."""
-    size = path.stat().st_size
-    fd = _opened(path, os.O_RDONLY) if size >= LEAST_BYTES else None
-    if fd is None:
-        return path.read_bytes()
+@contextmanager
+def reading_whole(path: Path) -> Iterator[bytes | memoryview]:
+    """A whole file, in memory while the block lasts; raises what the system does."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        fd = _opened(path, os.O_RDONLY) if size >= LEAST_BYTES else None
+        if fd is None:
+            yield file.read()
+            return
+        try:
+            with _pages(size) as buffer, memoryview(buffer) as whole:
+                if not _read(fd, whole, size):
+                    yield file.read()
+                    return
+                with whole[:size] as content:
+                    yield content
+        finally:
+            os.close(fd)
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Memory of so many bytes or a little more, in large pages where there are any: each page takes 2 us."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    buffer = mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK, flags=private)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+def _read(fd: int, whole: memoryview, size: int) -> bool:
+    """Read past the cache; False if the file system refuses that."""
+    came = 0
     try:
-        with mmap.mmap(-1, -(-size // _BLOCK) * _BLOCK) as buffer:
-            came = 0
-            with memoryview(buffer) as whole:
-                while came < size and (more := os.preadv(fd, [whole[came:]], came)):
-                    came += more
-            return buffer[:size] if came >= size else path.read_bytes()
+        while came < size and (more := os.preadv(fd, [whole[came:]], came)):
+            came += more
     except OSError as error:
         if error.errno not in _REFUSED:
             raise
-        return path.read_bytes()
-    finally:
-        os.close(fd)
+    return came >= size
 
 
 def _opened(path: Path, flags: int) -> int | None:

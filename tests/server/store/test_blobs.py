@@ -23,10 +23,12 @@ def blobs(tmp_path: Path) -> Blobs:
 def test_what_is_put_can_be_had(blobs: Blobs) -> None:
     assert blobs.put(CONTENT) == blobs.put(CONTENT) == DIGEST
     assert blobs.get(DIGEST) == CONTENT
-    assert blobs.read(DIGEST, 5, 10) == CONTENT[5:15]
-    assert blobs.read(DIGEST, len(CONTENT)) == b""
+    with blobs.reading(DIGEST) as content:
+        assert content == CONTENT
     with pytest.raises(StateError, match="missing"):
         blobs.get("0" * 64)
+    with pytest.raises(StateError, match="missing"), blobs.reading("0" * 64):
+        pass
 
 
 def test_an_upload_goes_on_where_the_last_one_broke_off(blobs: Blobs) -> None:

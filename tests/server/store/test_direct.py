@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft_server.store.blobs import Blobs
-from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, read_whole
+from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, reading_whole
 
 BUFFER = 1 << 20
 BODY = os.urandom(LEAST_BYTES + 70_001)
@@ -27,7 +28,8 @@ def test_attempts_go_on_at_any_byte(tmp_path: Path, cuts: tuple[int, ...]) -> No
         appender.close()
         assert path.stat().st_size == end
     assert path.read_bytes() == BODY
-    assert read_whole(path) == BODY
+    with reading_whole(path) as content:
+        assert content == BODY
 
 
 def test_what_a_killed_attempt_leaves_are_whole_buffers(tmp_path: Path) -> None:
@@ -42,7 +44,20 @@ def test_what_a_killed_attempt_leaves_are_whole_buffers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 10, LEAST_BYTES - 1, LEAST_BYTES, LEAST_BYTES + 4096])
 def test_a_whole_file_of_any_size_is_read(tmp_path: Path, size: int) -> None:
     (tmp_path / "file").write_bytes(BODY[:size])
-    assert read_whole(tmp_path / "file") == BODY[:size]
+    with reading_whole(tmp_path / "file") as content:
+        assert content == BODY[:size]
+
+
+def test_where_the_system_cannot_go_past_its_cache_files_are_whole_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> int:
+        raise OSError(errno.EINVAL, "not here")
+
+    monkeypatch.setattr(os, "preadv", refused)
+    (tmp_path / "file").write_bytes(BODY)
+    with reading_whole(tmp_path / "file") as content:
+        assert content == BODY
 
 
 def test_a_large_upload_that_was_put_aside_goes_on_and_is_whole(tmp_path: Path) -> None:
@@ -54,5 +69,5 @@ def test_a_large_upload_that_was_put_aside_goes_on_and_is_whole(tmp_path: Path) 
     assert again.offset == BUFFER + 17
     again.write(BODY[again.offset :])
     again.finish()
-    assert blobs.read(digest) == BODY
-    assert blobs.read(digest, 5, 10) == BODY[5:15]
+    with blobs.reading(digest) as content:
+        assert content == BODY
