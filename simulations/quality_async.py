@@ -58,7 +58,7 @@ SYNCHRONOUS: Table = {
 }
 SCALARS: Table = {
     "peft": {"method": "full"},
-    "training": {"kind": "zeroth-order", "lr": 6e-4, "radius": 1e-3, "steps": 8, "batch_size": 8},
+    "training": {"kind": "zeroth-order", "lr": 2e-4, "radius": 1e-3, "steps": 8, "batch_size": 8},
     "space": {"kind": "seed-scalars", "mode": "common", "num_seeds": 8},
 }
 ARMS: Mapping[str, tuple[bool, Sequence[Table]]] = {  # whether buffered; tables laid over the run file's

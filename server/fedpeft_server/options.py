@@ -81,7 +81,7 @@ class TransportOptions:
     @property
     def max_received_bytes(self) -> int:
         """What gRPC reads at most: what is a little too long is counted with its sender, see `most_bytes`."""
-        return 2 * max(self.max_inline_bytes, self.chunk_bytes, LONGEST_REQUEST) + SLACK_BYTES
+        return max(self.max_inline_bytes, self.chunk_bytes, LONGEST_REQUEST) + 2 * SLACK_BYTES
 
     def most_bytes(self, message: type[Message]) -> int:
         """What one message of that class may weigh; a longer one is refused before it is parsed."""

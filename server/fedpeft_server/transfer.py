@@ -28,6 +28,7 @@ from fedpeft_server.turns import Turn, Turns
 
 Result = TypeVar("Result")
 _BATCH_BYTES = 1 << 20  # handed to a thread at a time
+_OPENING = 64  # uploads whose first message is awaited at a time: one of each caller
 _FLUSHES = 4  # at a time, so that threads are left for what comes in
 
 
@@ -61,6 +62,7 @@ class Transfers:
     ) -> None:
         self._hub, self._blobs, self._options, self._executor = hub, blobs, options, executor
         self._trouble, self._troubled = trouble, False
+        self._opening = Turns(_OPENING, options.turn_s)
         self._up = Turns(options.upload_credits, options.turn_s)
         self._down = Turns(options.download_credits, options.turn_s)
         self._flushing = asyncio.Semaphore(_FLUSHES)
@@ -74,7 +76,8 @@ class Transfers:
             StorageError: it cannot be written.
             TimeoutError: the sender stalled.
         """
-        open_ = await self._opened(caller, stream)
+        async with self._opening.turn(caller.name):  # what nobody reads yet takes no memory
+            open_ = await self._opened(caller, stream)
         digest = open_.digest.hex()
         async with self._up.turn(caller.name) as turn:
             if await self._off(lambda: self._blobs.has(digest)):
