@@ -251,7 +251,7 @@ class StrategySection(OpenSection):
 
     `geometry` is for robust rules: what they measure and combine, the entries of updates, or the products B A
     of LoRA's factors and the entries of what is trained beside them. Default: products where LoRA trains both
-    factors.
+    factors and the rule measures distances; entries for rules that look at single entries.
     """
 
     kind: str = "fedavg"

@@ -158,11 +158,23 @@ def strategy_problems(section: StrategySection, cohort: int) -> list[str]:
     return problems
 
 
+def prefers_products(section: StrategySection) -> bool:
+    """Whether a rule works on products where there are any: if said so, else those that measure distances.
+
+    A product's factors in their common form turn with a client's data, so that the entries of two clients do
+    not mean the same: rules per entry do worse on them than on factors as they come.
+    """
+    rule = RULES[section.kind]
+    if section.geometry is not None:
+        return section.geometry == "product"
+    return rule.robust and rule.coefficients is not None
+
+
 def geometry_problems(run: RunConfig) -> list[str]:
     """What stands against the geometry of a run's strategy."""
     section, rule = run.federation.strategy, RULES.get(run.federation.strategy.kind)
     own, products = run.federation.lora_rule, has_products(run.peft, run.space.kind)
-    if own is not None and rule is not None and rule.robust and products and section.geometry != "entries":
+    if own is not None and rule is not None and products and prefers_products(section):
         return [
             f"federation.strategy.geometry: {section.kind} works on products here, and lora_rule '{own}' says"
             " how factors are combined; remove lora_rule, or set geometry 'entries'"
@@ -181,7 +193,8 @@ def geometry_of(run: RunConfig) -> str:
     rule = RULES.get(section.kind)
     if rule is None or not rule.robust:
         return ""
-    return section.geometry or ("product" if has_products(run.peft, run.space.kind) else "entries")
+    products = has_products(run.peft, run.space.kind) and prefers_products(section)
+    return section.geometry or ("product" if products else "entries")
 
 
 def has_products(peft: PeftSection, space: str) -> bool:

@@ -35,7 +35,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, RunFileError
 from fedpeft.flower.array_bytes import array_of, values_of
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.rules import RULES, strategy_problems
+from fedpeft.flower.rules import RULES, prefers_products, strategy_problems
 from fedpeft.packed import PackedArrays, packable, packing_of
 from fedpeft.robust import Entries, Geometry, Products, krum_selection, lora_pairs
 from fedpeft.update import Arrays, Layout, Update
@@ -90,8 +90,7 @@ class StrategyRunner:
         self.layout: Layout = packing_of(layout) if packable(layout) else layout
         self._quantum = run.federation.quantum_exponent
         self._strategy = None if self.rule.build is None else self._flowers(self.rule.build)
-        products = self.rule.robust and section.geometry != "entries"
-        self._pairs = lora_pairs(self.layout, run.peft) if products else ()
+        self._pairs = lora_pairs(self.layout, run.peft) if prefers_products(section) else ()
         if section.geometry == "product" and not self._pairs:
             raise RunFileError(
                 "run file",

@@ -96,7 +96,7 @@ def turned(state: Arrays, updates: list[Update]) -> list[Update]:
 def test_no_rule_on_products_depends_on_the_choice_of_factors(kind: str) -> None:
     state = state_of()
     updates = updates_of(state)
-    made = runner(kind, state)
+    made = runner(kind, state, geometry="product")
     assert made.geometry == "product"
     expected, came = closed(made, updates), closed(made, turned(state, updates))
     np.testing.assert_allclose(effect(state, came), effect(state, expected), atol=2e-4)
@@ -104,6 +104,13 @@ def test_no_rule_on_products_depends_on_the_choice_of_factors(kind: str) -> None
     assert entries.geometry == "entries"
     spoilt = effect(state, closed(entries, turned(state, updates)))
     assert np.abs(spoilt - effect(state, closed(entries, updates))).max() > 0.05  # the test can fail
+
+
+def test_products_are_the_default_of_rules_that_measure_distances() -> None:
+    state = state_of()
+    found = {kind: runner(kind, state).geometry for kind in ROBUST}
+    per_entry = {"fedmedian", "fedtrimmedavg", "bulyan"}
+    assert found == {kind: "entries" if kind in per_entry else "product" for kind in ROBUST}
 
 
 @pytest.mark.parametrize("geometry", ["entries", "product"])
