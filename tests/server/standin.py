@@ -150,13 +150,14 @@ def arrival(stored: StoredRun, meta: Any, payload: bytes) -> Arrival:
 
 
 def standins(
-    store: Store, made: list[StandIn], clients: int = 4
+    store: Store, made: list[StandIn], clients: int = 4, hold_after: int | None = None
 ) -> Callable[[StoredRun], AbstractContextManager[StandIn]]:
-    """Opens stand-ins and keeps them in `made`."""
+    """Opens stand-ins, which begin with that `hold_after`, and keeps them in `made`."""
 
     @contextmanager
     def open_grid(stored: StoredRun) -> Iterator[StandIn]:
         made.append(StandIn(LocalGrid(clients, InlineWorkers()), store, stored))
+        made[-1].hold_after = hold_after
         yield made[-1]
 
     return open_grid

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError
@@ -132,6 +133,29 @@ def test_a_model_elsewhere_changes_no_byte(parts: dict[str, Any], room: ModelRoo
     assert apart.adapter_digest == beside.adapter_digest
     assert records(there, apart) == records(here, beside)
     assert (there.run_folder(apart.id) / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_copied_as_of_its_last_commit(room: ModelRoom, tmp_path: Path) -> None:
+    run, copy = build_run(tables(), source="test"), tmp_path / "copy"
+    grids: list[StandIn] = []
+    with Store(tmp_path / "state") as store:
+        supervisor = Supervisor(store, standins(store, grids, hold_after=5), models=room)
+        add_resident(load_resident(run))
+        try:
+            stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
+            deadline = time.monotonic() + LONG_S
+            while not (grids and grids[0].held.is_set()):  # in round 2
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert supervisor.snapshot(stored.id, copy) == 1
+            grids[0].hold_after = None
+            assert supervisor.wait_idle(LONG_S)
+        finally:
+            drop_resident(run_digest(run))
+        state = store.rounds(store.runs.get(stored.id)).checkpoint(1).state
+    adapter = load_file(copy / "adapter" / "adapter_model.safetensors")
+    assert {tensor.tobytes() for tensor in adapter.values()} == {part.tobytes() for part in state.values()}
 
 
 @pytest.mark.slow
