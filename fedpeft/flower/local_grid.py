@@ -8,18 +8,18 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, RecordDict, UserConfig
-from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedpeft.flower.execute import Call, named_app
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import ERROR_CODE
 from fedpeft.workers import AHEAD, Job, Shared, Workers
 
 CLIENT_APP = "fedpeft.flower.client_app:app"
 
 
-class LocalGrid(Grid):
+class LocalGrid(PolledGrid):
     """Nodes 1 to N stand for clients 0 to N - 1.
 
     Messages wait in a queue; `pull_messages` keeps a few in flight for each worker, so that none idles, and
@@ -42,25 +42,6 @@ class LocalGrid(Grid):
         self._shared: tuple[RecordDict, Shared] | None = None
         self._count = 0
         self.states: dict[int, RecordDict] = {}  # what clients remember between rounds, by node
-
-    def set_run(self, run: Any) -> None:
-        """Flower's runtimes call this; there is nothing to set here."""
-
-    @property
-    def run(self) -> Any:
-        """There is no Flower run behind this grid."""
-        raise NotImplementedError("LocalGrid is not bound to a Flower run")
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """1 to N."""
@@ -97,16 +78,6 @@ class LocalGrid(Grid):
         """Forget messages that have not been started (late ones, whose round is over)."""
         unwanted = set(message_ids)
         self._queue = deque(entry for entry in self._queue if entry[0] not in unwanted)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """All replies, in any order. There is no timeout in process: a simulation's deadlines are virtual."""
-        ids = list(self.push_messages(messages))
-        replies: list[Message] = []
-        while len(replies) < len(ids):
-            replies.extend(self.pull_messages(ids))
-        return replies
 
     def memory(self) -> dict[str, NDArray[Any]]:
         """What clients remember, as ``"<node>/<array>"`` to array."""

@@ -6,14 +6,15 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
 from fedpeft.flower.federation import ClientMemory, Federation, History, Journal, Observer
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.private_rounds import BudgetStore
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
@@ -260,7 +261,7 @@ def _one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-class NodeGrid(Grid):
+class NodeGrid(PolledGrid):
     """A grid of Flower's whose every message gets a reply from the node that it went to.
 
     A SuperLink answers for a node that is gone, or for a reply that got lost, in its own name, and numbers a
@@ -271,26 +272,6 @@ class NodeGrid(Grid):
         self._inner = inner
         self._sent: dict[str, Message] = {}  # unanswered, by message id
         self._refused: dict[str, Message] = {}  # error replies to messages that were not taken
-
-    def set_run(self, run: Any) -> None:
-        """As the inner grid."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """As the inner grid."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """As the inner grid."""
@@ -316,12 +297,6 @@ class NodeGrid(Grid):
             of_node = reply.metadata.src_node_id == message.metadata.dst_node_id
             replies.append(reply if of_node or not reply.has_error() else _from_node(reply.error, message))
         return replies
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """As the inner grid; our round loop pushes and pulls."""
-        return self._inner.send_and_receive(messages, timeout=timeout)
 
     def _register(self, id_: str | None, message: Message) -> str:
         if id_ is not None:

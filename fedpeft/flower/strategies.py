@@ -26,7 +26,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp import strategy as flower
 from numpy.typing import NDArray
 
@@ -35,6 +34,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, RunFileError
 from fedpeft.flower.array_bytes import array_of, values_of
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.rules import RULES, prefers_products, strategy_problems
 from fedpeft.packed import PackedArrays, packable, packing_of
 from fedpeft.robust import Entries, Geometry, Products, krum_selection, lora_pairs
@@ -291,17 +291,8 @@ def _record(arrays: Arrays) -> ArrayRecord:
     return ArrayRecord({name: array_of(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)})
 
 
-class _NoGrid(Grid):
+class _NoGrid(PolledGrid):
     """The grid a strategy is shown: it has no nodes, as cohorts are sampled by our own loop."""
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> list[int]:
         return []
@@ -310,9 +301,6 @@ class _NoGrid(Grid):
         raise NotImplementedError
 
     def pull_messages(self, message_ids: Any) -> list[Message]:
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
         raise NotImplementedError
 
 

@@ -7,13 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import UsageError
 from fedpeft.flower.exchange import Cancels, Spares
+from fedpeft.flower.polled_grid import PolledGrid
 
 TOLERANCE_S = 5.0
 
@@ -138,31 +138,11 @@ class Control:
             self.check()
 
 
-class WatchedGrid(Grid):
+class WatchedGrid(PolledGrid):
     """A grid whose user leaves when the run's switch says so."""
 
     def __init__(self, inner: Grid, control: Control) -> None:
         self._inner, self._control = inner, control
-
-    def set_run(self, run: Any) -> None:
-        """As the inner grid."""
-        self._inner.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """As the inner grid."""
-        return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """As the inner grid."""
-        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """As the inner grid; leaves."""
@@ -188,9 +168,3 @@ class WatchedGrid(Grid):
         """As the inner grid, if it has places."""
         if isinstance(self._inner, Spares):
             self._inner.free_place(round_, client)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """As the inner grid."""
-        return self._inner.send_and_receive(messages, timeout=timeout)

@@ -6,17 +6,15 @@ import asyncio
 import functools
 import hashlib
 import threading
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import Error, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedpeft.errors import FederationError, FedPEFTError, UpdateError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import ERROR_CODE, HELLO, read_hello
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.contracts import Acceptor, Arrival, Blobs
@@ -48,7 +46,7 @@ class RunIdentity:
     overlap: int = 0
 
 
-class GrpcGrid(Grid):
+class GrpcGrid(PolledGrid):
     """One run's view of the agents.
 
     Replies are given out once they are durable. A message to an agent that is away waits for it, and is
@@ -89,14 +87,6 @@ class GrpcGrid(Grid):
         self._ids: dict[bytes, str] = {}  # of work under way, to its message
         self._stopped: FedPEFTError | None = None
 
-    def set_run(self, run: Any) -> None:
-        """Flower's runtimes call this; there is nothing to set here."""
-
-    @property
-    def run(self) -> Any:
-        """There is no Flower run behind this grid."""
-        raise NotImplementedError("GrpcGrid is not bound to a Flower run")
-
     @property
     def connected(self) -> list[str]:
         """Names of agents that are here now and may take part, sorted."""
@@ -111,17 +101,6 @@ class GrpcGrid(Grid):
     def bound(self, result_bytes: int) -> None:
         """Refuse replies that are larger, from the next messages on; the grid's own bound stays one."""
         self._max_result_bytes = min(self._max_result_bytes, result_bytes)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to one agent."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
         """Numbers of the agents in `connected`."""
@@ -172,18 +151,6 @@ class GrpcGrid(Grid):
             taken = [(*self._waiting.pop(id_), self._ready.pop(id_)) for id_ in ready]
         # One at a time, as the caller takes them: blobs are read when their turn comes.
         return (self._reply(message, work, outcome) for message, work, outcome in taken)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Replies, in any order; those that haven't come after `timeout` seconds are withdrawn."""
-        ids = list(self.push_messages(messages))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        replies: list[Message] = []
-        while len(replies) < len(ids) and (deadline is None or time.monotonic() < deadline):
-            replies.extend(self.pull_messages(ids))
-        self.cancel(ids)
-        return replies
 
     def cancel(self, message_ids: Iterable[str]) -> None:
         """Forget messages and tell their agents; replies that are there already go too."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 
 from fedpeft.flower.exchange import Cancels
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.mail import Mail
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import TRAIN
 
 NODES = {"ann": 1, "bob": 2, "eve": 3}
 
 
-class Scripted(Grid):
+class Scripted(PolledGrid):
     """Answers in the order of a script, a batch at each pull."""
 
     def __init__(self, *batches: str) -> None:
@@ -41,20 +40,8 @@ class Scripted(Grid):
     def cancel(self, message_ids: Iterable[str]) -> None:
         self.cancelled.extend(message_ids)
 
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
     def get_node_ids(self) -> Iterable[int]:
         return NODES.values()
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Any:
-        raise NotImplementedError
 
 
 def task(name: str, text: str) -> Message:

@@ -9,17 +9,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import TRAIN, read_update, update_reply
 from fedpeft.workers import InlineWorkers
 from fedpeft_server.contracts import Arrival
 from fedpeft_server.store import Store, StoredRun
 
 
-class StandIn(Grid):
+class StandIn(PolledGrid):
     """As the real grid does: replies are given out once they are durable, and recalled after a restart."""
 
     def __init__(self, inner: LocalGrid, store: Store, stored: StoredRun) -> None:
@@ -51,22 +52,6 @@ class StandIn(Grid):
     def bound(self, result_bytes: int) -> None: ...
 
     def refused(self, agent: str, why: str) -> None: ...
-
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return [node for node in self._inner.get_node_ids() if node not in self.away]
@@ -106,11 +91,6 @@ class StandIn(Grid):
         while self.at_once and (more := list(self._inner.pull_messages(wanted))):
             replies += [self._durable(reply) for reply in more]
         return replies
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise NotImplementedError
 
     def _durable(self, reply: Message) -> Message:
         meta = reply.metadata

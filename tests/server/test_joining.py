@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.roster import Member, Roster
 from fedpeft.flower.tasks import Hello, Task, hello_reply
 from fedpeft.randomness import stream
@@ -101,7 +102,7 @@ def check_draws(store: Store, stored: StoredRun, since: int) -> None:
 # ---- One decision at a time
 
 
-class Door(Grid):
+class Door(PolledGrid):
     """Strangers who answer when they are let."""
 
     def __init__(self, holds: Mapping[str, str]) -> None:
@@ -135,29 +136,8 @@ class Door(Grid):
             name = names[message.metadata.dst_node_id]
             yield hello_reply(Hello(name, 7, self.holds[name]), message)
 
-    def set_run(self, run: Any) -> None: ...
-
-    @property
-    def run(self) -> Any:
-        return None
-
     def get_node_ids(self) -> Iterable[int]:
         return []
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        raise NotImplementedError
 
 
 @dataclass
