@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from fedpeft.commands.adapters import model_with_adapter
 from fedpeft.commands.runs import adapter_and_run, adapter_folder
-from fedpeft.config import RunConfig
 from fedpeft.errors import StateError, StorageError
 from fedpeft.files import folder_atomically, storage
 from fedpeft.models.base import load_tokenizer
@@ -42,7 +42,9 @@ def export_command(
     check_out(out, folder, force=force)
     if merge:
         folder, run = adapter_and_run(adapter, run_file, overrides)
-        _write_merged(run, folder, out)
+        tokenizer = load_tokenizer(run.model)
+        model, labels = model_with_adapter(run, folder)
+        write_merged(model, tokenizer, labels, out)
         print(f"merged model  {out}")
         return
     with storage(out):
@@ -81,25 +83,22 @@ def _names(paths: Iterable[Path]) -> set[str]:
     return {path.name for path in paths}
 
 
-def _write_merged(run: RunConfig, folder: Path, out: Path) -> None:
-    """Load, merge and write a folder that `transformers` loads by itself.
+def write_merged(model: Any, tokenizer: Any, labels: Sequence[str], out: Path) -> None:
+    """Fold what is trained into the base, and write a folder that `transformers` loads by itself.
 
     Raises:
         StorageError: it cannot be written.
-        FedPEFTError: it cannot be loaded or merged.
+        ModelError: the method cannot be merged.
     """
-    tokenizer = load_tokenizer(run.model)
-    model, labels = model_with_adapter(run, folder)
-    merged = merge_adapter(model)
+    merged: Any = merge_adapter(model)
     if labels:
-        config = merged.config
-        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]  # a transformers config
-        config.label2id = {label: index for index, label in enumerate(labels)}  # type: ignore[union-attr]
+        merged.config.id2label = dict(enumerate(labels))
+        merged.config.label2id = {label: index for index, label in enumerate(labels)}
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomically(out) as fresh, quiet():
         try:
-            merged.save_pretrained(fresh)  # type: ignore[operator]  # a transformers model
+            merged.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
         except SafetensorError as error:
             raise StorageError(

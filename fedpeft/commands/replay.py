@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from fedpeft.commands.export import check_out
+from fedpeft.commands.export import check_out, write_merged
 from fedpeft.config import RunConfig
-from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.files import folder_atomically, storage
+from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.models.export import merge_adapter
-from fedpeft.models.quiet import one_line, quiet
-from fedpeft.resident import Resident, load_resident
+from fedpeft.resident import load_resident
 from fedpeft.training.zeroth_rules import SEED_SPACES
 
 
@@ -35,7 +30,7 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
     check_out(out, run, force=force, what="the run")
     resident = load_resident(config)
     resident.space.enter(resident.parameters, checkpoint.state)  # compares the fingerprint
-    _write(resident, out)
+    write_merged(resident.model, resident.tokenizer, resident.data.label_names, out)
     size = sum(array.nbytes for array in checkpoint.state.values())
     print(
         f"model        {out}\nround        {checkpoint.round}\n"
@@ -55,28 +50,3 @@ def _last(path: Path) -> tuple[RunConfig, Checkpoint]:
         if checkpoint is None:
             raise StateError(f"{path} has no checkpoint yet; go on with: fedpeft simulate --resume {path}")
         return folder.run, checkpoint
-
-
-def _write(resident: Resident, out: Path) -> None:
-    """Fold the trained parameters into the base and write a folder that `transformers` loads by itself.
-
-    Raises:
-        StorageError: it cannot be written.
-        ModelError: the method cannot be merged.
-    """
-    merged = merge_adapter(resident.model)
-    labels = resident.data.label_names
-    if labels:
-        config = merged.config
-        config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]  # a transformers config
-        config.label2id = {label: index for index, label in enumerate(labels)}  # type: ignore[union-attr]
-    with storage(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomically(out) as fresh, quiet():
-        try:
-            merged.save_pretrained(fresh)  # type: ignore[operator]  # a transformers model
-            resident.tokenizer.save_pretrained(fresh)
-        except SafetensorError as error:
-            raise StorageError(
-                f"{out}: the model cannot be written ({one_line(error)}); free disk space and try again"
-            ) from error

@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from numpy.typing import NDArray
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.federated import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.exact_steps import steps_of
-from fedpeft.flower.execute import REPLICA
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 from fedpeft.flower.replica import WHO, Replica, caught_up
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
 from fedpeft.privacy.sources import refuse_seeded
@@ -99,7 +97,7 @@ def _told_rows(resident: Resident, client: ClientRows) -> int:
 
 def _train(task: Task, resident: Resident, index: int, context: Context) -> bytes:
     state, digest = _current_state(task, resident, index, context)
-    memory = _memory(context)
+    memory = arrays_in(context.state, MEMORY)
     update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu, memory=memory)
     name = resident.data.clients[index].name
     stage_context = StageContext(
@@ -110,7 +108,8 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
         held_out_loss=_held_out_loss(resident, index, state, memory),
     )
     update = on_client(resident.stages, update, stage_context)
-    _remember(context, dict(stage_context.memory))
+    if stage_context.memory:
+        context.state[MEMORY] = record_of(stage_context.memory)
     return encode(
         Envelope(
             arrays=update.arrays,
@@ -167,7 +166,7 @@ def _current_state(task: Task, resident: Resident, index: int, context: Context)
         return _state(message.whole, task.run_digest, resident.base_digest)
     holder = (task.run_digest, resident.data.clients[index].name)
     replica = caught_up(message, _replica(context) or _REPLICAS.get(holder), steps)
-    context.state[REPLICA] = ArrayRecord({name: Array(array) for name, array in replica.arrays.items()})
+    context.state[REPLICA] = record_of(replica.arrays)
     _hold(holder, replica)
     return replica.arrays, replica.digest
 
@@ -180,10 +179,10 @@ def _hold(holder: tuple[str, str], replica: Replica) -> None:
 
 
 def _replica(context: Context) -> Replica | None:
-    record = context.state.array_records.get(REPLICA)
-    if record is None:
+    kept = arrays_in(context.state, REPLICA)
+    if not kept:
         return None
-    arrays = frozen_arrays({name: array.numpy() for name, array in record.items()})
+    arrays = frozen_arrays(kept)
     return Replica(arrays_digest(arrays), arrays)
 
 
@@ -212,13 +211,3 @@ def _checked_state(payload: bytes, run_digest: str, base_digest: str) -> tuple[A
             " other files, another quantisation or another version of its library; nothing was trained"
         )
     return envelope.arrays, digest
-
-
-def _memory(context: Context) -> dict[str, NDArray[Any]]:
-    record = context.state.array_records.get("memory")
-    return {} if record is None else {name: array.numpy() for name, array in record.items()}
-
-
-def _remember(context: Context, memory: dict[str, NDArray[Any]]) -> None:
-    if memory:
-        context.state["memory"] = ArrayRecord({name: Array(array) for name, array in memory.items()})

@@ -8,16 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict, UserConfig
+from flwr.app import Context, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedpeft.errors import FedPEFTError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 
-REPLICA = "replica"  # record of a client's state: the global state that it holds
 _NODE_ID = 2  # of an agent, to itself; the server routes by connection
 
 
@@ -93,14 +92,14 @@ def execute(
         client: its name in the run.
         replica: the global state that it holds, unless this process has held it since.
     """
-    held = {"memory": memory, REPLICA: replica}
-    state = RecordDict({name: _record(arrays) for name, arrays in held.items() if arrays})
+    held = {MEMORY: memory, REPLICA: replica}
+    state = RecordDict({name: record_of(arrays) for name, arrays in held.items() if arrays})
     try:
         call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, {"client": client})
         reply = call.answer(app, state)
         if isinstance(reply, str):
             return Outcome(b"", reply, memory)
-        return Outcome(content_bytes(reply), "", _arrays(state, "memory"), _arrays(state, REPLICA))
+        return Outcome(content_bytes(reply), "", arrays_in(state, MEMORY), arrays_in(state, REPLICA))
     except FedPEFTError as error:  # a content that is none, or none that can be sent
         return Outcome(b"", f"{type(error).__name__}: {error}", memory)
 
@@ -117,12 +116,3 @@ def named_app(name: str) -> ClientApp:
     if not isinstance(app, ClientApp):
         raise TypeError(f"{name} is {type(app).__name__}, a ClientApp is needed")
     return app
-
-
-def _arrays(state: RecordDict, name: str) -> dict[str, NDArray[Any]]:
-    kept = state.array_records.get(name)
-    return {} if kept is None else {key: array.numpy() for key, array in kept.items()}
-
-
-def _record(memory: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in memory.items()})

@@ -6,12 +6,12 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict, UserConfig
+from flwr.app import Error, Message, RecordDict, UserConfig
 from numpy.typing import NDArray
 
 from fedpeft.flower.execute import Call, named_app
 from fedpeft.flower.identity import ensure_identity
+from fedpeft.flower.kept_arrays import MEMORY, arrays_in, record_of
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import ERROR_CODE
 from fedpeft.workers import AHEAD, Job, Shared, Workers
@@ -82,18 +82,18 @@ class LocalGrid(PolledGrid):
     def memory(self) -> dict[str, NDArray[Any]]:
         """What clients remember, as ``"<node>/<array>"`` to array."""
         return {
-            f"{node}/{name}": array.numpy()
+            f"{node}/{name}": array
             for node, state in sorted(self.states.items())
-            for name, array in state.array_records.get("memory", {}).items()
+            for name, array in arrays_in(state, MEMORY).items()
         }
 
     def restore_memory(self, memory: Mapping[str, NDArray[Any]]) -> None:
         """Inverse of `memory`; clients that it doesn't name remember nothing."""
-        by_node: dict[int, dict[str, Array]] = {}
+        by_node: dict[int, dict[str, NDArray[Any]]] = {}
         for key, array in memory.items():
             node, _, name = key.partition("/")
-            by_node.setdefault(int(node), {})[name] = Array(np.array(array))
-        self.states = {node: RecordDict({"memory": ArrayRecord(arrays)}) for node, arrays in by_node.items()}
+            by_node.setdefault(int(node), {})[name] = array
+        self.states = {node: RecordDict({MEMORY: record_of(arrays)}) for node, arrays in by_node.items()}
 
     def _fill(self) -> None:
         while self._queue and len(self._running) < AHEAD * self._workers.width:
