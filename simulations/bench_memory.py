@@ -73,7 +73,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "full galore": {"peft": FULL, "training": FIRST | GALORE},
     "full galore fused": {"peft": FULL, "training": FIRST | GALORE | {"fused_update": True}},
     "full lomo": {"peft": FULL, "training": FIRST | {"lr": 0.05, "optimizer": "sgd", "fused_update": True}},
-    "zeroth order": {"peft": LORA, "training": ZEROTH | {"lr": 1e-2}, "space": SEEDS},
+    "zeroth order": {"peft": LORA, "training": ZEROTH | {"lr": 3e-3}, "space": SEEDS},
     "inference": {"peft": LORA, "training": {"kind": "none"}},
 }
 BASES: dict[str, dict[str, Any]] = {
@@ -341,9 +341,12 @@ def quantised_bytes(model: Any) -> dict[str, int]:
 
 def child(cell: Cell, to: Connection) -> None:
     """The cell's work, in this process, and its figures, or what went wrong."""
+    from fedpeft.models.quantization import lean_heap
+
     make: Callable[[Cell], dict[str, Any]] = MODELS[cell.what]
     try:
         if cell.what == "memory":
+            lean_heap()  # as in a process that loads such a base and nothing before it
             warm = Cell(cell.trainer, cell.base, "memory", 1, f"{cell.folder}/small")
             work(warm, random_llama(warm))
         to.send(work(cell, make(cell)))
@@ -405,8 +408,10 @@ def memory_table(
     found = {}
     asked = [Cell(trainer, base, "memory", steps, folder) for trainer, base in cells]
     for (trainer, base), row in zip(cells, measured(asked, width), strict=True):
-        if base == "bf16":  # the file is of this type: weights stay in it, mapped, and are not counted
-            row["planned"] -= row["planned_base"]
+        if (
+            base == "bf16"
+        ):  # the file is of this type: weights stay in it, mapped, and RssAnon has none of them
+            row["peak"] += row["planned_base"]
         row["off"] = row["planned"] / row["peak"] - 1
         found[f"{trainer}/{base}"] = row
         sizes = f"{row['peak'] / MIB:9.1f}{row['planned'] / MIB:9.1f}{100 * row['off']:+6.0f}%"

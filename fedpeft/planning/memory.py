@@ -10,7 +10,8 @@ tokens and V the vocabulary, the backward pass finds these numbers kept by the f
     head     2 N V + 2 S V           logits, log-probabilities and the gradients of both (language models)
 
 Under gradient checkpointing the first line is L N h for the blocks' inputs, plus one layer's own share. A
-number takes 4 bytes, under bf16 autocast 3 on average (norms and the residual stream stay float32).
+number takes 4 bytes, under bf16 autocast 3 on average (norms and the residual stream stay float32). On a base
+of 16 bits it takes 5: norms compute in float32, and each adapted layer keeps a float32 copy of its own input.
 
 Evaluation, and training without a backward pass, keep one layer at a time: N V + 2 S V + N (4 h + 3 m), and
 of language models the key-value cache 2 L k (T + new tokens) per row, which their forward pass always fills.
@@ -158,7 +159,8 @@ def estimate_memory(
         batch = BatchShape(1, batch.tokens, -(-batch.scored // batch.rows))
     rows = batch.rows if private else 0
     if backward:
-        kept = activations(geometry, batch, training, language)
+        half = run.model.dtype == "bfloat16" and run.model.quantization == "none"
+        kept = activations(geometry, batch, training, language, half_base=half)
     else:
         kept = forward_bytes(geometry, batch, language)
     alive = kept if trains else 0
@@ -243,8 +245,19 @@ def _copies(training: TrainingSection) -> bool:
     return training.kind == "zeroth-order" and needs
 
 
-def activations(geometry: Geometry, batch: BatchShape, training: TrainingSection, language: bool) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, by the module's formula."""
+def activations(
+    geometry: Geometry,
+    batch: BatchShape,
+    training: TrainingSection,
+    language: bool,
+    *,
+    half_base: bool = False,
+) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, by the module's formula.
+
+    Args:
+        half_base: the base is of 16 bits, and the adapter is not.
+    """
     g, length = geometry, batch.tokens + geometry.virtual_tokens
     tokens = batch.rows * length
     layer = 6 * g.hidden + 2 * g.keys + (4 if g.gated else 2) * g.inner
@@ -253,7 +266,7 @@ def activations(geometry: Geometry, batch: BatchShape, training: TrainingSection
     per_token = g.layers * g.hidden + layer if training.gradient_checkpointing else g.layers * layer
     if training.activation_offload:  # what one layer is about to hand over, or to get back
         per_token = layer
-    number = 3 if training.precision == "bf16" else _FLOAT
+    number = 3 if training.precision == "bf16" else 5 if half_base else _FLOAT
     head = 2 * (tokens + batch.scored) * g.vocabulary if language else 0
     return number * tokens * per_token + _FLOAT * head
 
