@@ -11,10 +11,13 @@ Nothing that the stream says is believed: every count is checked against what th
 is used.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
+from fedpeft.jit import compiled
 
 FORMAT = 0x51
 MAX_PARAMETER = 62
@@ -61,55 +64,96 @@ def decode_amounts(payload: bytes, num_seeds: int, largest: int) -> NDArray[np.i
     body = payload[offset + 2 :]
     if max(gap_bits, value_bits) > MAX_PARAMETER or count * (gap_bits + value_bits + 3) > 8 * len(body):
         raise UpdateError(f"{count} scalars can't be within {len(body)} bytes: the stream is truncated")
-    return _Reader(body).amounts(num_seeds, count, gap_bits, value_bits, largest)
+    result = np.zeros(num_seeds, dtype=np.int64)
+    bits = np.frombuffer(body, dtype=np.uint8)
+    fault, place, value = _read(bits, result, count, gap_bits, value_bits, largest)
+    if fault != _SOUND:
+        raise UpdateError(_line(fault, place, int(value), num_seeds, largest))
+    return result
 
 
-class _Reader:
-    """Takes Rice codes off a bit string, refusing to read past its end."""
+_SOUND, _ENDLESS, _CUT, _UNKNOWN_SEED, _TOO_LARGE, _MORE = range(6)
 
-    def __init__(self, body: bytes) -> None:
-        # A leading one keeps the zeros that a number would lose.
-        self.text = bin(int.from_bytes(b"\1" + body, "big"))[3:]
-        self.place = 0
 
-    def amounts(
-        self, num_seeds: int, count: int, gap_bits: int, value_bits: int, largest: int
-    ) -> NDArray[np.int64]:
-        """The decoded vector; afterwards nothing but padding may be left."""
-        result = np.zeros(num_seeds, dtype=np.int64)
-        positions, position = [], -1
-        for _ in range(count):
-            position += 1 + self.rice(gap_bits, num_seeds)
-            if position >= num_seeds:
-                raise UpdateError(f"seed index {position} is unknown: this run has K = {num_seeds}")
-            positions.append(position)
-        for position in positions:
-            sign = -1 if self.bits(1) else 1
-            magnitude = 1 + self.rice(value_bits, largest)
-            if magnitude > largest:
-                raise UpdateError(f"scalar of magnitude {magnitude}: the agreed range is {largest}")
-            result[position] = sign * magnitude
-        rest = self.text[self.place :]
-        if len(rest) >= 8 or "1" in rest:
-            raise UpdateError(f"{len(rest)} bits follow the last scalar: the stream is damaged")
-        return result
+def _line(fault: int, place: int, value: int, num_seeds: int, largest: int) -> str:
+    """What `_read` found, for people."""
+    if fault == _ENDLESS:
+        return "a scalar's code has no end within the agreed range: the stream is damaged"
+    if fault == _CUT:
+        return "the last scalar is cut off: the stream is truncated"
+    if fault == _UNKNOWN_SEED:
+        return f"seed index {place + 1 + value} is unknown: this run has K = {num_seeds}"
+    if fault == _TOO_LARGE:
+        return f"scalar of magnitude {1 + value}: the agreed range is {largest}"
+    return f"{value} bits follow the last scalar: the stream is damaged"
 
-    def rice(self, parameter: int, limit: int) -> int:
-        """One code, expected below about `limit`: longer runs of ones aren't followed."""
-        end = self.text.find("0", self.place, self.place + (limit >> parameter) + 2)
-        if end < 0:
-            raise UpdateError("a scalar's code has no end within the agreed range: the stream is damaged")
-        high = end - self.place
-        self.place = end + 1
-        return high << parameter | self.bits(parameter)
 
-    def bits(self, count: int) -> int:
-        """The next bits as an unsigned number."""
-        part = self.text[self.place : self.place + count]
-        if len(part) < count:
-            raise UpdateError("the last scalar is cut off: the stream is truncated")
-        self.place += count
-        return int(part, 2) if part else 0
+@compiled
+def _bit(body: NDArray[np.uint8], place: int) -> Any:
+    return (np.int64(body[place >> 3]) >> (7 - (place & 7))) & 1
+
+
+@compiled
+def _take(body: NDArray[np.uint8], start: int, size: int, parameter: int, limit: int) -> tuple[int, int, Any]:
+    """One code from bit `start`, expected below about `limit`: longer runs of ones aren't followed.
+
+    Returns:
+        What is wrong, the bit behind the code, and the value, which is below 2^64 for limits up to 2^62.
+    """
+    most = (limit >> parameter) + 1
+    high = 0
+    while high <= most and start + high < size and _bit(body, start + high) == 1:
+        high += 1
+    if high > most or start + high >= size:
+        return _ENDLESS, start, np.uint64(0)
+    start += high + 1
+    if size - start < parameter:
+        return _CUT, start, np.uint64(0)
+    value = np.uint64(high)
+    for place in range(start, start + parameter):
+        value = (value << np.uint64(1)) | np.uint64(_bit(body, place))
+    return _SOUND, start + parameter, value
+
+
+@compiled
+def _read(
+    body: NDArray[np.uint8],
+    result: NDArray[np.int64],
+    count: int,
+    gap_bits: int,
+    value_bits: int,
+    largest: int,
+) -> tuple[int, int, Any]:
+    """Fill `result`; what is wrong (`_SOUND`: nothing), with the position before and the value at fault.
+
+    Magnitudes follow all gaps, so positions are found first and marked in `result` itself.
+    """
+    size, start = 8 * body.size, 0
+    position: Any = -1
+    for _ in range(count):
+        fault, start, value = _take(body, start, size, gap_bits, result.size)
+        if fault != _SOUND:
+            return fault, position, value
+        if value >= np.uint64(result.size - 1 - position):
+            return _UNKNOWN_SEED, position, value
+        position += 1 + np.int64(value)
+        result[position] = 1
+    for position in range(result.size):
+        if result[position] == 0:
+            continue
+        if start >= size:
+            return _CUT, position, np.uint64(0)
+        negative = _bit(body, start)
+        fault, start, value = _take(body, start + 1, size, value_bits, largest)
+        if fault != _SOUND:
+            return fault, position, value
+        if value >= np.uint64(largest):
+            return _TOO_LARGE, position, value
+        result[position] = -1 - np.int64(value) if negative else 1 + np.int64(value)
+    left, damaged = size - start, size - start >= 8
+    for place in range(start, size):
+        damaged = damaged or _bit(body, place) == 1
+    return (_MORE if damaged else _SOUND), position, np.uint64(left)
 
 
 def _parameter(values: NDArray[np.int64]) -> int:

@@ -109,5 +109,9 @@ def checked_amounts(state: Arrays, num_seeds: int) -> Integers:
 
 
 def magnitude(amounts: NDArray[np.int64]) -> int:
-    """Sum of |A_k|, in Python's integers: it cannot wrap, whatever came."""
+    """Sum of |A_k|: it cannot wrap, whatever came."""
+    if not len(amounts):
+        return 0
+    if max(int(amounts.max()), -int(amounts.min())) < 2**62 // len(amounts):
+        return int(np.abs(amounts).sum())
     return sum(abs(amount) for amount in amounts.tolist())
