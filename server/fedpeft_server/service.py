@@ -90,16 +90,16 @@ class Federation:
         caller = self._known(context)
         try:
             await self._transfers.receive(caller, context)
+            return
         except (Refused, FedPEFTError, TimeoutError) as error:
             code, details = self._shares.ended(caller.name, error)
-            if not isinstance(
-                error, TimeoutError
-            ):  # then a read is still under way, and there can be one only
-                await _let_down(context, details)
-            await context.abort(code, details)
+            stalled = isinstance(error, TimeoutError)  # then a read is still under way; there can be one only
         except asyncio.CancelledError:
             self._shares.count(caller.name, Reason.BROKEN_OFF, "its upload was cut")
             raise
+        if not stalled:  # outside the handlers above: an error's traceback holds the message that it is about
+            await _let_down(context, details)
+        await context.abort(code, details)
 
     async def PullBlob(self, request: pb.PullBlobRequest, context: Any) -> None:  # noqa: N802
         """A task's body too large for its session."""

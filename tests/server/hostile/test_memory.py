@@ -23,7 +23,7 @@ from tests.server.fleet import federation, played, wait_for
 ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = TransportOptions()
 AGENTS, WAVES, LASTING_S = 20, 4, 4.0
-MOST_MIB = 2  # of each, in one name; what 16 chunks that nobody asked for would take is 32
+MOST_MIB = 4  # of each, in one name; what 16 chunks that nobody asked for would take is 32
 ENDINGS = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
 
 
@@ -123,4 +123,4 @@ def test_memory_grows_by_a_bounded_share_for_each_and_not_with_time(tmp_path: Pa
             peaks.append((kib(pid, "VmHWM") - before) / 1024)
     print(f"{attack}: {AGENTS} agents, MiB above {before / 1024:.0f} after each wave: {peaks}")
     assert max(peaks) < MOST_MIB * AGENTS
-    assert peaks[-1] - peaks[1] < AGENTS
+    assert peaks[-1] - peaks[1] < 2 * AGENTS
