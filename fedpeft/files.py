@@ -60,6 +60,18 @@ def write_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         sync_folder(path.parent)
 
 
+def keep_newest(folder: Path, pattern: str, most: int) -> None:
+    """Delete a folder's files of that pattern but the newest.
+
+    Raises:
+        StorageError: the folder cannot be read or written.
+    """
+    with storage(folder):
+        files = sorted(folder.glob(pattern), key=lambda file: file.stat().st_mtime_ns)
+        for old in files[:-most]:
+            old.unlink(missing_ok=True)
+
+
 @contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
     """Fill a new folder, then put it in the place of `path` (which is removed if it is there).

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedpeft.files import storage
+from fedpeft.files import keep_newest, storage
 
 _KEPT = 8  # files; each is as large as what its run trains
 _SUFFIX = ".state"
@@ -41,9 +41,7 @@ class ReplicaShelf:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             fresh.write_bytes(save(dict(arrays)))
             os.replace(fresh, path)
-            files = sorted(self.folder.glob(f"*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
-            for old in files[:-_KEPT]:
-                old.unlink(missing_ok=True)
+        keep_newest(self.folder, f"*{_SUFFIX}", _KEPT)
 
     def get(self, run_digest: str) -> Mapping[str, NDArray[Any]]:
         """What is kept of a run; empty if nothing is, or nothing that can be read."""

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.files import storage, write_atomically
+from fedpeft.files import keep_newest, storage, write_atomically
 
 _KEPT = 8  # files; each is as large as two adapters
 
@@ -30,10 +30,7 @@ class StartShelf:
                 if old != own:
                     old.unlink(missing_ok=True)
         write_atomically(own, content, mode=0o600)
-        with storage(self.folder):
-            newest = sorted(self.folder.glob("*.start"), key=lambda path: path.stat().st_mtime_ns)
-            for path in newest[:-_KEPT]:
-                path.unlink(missing_ok=True)
+        keep_newest(self.folder, "*.start", _KEPT)
 
     def get(self, run_digest: str) -> bytes:
         """What is kept of a run; empty if nothing is, or if it has changed on the disk."""

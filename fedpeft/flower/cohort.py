@@ -31,9 +31,8 @@ def draw_cohort(
 
     On the clock, late clients don't train: nothing of what they would compute is used. Without it, who is
     late shows when answers come: of an over-selected cohort all work, and as many count as there are
-    `places`. `bytes_down` says what each client
-    is sent, by name; `bytes_up` is what an update is expected to weigh, since its true size is known only
-    after training.
+    `places`. `bytes_down` says what each client is sent, by name; `bytes_up` is what an update is expected to
+    weigh, since its true size is known only after training.
 
     Args:
         coins: secret ones, for client-level privacy: each client is asked by its own, and the run's seed has

@@ -62,8 +62,8 @@ def check_header(header: pb.Header, who: str) -> None:
         ("metrics", len(header.metrics), MAX_METRICS),
         ("a metric's name", _longest(header.metrics), 64),
         ("stages", len(stages), MAX_STAGES),
-        ("a stage's kind", _longest(stage.kind for stage in stages) if stages else 0, 64),
-        ("a stage's parameters", _longest(stage.parameters for stage in stages) if stages else 0, 4096),
+        ("a stage's kind", _longest(stage.kind for stage in stages), 64),
+        ("a stage's parameters", _longest(stage.parameters for stage in stages), 4096),
     )
     for what, came, most in sizes:
         if came > most:

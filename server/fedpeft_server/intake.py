@@ -79,9 +79,9 @@ class Intake:
         work = self._hub.pending(caller.name, result.task)
         if work is None:
             why = "nobody waits for this task any more"
-            spare = self._hub.was_withdrawn(caller.name, result.task)
-            self._hub.shares.count(caller.name, Reason.SPARE if spare else Reason.NOT_ASKED, why)
-            self._acknowledge(caller.name, result.task, why, spare=spare)
+            kind = self._hub.unwanted(caller.name, result.task)
+            self._hub.shares.count(caller.name, kind, why)
+            self._acknowledge(caller.name, result.task, why, spare=kind is Reason.SPARE)
             return
         if result.WhichOneof("body") == "blob" and len(result.blob.digest) != hashlib.sha256().digest_size:
             raise Refused(Reason.MALFORMED, UpdateError("a result came whose content has no SHA-256"))

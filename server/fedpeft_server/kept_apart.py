@@ -22,7 +22,7 @@ from fedpeft.files import storage
 from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import RunFolder
-from fedpeft.records import ClientOutcome, Evaluation, Round, Started, parse_row
+from fedpeft.records import Evaluation, Started, parse_row
 from fedpeft.reporting.lines import promise_notes
 from fedpeft.runfile import run_json
 from fedpeft.seedspace.host_state import HostState
@@ -132,7 +132,7 @@ class KeptApart:
             Server(
                 resident=held,
                 journal=folder,
-                observer=_Observer(progress),
+                observer=progress,
                 evaluate=self._evaluate,
                 step=progress.setup,
                 ready=ready,
@@ -226,19 +226,3 @@ def _announce(held: Described, folder: RunFolder, progress: LoggedProgress, rost
     progress.started(row)
     for note in promise_notes(row.privacy):
         progress.note(note)
-
-
-class _Observer:
-    """Tells the run's log."""
-
-    def __init__(self, progress: LoggedProgress) -> None:
-        self._progress = progress
-
-    def round_started(self, number: int, asked: int) -> None:
-        self._progress.round_started(number, asked)
-
-    def client_done(self, outcome: ClientOutcome) -> None:
-        self._progress.client_done(outcome)
-
-    def round_done(self, row: Round) -> None:
-        self._progress.round_done(row)

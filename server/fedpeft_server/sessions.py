@@ -251,10 +251,11 @@ class Hub:
         queued.add(work.id)
         return True
 
-    def was_withdrawn(self, name: str, task: bytes) -> bool:
-        """Whether a task was the agent's until it was no longer wanted."""
+    def unwanted(self, name: str, task: bytes) -> Reason:
+        """What an agent's part in a task counts as that isn't pending: late, or never asked for."""
         agent = self._agents.get(name)
-        return agent is not None and task in agent.withdrawn
+        late = agent is not None and task in agent.withdrawn
+        return Reason.SPARE if late else Reason.NOT_ASKED
 
     def spare(self, work: Work, freed: int) -> bool:
         """Put a result off that found no place; its agent keeps it. False: nobody waits for it any more.

@@ -115,9 +115,8 @@ class Transfers:
         """
         body = self._hub.body(caller.name, request.task, request.digest)
         if body is None:
-            late = self._hub.was_withdrawn(caller.name, request.task)
             raise Refused(
-                Reason.SPARE if late else Reason.NOT_ASKED,
+                self._hub.unwanted(caller.name, request.task),
                 UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task"),
             )
         content, offset, pace = body.content, request.offset, Pace(self._options.chunk_bytes)
@@ -138,8 +137,7 @@ class Transfers:
         work = self._hub.pending(caller.name, open_.task)
         if work is None:
             error = UpdateError("nobody waits for a result of this task any more; drop it")
-            late = self._hub.was_withdrawn(caller.name, open_.task)
-            raise Refused(Reason.SPARE if late else Reason.NOT_ASKED, error)
+            raise Refused(self._hub.unwanted(caller.name, open_.task), error)
         if open_.size > work.max_result_bytes or len(open_.digest) != 32:
             raise Refused(
                 Reason.TOO_LARGE,

@@ -31,7 +31,7 @@ class DirectAppender:
     """
 
     def __init__(self, path: Path, offset: int) -> None:
-        self._buffer = mmap.mmap(-1, _BUFFER)  # begins at a page
+        self._buffer = _pages(_BUFFER)
         self._plain = os.open(path, os.O_RDWR)
         self._direct = _opened(path, os.O_WRONLY)
         self._start = offset // _BLOCK * _BLOCK
