@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedpeft.config import DataSection
 from fedpeft.data.encoded import Encoded, Task
+from fedpeft.data.row_digest import rows_digest
 from fedpeft.data.tables import ClientRows, RawFederated, read_client_table, read_tables
 from fedpeft.data.tokenize import Tokenizer, tokenize
 from fedpeft.errors import DataError
@@ -44,6 +45,7 @@ class FederatedData:
         dropped_rows: rows, test set included, without a single token to learn or score.
         unused_rows: training rows that no client holds.
         unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
+        rows_digest: fingerprint of the rows as they were read; see `fedpeft.data.row_digest`.
     """
 
     rows: Encoded
@@ -55,6 +57,7 @@ class FederatedData:
     dropped_rows: int
     unused_rows: int
     unused_clients: int
+    rows_digest: str
 
 
 def load_federated(section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int) -> FederatedData:
@@ -112,6 +115,7 @@ def encode(raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: 
         dropped_rows=dropped,
         unused_rows=raw.unused_rows,
         unused_clients=raw.unused_clients,
+        rows_digest=rows_digest(raw),
     )
 
 
