@@ -43,7 +43,7 @@ def test_every_change_of_what_is_trained_on_changes_it(write_rows: Any) -> None:
             list(reversed(ROWS)),
             [{**ROWS[0], "a": "A0"}, *ROWS[1:]],
             [{**ROWS[0], "q": "q0a", "a": "0"}, *ROWS[1:]],  # the same letters, cut elsewhere
-            [{**row, "who": "w" + row["who"]} for row in ROWS],
+            [{**row, "who": f"w{row['who']}"} for row in ROWS],
         )
     ):
         found.append(digest(write_rows(f"{number}.jsonl", rows)))
