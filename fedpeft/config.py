@@ -7,9 +7,11 @@ need heavy imports; everything that can be known from the file alone is checked 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +22,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from fedpeft.run_identity import identity_text
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -461,7 +465,7 @@ class GroupSection(Section):
 
 
 class RunConfig(Section):
-    """A whole run file. Also a run's identity: `fedpeft.runfile.run_digest` hashes it."""
+    """A whole run file."""
 
     run: RunSection
     model: ModelSection = ModelSection()
@@ -494,6 +498,18 @@ class RunConfig(Section):
                 known = first["type"] != "extra_forbidden"
                 raise ValueError(f"{where}: {first['msg'] if known else 'unknown key; remove it'}") from error
         return self
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """The text that says which run this is: the one it was read from, if it was. See `run_identity`."""
+        return identity_text(self)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Copy the run; with changed sections it is another run, which has an identity of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update:
+            copied.__dict__.pop("identity", None)
+        return copied
 
     def group_of(self, client: str) -> int | None:
         """Position of the group that names a client; None: no group does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError, UsageError
+from fedpeft.run_identity import identity_digest, read_identity
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -31,20 +31,32 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         UsageError: an override that is not ``key=value``.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except OSError as error:
         raise RunFileError(
             str(path), [f"cannot be read ({error.strerror}); give the path of a TOML run file"]
         ) from error
+    return run_from_toml(text, overrides, source=str(path), folder=path.parent)
+
+
+def run_from_toml(
+    text: bytes, overrides: Sequence[str] = (), *, source: str, folder: Path | None = None
+) -> RunConfig:
+    """Check a run given as the bytes of a TOML file; see `load_run`.
+
+    Args:
+        source: what error messages call it.
+        folder: what relative paths are resolved against; None: they stay as they are.
+    """
+    try:
+        table = tomllib.loads(text.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RunFileError(
-            str(path), [f"is not TOML: byte {error.start} is not UTF-8; save it as UTF-8"]
+            source, [f"is not TOML: byte {error.start} is not UTF-8; save it as UTF-8"]
         ) from error
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RunFileError(str(path), [f"is not TOML: {error}"]) from error
-    return build_run(table, overrides, source=str(path), folder=path.parent)
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise RunFileError(source, [f"is not TOML: {error}"]) from error
+    return build_run(table, overrides, source=source, folder=folder)
 
 
 def build_run(
@@ -63,23 +75,42 @@ def build_run(
 
 
 def run_digest(run: RunConfig) -> str:
-    """SHA-256 (hex) of the resolved run: equal digests mean the same run."""
-    return hashlib.sha256(run_json(run).encode()).hexdigest()
+    """Return the SHA-256 (hex) of a run's identity: equal digests mean the same run."""
+    return identity_digest(run.identity)
 
 
 def run_json(run: RunConfig) -> str:
-    """The resolved run as canonical JSON, for messages and for hashing."""
-    return json.dumps(run.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """Return a run's identity as text, for messages and for keeping; see `fedpeft.run_identity`."""
+    return run.identity
 
 
 def run_from_json(text: str) -> RunConfig:
-    """Inverse of `run_json`."""
-    return build_run(json.loads(text), source="run in message")
+    """Read a run from its identity text, which it keeps, whatever this version's defaults are.
+
+    Raises:
+        RunFileError: with every problem of the text.
+    """
+    source = "run in message"
+    try:
+        tables = read_identity(text)
+    except (ValueError, RecursionError) as error:
+        raise RunFileError(source, [f"cannot be read: {error}"]) from error
+    run = build_run(tables, source=source)
+    run.__dict__["identity"] = text  # as the property itself keeps it
+    return run
 
 
 def run_toml(run: RunConfig) -> str:
     """The resolved run as TOML, every default written out (keys without a value are left out)."""
     return tomli_w.dumps(_without_none(run.model_dump(mode="json")))
+
+
+def flat_keys(tables: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested tables as one, by dotted keys; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= flat_keys(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return flat
 
 
 def _without_none(value: Any) -> Any:

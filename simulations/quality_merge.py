@@ -41,10 +41,11 @@ from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.commands.merge import GRIDS
 from fedpeft.config import RunConfig
 from fedpeft.files import folder_atomically
+from fedpeft.ledger.run_folder import write_run
 from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.models.export import export_adapter
 from fedpeft.resident import load_resident
-from fedpeft.runfile import load_run, run_toml
+from fedpeft.runfile import load_run
 from simulations.arms import options, seeds_of
 
 RUN_FILE = Path(__file__).with_name("trec_minilm.toml")
@@ -78,7 +79,7 @@ def experts(run: RunConfig, out: Path, steps: int) -> list[Adapter]:
         state = resident.train_alone(client.train, start, run.training, steps=steps, name=client.name)
         resident.space.enter(resident.parameters, state)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.toml").write_text(run_toml(run))
+        write_run(folder, run)
         with folder_atomically(folder / "adapter") as fresh:
             export_adapter(resident.model, fresh, base_name=run.model.path)
     return [read_adapter(folder) for folder in folders]

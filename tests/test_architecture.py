@@ -16,7 +16,7 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "v1", "presets", "faults", "orphans"),
-    ("files", "frames", "jit", "packed", "lowrank", "telemetry", "interruption"),
+    ("files", "frames", "jit", "run_identity", "packed", "lowrank", "telemetry", "interruption"),
     ("credentials",),
     ("update", "config", "records", "options", "settings_file", "randomness", "codec", "seedspace"),
     ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),

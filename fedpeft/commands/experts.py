@@ -25,13 +25,13 @@ from fedpeft.config import ModelSection, PeftSection, RunConfig, Section
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.files import storage
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.ledger.run_folder import CHECKPOINTS, RUN_FILE
+from fedpeft.ledger.run_folder import CHECKPOINTS, holds_run, read_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
 from fedpeft.models.trainable import frozen_digest, trainable_parameters, write_parameters
 from fedpeft.randomness import derive_seed
-from fedpeft.runfile import load_run, run_digest
+from fedpeft.runfile import run_digest
 from fedpeft.update import arrays_digest
 
 Weights = dict[str, NDArray[np.float32]]
@@ -83,7 +83,7 @@ def read_adapter(path: Path, init: Path | None = None) -> Adapter:
     folder = adapter_folder(path)
     config, weights = read_folder(folder)
     run_folder = init or folder.parent
-    if not (run_folder / RUN_FILE).is_file():
+    if not holds_run(run_folder):
         return Adapter(config, weights)
     start, initial = start_of_run(run_folder)
     _check_same_tensors(weights, initial, folder)
@@ -151,7 +151,7 @@ def start_of_run(folder: Path) -> tuple[Start, Weights]:
         StateError: the checkpoint is corrupt or foreign.
         FedPEFTError: the run file or the base model cannot be used.
     """
-    run = load_run(folder / RUN_FILE)
+    run = read_run(folder)
     start = Start(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(label_names(run)) or None)
     return _drawn(start, _first_checkpoint(folder, run))
 

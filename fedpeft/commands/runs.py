@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.ledger.run_folder import ADAPTER, RUN_FILE
+from fedpeft.ledger.run_folder import ADAPTER, RUN_FILE, holds_run, read_run
 from fedpeft.runfile import load_run
 
 
@@ -35,15 +35,17 @@ def adapter_folder(path: Path) -> Path:
 
 
 def adapter_and_run(adapter: Path, run_file: Path | None, overrides: Sequence[str]) -> tuple[Path, RunConfig]:
-    """An adapter folder and the run it belongs to: the run file beside it, unless another is given.
+    """An adapter folder and the run it belongs to: the run whose folder it lies in, unless another is given.
 
     Raises:
         UsageError: no adapter there, or no run file to go with it.
     """
     folder = adapter_folder(adapter)
-    beside = folder.parent / RUN_FILE
-    if run_file is None and not beside.is_file():
+    beside = folder.parent
+    if run_file is None and not holds_run(beside):
         raise UsageError(
-            f"{folder} has no {RUN_FILE} beside it; say which model and data with --run RUN.toml"
+            f"{folder} does not lie in the folder of a run; say which model and data with --run RUN.toml"
         )
-    return folder, load_run(run_file or beside, overrides)
+    if run_file is None and not overrides:
+        return folder, read_run(beside)
+    return folder, load_run(run_file or beside / RUN_FILE, overrides)

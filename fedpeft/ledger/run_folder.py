@@ -21,7 +21,7 @@ from fedpeft.ledger.checkpoint import Checkpoint
 from fedpeft.ledger.cohort import Cohort
 from fedpeft.ledger.folder_rounds import FolderRounds, Rounds
 from fedpeft.records import Baseline, Finished, Row, Started, parse_row
-from fedpeft.runfile import load_run, run_digest, run_toml
+from fedpeft.runfile import flat_keys, run_digest, run_from_json, run_from_toml, run_json, run_toml
 
 RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK = (
     "run.toml",
@@ -31,6 +31,7 @@ RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK = (
     "report.html",
     ".lock",
 )
+IDENTITY = "run.json"  # marks a run, and says which (fedpeft.run_identity)
 SPENT = "privacy.json"
 _OURS = (
     ROWS,
@@ -41,7 +42,8 @@ _OURS = (
     "tensorboard",
     SPENT,
     RUN_FILE,
-)  # the run file last: it marks a run
+    IDENTITY,
+)  # the mark last: as long as anything of a run is there, it is one
 
 
 class RunFolder:
@@ -63,19 +65,20 @@ class RunFolder:
         """Start a new run in `path`.
 
         Args:
-            force: delete a run that is there already, finished or not.
+            force: delete a run that is there already, finished or not; only what runs write is deleted.
             rounds: where rounds are committed; None: to files in the folder.
 
         Raises:
-            RunExistsError: there is a run and `force` is off.
+            RunExistsError: there is a run and `force` is off, or files that no run wrote are in the way.
             StateError: another process holds the folder.
             StorageError: the folder can't be made or written.
         """
         with storage(path):
             path.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign_files(path)
         lock = _locked(path)
         try:
-            if (path / RUN_FILE).exists():
+            if holds_run(path):
                 if not force:
                     raise RunExistsError(
                         f"{path} already holds a run; continue it with --resume {path}, replace it with"
@@ -86,7 +89,7 @@ class RunFolder:
             remove_partial(path)
             with storage(path):
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
-            write_atomically(path / RUN_FILE, run_toml(run).encode())
+            write_run(path, run)
         except BaseException:
             os.close(lock)
             raise
@@ -97,16 +100,19 @@ class RunFolder:
         """Open a run that was begun.
 
         Raises:
-            StateError: no run is there, or another process holds it.
+            StateError: no run is there, another process holds it, or its run file was changed since it began.
             RunFileError: its run file was changed into something unusable.
         """
-        if not (path / RUN_FILE).is_file():
+        if not holds_run(path):
             raise StateError(
-                f"{path} holds no run (no {RUN_FILE}); start one with: fedpeft simulate RUN.toml --out {path}"
+                f"{path} holds no run (no {IDENTITY}); start one with: fedpeft simulate RUN.toml --out {path}"
             )
         lock = _locked(path)
         try:
-            run = load_run(path / RUN_FILE)
+            run = read_run(path)
+            if not (path / RUN_FILE).exists():  # the kill came before it was written
+                write_atomically(path / RUN_FILE, run_toml(run).encode())
+            _refuse_edits(path, run)
             remove_partial(path)
             with storage(path):
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
@@ -228,13 +234,75 @@ class RunFolder:
         write_atomically(self.path / ROWS, text.encode())
 
 
+def holds_run(path: Path) -> bool:
+    """Return whether a folder is a run's: a run file alone may be anybody's."""
+    return (path / IDENTITY).is_file()
+
+
+def write_run(path: Path, run: RunConfig) -> None:
+    """Mark a folder as a run's: write which run it is, and its run file with every default written out.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    write_atomically(path / IDENTITY, run_json(run).encode())
+    write_atomically(path / RUN_FILE, run_toml(run).encode())
+
+
+def read_run(path: Path) -> RunConfig:
+    """Read the run of a run folder, as it was when it began.
+
+    Raises:
+        StateError: the folder is no run's.
+        RunFileError: what it holds cannot be read by this version.
+    """
+    if not holds_run(path):
+        raise StateError(f"{path} holds no run (no {IDENTITY}); give a folder that a run wrote")
+    with storage(path):
+        return run_from_json((path / IDENTITY).read_text(encoding="utf-8"))
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    """Refuse a folder with files of somebody else's under the names that a run writes.
+
+    Raises:
+        RunExistsError: there are such files.
+    """
+    foreign = [] if holds_run(path) else [name for name in _OURS if (path / name).exists()]
+    if foreign:
+        raise RunExistsError(
+            f"{path} is no run folder and holds {', '.join(foreign)}, which a run would replace; nothing was"
+            " changed; choose another --out"
+        )
+
+
+def _refuse_edits(path: Path, run: RunConfig) -> None:
+    """Refuse a run file that says something else than the run that began.
+
+    Raises:
+        StateError: with the keys in which they differ.
+        RunFileError: it cannot be used at all.
+    """
+    with storage(path):
+        text = (path / RUN_FILE).read_bytes()
+    now = run_from_toml(text, source=str(path / RUN_FILE))
+    if now == run:
+        return
+    was, came = flat_keys(run.model_dump(mode="json")), flat_keys(now.model_dump(mode="json"))
+    keys = [key for key in sorted(was.keys() | came.keys()) if was.get(key) != came.get(key)]
+    raise StateError(
+        f"{path / RUN_FILE} was changed since the run began ({', '.join(keys[:5])}); undo that, or start a"
+        " new run with another --out"
+    )
+
+
 def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
     """The open folder of this very run, begun or not.
 
     Raises:
         RunExistsError: another run is there.
     """
-    if not (path / RUN_FILE).exists():
+    if not holds_run(path):
         return RunFolder.create(path, run, rounds=rounds)
     folder = RunFolder.resume(path, rounds=rounds)
     if folder.digest != run_digest(run):

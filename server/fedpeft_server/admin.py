@@ -18,7 +18,7 @@ from fedpeft.credentials import Authority, Identity, Role, check_name
 from fedpeft.credentials.federation import is_held
 from fedpeft.errors import CredentialError, UsageError
 from fedpeft.files import storage
-from fedpeft.ledger.run_folder import ADAPTER, CHECKPOINTS, REPORT, ROWS, RUN_FILE
+from fedpeft.ledger.run_folder import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
 from fedpeft.records import Round, parse_row
 from fedpeft.runfile import build_run
 from fedpeft.v1 import federation_pb2 as pb
@@ -32,7 +32,7 @@ from fedpeft_server.supervisor import Supervisor
 FOLLOW_S = 0.3  # between two looks at a log that is followed
 CHUNK = 256 * 1024
 TOKEN_LIFE = timedelta(days=7)
-PULLED = (RUN_FILE, ROWS, ADAPTER, CHECKPOINTS, REPORT, "summary.json", "tensorboard")
+PULLED = (IDENTITY, RUN_FILE, ROWS, ADAPTER, CHECKPOINTS, REPORT, "summary.json", "tensorboard")
 Answer = TypeVar("Answer")
 
 

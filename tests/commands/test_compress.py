@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fedpeft.codec import read_expert
 from fedpeft.config import ModelSection
+from fedpeft.ledger.run_folder import write_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import export_adapter, load_adapter
@@ -38,7 +39,7 @@ def run_folder(folder: Path, seed: int, **peft: Any) -> Path:
         for parameter in trainable_parameters(model).values():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     export_adapter(model, folder / "adapter", base_name="embedded")
-    (folder / "run.toml").write_text(run_toml(run))
+    write_run(folder, run)
     return folder
 
 
@@ -256,9 +257,7 @@ def test_another_start_than_the_files_own_is_refused(call: Call, runs: list[Path
     assert call("compress", str(runs[0]), "--out", str(file))[0] == 0
     other = tmp_path / "elsewhere"
     shutil.copytree(runs[0], other)
-    text = (other / "run.toml").read_text()
-    assert "\nseed = 0\n" in text
-    (other / "run.toml").write_text(text.replace("\nseed = 0\n", "\nseed = 5\n"))
+    write_run(other, load_run(other / "run.toml", ["run.seed=5"]))
     code, _, err = call("decompress", str(file), "--out", str(tmp_path / "out"), "--init", str(other))
     assert code == 5
     assert "untrained adapter has digest" in err

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from fedpeft.config import ModelSection, PeftSection, RunConfig
+from fedpeft.ledger.run_folder import write_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.runfile import load_run, run_toml
+from fedpeft.runfile import load_run
 from tests.commands.calling import Call
 
 IDS = torch.arange(3, 35).reshape(2, 16)
@@ -37,7 +38,7 @@ def a_run(folder: Path, **sections: Any) -> Path:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     folder.mkdir()
     export_adapter(model, folder / "adapter", base_name="embedded")
-    (folder / "run.toml").write_text(run_toml(run))
+    write_run(folder, run)
     return folder
 
 

@@ -16,7 +16,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import RunExistsError, RunFileError, StateError, StorageError
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.records import Baseline, Evaluation, Finished, Round, Started
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.runfile import build_run, run_digest, run_json, run_toml
 
 STARTED = Started(
     run_name="x", run_digest="d", seed=0, rounds=3, engine="local", clients={"a": 1}, test_examples=1,
@@ -200,12 +200,47 @@ def test_half_written_files_of_a_crash_are_removed(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".partial-*"))
 
 
-def test_checkpoints_of_an_edited_run_file_are_refused(tmp_path: Path) -> None:
+def test_a_run_file_that_was_edited_since_is_refused_by_its_keys(tmp_path: Path) -> None:
     begun(tmp_path, rounds=1)
     file = tmp_path / "run.toml"
-    file.write_text(file.read_text().replace("seed = 0", "seed = 5"))
+    was = file.read_text()
+    file.write_text(was.replace("seed = 0", "seed = 5"))
+    with pytest.raises(StateError, match=r"was changed since the run began \(run.seed\)"):
+        RunFolder.resume(tmp_path)
+    file.write_text("# a remark\n" + was)
+    with RunFolder.resume(tmp_path) as folder:
+        assert folder.latest() is not None
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
+    begun(tmp_path, rounds=1)
+    other = build_run({**RUN.model_dump(), "run": {**RUN.run.model_dump(), "seed": 5}}, source="other")
+    (tmp_path / "run.json").write_text(run_json(other))
+    (tmp_path / "run.toml").write_text(run_toml(other))
     with RunFolder.resume(tmp_path) as folder, pytest.raises(StateError, match="is of run"):
         folder.latest()
+
+
+def test_a_run_that_was_killed_before_its_run_file_was_written_goes_on(tmp_path: Path) -> None:
+    begun(tmp_path, rounds=0)
+    was = (tmp_path / "run.toml").read_bytes()
+    (tmp_path / "run.toml").unlink()
+    with RunFolder.resume(tmp_path) as folder:
+        assert folder.run == RUN
+    assert (tmp_path / "run.toml").read_bytes() == was
+
+
+@pytest.mark.parametrize(
+    "name", ["run.toml", "report.html", "adapter/mine.txt", "checkpoints/x", "summary.json"]
+)
+@pytest.mark.parametrize("force", [False, True])
+def test_files_of_others_are_neither_deleted_nor_replaced(tmp_path: Path, name: str, force: bool) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RunExistsError, match="no run folder and holds"):
+        RunFolder.create(tmp_path, RUN, force=force)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_what_is_no_run_is_not_resumed(tmp_path: Path) -> None:

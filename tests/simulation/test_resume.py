@@ -17,6 +17,7 @@ import tomli_w
 
 from fedpeft.errors import RunExistsError, StateError
 from fedpeft.ledger import RunFolder
+from fedpeft.ledger.run_folder import write_run
 from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, resumed, simulated
 
@@ -117,9 +118,7 @@ def test_a_checkpoint_of_another_run_is_refused(tables: dict[str, Any], tmp_path
     simulated(tables, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
     tables["training"]["lr"] = 1e-3
-    from fedpeft.runfile import run_toml
-
-    (tmp_path / "run" / "run.toml").write_text(run_toml(build_run(tables, source="test")))
+    write_run(tmp_path / "run", build_run(tables, source="test"))
     with pytest.raises(StateError, match="of run"):
         resumed(tmp_path / "run")
 
