@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from fedpeft.config import PeftSection
 from fedpeft.models.positions import usable_positions, virtual_tokens
@@ -16,14 +16,14 @@ SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidd
 BERT_LIKE = SMALL | {"num_attention_heads": 2, "max_position_embeddings": 20}
 
 
-def gpt2() -> nn.Module:
+def gpt2() -> Any:
     config = transformers.GPT2Config(
         vocab_size=48, bos_token_id=1, eos_token_id=2, n_positions=20, n_embd=16, n_layer=1, n_head=2
     )
     return transformers.GPT2LMHeadModel(config)
 
 
-def gptj() -> nn.Module:
+def gptj() -> Any:
     config = transformers.GPTJConfig(
         vocab_size=48,
         bos_token_id=1,
@@ -37,14 +37,14 @@ def gptj() -> nn.Module:
     return transformers.GPTJForCausalLM(config)
 
 
-def ctrl() -> nn.Module:
+def ctrl() -> Any:
     config = transformers.CTRLConfig(
         vocab_size=48, bos_token_id=1, eos_token_id=2, n_positions=20, n_embd=16, n_layer=1, n_head=2, dff=16
     )
     return transformers.CTRLLMHeadModel(config)
 
 
-def opt() -> nn.Module:
+def opt() -> Any:
     config = transformers.OPTConfig(
         vocab_size=48,
         hidden_size=16,
@@ -57,22 +57,22 @@ def opt() -> nn.Module:
     return transformers.OPTForCausalLM(config)
 
 
-def bert() -> nn.Module:
+def bert() -> Any:
     return transformers.BertForSequenceClassification(transformers.BertConfig(**BERT_LIKE))
 
 
-def roberta() -> nn.Module:
+def roberta() -> Any:
     return transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(**BERT_LIKE, pad_token_id=1)
     )
 
 
-def nystromformer() -> nn.Module:
+def nystromformer() -> Any:
     config = transformers.NystromformerConfig(**BERT_LIKE, segment_means_seq_len=20, num_landmarks=20)
     return transformers.NystromformerForSequenceClassification(config)
 
 
-def bart() -> nn.Module:
+def bart() -> Any:
     config = transformers.BartConfig(
         vocab_size=48,
         d_model=16,
@@ -87,28 +87,28 @@ def bart() -> nn.Module:
     return transformers.BartForSequenceClassification(config)
 
 
-def llama() -> nn.Module:
+def llama() -> Any:
     config = transformers.LlamaConfig(**SMALL, num_attention_heads=2, max_position_embeddings=20)
     return transformers.LlamaForCausalLM(config)
 
 
-def bloom() -> nn.Module:
+def bloom() -> Any:
     return transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=48, hidden_size=16, n_layer=1, n_head=2)
     )
 
 
-def t5() -> nn.Module:
+def t5() -> Any:
     config = transformers.T5Config(
         vocab_size=48, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
     )
     return transformers.T5ForSequenceClassification(config)
 
 
-def takes(model: nn.Module, length: int) -> bool:
+def takes(model: Any, length: int) -> bool:
     """Whether a row of so many tokens goes through."""
     ids = torch.full((1, length), 5)
-    ids[0, -1] = int(getattr(model.config, "eos_token_id", None) or 2)  # type: ignore[union-attr, arg-type]
+    ids[0, -1] = int(getattr(model.config, "eos_token_id", None) or 2)
     try:
         with torch.no_grad():
             model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -121,7 +121,7 @@ def takes(model: nn.Module, length: int) -> bool:
     "build", [gpt2, gptj, ctrl, opt, bert, roberta, bart], ids=lambda build: build.__name__
 )
 def test_a_row_of_so_many_tokens_goes_through_and_a_longer_one_does_not(
-    build: Callable[[], nn.Module],
+    build: Callable[[], Any],
 ) -> None:
     model = build()
     limit = usable_positions(model)
@@ -136,7 +136,7 @@ def test_positions_that_start_behind_two_rows_are_counted_by_their_ids() -> None
 
 
 @pytest.mark.parametrize("build", [llama, bloom, t5], ids=lambda build: build.__name__)
-def test_rotary_and_relative_positions_set_no_limit(build: Callable[[], nn.Module]) -> None:
+def test_rotary_and_relative_positions_set_no_limit(build: Callable[[], Any]) -> None:
     model = build()
 
     assert usable_positions(model) is None
