@@ -170,14 +170,14 @@ class DataSection(Section):
     filter: dict[str, str | int | float | bool] | None = None  # keep rows whose fields equal these
     user: str | None = None  # name of the field that says whose row it is, for record-level privacy
     explode: str | None = None  # a field that holds a list: one row per item; before `filter` and `limit`
-    limit: Count | None = None  # at most so many training rows, the first ones
+    limit: Count | None = None  # at most so many training rows, the first ones; refused under privacy
     test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
     test_limit: Count | None = None
     max_length: Annotated[int, Field(ge=2)] = (
         512  # tokens; longer rows are cut and the number of cut rows reported
     )
     heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = (
-        0.1  # share of each client's rows kept for its own evaluation
+        0.1  # share of rows kept for their client's own evaluation, each by the seed and what it says
     )
     partitioner: PartitionerSection = PartitionerSection(kind="iid", clients=8)
 
@@ -347,6 +347,10 @@ class FederationSection(Section):
     attack: AttackSection | None = None  # simulations only; absent: all clients are honest
 
 
+MAX_DELTA = 1e-2
+"""Deltas from here on are refused: publishing one unit in a hundred as it is would keep such a promise."""
+
+
 class PrivacyPromise(Section):
     """What every kind of differential privacy says: how much noise, and how much may be spent in all.
 
@@ -355,7 +359,9 @@ class PrivacyPromise(Section):
     """
 
     noise_multiplier: PositiveFloat  # the noise's standard deviation over the clipping bound
-    target_delta: Annotated[float, Field(gt=0.0, lt=1.0)]  # well below one over the number of protected units
+    target_delta: Annotated[
+        float, Field(gt=0.0, lt=MAX_DELTA)
+    ]  # below one over the number of protected units
     max_epsilon: PositiveFloat  # the run ends before the round that would exceed it
     seeded: bool = False
 
@@ -510,6 +516,11 @@ class RunConfig(Section):
         if update:
             copied.__dict__.pop("identity", None)
         return copied
+
+    @property
+    def hides_rows(self) -> bool:
+        """Whether what a client sends hides any one row or person: then nothing else may tell either."""
+        return isinstance(self.privacy, RecordLevelPrivacy)
 
     def group_of(self, client: str) -> int | None:
         """Position of the group that names a client; None: no group does."""

@@ -510,7 +510,9 @@ def load_own_resident(
     part = run.of_client(own.client)
     device = device_named(own.device)
     _refuse_device(part, device)
-    raw = read_client_table(run.data, own.data, run.model.task, run.run.seed, own.client)
+    raw = read_client_table(
+        run.data, own.data, run.model.task, run.run.seed, own.client, hides_rows=run.hides_rows
+    )
     section = part.model.model_copy(update={"path": own.model}) if own.model else part.model
     return _loaded(run, raw, section, device, admit, part.peft, start_bytes)
 
@@ -544,7 +546,7 @@ def _loaded(
     """
     stages = build_stages(run)
     tokenizer = load_tokenizer(section)
-    data = encode(raw, tokenizer, run.data, run.model.task)
+    data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
     if admit is not None:
         admit(run.model_copy(update={"model": section}), data)
     body = _load_body(run, section, run.peft if peft is None else peft, data, device, start_bytes)

@@ -60,38 +60,57 @@ class FederatedData:
     rows_digest: str
 
 
-def load_federated(section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int) -> FederatedData:
+def load_federated(
+    section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int, hides_rows: bool = False
+) -> FederatedData:
     """`read_tables`, then `encode`; raises what they raise."""
-    return encode(read_tables(section, task, seed), tokenizer, section, task)
+    raw = read_tables(section, task, seed)
+    return encode(raw, tokenizer, section, task, hides_rows=hides_rows)
 
 
 def load_client(
-    section: DataSection, path: Path, *, task: Task, tokenizer: Tokenizer, seed: int, name: str
+    section: DataSection,
+    path: Path,
+    *,
+    task: Task,
+    tokenizer: Tokenizer,
+    seed: int,
+    name: str,
+    hides_rows: bool = False,
 ) -> FederatedData:
     """The local file (or folder) of one client that shares a run with others.
 
     Templates, explode, filter, limit, label map, held-out share and length limit are the run's; its own
-    sources and its partitioner play no part. Which rows are held out depends on `seed`, `name` and the number
-    of rows.
+    sources and its partitioner play no part. Whether a row is held out depends on `seed` and the row alone.
 
     Raises:
         DataError: as `load_federated`; also a classifier's run without `data.labels`, since one client's rows
             do not tell which classes the others have.
     """
-    return encode(read_client_table(section, path, task, seed, name), tokenizer, section, task)
+    raw = read_client_table(section, path, task, seed, name, hides_rows=hides_rows)
+    return encode(raw, tokenizer, section, task, hides_rows=hides_rows)
 
 
-def encode(raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: Task) -> FederatedData:
+def encode(
+    raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: Task, *, hides_rows: bool = False
+) -> FederatedData:
     """Tokenise what `read_tables` read.
 
     Rows that leave nothing to learn (no token that the loss counts) are dropped and counted.
 
+    Args:
+        hides_rows: whether nothing may depend on a single row being there (`RunConfig.hides_rows`). Otherwise
+            a client whose rows are all held out trains on them, and holds none out.
+
     Raises:
-        DataError: a client is left without training rows, or the test set without rows.
+        DataError: a client is left without training rows and rows are not hidden, or the test set without
+            rows.
     """
     tokenized = tokenize(raw.rows, tokenizer, section.max_length)
     useful = _useful(tokenized.rows, task)
     clients = tuple(_keep(client, useful) for client in raw.clients)
+    if not hides_rows:
+        clients = tuple(_at_work(client) for client in clients)
     cut, dropped = tokenized.cut, int(np.sum(~useful))
     if raw.test is None:
         held = [client.heldout for client in clients] or [np.zeros(0, dtype=np.int64)]
@@ -125,10 +144,17 @@ def _useful(rows: Encoded, task: Task) -> NDArray[np.bool_]:
 
 
 def _keep(client: ClientRows, useful: NDArray[np.bool_]) -> ClientRows:
-    train = client.train[useful[client.train]]
-    if len(train) == 0:
-        raise DataError(
-            f"client {client.name} has no row with a token to learn; its texts are empty or one token long, "
-            "mend or remove them"
-        )
-    return ClientRows(client.name, train, client.heldout[useful[client.heldout]])
+    train, heldout = client.train, client.heldout
+    return ClientRows(client.name, train[useful[train]], heldout[useful[heldout]])
+
+
+def _at_work(client: ClientRows) -> ClientRows:
+    """The client with rows to train on, if need be those that were to be held out."""
+    if len(client.train):
+        return client
+    if len(client.heldout):
+        return ClientRows(client.name, client.heldout, client.train)
+    raise DataError(
+        f"client {client.name} has no row with a token to learn; its texts are empty or one token long, "
+        "mend or remove them"
+    )

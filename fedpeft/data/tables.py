@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,18 +12,21 @@ from fedpeft.config import DataSection, PartitionerSection
 from fedpeft.data.describe import listed
 from fedpeft.data.embedded_source import embedded_parts
 from fedpeft.data.encoded import Indices, Task
-from fedpeft.data.heldout import split_heldout
+from fedpeft.data.heldout import Draws, content_draws, split_heldout
 from fedpeft.data.labels import LabelMap, label_map, sorted_label_map
 from fedpeft.data.layout import BY_COLUMN, EMBEDDED, make_layout, section_problems
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
-from fedpeft.data.records import Collected, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.records import Collected, Record, RowSet, Selection, collect, read_parts, row_set
 from fedpeft.data.sources import Part, find_parts
 from fedpeft.errors import DataError
 
 
 @dataclass(frozen=True)
 class ClientRows:
-    """One client's share, as sorted int64 indices into the rows of its federation; `train` is never empty."""
+    """One client's share, as sorted int64 indices into the rows of its federation.
+
+    `train` may be empty: each row is held out by its own draw. `encode` sees to it where that matters.
+    """
 
     name: str
     train: Indices
@@ -85,7 +88,7 @@ def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
     if section.train == EMBEDDED:
         return _read_embedded(section, task, seed)
     parts = find_parts(section.train)
-    training = _training_rows(section, task, parts)
+    training = _training_rows(section, task, read_parts(parts))
     dealt = _deal(section.partitioner, training.collected, parts, seed)
     test = None
     if section.test is not None:
@@ -93,24 +96,43 @@ def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
     return _split(training, dealt, test, section.heldout, seed)
 
 
-def read_client_table(section: DataSection, path: Path, task: Task, seed: int, name: str) -> RawFederated:
+def read_client_table(
+    section: DataSection, path: Path, task: Task, seed: int, name: str, *, hides_rows: bool = False
+) -> RawFederated:
     """Read the file (or folder) of the one client `name`; see `fedpeft.data.federated.load_client`.
 
+    Args:
+        hides_rows: whether nothing may depend on a single row being there (`RunConfig.hides_rows`); then a
+            client without rows is none the less a client.
+
     Raises:
-        DataError: as `read_tables`; also a classifier's run without `data.labels`.
+        DataError: as `read_tables`; also a classifier's run without `data.labels`, or a limit where rows are
+            hidden.
     """
+    own = {"train": str(path), "test": None, "partitioner": PartitionerSection(kind="files")}
+    local, records = section.model_copy(update=own), read_parts(find_parts(str(path)))
+    return client_table(local, records, task, seed, name, hides_rows=hides_rows)
+
+
+def client_table(
+    section: DataSection, records: Iterable[Record], task: Task, seed: int, name: str, *, hides_rows: bool
+) -> RawFederated:
+    """`read_client_table` of records that are at hand; `section` is the client's own, and raises as there."""
     if task == "sequence-classification" and section.labels is None:
         raise DataError(
             "data.labels is not set, and one client's file cannot tell all classes; "
             "list them in the run file, in order"
         )
-    own = {"train": str(path), "test": None, "partitioner": PartitionerSection(kind="files")}
-    local = section.model_copy(update=own)
-    _refuse_problems(local, task)
-    training = _training_rows(local, task, find_parts(str(path)))
+    if hides_rows and section.limit is not None:
+        raise DataError(
+            "data.limit would let one row decide whether another is trained on, which the run's privacy does"
+            " not allow for; remove it from the run file and lower privacy.sample_rate instead"
+        )
+    _refuse_problems(section, task)
+    training = _training_rows(section, task, records)
     count = len(training.rows)
-    if count == 0:
-        raise DataError(f"{path}: client {name} has no rows after data.filter; needs at least one")
+    if count == 0 and not hides_rows:
+        raise DataError(f"client {name} has no rows after data.filter; needs at least one")
     everything = Dealt(((name, np.arange(count, dtype=np.int64)),))
     return _split(training, everything, None, section.heldout, seed)
 
@@ -140,11 +162,11 @@ def _refuse_problems(section: DataSection, task: Task) -> None:
         raise DataError("; ".join(problems))
 
 
-def _training_rows(section: DataSection, task: Task, parts: Sequence[Part]) -> _Labelled:
+def _training_rows(section: DataSection, task: Task, records: Iterable[Record]) -> _Labelled:
     """Read the training rows; without `data.labels`, a classifier's label map comes from them."""
     layout = make_layout(section, task)
     given = None if layout.label is None or section.labels is None else label_map(section.labels)
-    collected = collect(read_parts(parts), layout, Selection.of_training(section), given)
+    collected = collect(records, layout, Selection.of_training(section), given)
     if layout.label is None:
         return _Labelled(row_set(collected, layout, None), None, collected)
     labels = given or sorted_label_map(collected.labels)
@@ -172,14 +194,26 @@ def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part],
     return deal_evenly(len(collected.parts), spec, seed)
 
 
-def _split(training: _Labelled, dealt: Dealt, test: RowSet | None, heldout: float, seed: int) -> RawFederated:
+def _draws(training: _Labelled, seed: int) -> Draws:
+    """What decides for each row whether it is held out: its person's number, or its own."""
+    if training.rows.users is not None:
+        return content_draws(((name,) for name in training.collected.users), seed)
+    rows, labels = training.rows, training.collected.labels
+    answers = [""] * len(rows) if rows.answers is None else rows.answers
+    classes = map(str, labels) if labels else [""] * len(rows)
+    return content_draws(zip(rows.prompts, answers, classes, strict=True), seed)
+
+
+def _split(training: _Labelled, dealt: Dealt, test: RowSet | None, share: float, seed: int) -> RawFederated:
     """Split every client's rows and leave behind the rows that nobody holds."""
-    rows = training.rows
+    rows, draws = training.rows, _draws(training, seed)
     held = np.sort(np.concatenate([indices for _, indices in dealt.groups]))
-    clients = tuple(
-        ClientRows(name, *split_heldout(np.searchsorted(held, indices), heldout, seed, name))
-        for name, indices in dealt.groups
-    )
+
+    def client_rows(name: str, indices: Indices) -> ClientRows:
+        train, heldout = split_heldout(indices, draws[indices], share)
+        return ClientRows(name, np.searchsorted(held, train), np.searchsorted(held, heldout))
+
+    clients = tuple(client_rows(name, indices) for name, indices in dealt.groups)
     return RawFederated(
         rows=rows if len(held) == len(rows) else rows.take(held),
         clients=clients,
@@ -194,7 +228,7 @@ def _read_embedded(section: DataSection, task: Task, seed: int) -> RawFederated:
     """The generator deals its rows itself and says which are held out: two parts per client."""
     parts = embedded_parts(section, seed)
     # The generator has heeded the limit already, evenly for all clients.
-    training = _training_rows(section.model_copy(update={"limit": None}), task, parts)
+    training = _training_rows(section.model_copy(update={"limit": None}), task, read_parts(parts))
     of = np.asarray(training.collected.parts, dtype=np.int64)
     clients = tuple(
         ClientRows(part.name, np.flatnonzero(of == 2 * index), np.flatnonzero(of == 2 * index + 1))

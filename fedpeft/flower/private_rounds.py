@@ -28,6 +28,7 @@ from fedpeft.privacy.central import CentralMechanism, PrivateSum, sample_rate_of
 from fedpeft.privacy.clipping import AdaptiveClipping
 from fedpeft.privacy.kinds import KINDS, accounts, budget_of, event_of
 from fedpeft.privacy.noise import NoiseSource
+from fedpeft.privacy.rules import delta_problem
 from fedpeft.privacy.sources import noise_source
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.update import Arrays, Layout, Update, layout_of
@@ -337,6 +338,9 @@ def open_privacy(
         return NoPrivacy()
     if store is None:
         raise PrivacyError("the run is private and there is no place for its ledger; hold it in a run folder")
+    problem = delta_problem(run, clients)
+    if problem is not None:
+        raise PrivacyError(problem)
     books = _Accounts(run, store, _ledger(run, store, checkpoint))
     if not KINDS[run.privacy.kind].joint:
         return ClientPrivacy(books)

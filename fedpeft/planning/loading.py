@@ -64,7 +64,7 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
     tokenizer = problems.attempt(lambda: load_tokenizer(run.model))
     data = None
     if raw is not None and tokenizer is not None:
-        data = problems.attempt(lambda: encode(raw, tokenizer, run.data, task))
+        data = problems.attempt(lambda: encode(raw, tokenizer, run.data, task, hides_rows=run.hides_rows))
     if task == "sequence-classification" and raw is None:
         return data, None
     if data is not None and not problems.attempt(lambda: _fits(run, data)):
@@ -89,4 +89,4 @@ def read_rows(run: RunConfig) -> FederatedData:
         DataError, ModelError: what cannot be read.
     """
     raw = read_tables(run.data, run.model.task, run.run.seed)
-    return encode(raw, load_tokenizer(run.model), run.data, run.model.task)
+    return encode(raw, load_tokenizer(run.model), run.data, run.model.task, hides_rows=run.hides_rows)

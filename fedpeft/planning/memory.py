@@ -300,11 +300,13 @@ def training_batch(training: TrainingSection, data: FederatedData) -> BatchShape
     """The largest micro-batch that a client can draw: as many rows as it has, all as long as its longest."""
     lengths, scored = data.rows.lengths, data.rows.loss_tokens
     shapes = []
-    for client in data.clients:
+    for client in (client for client in data.clients if len(client.train)):
         rows = min(training.batch_size, len(client.train))
         longest = int(lengths[client.train].max())
         shapes.append(BatchShape(rows, longest, rows * int(scored[client.train].max())))
-    return max(shapes, key=lambda shape: (shape.rows * shape.tokens, shape.scored))
+    return max(
+        shapes, key=lambda shape: (shape.rows * shape.tokens, shape.scored), default=BatchShape(1, 1, 1)
+    )
 
 
 def geometry_of(model: nn.Module) -> Geometry:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.config import MAX_DELTA
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import Event, one_kind
 
@@ -45,7 +46,7 @@ def epsilon(events: Sequence[Event], target_delta: float) -> float:
     """The epsilon that all `events` together cost at `target_delta`; 0 without events.
 
     Raises:
-        PrivacyError: events of two kinds, or a delta outside (0, 1).
+        PrivacyError: events of two kinds, or a delta that promises nothing.
     """
     one_kind(events)
     check_delta(target_delta)
@@ -113,12 +114,12 @@ def check_delta(target_delta: float) -> None:
     """Refuse a delta that promises nothing.
 
     Raises:
-        PrivacyError: outside (0, 1).
+        PrivacyError: not between 0 and `MAX_DELTA`.
     """
-    if not 0.0 < target_delta < 1.0:
+    if not 0.0 < target_delta < MAX_DELTA:
         raise PrivacyError(
-            f"target_delta {target_delta!r} came; it must lie between 0 and 1, well below one over the number"
-            " of protected units"
+            f"target_delta {target_delta!r} came; it must lie between 0 and {MAX_DELTA:g}, well below one"
+            " over the number of protected units"
         )
 
 

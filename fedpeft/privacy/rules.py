@@ -20,6 +20,30 @@ def privacy_problems(run: RunConfig) -> list[str]:
     return problems or list(_budget(run))
 
 
+def delta_problem(run: RunConfig, clients: int | None) -> str | None:
+    """Why a run's `target_delta` promises nothing, in one line; None if it may.
+
+    With one over the number of protected units, publishing one unit drawn at random keeps the promise. How
+    many rows (or persons) a client has is private: under record-level privacy the public guess of the run
+    file stands for it, its expected batch over its sample rate.
+
+    Args:
+        clients: of the run; None: not known yet, and whoever knows asks again.
+    """
+    if run.privacy is None:
+        return None
+    units, what = (None if clients is None else float(clients)), "clients"
+    if isinstance(run.privacy, RecordLevelPrivacy):
+        units = run.privacy.expected_batch_size / run.privacy.sample_rate
+        what = "rows (expected_batch_size over sample_rate)"
+    if units is None or run.privacy.target_delta * units < 1.0:
+        return None
+    return (
+        f"privacy.target_delta: {run.privacy.target_delta:g} came for {units:,.0f} {what}; from one over"
+        f" their number on it promises nothing: give less than {1.0 / units:.2g}, better a tenth of that"
+    )
+
+
 def _common(run: RunConfig) -> Iterator[str]:
     kind = run.privacy.kind if run.privacy is not None else ""
     if run.evaluation.baselines:
@@ -31,6 +55,14 @@ def _common(run: RunConfig) -> Iterator[str]:
         yield "data.labels: classes found in the clients' rows would tell about them; list them, in order"
     if kind != "record-level" and run.data.user is not None:
         yield f"data.user: {kind} privacy protects clients, whose rows count together; remove it"
+    if run.data.limit is not None and run.data.train != "embedded":
+        yield (
+            "data.limit: one row, or one client's rows, would decide which others are trained on; remove it"
+            " (under record-level privacy a lower privacy.sample_rate takes fewer rows)"
+        )
+    problem = delta_problem(run, run.data.partitioner.clients)
+    if problem is not None:
+        yield problem
     if run.federation.strategy.kind == "qfedavg":
         yield "federation.strategy: qfedavg weighs by the clients' losses, which are private; use fedavg"
 
@@ -40,6 +72,12 @@ def _client_level(run: RunConfig) -> Iterator[str]:
     if not isinstance(section, ClientLevelPrivacy):
         return
     yield from federation_problems(run.federation, max_weight=section.max_weight)
+    partitioner = run.data.partitioner
+    if partitioner.kind in ("natural", "files") and partitioner.clients is not None:
+        yield (
+            "data.partitioner.clients: the largest clients are taken, so one client would decide whether"
+            " another takes part; remove it, or leave small clients out with min_rows"
+        )
     if section.max_weight is not None and section.target_quantile is not None:
         yield "privacy.max_weight: adaptive clipping is accounted for uniform weights; remove one of the two"
     yield from _weighted_seeds(run)

@@ -29,7 +29,7 @@ RUN = build_run(
     {
         "run": {"name": "t", "rounds": 1},
         "peft": {"method": "lora", "r": 2},
-        "data": {"train": "nowhere", "prompt": "{prompt}", "answer": "{answer}", "heldout": 0.25},
+        "data": {"train": "nowhere", "prompt": "{prompt}", "answer": "{answer}", "heldout": 0.0},
     },
     source="test",
 )
@@ -65,7 +65,7 @@ def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
     assert answered.header["error"] == ""
     hello = content_of(answered.parts["content"], who="worker").config_records["hello"]
     assert hello["client"] == "site-a"
-    assert hello["examples"] == 6  # a quarter of eight rows is held out
+    assert hello["examples"] == 8
     assert hello["base-digest"] == answered.header["base_digest"]
     pinned = done(order(rows, base_digests=[answered.header["base_digest"]]))
     assert pinned.header["error"] == ""

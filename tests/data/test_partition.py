@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.config import PartitionerSection
-from fedpeft.data.heldout import heldout_count, split_heldout
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
 from fedpeft.errors import DataError
 
@@ -207,22 +206,3 @@ def test_what_cannot_be_dealt(call: Any, message: str) -> None:
         call()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@given(st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 2**40), st.text(max_size=5))
-def test_heldout_rows_split_a_client(count: int, share: float, seed: int, name: str) -> None:
-    rows = np.arange(7, 7 + count, dtype=np.int64)
-    train, heldout = split_heldout(rows, share, seed, name)
-    assert sorted([*train, *heldout]) == rows.tolist()
-    assert train.tolist() == sorted(train)
-    assert heldout.tolist() == sorted(heldout)
-    assert len(train) >= 1
-    assert len(heldout) == heldout_count(count, share)
-    assert len(heldout) >= (1 if share > 0 and count > 1 else 0)
-    assert abs(len(heldout) - count * share) <= 1
-
-
-def test_heldout_rows_depend_on_seed_and_name() -> None:
-    rows = np.arange(100, dtype=np.int64)
-    splits = {tuple(split_heldout(rows, 0.2, seed, name)[1]) for seed in (0, 1) for name in "ab"}
-    assert len(splits) == 4

@@ -268,6 +268,13 @@ def test_a_private_run_needs_a_ledger() -> None:
         open_privacy(private_run(CLIENT_LEVEL), None, CLIENTS, None)
 
 
+def test_a_delta_of_one_over_the_clients_is_refused_once_they_are_known() -> None:
+    run = private_run({**CLIENT_LEVEL, "target_delta": 1.0 / 200})
+    with pytest.raises(PrivacyError, match="200 clients"):
+        open_privacy(run, Disk(), 200, None)
+    open_privacy(run, Disk(), 199, None)
+
+
 def test_the_ledger_names_what_it_charges() -> None:
     plain = json.loads(hold(private_run(CLIENT_LEVEL), "zeros").ledgers[-1])
     assert plain["events"][0]["neighbours"].startswith("federations that differ by")

@@ -210,7 +210,7 @@ def test_a_run_that_promises_privacy_for_a_fixed_set_of_clients_takes_nobody_in(
         "kind": "client-level",
         "clip_norm": 1.0,
         "noise_multiplier": 2.0,
-        "target_delta": 1e-2,
+        "target_delta": 1e-3,
         "max_epsilon": 100.0,
     }
     at = scene({"bob": BASE}, privacy=privacy)

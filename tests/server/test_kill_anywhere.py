@@ -208,7 +208,7 @@ def test_a_private_run_pays_for_each_round_once(point: str, zygote: Zygote, tmp_
             "kind": "client-level",
             "clip_norm": 1.0,
             "noise_multiplier": 2.0,
-            "target_delta": 1e-2,
+            "target_delta": 1e-3,
             "max_epsilon": 100.0,
         }
     }

@@ -67,6 +67,16 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
         ("client-level", {"evaluation.baselines": True}, "without noise"),
         ("client-level", {"privacy.max_epsilon": 0.1}, "one round costs"),
         ("client-level", {"data.user": "who"}, "protects clients"),
+        ("client-level", {"data.train": "x.csv", "data.limit": 9}, "data.limit"),
+        (
+            "client-level",
+            {"data.train": "x.csv", "data.partitioner": {"kind": "files", "clients": 3}},
+            "the largest clients are taken",
+        ),
+        ("client-level", {"data.partitioner.clients": 500, "privacy.target_delta": 2e-3}, "500 clients"),
+        ("local", {"data.partitioner.clients": 500, "privacy.target_delta": 2e-3}, "500 clients"),
+        ("record-level", {"privacy.expected_batch_size": 20, "privacy.target_delta": 5e-3}, "for 200 rows"),
+        ("record-level", {"data.train": "x.csv", "data.limit": 9}, "data.limit"),
         (
             "client-level",
             {
@@ -118,6 +128,9 @@ def test_refusals(kind: str, changes: dict[str, Any], says: str) -> None:
         ("client-level", {"federation.weighting": "examples", "privacy.max_weight": 4}),
         ("client-level", {"federation.strategy": {"kind": "fedadam", "eta": 0.01}}),
         ("record-level", {"federation.sampling": FIXED}),  # nothing is amplified by the cohort
+        ("record-level", {"data.limit": 9}),  # so many embedded rows are made
+        ("client-level", {"data.partitioner.clients": 499, "privacy.target_delta": 2e-3}),
+        ("record-level", {"privacy.expected_batch_size": 20, "privacy.target_delta": 4.9e-3}),
         ("record-level", {"stages": [{"kind": "compeft"}]}),
         ("local", {"stages": [{"kind": "clip", "clip_norm": 1.0}, {"kind": "noise"}, {"kind": "compeft"}]}),
     ],
@@ -147,6 +160,13 @@ def test_keys_of_another_kind_are_unknown() -> None:
         build_run(tables("client-level", {"privacy.kind": "central"}), source="x")
     with pytest.raises(RunFileError, match="needed and missing"):
         build_run(tables("client-level", {"privacy.kind": None}), source="x")
+
+
+@pytest.mark.parametrize("delta", [1e-2, 0.9, 0.0])
+@pytest.mark.parametrize("kind", sorted(PRIVACY))
+def test_a_delta_that_promises_nothing_is_refused(kind: str, delta: float) -> None:
+    with pytest.raises(RunFileError, match=r"privacy\.target_delta"):
+        build_run(tables(kind, {"privacy.target_delta": delta}), source="x")
 
 
 def test_adaptive_keys_go_with_a_quantile() -> None:
