@@ -395,7 +395,9 @@ def client_status(
     client_status_command(home, name, as_json=json_)
 
 
-run_app = typer.Typer(no_args_is_help=True, help="Runs on a server: submit, list, show, logs, stop, pull.")
+run_app = typer.Typer(
+    no_args_is_help=True, help="Runs on a server: submit, list, show, logs, stop, pull, remove."
+)
 app.add_typer(run_app, name="run")
 
 ServerAddress = Annotated[
@@ -515,6 +517,30 @@ def server_restore(
     restore_command(file, config, given, with_keys=with_keys, nothing_since=nothing_since, as_json=json_)
 
 
+@server_app.command("audit")
+def server_audit(
+    config: ServerConfig = None,
+    state: ServerState = None,
+    database: DatabaseUrl = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Print no entries; say whether all are as they were written.")
+    ] = False,
+    known: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NUMBER:DIGEST",
+            help="An entry as an earlier call or a log named it, which has to be there; may be repeated.",
+        ),
+    ] = None,
+    json_: AsJson = False,
+) -> None:
+    """Print who did what on a server, from its state here, and whether an entry is missing or changed."""
+    from fedpeft_server.audit_command import audit_command
+
+    given = {"state": state, "database": database}
+    audit_command(config, given, known or [], entries=not verify, as_json=json_)
+
+
 @server_app.command("status")
 def server_status(server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False) -> None:
     """Say who is connected to a server, what each used, and what was refused and why."""
@@ -539,14 +565,21 @@ def run_submit(
     wait_s: Annotated[
         int, typer.Option(min=0, help="Fail if they are not there after so many seconds; 0: wait on.")
     ] = 0,
+    reader: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A submitter who may read the run too; may be repeated; '*': all. Default: admins alone.",
+        ),
+    ] = None,
     json_: AsJson = False,
 ) -> None:
-    """Queue a run on a server; prints its id."""
+    """Queue a run on a server; prints its id. It is yours: others don't see it unless you name them."""
     from fedpeft_client.administration import Desk
     from fedpeft_client.run_commands import Rules, submit_command
 
     rules = Rules(min_agents=min_agents, agents=agent or [], wait_s=wait_s)
-    submit_command(Desk(server, keys), run_file, list(set_ or []), rules, as_json=json_)
+    submit_command(Desk(server, keys), run_file, list(set_ or []), rules, reader or [], as_json=json_)
 
 
 @run_app.command("list")
@@ -556,7 +589,7 @@ def run_list(
     limit: Annotated[int, typer.Option(min=0, help="The newest so many; 0: all.")] = 0,
     json_: AsJson = False,
 ) -> None:
-    """List a server's runs."""
+    """List the runs on a server that you may read."""
     from fedpeft_client.administration import Desk
     from fedpeft_client.run_commands import list_command
 
@@ -620,6 +653,17 @@ def run_pull(
     from fedpeft_client.run_commands import pull_command
 
     pull_command(Desk(server, keys), run, out or Path("runs") / run, force=force, as_json=json_)
+
+
+@run_app.command("remove")
+def run_remove(
+    run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
+) -> None:
+    """Delete an ended run's files on the server; its log and its line in the list stay."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.run_commands import remove_command
+
+    remove_command(Desk(server, keys), run, as_json=json_)
 
 
 def _version(asked: bool) -> None:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -126,6 +127,27 @@ def append_line(path: Path, line: str) -> None:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def make_private_folder(path: Path, *, holds: str) -> Path:
+    """Make a folder that only its owner may read, or check that one that is there is so.
+
+    Args:
+        holds: what others could read in it, for the error's text.
+
+    Raises:
+        StateError: others may read it.
+        StorageError: it cannot be made.
+    """
+    with storage(path):
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise StateError(
+            f"{path}: its mode is {mode:04o}, so others on this machine could read {holds}; run: chmod 700"
+            f" '{path}'"
+        )
+    return path
 
 
 def sync_folder(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`fedpeft run submit | list | show | logs | stop | pull`: runs on a server, from anywhere."""
+"""`fedpeft run submit | list | show | logs | stop | pull | remove`: runs on a server, from anywhere."""
 
 from __future__ import annotations
 
@@ -27,33 +27,45 @@ Rules = pb.CohortRules
 
 
 def submit_command(
-    desk: Desk, run_file: Path, overrides: Sequence[str], rules: Rules, *, as_json: bool
+    desk: Desk,
+    run_file: Path,
+    overrides: Sequence[str],
+    rules: Rules,
+    readers: Sequence[str],
+    *,
+    as_json: bool,
 ) -> None:
     """Queue a run and print its id. The server, whose versions count, says what it would refuse.
+
+    Args:
+        readers: submitters who may read the run too; "*": all of them.
 
     Raises:
         RunFileError: every problem of the run file.
         FedPEFTError: what the server answered.
     """
     run = load_run(run_file, overrides)
-    request = pb.SubmitRunRequest(run_toml=run_toml(run), cohort=rules, submission=new_submission())
+    request = pb.SubmitRunRequest(
+        run_toml=run_toml(run), cohort=rules, submission=new_submission(), readers=readers
+    )
     info = answered(desk.call(lambda stub: stub.SubmitRun(request)))
     print(json.dumps(info_table(info)) if as_json else f"{info.id}  {info.status}")
 
 
 def list_command(desk: Desk, *, limit: int, as_json: bool) -> None:
-    """Print the runs, the newest first."""
+    """Print the runs that the caller may read, the newest first."""
     reply = answered(desk.call(lambda stub: stub.ListRuns(pb.ListRunsRequest(limit=limit))))
     if as_json:
         print(json.dumps([info_table(info) for info in reply.runs]))
         return
     table = Table(box=box.SIMPLE_HEAD)
-    for column in ("run", "status", "round", "changed", "detail"):
+    for column in ("run", "status", "round", "changed", "submitter", "detail"):
         table.add_column(column, no_wrap=column != "detail")
     for info in reply.runs:
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.updated_ms / 1000))
         where = f"{info.round}/{info.rounds}"
-        table.add_row(info.id, info.status, where, changed, Text(printable(info.detail)))
+        whose, detail = Text(printable(info.submitter)), Text(printable(info.detail))
+        table.add_row(info.id, info.status, where, changed, whose, detail)
     Console(file=sys.stdout, highlight=False).print(table)
 
 
@@ -66,6 +78,11 @@ def stop_command(desk: Desk, run_id: str, reason: str, *, as_json: bool) -> None
     """End a run; what it has reached can be pulled."""
     request = pb.StopRunRequest(id=run_id, reason=reason)
     _show(answered(desk.call(lambda stub: stub.StopRun(request))), as_json=as_json)
+
+
+def remove_command(desk: Desk, run_id: str, *, as_json: bool) -> None:
+    """Delete what an ended run keeps on the server's disk."""
+    _show(answered(desk.call(lambda stub: stub.RemoveRun(pb.RunRequest(id=run_id)))), as_json=as_json)
 
 
 def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> None:
@@ -123,6 +140,8 @@ def info_table(info: pb.RunInfo) -> Mapping[str, Any]:
         "changed": info.updated_ms / 1000,
         "metrics": dict(info.metrics),
         "adapter_digest": info.adapter_digest or None,
+        "submitter": info.submitter,
+        "readers": list(info.readers),
     }
     return table | ({"epsilon": info.epsilon} if info.HasField("epsilon") else {})
 
@@ -139,6 +158,7 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
     status = info.status + (f": {printable(info.detail)}" if info.detail else "")
     facts = [
         ("run", info.id),
+        ("submitter", printable(info.submitter) + _shared(info.readers)),
         ("status", status),
         ("round", f"{info.round} of {info.rounds}"),
         ("agents", ", ".join(map(printable, info.agents)) or "none yet"),
@@ -150,6 +170,11 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
     if info.adapter_digest:
         facts.append(("adapter", info.adapter_digest[:12]))
     return facts
+
+
+def _shared(readers: Sequence[str]) -> str:
+    named = ", ".join("every submitter" if reader == "*" else printable(reader) for reader in readers)
+    return f"; also read by {named}" if named else ""
 
 
 def _line_text(text: str, row: Mapping[str, Any], primary: str, rounds: int) -> str:

@@ -278,14 +278,16 @@ class PullBlobRequest(_message.Message):
     def __init__(self, digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., task: _Optional[bytes] = ...) -> None: ...
 
 class SubmitRunRequest(_message.Message):
-    __slots__ = ("run_toml", "cohort", "submission")
+    __slots__ = ("run_toml", "cohort", "submission", "readers")
     RUN_TOML_FIELD_NUMBER: _ClassVar[int]
     COHORT_FIELD_NUMBER: _ClassVar[int]
     SUBMISSION_FIELD_NUMBER: _ClassVar[int]
+    READERS_FIELD_NUMBER: _ClassVar[int]
     run_toml: str
     cohort: CohortRules
     submission: str
-    def __init__(self, run_toml: _Optional[str] = ..., cohort: _Optional[_Union[CohortRules, _Mapping]] = ..., submission: _Optional[str] = ...) -> None: ...
+    readers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run_toml: _Optional[str] = ..., cohort: _Optional[_Union[CohortRules, _Mapping]] = ..., submission: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CohortRules(_message.Message):
     __slots__ = ("min_agents", "agents", "wait_s")
@@ -298,7 +300,7 @@ class CohortRules(_message.Message):
     def __init__(self, min_agents: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., wait_s: _Optional[int] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest")
+    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest", "submitter", "readers")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -319,6 +321,8 @@ class RunInfo(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTER_FIELD_NUMBER: _ClassVar[int]
+    READERS_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     digest: str
@@ -332,7 +336,9 @@ class RunInfo(_message.Message):
     metrics: _containers.ScalarMap[str, float]
     epsilon: float
     adapter_digest: str
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
+    submitter: str
+    readers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., submitter: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("id",)

@@ -233,7 +233,9 @@ class Federation:
 
 
 class AdminStub:
-    """Missing associated documentation comment in .proto file."""
+    """A run is its submitter's: others of that role read it if the submission names them, and admins do everything. To whom
+    may not read a run, it is as if there were none of that id.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -266,6 +268,11 @@ class AdminStub:
                 request_serializer=fedpeft_dot_v1_dot_federation__pb2.StopRunRequest.SerializeToString,
                 response_deserializer=fedpeft_dot_v1_dot_federation__pb2.RunInfo.FromString,
                 _registered_method=True)
+        self.RemoveRun = channel.unary_unary(
+                '/fedpeft.v1.Admin/RemoveRun',
+                request_serializer=fedpeft_dot_v1_dot_federation__pb2.RunRequest.SerializeToString,
+                response_deserializer=fedpeft_dot_v1_dot_federation__pb2.RunInfo.FromString,
+                _registered_method=True)
         self.PullResult = channel.unary_stream(
                 '/fedpeft.v1.Admin/PullResult',
                 request_serializer=fedpeft_dot_v1_dot_federation__pb2.PullResultRequest.SerializeToString,
@@ -289,7 +296,9 @@ class AdminStub:
 
 
 class AdminServicer:
-    """Missing associated documentation comment in .proto file."""
+    """A run is its submitter's: others of that role read it if the submission names them, and admins do everything. To whom
+    may not read a run, it is as if there were none of that id.
+    """
 
     def SubmitRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -317,6 +326,13 @@ class AdminServicer:
 
     def StopRun(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveRun(self, request, context):
+        """Deletes the files of a run that has ended; how it stands and its log stay.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -374,6 +390,11 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=fedpeft_dot_v1_dot_federation__pb2.StopRunRequest.FromString,
                     response_serializer=fedpeft_dot_v1_dot_federation__pb2.RunInfo.SerializeToString,
             ),
+            'RemoveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveRun,
+                    request_deserializer=fedpeft_dot_v1_dot_federation__pb2.RunRequest.FromString,
+                    response_serializer=fedpeft_dot_v1_dot_federation__pb2.RunInfo.SerializeToString,
+            ),
             'PullResult': grpc.unary_stream_rpc_method_handler(
                     servicer.PullResult,
                     request_deserializer=fedpeft_dot_v1_dot_federation__pb2.PullResultRequest.FromString,
@@ -403,7 +424,9 @@ def add_AdminServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Admin:
-    """Missing associated documentation comment in .proto file."""
+    """A run is its submitter's: others of that role read it if the submission names them, and admins do everything. To whom
+    may not read a run, it is as if there were none of that id.
+    """
 
     @staticmethod
     def SubmitRun(request,
@@ -529,6 +552,33 @@ class Admin:
             target,
             '/fedpeft.v1.Admin/StopRun',
             fedpeft_dot_v1_dot_federation__pb2.StopRunRequest.SerializeToString,
+            fedpeft_dot_v1_dot_federation__pb2.RunInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedpeft.v1.Admin/RemoveRun',
+            fedpeft_dot_v1_dot_federation__pb2.RunRequest.SerializeToString,
             fedpeft_dot_v1_dot_federation__pb2.RunInfo.FromString,
             options,
             channel_credentials,

@@ -1,10 +1,12 @@
-"""The service of people: runs submitted, listed, watched, stopped and pulled; agents listed and revoked."""
+"""The service of people: runs submitted, listed, watched, stopped and pulled; agents listed and revoked.
+
+Every call asks whose the run is; see `ownership`. What is done is in the audit log before it is done.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import tomllib
-import zlib
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,27 +14,33 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fedpeft import __version__
-from fedpeft.config import RunConfig
 from fedpeft.credentials import Authority, Identity, Role, check_name
 from fedpeft.credentials.federation import is_held
-from fedpeft.errors import CredentialError, UsageError
-from fedpeft.files import storage
-from fedpeft.ledger.run_folder import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
-from fedpeft.records import Round, parse_row
-from fedpeft.runfile import build_run
+from fedpeft.errors import CredentialError, LimitError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft_server.admin_messages import (
+    agent_info,
+    milliseconds,
+    pulled_files,
+    result_chunks,
+    run_info,
+    run_of,
+    server_info,
+)
 from fedpeft_server.callers import Gate
-from fedpeft_server.options import LONGEST_REQUEST
+from fedpeft_server.ownership import require_owner, require_reader
+from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import AgentStatus, ServerStatus
-from fedpeft_server.store import Rules, Store, StoredRun
+from fedpeft_server.store import EVERYONE, Rules, Store, StoredRun
+from fedpeft_server.store.audit import Action, Actor
 from fedpeft_server.supervisor import Supervisor
+from fedpeft_server.turns import Turns
 
 FOLLOW_S = 0.3  # between two looks at a log that is followed
-CHUNK = 256 * 1024
 TOKEN_LIFE = timedelta(days=7)
-PULLED = (IDENTITY, RUN_FILE, ROWS, ADAPTER, CHECKPOINTS, REPORT, "summary.json", "tensorboard")
+_SUBMITS = 2  # run files that are checked at a time, one of each submitter: it takes seconds of a thread
+_READERS = 1000  # of a run
 Answer = TypeVar("Answer")
 
 
@@ -72,12 +80,13 @@ class Admin(rpc.AdminServicer):
 
     def __init__(self, base: Administration) -> None:
         self._base = base
+        self._turns = Turns(_SUBMITS, math.inf)
 
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802  # the schema's
         """Queue a run."""
 
         def submit(who: Identity) -> pb.RunInfo:
-            run = _run_of(request.run_toml)
+            run = run_of(request.run_toml)
             if not request.submission:
                 raise UsageError("a submission without a name came; give each its own, such as a UUID")
             cohort = request.cohort
@@ -86,19 +95,33 @@ class Admin(rpc.AdminServicer):
                 agents=tuple(map(check_name, cohort.agents)),
                 wait_s=cohort.wait_s,
             )
-            stored = self._base.supervisor.submit(
-                run, rules, submission=request.submission[:128], submitter=who.name
-            )
+            try:
+                stored = self._base.supervisor.submit(
+                    run,
+                    rules,
+                    submission=request.submission,
+                    submitter=who.name,
+                    role=who.role,
+                    readers=_readers_of(request),
+                )
+            except LimitError as error:
+                raise Refused(Reason.QUOTA, error) from error
             return self._info(stored)
 
-        return await self._answer(context, Role.SUBMITTER, submit)
+        who = self._base.gate.require(context, Role.SUBMITTER)
+        async with self._turns.turn(who.name):
+            work = asyncio.ensure_future(self._answer(context, Role.SUBMITTER, submit))
+            try:
+                return await asyncio.shield(work)
+            finally:  # a caller that hangs up keeps its turn for as long as its thread is at work
+                await asyncio.wait([work])
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsReply:  # noqa: N802
-        """The newest first."""
+        """Those that the caller may read, the newest first."""
 
-        def listed(_: Identity) -> pb.ListRunsReply:
-            newest = list(reversed(self._base.supervisor.list()))
-            some = newest[: request.limit] if request.limit else newest
+        def listed(who: Identity) -> pb.ListRunsReply:
+            reader = None if who.role is Role.ADMIN else who.name
+            some = self._base.supervisor.list(reader=reader, limit=request.limit)
             return pb.ListRunsReply(runs=[self._info(stored) for stored in some])
 
         return await self._answer(context, Role.SUBMITTER, listed)
@@ -106,7 +129,7 @@ class Admin(rpc.AdminServicer):
     async def ShowRun(self, request: pb.RunRequest, context: Any) -> pb.RunInfo:  # noqa: N802
         """One run."""
         return await self._answer(
-            context, Role.SUBMITTER, lambda _: self._info(self._base.supervisor.get(request.id))
+            context, Role.SUBMITTER, lambda who: self._info(self._readable(who, request.id))
         )
 
     async def StopRun(self, request: pb.StopRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802
@@ -114,21 +137,39 @@ class Admin(rpc.AdminServicer):
 
         def stop(who: Identity) -> pb.RunInfo:
             reason = " ".join(request.reason.split())[:500] or f"stopped by {who.name}"
+            if not require_owner(who, self._readable(who, request.id)).status.final:
+                self._record(who, Action.STOPPED, request.id, reason=reason)
             return self._info(self._base.supervisor.stop(request.id, reason))
 
         return await self._answer(context, Role.SUBMITTER, stop)
+
+    async def RemoveRun(self, request: pb.RunRequest, context: Any) -> pb.RunInfo:  # noqa: N802
+        """Delete what a run that has ended keeps on the disk."""
+
+        def remove(who: Identity) -> pb.RunInfo:
+            stored = require_owner(who, self._readable(who, request.id))
+            if not stored.status.final:
+                raise UsageError(
+                    f"run {stored.id} has not ended; stop it first: fedpeft run stop {stored.id}"
+                )
+            self._record(who, Action.REMOVED, stored.id)
+            self._base.store.remove_files(stored.id)
+            return self._info(self._base.supervisor.get(stored.id))
+
+        return await self._answer(context, Role.SUBMITTER, remove)
 
     async def Logs(self, request: pb.LogsRequest, context: Any) -> AsyncIterator[pb.LogLine]:  # noqa: N802
         """Lines so far; when followed, until the run has ended."""
         after = request.after
         while True:
 
-            def more(_: Identity, since: int = after) -> tuple[bool, list[pb.LogLine]]:
+            def more(who: Identity, since: int = after) -> tuple[bool, list[pb.LogLine]]:
                 # Asked before the lines are read: what is written between the two is not lost.
-                ended = self._base.supervisor.get(request.id).status.final
+                ended = self._readable(who, request.id).status.final
                 lines = self._base.store.runs.lines(request.id, after=since)
                 return ended, [
-                    pb.LogLine(number=line.number, time_ms=_ms(line.at), json=line.text) for line in lines
+                    pb.LogLine(number=line.number, time_ms=milliseconds(line.at), json=line.text)
+                    for line in lines
                 ]
 
             ended, lines = await self._answer(context, Role.SUBMITTER, more)
@@ -146,13 +187,20 @@ class Admin(rpc.AdminServicer):
         """The files of a run that has ended; of one that goes on, those of its last committed round."""
         with ExitStack() as stack:
 
-            def files(_: Identity) -> tuple[pb.Unfinished | None, list[tuple[str, Path]]]:
-                folder, unfinished = self._result(request.id, stack)
-                return unfinished, [(path.relative_to(folder).as_posix(), path) for path in _pulled(folder)]
+            def files(who: Identity) -> tuple[pb.Unfinished | None, list[tuple[str, Path]]]:
+                folder, unfinished = self._result(self._readable(who, request.id), stack)
+                found = [(path.relative_to(folder).as_posix(), path) for path in pulled_files(folder)]
+                if not found:
+                    raise UsageError(
+                        f"run {request.id} has no files: it ended before its first round, or they are removed"
+                    )
+                reached = {} if unfinished is None else {"round": unfinished.round}
+                self._record(who, Action.PULLED, request.id, **reached)
+                return unfinished, found
 
             unfinished, found = await self._answer(context, Role.SUBMITTER, files)
             for name, path in found:
-                chunks = _chunks(name, path)
+                chunks = result_chunks(name, path)
 
                 def following(_: Identity, left: Iterator[pb.ResultChunk] = chunks) -> pb.ResultChunk | None:
                     return next(left, None)
@@ -162,39 +210,38 @@ class Admin(rpc.AdminServicer):
                         chunk.unfinished.CopyFrom(unfinished)
                     yield chunk
 
-    def _result(self, run_id: str, stack: ExitStack) -> tuple[Path, pb.Unfinished | None]:
+    def _result(self, stored: StoredRun, stack: ExitStack) -> tuple[Path, pb.Unfinished | None]:
         """A run's folder, or one with what it has reached, which goes with the stack."""
-        store, supervisor = self._base.store, self._base.supervisor
-        stored = supervisor.get(run_id)
+        store = self._base.store
         if stored.status.final:
             return store.run_folder(stored.id), None
         folder = stack.enter_context(store.scratch()) / "run"
-        reached = supervisor.snapshot(run_id, folder)
+        reached = self._base.supervisor.snapshot(stored.id, folder)
         return folder, pb.Unfinished(round=reached, rounds=stored.run.run.rounds)
 
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Any) -> pb.ListAgentsReply:  # noqa: N802
         """Those that are here and those that were."""
 
         def listed(_: Identity) -> pb.ListAgentsReply:
-            now = {status.name: _agent_info(status) for status in self._base.desk().agents()}
+            now = {status.name: agent_info(status) for status in self._base.desk().agents()}
             for sighting in self._base.store.agents.list():
                 if sighting.name not in now:
                     now[sighting.name] = pb.AgentInfo(
-                        name=sighting.name, last_seen_ms=_ms(sighting.last_seen)
+                        name=sighting.name, last_seen_ms=milliseconds(sighting.last_seen)
                     )
             authority = self._base.authority  # without it a server knows serial numbers, and no names
             for name in authority.revoked(datetime.now(UTC)) if authority is not None else ():
                 if name in now:
                     now[name].revoked = True
             agents = [now[name] for name in sorted(now)]
-            return pb.ListAgentsReply(agents=agents, server=_server_info(self._base.desk().standing()))
+            return pb.ListAgentsReply(agents=agents, server=server_info(self._base.desk().standing()))
 
         return await self._answer(context, Role.SUBMITTER, listed)
 
     async def IssueToken(self, request: pb.IssueTokenRequest, context: Any) -> pb.IssueTokenReply:  # noqa: N802
         """A one-time token for a device or a person."""
 
-        def issue(_: Identity) -> pb.IssueTokenReply:
+        def issue(who: Identity) -> pb.IssueTokenReply:
             authority = self._authority()
             try:
                 role = Role(request.role or Role.AGENT)
@@ -208,16 +255,21 @@ class Admin(rpc.AdminServicer):
                 raise CredentialError(
                     f"{request.name!r} is there already; give another name, or revoke that one first"
                 )
+            self._record(who, Action.INVITED, request.name, role=role, seconds=life.total_seconds())
             text = authority.tokens.invite(Identity(request.name, role), now, life)
-            return pb.IssueTokenReply(token=text, expires_ms=_ms((now + life).timestamp()))
+            return pb.IssueTokenReply(token=text, expires_ms=milliseconds((now + life).timestamp()))
 
         return await self._answer(context, Role.ADMIN, issue)
 
     async def RevokeAgent(self, request: pb.RevokeAgentRequest, context: Any) -> pb.RevokeAgentReply:  # noqa: N802
         """End what a name may do, at once."""
 
-        def revoke(_: Identity) -> pb.RevokeAgentReply:
-            count = self._authority().revoke(check_name(request.name), datetime.now(UTC))
+        def revoke(who: Identity) -> pb.RevokeAgentReply:
+            authority, now = self._authority(), datetime.now(UTC)
+            if is_held(authority, request.name, now):
+                reason = " ".join(request.reason.split())[:500]
+                self._record(who, Action.REVOKED, request.name, reason=reason)
+            count = authority.revoke(request.name, now)
             self._base.desk().disconnect(request.name, "its certificate was revoked")
             return pb.RevokeAgentReply(revoked=count > 0)
 
@@ -227,6 +279,14 @@ class Admin(rpc.AdminServicer):
         """Check the caller's role and do the work on a thread; errors are the front door's."""
         return await asyncio.to_thread(work, self._base.gate.require(context, role))
 
+    def _readable(self, who: Identity, run_id: str) -> StoredRun:
+        """A run that the caller may read; to others it is as if there were none."""
+        return require_reader(who, self._base.supervisor.get(run_id))
+
+    def _record(self, who: Identity, action: Action, subject: str, **detail: str | int | float) -> None:
+        """Have it in the audit log that the caller is about to do this."""
+        self._base.store.audit.record(Actor(who.name, who.role), action, subject, **detail)
+
     def _authority(self) -> Authority:
         if self._base.authority is None:
             raise UsageError(
@@ -235,102 +295,12 @@ class Admin(rpc.AdminServicer):
         return self._base.authority
 
     def _info(self, stored: StoredRun) -> pb.RunInfo:
-        last = _last_round(self._base.store, stored)
-        info = pb.RunInfo(
-            id=stored.id,
-            name=stored.run.run.name,
-            digest=stored.digest,
-            status=stored.status,
-            detail=stored.reason,
-            round=max(0, stored.round),
-            rounds=stored.run.run.rounds,
-            agents=self._agents(stored),
-            submitted_ms=_ms(stored.submitted_at),
-            updated_ms=_ms(stored.changed_at),
-            metrics=_metrics(last),
-            adapter_digest=stored.adapter_digest,
+        return run_info(self._base.store, stored)
+
+
+def _readers_of(request: pb.SubmitRunRequest) -> tuple[str, ...]:
+    if len(request.readers) > _READERS:
+        raise UsageError(
+            f"{len(request.readers)} readers were named, {_READERS} are the most; use {EVERYONE!r}"
         )
-        epsilon = getattr(last, "epsilon", None)
-        if epsilon is not None:
-            info.epsilon = epsilon
-        return info
-
-    def _agents(self, stored: StoredRun) -> list[str]:
-        roster = self._base.store.runs.roster(stored.id)
-        return [] if roster is None else roster.names
-
-
-def _run_of(text: str) -> RunConfig:
-    if len(text.encode()) > LONGEST_REQUEST:
-        raise UsageError(f"the run file has more than {LONGEST_REQUEST} bytes; it is no run file")
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"the run file is not TOML: {error}") from error
-    return build_run(table, source="run file")
-
-
-def _last_round(store: Store, stored: StoredRun) -> Round | None:
-    text = store.rounds(stored).last_row()
-    row = None if text is None else parse_row(text)
-    return row if isinstance(row, Round) else None
-
-
-def _metrics(last: Round | None) -> dict[str, float]:
-    if last is None or last.evaluation is None:
-        return {}
-    return {name: score.value for name, score in last.evaluation.scores.items()}
-
-
-def _agent_info(status: AgentStatus) -> pb.AgentInfo:
-    return pb.AgentInfo(
-        name=status.name,
-        connected=status.connected,
-        address=status.address,
-        last_seen_ms=_ms(status.last_seen),
-        capabilities=status.capabilities,
-        results=status.results,
-        refusals=status.refusals,
-        last_refusal=status.last_refusal,
-        refused=status.refused,
-        calls=status.calls,
-        bytes_up=status.bytes_up,
-        bytes_down=status.bytes_down,
-        certificate_ends_ms=_ms(status.certificate_ends or 0.0),
-    )
-
-
-def _server_info(status: ServerStatus) -> pb.ServerInfo:
-    return pb.ServerInfo(
-        version=__version__,
-        started_ms=_ms(status.started),
-        certificate_ends_ms=_ms(status.certificate_ends or 0.0),
-        connected=status.connected,
-        max_agents=status.max_agents,
-        refused=status.refused,
-        refused_nameless=status.refused_nameless,
-    )
-
-
-def _pulled(folder: Path) -> Iterator[Path]:
-    """The files that people get, whole ones only."""
-    for name in PULLED:
-        place = folder / name
-        found = sorted(place.rglob("*")) if place.is_dir() else [place]
-        yield from (path for path in found if path.is_file() and ".partial-" not in path.as_posix())
-
-
-def _chunks(name: str, path: Path) -> Iterator[pb.ResultChunk]:
-    with storage(path):
-        size, offset = path.stat().st_size, 0
-        with path.open("rb") as file:
-            while offset < size or offset == 0:
-                data = file.read(CHUNK)
-                yield pb.ResultChunk(path=name, offset=offset, size=size, data=data, crc32=zlib.crc32(data))
-                offset += len(data)
-                if not data:
-                    return
-
-
-def _ms(seconds: float) -> int:
-    return round(1000 * seconds)
+    return tuple(name if name == EVERYONE else check_name(name) for name in request.readers)

@@ -295,6 +295,6 @@ def _stop_private(places: Places, manifest: Manifest) -> None:
     taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.taken_at))
     why = f"restored from a backup of {taken}: what it has spent since then is not known; submit it again"
     with Store(places.state, url=places.database, migrate=True) as store:
-        for stored in store.runs.list():
-            if stored.run.privacy is not None and not stored.status.final:
+        for stored in store.runs.unended():
+            if stored.run.privacy is not None:
                 store.runs.set_status(stored.id, Status.STOPPED, why)

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from flwr.serverapp import Grid
@@ -28,6 +28,7 @@ from fedpeft.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.descriptors import allow_connections
 from fedpeft_server.doors import Doors, certificate_doors
+from fedpeft_server.enrolment_records import RecordedEnrolment
 from fedpeft_server.expiry import ExpiryWatch
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.heaps import keep_few_heaps
@@ -95,6 +96,8 @@ def standing(
         )
         store.collect()
         crash_point("server.daemon.opened")
+        if doors.enrol is not None:
+            doors = replace(doors, enrol=RecordedEnrolment(doors.enrol, store.audit))
         line = _Line()
         supervisor = Supervisor(
             store,
@@ -102,6 +105,7 @@ def standing(
             parallel=settings.parallel_runs,
             patience_s=settings.limits.round_s,
             models=stack.enter_context(closing(ModelRoom(settings.model_s))) if settings.model_s else None,
+            quota=settings.quota(),
         )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
         line.running = running = serve(

@@ -23,13 +23,13 @@ from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_folder import ROWS
 from fedpeft.update import layout_of
-from fedpeft_server.control import Control, WatchedGrid
+from fedpeft_server.control import Control, Stopped, WatchedGrid
 from fedpeft_server.gathering import agents_wanted, gather
 from fedpeft_server.joining import Joining, Strangers
 from fedpeft_server.journal_lines import LoggedProgress, event_line
 from fedpeft_server.keepers import Book, HeldElsewhereError, Hold, Keeper, counts_alone, write_checkpoints
 from fedpeft_server.model_room import ModelRoom
-from fedpeft_server.store import Status, Store, StoredRounds, StoredRun
+from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
 
 
 class AgentGrid(Strangers, Protocol):
@@ -61,6 +61,7 @@ class Host:
         patience_s: how long a round waits for its last answers where the run file sets no deadline: a member
             that never answers costs so much, and does not stop the run.
         models: processes that hold models; None: this process does.
+        quota: of the run's submitter; a run whose submitter's runs keep too much is stopped.
     """
 
     store: Store
@@ -69,6 +70,7 @@ class Host:
     control: Control
     patience_s: float = 21_600.0
     models: ModelRoom | None = None
+    quota: Quota | None = None
     _keeper: Keeper | None = field(default=None, init=False)
     _kept: ExitStack = field(default_factory=ExitStack, init=False)
     _agents: AgentGrid | None = field(default=None, init=False)
@@ -82,7 +84,7 @@ class Host:
         """
         if self._agents is None:  # kept for the next attempt: agents go on with what they are at
             self._agents = self._kept.enter_context(self.open_grid(self.stored))
-        rounds = self.store.rounds(self.stored, self.control.gate)
+        rounds = self.store.rounds(self.stored, self._gate)
         book = self._book(rounds)
         progress = LoggedProgress(
             self.stored.id,
@@ -134,6 +136,18 @@ class Host:
             self._keeper.release()
         self._agents = self._keeper = None
         _give_back()
+
+    def _gate(self) -> None:
+        """What must hold before a round is opened or closed.
+
+        Raises:
+            Halt: it doesn't.
+        """
+        self.control.gate()
+        if self.quota is not None:
+            line = self.store.runs.over_quota(self.stored.submitter, self.quota)
+            if line is not None:
+                raise Stopped(line)
 
     def _book(self, rounds: StoredRounds) -> Book:
         path = self.store.run_folder(self.stored.id)

@@ -37,7 +37,7 @@ from fedpeft.workers import InlineWorkers, Workers
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.keepers import Book
 from fedpeft_server.kept_here import load_for_server, write_snapshot
-from fedpeft_server.store import Reference, Runs, StoredRounds
+from fedpeft_server.store import Reference, StoredRounds, say
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
 
@@ -121,10 +121,9 @@ class Bench:
         """All that comes after the last round."""
         book, database = _opened(order)
         with closing(database), book.open() as folder:
-            runs = Runs(database)
             progress = LoggedProgress(
                 order.header["id"],
-                lambda text: runs.say(order.header["id"], text),
+                lambda text: say(database, order.header["id"], text),
                 begun=True,
                 refused=lambda agent, why: None,
             )

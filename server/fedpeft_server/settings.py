@@ -13,6 +13,7 @@ from fedpeft.settings_file import beside, checked, read_table
 from fedpeft.telemetry import LogFormat, LogLevel, is_address
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import is_loopback
+from fedpeft_server.store import Quota
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -37,7 +38,7 @@ class TlsSection(_Section):
 
 
 class LimitsSection(_Section):
-    """What agents may use of this machine; `TransportOptions` has the reasons of the defaults."""
+    """What agents and people may use of this machine; `TransportOptions` has the reasons of the defaults."""
 
     agents: Count = 4096  # connected at a time
     connections: Count = 8192  # of agents and people, with a call or without
@@ -53,6 +54,9 @@ class LimitsSection(_Section):
     heartbeat_s: Seconds = 15.0
     stall_s: Seconds = 30.0
     turn_s: Seconds = 60.0  # of a large update, while others wait
+    submitter_runs: Count = 16  # of one submitter that have not ended
+    submitter_rounds: Count = 50_000  # of these runs together
+    submitter_gib: Count = 64  # that all runs of one submitter keep on the disk
     round_s: Seconds = 21_600.0  # for a round's last answers, where the run file sets no deadline
 
 
@@ -124,6 +128,11 @@ class Settings(_Section):
             bytes_per_hour=self.limits.agent_mib_per_hour << 20,
             refusals_per_hour=self.limits.refusals_per_hour,
         )
+
+    def quota(self) -> Quota:
+        """What each submitter may hold."""
+        limits = self.limits
+        return Quota(limits.submitter_runs, limits.submitter_rounds, limits.submitter_gib << 30)
 
 
 def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import Control, Draining, Paused, SteadyClock, Stopped
 from fedpeft_server.gathering import agents_wanted
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
 if TYPE_CHECKING:
     from fedpeft_server.hosting import Host, OpenGrid
@@ -46,6 +46,7 @@ class Supervisor:
         parallel: runs that are held at a time; two of the same run file never are.
         patience_s: of a round of a run whose file sets no deadline.
         models: processes that hold models; None: this one does.
+        quota: what each submitter may hold; None: there is no bound.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Supervisor:
         patience_s: float = 21_600.0,
         clock: SteadyClock | None = None,
         models: ModelRoom | None = None,
+        quota: Quota | None = None,
     ) -> None:
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
-        self._patience_s, self._models = patience_s, models
+        self._patience_s, self._models, self._quota = patience_s, models, quota
         self._clock = clock or SteadyClock()
         self._lock = threading.RLock()
         self._active: dict[str, _Active] = {}
@@ -73,27 +75,47 @@ class Supervisor:
         Raises:
             StorageError: the store cannot be used.
         """
-        for stored in self._store.runs.list():
-            if not stored.status.final:
-                self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
+        for stored in self._store.runs.unended():
+            self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
         self._fill()
 
-    def submit(self, run: RunConfig, rules: Rules, *, submission: str, submitter: str) -> StoredRun:
-        """Queue a run; the same submission again is the same run.
+    def submit(
+        self,
+        run: RunConfig,
+        rules: Rules,
+        *,
+        submission: str,
+        submitter: str,
+        role: str = "submitter",
+        readers: Sequence[str] = (),
+    ) -> StoredRun:
+        """Queue a run, at a cost that doesn't depend on how many there are; a submission counts once.
+
+        Args:
+            submission, submitter, role, readers: see `Runs.submit`.
 
         Raises:
             RunFileError: everything that is wrong with it.
             PrivacyError: its noise is no secret.
             UsageError: it is not said for how many agents it waits, or the server is ending.
+            LimitError: the submitter has its share of the server.
             StorageError: it cannot be stored.
         """
+        runs, quota = self._store.runs, self._quota
+        known = runs.find_submission(run, submission=submission, submitter=submitter)
+        if known is not None:
+            return self._as_it_stands(known)
+        if quota is not None:  # before the checks, which take long; what counts is asked in the transaction
+            runs.check_quota(submitter, run, quota)
         self._check(run)
         refuse_seeded(run)
         refuse_attack(run)
         agents_wanted(run, rules)
         if self._draining:
             raise UsageError("the server is ending; submit the run again when it is back")
-        stored = self._store.runs.submit(run, rules, submission=submission, submitter=submitter)
+        stored = runs.submit(
+            run, rules, submission=submission, submitter=submitter, role=role, readers=readers, quota=quota
+        )
         self._fill()
         return stored
 
@@ -114,9 +136,9 @@ class Supervisor:
         """
         return self._as_it_stands(self._store.runs.get(run_id))
 
-    def list(self) -> list[StoredRun]:
-        """All runs, the oldest first; raises as `get`."""
-        return [self._as_it_stands(stored) for stored in self._store.runs.list()]
+    def list(self, *, reader: str | None = None, limit: int = 0) -> list[StoredRun]:
+        """Runs as they stand, the newest first; see `Runs.list`. Raises as `get`."""
+        return [self._as_it_stands(stored) for stored in self._store.runs.list(reader=reader, limit=limit)]
 
     def _as_it_stands(self, stored: StoredRun) -> StoredRun:
         reason = self._unwritten.get(stored.id)
@@ -191,14 +213,12 @@ class Supervisor:
     def _fill(self) -> None:
         """Start the oldest queued runs while there is room."""
         with self._lock:
-            for stored in self._store.runs.list():
-                if self._draining or len(self._active) >= self._parallel:
+            while not self._draining and len(self._active) < self._parallel:
+                held = {active.digest for active in self._active.values()}  # one model per run file
+                stored = self._store.runs.next_queued(without=list(self._active), digests=held)
+                if stored is None:
                     return
-                held = {active.digest for active in self._active.values()}
-                if stored.status == Status.QUEUED and stored.id not in self._active:
-                    if stored.digest in held:
-                        continue  # a process holds one model per run file
-                    self._start(stored)
+                self._start(stored)
 
     def _start(self, stored: StoredRun) -> None:
         control = Control(self._clock)
@@ -212,7 +232,9 @@ class Supervisor:
         """On the run's thread: attempts until the run has ended or the server does."""
         from fedpeft_server.hosting import Host  # with a first run, as it brings numba
 
-        host = Host(self._store, stored, self._open_grid, control, self._patience_s, self._models)
+        host = Host(
+            self._store, stored, self._open_grid, control, self._patience_s, self._models, self._quota
+        )
         with self._lock:
             self._active[stored.id].host = host
         try:
@@ -281,6 +303,7 @@ class Supervisor:
     def _leave(self, run_id: str) -> None:
         """A place is free: tidy up, and take the next run before anyone sees the place empty."""
         try:
+            self._store.measure(run_id)
             self._store.collect()
         except FedPEFTError as error:
             LOG.warning("nothing was tidied up: %s", error)

@@ -111,7 +111,10 @@ def test_runs_wait_for_each_other_and_a_submission_counts_once(daemon: Daemon) -
     assert (same.id, twin.id) == (first.id, "tiny-2")
     assert daemon.ended(twin.id).status == Status.FINISHED
     runs = daemon.supervisor.list()
-    assert [run.status for run in runs] == [Status.FINISHED, Status.FINISHED]
+    assert [(run.id, run.status) for run in runs] == [
+        (twin.id, Status.FINISHED),
+        (first.id, Status.FINISHED),
+    ]
     assert runs[0].adapter_digest == runs[1].adapter_digest
     with pytest.raises(UsageError, match="came before with another run file"):
         daemon.submit(tables(quorum=0.9), "one")

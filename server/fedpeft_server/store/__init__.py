@@ -1,7 +1,22 @@
 """What the daemon keeps: runs, rounds, agents' updates and checkpoints, durable when they count."""
 
 from fedpeft_server.store.rounds import StoredRounds
-from fedpeft_server.store.runs import Line, Rules, Runs, Status, StoredRun
+from fedpeft_server.store.run_log import Line, say
+from fedpeft_server.store.runs import Runs
 from fedpeft_server.store.store import Reference, Store
+from fedpeft_server.store.stored_run import EVERYONE, Rules, Status, StoredRun
+from fedpeft_server.store.usage import Quota
 
-__all__ = ["Line", "Reference", "Rules", "Runs", "Status", "Store", "StoredRounds", "StoredRun"]
+__all__ = [
+    "EVERYONE",
+    "Line",
+    "Quota",
+    "Reference",
+    "Rules",
+    "Runs",
+    "Status",
+    "Store",
+    "StoredRounds",
+    "StoredRun",
+    "say",
+]

@@ -27,6 +27,7 @@ class Database:
     """Transactions on one database; safe to use from several threads.
 
     Args:
+        create: make the tables where there are none.
         observe: told how many seconds each transaction that writes took, the wait for its lock included.
 
     Raises:
@@ -39,6 +40,7 @@ class Database:
         self,
         url: str,
         *,
+        create: bool = False,
         migrate: bool = False,
         busy_s: float = BUSY_S,
         observe: Callable[[float], None] = lambda seconds: None,
@@ -49,7 +51,7 @@ class Database:
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
         try:
             with self._named():
-                _prepare(self, migrate=migrate)
+                _prepare(self, self._name, create=create, migrate=migrate)
         except BaseException:
             self._engine.dispose()
             raise
@@ -152,10 +154,15 @@ def _begin_postgresql(connection: Connection) -> None:
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_WRITER})")
 
 
-def _prepare(database: Database, *, migrate: bool) -> None:
+def _prepare(database: Database, where: str, *, create: bool, migrate: bool) -> None:
     """Make the tables, or bring them up to date, or refuse."""
     with database.writing() as connection:
         names = set(inspect(connection).get_table_names())
+        if not names and not create:
+            raise StateError(
+                f"{where} holds no tables of a server; give --state and --database as the server has them, or"
+                " restore a backup"
+            )
         if not names:
             METADATA.create_all(connection)
             connection.execute(schema_version.insert().values(version=VERSION))
@@ -223,7 +230,7 @@ def copy_tables(source: str, target: str) -> None:
     """
     old, new = Database(source), None
     try:
-        new = Database(target)
+        new = Database(target, create=True)
         with old.snapshot() as reading, new.writing() as writing:
             for table in METADATA.sorted_tables:
                 if table is schema_version:

@@ -15,8 +15,9 @@ from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
 from fedpeft.records import Round
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.runs import add_line
+from fedpeft_server.store.run_log import add_line
 from fedpeft_server.store.schema import budget, checkpoints, rounds, runs, updates
+from fedpeft_server.store.usage import add_kept
 
 OPEN, CLOSED = "open", "closed"
 _COHORT = TypeAdapter(Cohort)
@@ -115,7 +116,9 @@ class StoredRounds:
                 )
             )
             crash_point("server.commit.written")
-            unused = [*self._counted(connection, checkpoint.row), *self._outdated(connection)]
+            outdated, freed = self._outdated(connection)
+            unused = [*self._counted(connection, checkpoint.row), *outdated]
+            add_kept(connection, self._run, len(content) - freed)
             crash_point("server.commit.counted")
         crash_point("server.commit.committed")
         if seconds is not None:
@@ -245,17 +248,17 @@ class StoredRounds:
         connection.execute(updates.update().where(mine).values(counted=True, body=None))
         return digests
 
-    def _outdated(self, connection: Connection) -> list[str]:
-        """Drop the checkpoints beyond those to keep; their digests."""
+    def _outdated(self, connection: Connection) -> tuple[list[str], int]:
+        """Drop the checkpoints beyond those to keep; their digests, and how many bytes they had."""
         if self._keep is None:
-            return []
+            return [], 0
         mine = checkpoints.c.run == self._run
         newest = select(checkpoints.c.round).where(mine).order_by(checkpoints.c.round.desc())
         kept = list(connection.execute(newest.limit(self._keep)).scalars())
         old = mine & checkpoints.c.round.not_in(kept)
-        digests = list(connection.execute(select(checkpoints.c.digest).where(old)).scalars())
+        dropped = connection.execute(select(checkpoints.c.digest, checkpoints.c.size).where(old)).all()
         connection.execute(checkpoints.delete().where(old))
-        return digests
+        return [row.digest for row in dropped], sum(row.size for row in dropped)
 
     def _forget(self, digests: Sequence[str]) -> None:
         """Delete contents that nothing refers to any more."""

@@ -2,80 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-from sqlalchemy import Connection, Row, func, select
+from pydantic import TypeAdapter
+from sqlalchemy import Connection, func, or_, select
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import StateError, UsageError
+from fedpeft.errors import UsageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
-from fedpeft.runfile import run_digest, run_from_json, run_json
+from fedpeft.runfile import run_digest, run_json
 from fedpeft_server.metrics import RunGauges
+from fedpeft_server.store.audit import Action, Actor, AuditLog
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.schema import budget, checkpoints, lines, refusals, rounds, runs
+from fedpeft_server.store.run_log import Line, add_line, event_line, read_lines, say
+from fedpeft_server.store.schema import (
+    budget,
+    checkpoints,
+    refusals,
+    rounds,
+    run_readers,
+    runs,
+    updates,
+)
+from fedpeft_server.store.stored_run import EVERYONE, UNENDED, Rules, Status, StoredRun, read_run, read_runs
+from fedpeft_server.store.usage import Quota, check_quota, over_quota, set_kept
 
 _ROSTER = TypeAdapter(Roster)
-
-
-class Status(StrEnum):
-    """How a run stands."""
-
-    QUEUED = "queued"
-    WAITING = "waiting-for-agents"
-    RUNNING = "running"
-    PAUSED = "paused"  # something outside the run is in the way; it is tried again
-    FINISHED = "finished"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-    @property
-    def final(self) -> bool:
-        """Nothing more will happen."""
-        return self in (Status.FINISHED, Status.FAILED, Status.STOPPED)
-
-
-class Rules(BaseModel):
-    """Which agents a run may ask, and for how many it waits before its first round."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min_agents: int = Field(default=0, ge=0)  # 0: as many as the run file's partitioner has clients
-    agents: tuple[str, ...] = ()  # these only; empty: all
-    wait_s: float = Field(default=0.0, ge=0.0)  # then the run fails; 0: as long as it takes
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A submitted run as the store has it."""
-
-    id: str
-    place: int
-    run: RunConfig
-    digest: str
-    rules: Rules
-    status: Status
-    reason: str
-    submitter: str
-    submitted_at: float
-    changed_at: float
-    round: int  # last committed; -1 before the start is
-    adapter_digest: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of a run's log: a row of `metrics.jsonl`, or an event with `event` and `text`."""
-
-    number: int
-    at: float
-    text: str
 
 
 class Runs:
@@ -85,29 +41,46 @@ class Runs:
         StorageError: from every method, when the database cannot be used.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, audit: AuditLog) -> None:
+        self._database, self._audit = database, audit
 
-    def submit(self, run: RunConfig, rules: Rules, *, submission: str, submitter: str) -> StoredRun:
+    def submit(
+        self,
+        run: RunConfig,
+        rules: Rules,
+        *,
+        submission: str,
+        submitter: str,
+        role: str = "submitter",
+        readers: Collection[str] = (),
+        quota: Quota | None = None,
+    ) -> StoredRun:
         """Queue a run; the same submission again is the same run.
+
+        Its cost does not depend on how many runs there are.
+
+        Args:
+            submission: a name of the submitter's own for it; those of others are others.
+            role: of the submitter, for the audit log.
+            readers: who else may read the run.
+            quota: None: there is no bound.
 
         Raises:
             UsageError: the submission's name was used for another run.
+            LimitError: the submitter has its share of the server.
         """
-        digest = run_digest(run)
+        digest, key = run_digest(run), _submission_key(submitter, submission)
         with self._database.writing() as connection:
-            known = connection.execute(select(runs).where(runs.c.submission == submission)).first()
+            known = _submitted(connection, key, digest, submission)
             if known is not None:
-                if known.digest != digest:
-                    raise UsageError(
-                        f"submission {submission!r} came before with another run file; give it another name"
-                    )
-                return _stored(connection, known)
+                return known
+            if quota is not None:
+                check_quota(connection, submitter, run, quota)
             place = int(connection.execute(select(func.coalesce(func.max(runs.c.place), 0))).scalar_one()) + 1
-            now = time.time()
+            run_id, now = f"{run.run.name}-{place}", time.time()
             connection.execute(
                 runs.insert().values(
-                    id=f"{run.run.name}-{place}",
+                    id=run_id,
                     place=place,
                     name=run.run.name,
                     digest=digest,
@@ -117,16 +90,38 @@ class Runs:
                     submitter=submitter,
                     submitted_at=now,
                     changed_at=now,
-                    submission=submission,
+                    submission=key,
                     rules=rules.model_dump_json(),
                     adapter_digest="",
                 )
             )
+            if readers:
+                named = [{"run": run_id, "reader": reader} for reader in sorted(set(readers))]
+                connection.execute(run_readers.insert(), named)
+            shared = {"readers": ",".join(sorted(set(readers)))} if readers else {}
+            entry = self._audit.add(
+                connection, Actor(submitter, role), Action.SUBMITTED, run_id, digest=digest, **shared
+            )
             crash_point("server.submit.inserted")
-            row = connection.execute(select(runs).where(runs.c.place == place)).one()
-            stored = _stored(connection, row)
+            stored = read_run(connection, run_id)
         crash_point("server.submit.committed")
+        self._audit.publish(entry)
         return stored
+
+    def find_submission(self, run: RunConfig, *, submission: str, submitter: str) -> StoredRun | None:
+        """Return the run that a submission made before; raises as `submit`."""
+        with self._database.reading() as connection:
+            return _submitted(connection, _submission_key(submitter, submission), run_digest(run), submission)
+
+    def check_quota(self, submitter: str, run: RunConfig, quota: Quota) -> None:
+        """Refuse one more run of a submitter that has its share; raises LimitError."""
+        with self._database.reading() as connection:
+            check_quota(connection, submitter, run, quota)
+
+    def over_quota(self, submitter: str, quota: Quota) -> str | None:
+        """Say that a submitter's runs keep too many bytes; None: they don't."""
+        with self._database.reading() as connection:
+            return over_quota(connection, submitter, quota)
 
     def get(self, run_id: str) -> StoredRun:
         """One run.
@@ -135,17 +130,60 @@ class Runs:
             UsageError: there is none of that id.
         """
         with self._database.reading() as connection:
-            row = connection.execute(select(runs).where(runs.c.id == run_id)).first()
-            if row is None:
-                raise UsageError(f"there is no run {run_id!r}; fedpeft run list names them")
-            return _stored(connection, row)
+            return read_run(connection, run_id)
 
-    def list(self) -> Sequence[StoredRun]:
-        """All runs, the oldest first."""
+    def list(self, *, reader: str | None = None, limit: int = 0) -> Sequence[StoredRun]:
+        """Return runs, the newest first.
+
+        Args:
+            reader: only those that are this submitter's or that it may read; None: all.
+            limit: at most so many; 0: all.
+        """
+        wanted = select(runs).order_by(runs.c.place.desc())
+        if reader is not None:
+            shared = select(run_readers.c.run).where(run_readers.c.reader.in_((reader, EVERYONE)))
+            wanted = wanted.where(or_(runs.c.submitter == reader, runs.c.id.in_(shared)))
         with self._database.reading() as connection:
-            return [
-                _stored(connection, row) for row in connection.execute(select(runs).order_by(runs.c.place))
-            ]
+            return read_runs(connection, connection.execute(wanted.limit(limit) if limit else wanted).all())
+
+    def unended(self) -> Sequence[StoredRun]:
+        """Return the runs that have not ended, the oldest first."""
+        wanted = select(runs).where(runs.c.status.in_(UNENDED)).order_by(runs.c.place)
+        with self._database.reading() as connection:
+            return read_runs(connection, connection.execute(wanted).all())
+
+    def next_queued(self, *, without: Collection[str], digests: Collection[str]) -> StoredRun | None:
+        """Return the oldest queued run that is none of `without` and of none of these run files."""
+        wanted = (
+            select(runs)
+            .where(runs.c.status == Status.QUEUED, runs.c.id.not_in(without), runs.c.digest.not_in(digests))
+            .order_by(runs.c.place)
+            .limit(1)
+        )
+        with self._database.reading() as connection:
+            found = read_runs(connection, connection.execute(wanted).all())
+        return found[0] if found else None
+
+    def measure(self, run_id: str, folder_bytes: int) -> None:
+        """Count what a run that has ended keeps, with so many bytes in its folder, for its submitter."""
+        with self._database.writing() as connection:
+            set_kept(connection, run_id, folder_bytes)
+
+    def forget_contents(self, run_id: str) -> Collection[str]:
+        """Let go of the checkpoints and waiting updates of a run that has ended, and whose folder is gone.
+
+        Returns:
+            Digests of the contents that they were in.
+        """
+        own = checkpoints.c.run == run_id
+        waiting = (updates.c.run == run_id) & updates.c.counted.is_(False)
+        with self._database.writing() as connection:
+            digests = set(connection.execute(select(checkpoints.c.digest).where(own)).scalars())
+            digests.update(connection.execute(select(updates.c.digest).where(waiting)).scalars())
+            connection.execute(checkpoints.delete().where(own))
+            connection.execute(updates.delete().where(waiting))
+            set_kept(connection, run_id, 0)
+        return digests
 
     def set_status(self, run_id: str, status: Status, reason: str = "") -> None:
         """Say how a run stands, and why; the change is also a line of its log."""
@@ -156,7 +194,7 @@ class Runs:
                 return
             changed = {"status": status, "reason": reason, "changed_at": time.time()}
             connection.execute(runs.update().where(runs.c.id == run_id).values(changed))
-            add_line(connection, run_id, _event("status", status=status, reason=reason))
+            add_line(connection, run_id, event_line("status", status=status, reason=reason))
             crash_point("server.status.written")
         crash_point("server.status.committed")
 
@@ -170,25 +208,18 @@ class Runs:
                 "adapter_digest": adapter_digest,
             }
             connection.execute(runs.update().where(runs.c.id == run_id).values(changed))
-            add_line(connection, run_id, _event("status", status=Status.FINISHED, reason=""))
+            add_line(connection, run_id, event_line("status", status=Status.FINISHED, reason=""))
             crash_point("server.finish.written")
         crash_point("server.finish.committed")
 
     def say(self, run_id: str, text: str) -> None:
         """Add a line of JSON to the run's log."""
-        with self._database.writing() as connection:
-            add_line(connection, run_id, text)
+        say(self._database, run_id, text)
 
     def lines(self, run_id: str, *, after: int = 0, limit: int = 1000) -> Sequence[Line]:
         """Lines of the log with a higher number than `after`."""
-        wanted = (
-            select(lines)
-            .where(lines.c.run == run_id, lines.c.number > after)
-            .order_by(lines.c.number)
-            .limit(limit)
-        )
         with self._database.reading() as connection:
-            return [Line(row.number, row.at, row.text) for row in connection.execute(wanted)]
+            return read_lines(connection, run_id, after, limit)
 
     def roster(self, run_id: str) -> Roster | None:
         """Who answered the roll call; None before it."""
@@ -244,37 +275,15 @@ def _epsilon(connection: Connection, run_id: str, round_: int | None) -> float |
     return None if stated is None else float(stated)  # infinities are written as text
 
 
-def add_line(connection: Connection, run_id: str, text: str) -> None:
-    """One more line of a run's log, in the caller's transaction."""
-    # Databases with several writers number lines one after the other; SQLite has one writer anyway.
-    connection.execute(select(runs.c.id).where(runs.c.id == run_id).with_for_update())
-    last = select(func.coalesce(func.max(lines.c.number), 0)).where(lines.c.run == run_id)
-    number = int(connection.execute(last).scalar_one()) + 1
-    connection.execute(lines.insert().values(run=run_id, number=number, at=time.time(), text=text))
+def _submission_key(submitter: str, submission: str) -> str:
+    """Return what stands for a submission's name, which is the submitter's own."""
+    return hashlib.sha256(f"{submitter}\n{submission}".encode()).hexdigest()
 
 
-def _event(kind: str, **fields: str) -> str:
-    return json.dumps({"event": kind, **fields})
-
-
-def _stored(connection: Connection, row: Row[Any]) -> StoredRun:
-    last = select(func.max(checkpoints.c.round)).where(checkpoints.c.run == row.id)
-    round_ = connection.execute(last).scalar_one()
-    try:
-        status = Status(row.status)
-    except ValueError as error:
-        raise StateError(f"run {row.id} has the unknown status {row.status!r}; restore a backup") from error
-    return StoredRun(
-        id=row.id,
-        place=row.place,
-        run=run_from_json(row.run_json),
-        digest=row.digest,
-        rules=Rules.model_validate_json(row.rules),
-        status=status,
-        reason=row.reason,
-        submitter=row.submitter,
-        submitted_at=row.submitted_at,
-        changed_at=row.changed_at,
-        round=-1 if round_ is None else int(round_),
-        adapter_digest=row.adapter_digest,
-    )
+def _submitted(connection: Connection, key: str, digest: str, submission: str) -> StoredRun | None:
+    known = read_runs(connection, connection.execute(select(runs).where(runs.c.submission == key)).all())
+    if known and known[0].digest != digest:
+        raise UsageError(
+            f"submission {submission[:80]!r} came before with another run file; give it another name"
+        )
+    return known[0] if known else None

@@ -25,7 +25,7 @@ from sqlalchemy import (
     text,
 )
 
-VERSION = 2
+VERSION = 3
 RUN_ID = 100  # characters: a run's name has 80, and its number comes after it
 
 
@@ -51,6 +51,21 @@ MIGRATIONS: Mapping[int, Sequence[str | Only]] = {
         ),
         # Which contents are still needed is asked at each commit, and must not read all that ever came.
         "CREATE INDEX updates_waiting ON updates (digest) WHERE body IS NULL AND NOT counted",
+    ),
+    2: (
+        "ALTER TABLE runs ADD COLUMN kept_bytes BIGINT NOT NULL DEFAULT 0",
+        "CREATE INDEX runs_by_status ON runs (status, place)",
+        "CREATE INDEX runs_by_submitter ON runs (submitter, place)",
+        "CREATE INDEX runs_by_submitter_and_status ON runs (submitter, status)",
+        f"CREATE TABLE run_readers (run VARCHAR({RUN_ID}) NOT NULL REFERENCES runs (id),"
+        " reader VARCHAR(200) NOT NULL, PRIMARY KEY (run, reader))",
+        "CREATE INDEX run_readers_by_reader ON run_readers (reader, run)",
+        "CREATE TABLE submitters (name VARCHAR(200) NOT NULL PRIMARY KEY, kept_bytes BIGINT NOT NULL)",
+        "UPDATE runs SET kept_bytes = (SELECT coalesce(sum(size), 0) FROM checkpoints WHERE run = runs.id)",
+        "INSERT INTO submitters SELECT submitter, sum(kept_bytes) FROM runs GROUP BY submitter",
+        "CREATE TABLE audit (number INTEGER NOT NULL PRIMARY KEY, at_ms BIGINT NOT NULL,"
+        " actor VARCHAR(200) NOT NULL, role VARCHAR(20) NOT NULL, action VARCHAR(20) NOT NULL,"
+        " subject VARCHAR(200) NOT NULL, detail TEXT NOT NULL, digest VARCHAR(64) NOT NULL)",
     ),
 }
 
@@ -79,10 +94,40 @@ runs = Table(
     Column("submitter", String(200), nullable=False),
     Column("submitted_at", Float, nullable=False),
     Column("changed_at", Float, nullable=False),
-    Column("submission", String(200), nullable=False, unique=True),  # the sender's own name for it
+    Column(
+        "submission", String(200), nullable=False, unique=True
+    ),  # SHA-256 of the sender and its name for it
     Column("rules", Text, nullable=False),  # JSON: which agents it may ask
     Column("roster", Text),  # JSON; null until the roll was called
     Column("adapter_digest", String(64), nullable=False),  # empty until it is finished
+    Column("kept_bytes", BigInteger, nullable=False, server_default="0"),  # on the disk; see `usage`
+)
+
+run_readers = Table(  # who may read a run besides its submitter and admins
+    "run_readers",
+    METADATA,
+    Column("run", String(RUN_ID), ForeignKey("runs.id"), primary_key=True),
+    Column("reader", String(200), primary_key=True),  # a submitter's name, or "*" for all of them
+)
+
+submitters = Table(
+    "submitters",
+    METADATA,
+    Column("name", String(200), primary_key=True),
+    Column("kept_bytes", BigInteger, nullable=False),  # the sum over its runs
+)
+
+audit = Table(  # rows are only ever added; see `audit.py`
+    "audit",
+    METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=False),  # from 1
+    Column("at_ms", BigInteger, nullable=False),  # since 1970, UTC
+    Column("actor", String(200), nullable=False),  # by certificate
+    Column("role", String(20), nullable=False),
+    Column("action", String(20), nullable=False),
+    Column("subject", String(200), nullable=False),  # a run's id, or a member's name
+    Column("detail", Text, nullable=False),  # JSON
+    Column("digest", String(64), nullable=False),  # SHA-256 of this row and of the digest before it
 )
 
 rounds = Table(
@@ -146,6 +191,10 @@ refusals = Table(
     Column("count", Integer, nullable=False),
 )
 
+Index("runs_by_status", runs.c.status, runs.c.place)
+Index("runs_by_submitter", runs.c.submitter, runs.c.place)
+Index("runs_by_submitter_and_status", runs.c.submitter, runs.c.status)
+Index("run_readers_by_reader", run_readers.c.reader, run_readers.c.run)
 Index("updates_by_digest", updates.c.digest)
 _WAITING = text("body IS NULL AND NOT counted")
 Index("updates_waiting", updates.c.digest, sqlite_where=_WAITING, postgresql_where=_WAITING)

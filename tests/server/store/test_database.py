@@ -64,7 +64,7 @@ def test_an_older_database_asks_for_its_migration(tmp_path: Path) -> None:
 
 
 def test_a_migration_runs_every_step_or_none(tmp_path: Path) -> None:
-    database = Database(f"sqlite:///{tmp_path / 'd.db'}")
+    database = Database(f"sqlite:///{tmp_path / 'd.db'}", create=True)
     steps = {
         VERSION: ["ALTER TABLE agents ADD COLUMN note TEXT", "UPDATE agents SET note = 'old'"],
         VERSION + 1: ["CREATE TABLE extra (id INTEGER PRIMARY KEY)"],
@@ -139,9 +139,23 @@ CREATE TABLE refusals (run VARCHAR(64) NOT NULL, reason VARCHAR(40) NOT NULL, co
 CREATE INDEX updates_by_digest ON updates (digest);
 INSERT INTO schema_version VALUES (1);
 """
+# Likewise version 2, as what differs from version 1.
+TO_VERSION_2 = """
+ALTER TABLE rounds ADD COLUMN closed_at FLOAT;
+CREATE INDEX updates_waiting ON updates (digest) WHERE body IS NULL AND NOT counted;
+UPDATE schema_version SET version = 2;
+"""
+ON_POSTGRESQL = """
+ALTER TABLE updates ALTER COLUMN size TYPE BIGINT;
+ALTER TABLE checkpoints ALTER COLUMN size TYPE BIGINT;
+""" + "".join(
+    f"ALTER TABLE {table} ALTER COLUMN {column} TYPE VARCHAR(100);"
+    for table, column in (("runs", "id"), *((each, "run") for each in ("rounds", "updates", "checkpoints")))
+)
 
 
-def test_a_database_of_version_1_goes_on_after_its_migration(tmp_path: Path, url: str | None) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_database_goes_on_after_its_migration(tmp_path: Path, url: str | None, version: int) -> None:
     """Its run, its open round and the update that was accepted are there, and the round can be closed."""
     where = url or f"sqlite:///{tmp_path / 'state.db'}"
     run = build_run({"run": {"name": "old", "rounds": 3}}, source="test")
@@ -160,6 +174,7 @@ def test_a_database_of_version_1_goes_on_after_its_migration(tmp_path: Path, url
             "INSERT INTO runs VALUES ('old-1', 1, 'old', :digest, :run, 'running', '', 'me', 1, 1, 'one',"
             " '{}', NULL, '')",
             "INSERT INTO rounds VALUES ('old-1', 1, 'open', :cohort, 1, NULL, NULL)",
+            "INSERT INTO checkpoints VALUES ('old-1', 0, 'ab', 1000)",
         ):
             connection.execute(text(statement), given)
         sent = update(old, 1, "ann")
@@ -171,18 +186,30 @@ def test_a_database_of_version_1_goes_on_after_its_migration(tmp_path: Path, url
             ),
             row,
         )
+        further = TO_VERSION_2 + (ON_POSTGRESQL if url is not None else "")
+        for statement in further.split(";")[:-1] if version == 2 else ():
+            connection.exec_driver_sql(statement)
     engine.dispose()
 
-    with pytest.raises(StateError, match="is of version 1, version 2 is needed"):
+    (tmp_path / "blobs").mkdir()  # that of round 0 is gone, which nothing asks for
+    with pytest.raises(StateError, match=f"is of version {version}, version 3 is needed"):
         Store(tmp_path, url=url)
     with Store(tmp_path, url=url, migrate=True) as store:
         stored = store.runs.get("old-1")
-        assert (stored.run, stored.round) == (run, -1)
+        assert (stored.run, stored.round, stored.submitter, stored.readers) == (run, 0, "me", ())
+        assert rows(store, "SELECT name, kept_bytes FROM submitters") == [("me", 1000)]
+        assert rows(store, "SELECT kept_bytes FROM runs") == [(1000,)]
+        assert rows(store, "SELECT number, action FROM audit") == [(1, "began")]
+        assert [each.id for each in store.runs.list(reader="me")] == ["old-1"]
+        assert store.runs.list(reader="another") == []
         rounds = store.rounds(stored)
         assert rounds.open_round(1, cohort) == cohort()
         assert list(store.results.recall("old-1", 1, "train")) == [sent]
         store.results.accept([update(stored, 1, "bob")])
         rounds.commit(checkpoint(stored, 1))
+        ((kept,),) = rows(store, "SELECT kept_bytes FROM submitters")
+        assert isinstance(kept, int)
+        assert kept > 1000
         assert rows(store, "SELECT count(*) FROM updates WHERE counted") == [(2,)]
         migrated = described(store)
     if url is None:

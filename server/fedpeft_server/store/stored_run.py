@@ -1,0 +1,127 @@
+"""A run as the store has it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, Row, func, select
+
+from fedpeft.config import RunConfig
+from fedpeft.errors import StateError, UsageError
+from fedpeft.runfile import run_from_json
+from fedpeft_server.store.schema import checkpoints, run_readers, runs
+
+EVERYONE = "*"  # as a reader: all submitters
+
+
+class Status(StrEnum):
+    """How a run stands."""
+
+    QUEUED = "queued"
+    WAITING = "waiting-for-agents"
+    RUNNING = "running"
+    PAUSED = "paused"  # something outside the run is in the way; it is tried again
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    @property
+    def final(self) -> bool:
+        """Nothing more will happen."""
+        return self in (Status.FINISHED, Status.FAILED, Status.STOPPED)
+
+
+UNENDED = tuple(status for status in Status if not status.final)
+
+
+class Rules(BaseModel):
+    """Which agents a run may ask, and for how many it waits before its first round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_agents: int = Field(default=0, ge=0)  # 0: as many as the run file's partitioner has clients
+    agents: tuple[str, ...] = ()  # these only; empty: all
+    wait_s: float = Field(default=0.0, ge=0.0)  # then the run fails; 0: as long as it takes
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A submitted run as the store has it.
+
+    Attributes:
+        place: in the order of submission, from 1.
+        submitter: whose run it is, by certificate.
+        round: last committed; -1 before the start is.
+        readers: submitters who may read it too; `EVERYONE`: all of them.
+    """
+
+    id: str
+    place: int
+    run: RunConfig
+    digest: str
+    rules: Rules
+    status: Status
+    reason: str
+    submitter: str
+    submitted_at: float
+    changed_at: float
+    round: int
+    adapter_digest: str
+    readers: tuple[str, ...] = ()
+
+
+def read_runs(connection: Connection, found: Sequence[Row[Any]]) -> list[StoredRun]:
+    """Complete rows of the table `runs`, with two questions for all of them."""
+    ids = [row.id for row in found]
+    last = select(checkpoints.c.run, func.max(checkpoints.c.round)).where(checkpoints.c.run.in_(ids))
+    wanted = select(run_readers).where(run_readers.c.run.in_(ids)).order_by(run_readers.c.reader)
+    reached: dict[str, int] = {}
+    named: dict[str, list[str]] = {}
+    if ids:
+        reached = {run: int(number) for run, number in connection.execute(last.group_by(checkpoints.c.run))}
+        for run, reader in connection.execute(wanted):
+            named.setdefault(run, []).append(reader)
+    return [_run_of(row, reached.get(row.id, -1), named.get(row.id, ())) for row in found]
+
+
+def _run_of(row: Row[Any], round_: int, readers: Collection[str]) -> StoredRun:
+    try:
+        status = Status(row.status)
+    except ValueError as error:
+        raise StateError(f"run {row.id} has the unknown status {row.status!r}; restore a backup") from error
+    return StoredRun(
+        id=row.id,
+        place=row.place,
+        run=run_from_json(row.run_json),
+        digest=row.digest,
+        rules=Rules.model_validate_json(row.rules),
+        status=status,
+        reason=row.reason,
+        submitter=row.submitter,
+        submitted_at=row.submitted_at,
+        changed_at=row.changed_at,
+        round=round_,
+        adapter_digest=row.adapter_digest,
+        readers=tuple(readers),
+    )
+
+
+def read_run(connection: Connection, run_id: str) -> StoredRun:
+    """Read one run.
+
+    Raises:
+        UsageError: there is none of that id.
+    """
+    found = read_runs(connection, connection.execute(select(runs).where(runs.c.id == run_id)).all())
+    if not found:
+        raise no_such_run(run_id)
+    return found[0]
+
+
+def no_such_run(run_id: str) -> UsageError:
+    """Return what is said of a run that isn't there, or that the caller may not read."""
+    return UsageError(f"there is no run {run_id[:120]!r}; fedpeft run list names them")
