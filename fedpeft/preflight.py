@@ -16,7 +16,7 @@ from fedpeft.groups import group_problems
 from fedpeft.lora_rules import lora_problems
 from fedpeft.models.base import architecture_of
 from fedpeft.models.loftq import loftq_problem
-from fedpeft.models.methods import METHODS, Method, base_refusal
+from fedpeft.models.methods import METHODS, Method, base_refusal, with_options
 from fedpeft.models.offsite import NO_EMULATOR, emulator_at
 from fedpeft.models.options import peft_problems
 from fedpeft.privacy.rules import privacy_problems
@@ -137,6 +137,7 @@ def _base_problems(run: RunConfig) -> list[str]:
     method = METHODS.get(run.peft.method)
     if method is None:
         return []
+    method = with_options(method, run.peft.options)
     problems = []
     if run.training.gradient_checkpointing and not method.gradient_checkpointing:
         problems.append(f"training.gradient_checkpointing: {method.name} cannot train with it; remove it")

@@ -12,9 +12,10 @@ from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
 from fedpeft.models.loftq import loftq_problem, start_near_full_precision, start_of
-from fedpeft.models.methods import Method, base_refusal, method_named
+from fedpeft.models.methods import Method, base_refusal, method_named, with_options
 from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
 from fedpeft.models.options import build_config, validate_peft
+from fedpeft.models.patterns import check_matches
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.starts import decomposition_of, keep_start
@@ -48,7 +49,7 @@ def attach(
     """
     validate_peft(section, task)
     method = method_named(section.method)
-    _check_base(method, base, task)
+    _check_base(with_options(method, section.options), base, task)
     problem = loftq_problem(section.method, section.options, quantization_of(base))
     if problem is not None:
         raise ModelError(problem)
@@ -65,6 +66,7 @@ def attach(
             model = peft.get_peft_model(base, config)
         except Exception as error:  # peft's tuners raise every kind for values they cannot use
             raise ModelError(f"peft.method '{method.name}' cannot be attached: {one_line(error)}") from error
+    check_matches(model, section.options)
     settle(model, method)
     if start is not None:
         known = decomposition_of(start_bytes) if start_bytes else None

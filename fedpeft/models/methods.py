@@ -6,7 +6,7 @@ A method that `peft` adds is one line of `METHODS`. Nothing heavy is imported he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal
@@ -481,6 +481,50 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 REFUSED_INITS: Mapping[str, str] = MappingProxyType({"corda": "corda", "eva": "eva", "lora_ga": "lora-ga"})
 """Values of `init_lora_weights` that are refused -> the key of `REFUSED` that says why."""
+
+
+REFUSED_OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "ensure_weight_tying": "tied factors are not so in an adapter's file; name one of the layers",
+        "layer_replication": "copies of a layer share its weights, so that no adapter on them can be merged; "
+        "make a model of the wanted depth and give its folder as model.path",
+    }
+)
+"""Options of `peft` that a run cannot use, whatever the method, unless they are off -> the reason."""
+
+_REDRAWN = "pissa_niter_"
+
+
+def init_refusal(value: object) -> str | None:
+    """Why a run cannot use this value of `init_lora_weights`; None if it can."""
+    if isinstance(value, str) and value.startswith(_REDRAWN):
+        return "its start is drawn anew wherever the adapter is loaded, onto another base; use 'pissa'"
+    return REFUSED[REFUSED_INITS[value]] if isinstance(value, str) and value in REFUSED_INITS else None
+
+
+def with_options(method: Method, options: Mapping[str, Any]) -> Method:
+    """Return the method as options of the run file make it.
+
+    An option that is what another method is (`use_dora`, `init_lora_weights = "pissa"`) brings what that one
+    cannot do.
+    """
+    for other in METHODS.values():
+        if other.config == method.config and len(other.fixed) == 1 and _asks_for(other, options):
+            method = replace(
+                method,
+                refused_quantization={**method.refused_quantization, **other.refused_quantization},
+                changes_base_at_init=method.changes_base_at_init or other.changes_base_at_init,
+                draws_frozen_tensors=method.draws_frozen_tensors or other.draws_frozen_tensors,
+                linear_in_trained=method.linear_in_trained and other.linear_in_trained,
+                starts_at_base=method.starts_at_base and other.starts_at_base,
+            )
+    return method
+
+
+def _asks_for(other: Method, options: Mapping[str, Any]) -> bool:
+    (key, value), *_ = other.fixed.items()
+    given = options.get(key)
+    return given is not None if isinstance(value, Mapping) else type(given) is type(value) and given == value
 
 
 def base_refusal(method: Method, quantization: str) -> str | None:

@@ -11,7 +11,7 @@ import peft
 
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
-from fedpeft.models.methods import REFUSED, REFUSED_INITS, Method, method_named
+from fedpeft.models.methods import REFUSED_OPTIONS, Method, init_refusal, method_named
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.tuners import OWN_CONFIGS
 
@@ -91,8 +91,11 @@ def _option_problem(
         near = get_close_matches(key, fields, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
         return f"peft.{key} is no option of '{method.name}'; {hint}"
-    if key == "init_lora_weights" and value in REFUSED_INITS:
-        return f"peft.init_lora_weights '{value}' is refused: {REFUSED[REFUSED_INITS[value]]}"
+    if value and key in REFUSED_OPTIONS:
+        return f"peft.{key} is refused: {REFUSED_OPTIONS[key]}"
+    refusal = init_refusal(value) if key == "init_lora_weights" else None
+    if refusal is not None:
+        return f"peft.init_lora_weights '{value}' is refused: {refusal}"
     wanted = _number_wanted(fields[key])
     if wanted and not _is_number(value, wanted):
         kind = "a whole number" if wanted == "int" else "a number"

@@ -14,7 +14,7 @@ from fedpeft.errors import RunFileError
 from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.rules import strategy_problems
 from fedpeft.groups import refuse_idle, refuse_unknown
-from fedpeft.models.methods import METHODS
+from fedpeft.models.methods import METHODS, with_options
 from fedpeft.models.trainable import count_parameters, trainable_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
 from fedpeft.planning.groups import GroupPlan, plan_groups
@@ -172,7 +172,7 @@ def make_plan(run: RunConfig) -> Plan:
 def _model(run: RunConfig, model: nn.Module, device: str) -> ModelPlan:
     trained, total = count_parameters(model)
     section, method = run.model, run.peft.method
-    linear = METHODS[method].linear_in_trained
+    linear = with_options(METHODS[method], run.peft.options).linear_in_trained
     held = (section.path, section.task, section.quantization, section.dtype)
     return ModelPlan(*held, method, linear, trained, total, device)
 

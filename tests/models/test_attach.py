@@ -11,6 +11,7 @@ from torch import nn
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
+from fedpeft.models.methods import METHODS, base_refusal, with_options
 from fedpeft.models.options import peft_problems, validate_peft
 from fedpeft.models.trainable import count_parameters, trainable_parameters
 from tests.models.tiny import TASKS, batch, tiny_base
@@ -161,6 +162,80 @@ def test_targets_of_the_wrong_type(targets: Any) -> None:
 )
 def test_an_expression_that_fits_nothing(pattern: str, said: str) -> None:
     assert said in refused("llama", method="lora", target_modules=pattern)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"rank_pattern": {"q_porj": 2}},
+            "rank_pattern: 'q_porj' no module that is wrapped; did you mean 'q_proj'",
+        ),
+        ({"alpha_pattern": {"o_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: 'o_proj' no module"),
+        ({"rank_pattern": {"(": 2}}, "cannot be attached"),
+        ({"layers_to_transform": [0, 7]}, "names layer 7, in which nothing is wrapped; those wrapped are 0"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": ["layers", "h"]},
+            "layers_pattern: 'h' no list of layers",
+        ),
+        (
+            {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]},
+            "'k_proj' is wrapped nowhere",
+        ),
+        (
+            {"target_parameters": ["gate_porj.weight"]},
+            "target_parameters: 'gate_porj.weight' names no parameter",
+        ),
+    ],
+)
+def test_every_name_and_pattern_must_match(options: dict[str, Any], said: str) -> None:
+    assert said in refused("llama", method="lora", **({"target_modules": ["q_proj"]} | options))
+
+
+def test_names_and_patterns_that_match_are_taken() -> None:
+    section = PeftSection.model_validate(
+        {
+            "method": "lora",
+            "target_modules": ["q_proj", "v_proj"],
+            "rank_pattern": {"layers.0.self_attn.q_proj": 2, r".*layers\.1\..*": 3},
+            "alpha_pattern": {"v_proj": 5},
+            "layers_to_transform": [0, 1],
+            "layers_pattern": "layers",
+        }
+    )
+    model = attach(tiny_base("llama"), section, task="causal-lm", seed=0)
+    ranks = {
+        name.split(".lora_A")[0]: p.shape[0] for name, p in model.named_parameters() if ".lora_A." in name
+    }
+    assert sorted(ranks.values()) == [2, 3, 3, 8]
+
+
+@pytest.mark.parametrize("option", ["ensure_weight_tying", "layer_replication"])
+def test_an_option_whose_result_does_not_come_out_is_refused(option: str) -> None:
+    value: Any = True if option == "ensure_weight_tying" else [[0, 2], [1, 2]]
+    assert f"peft.{option} is refused" in refused("llama", method="lora", **{option: value})
+
+
+def test_a_start_that_is_drawn_at_each_load_is_refused() -> None:
+    assert "drawn anew" in refused("llama", method="lora", init_lora_weights="pissa_niter_4")
+
+
+@pytest.mark.parametrize(
+    ("options", "like"),
+    [
+        ({"use_dora": True}, "dora"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"kasa_config": {}}, "kasa"),
+    ],
+)
+def test_an_option_brings_what_its_method_cannot_do(options: dict[str, Any], like: str) -> None:
+    changed = with_options(METHODS["lora"], options)
+    for kind in ("none", "int8", "nf4", "rtn8"):
+        assert base_refusal(changed, kind) == base_refusal(METHODS[like], kind)
+    assert changed.changes_base_at_init == METHODS[like].changes_base_at_init
+    assert not with_options(METHODS["ffa-lora"], {"use_dora": True}).linear_in_trained
+    assert with_options(METHODS["lora"], {"use_dora": False}) == METHODS["lora"]
 
 
 def test_a_value_that_peft_refuses_is_one_line() -> None:

@@ -1,0 +1,110 @@
+"""Every pattern and name that a run file gives to a PEFT method is in use by what was attached.
+
+`peft` passes over a rank for a module that isn't there, a layer that the model lacks, or a parameter that
+nothing is called. The attached model is asked, so that what is compared is what `peft` itself did.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from fedpeft.errors import ModelError
+
+__all__ = ["check_matches"]
+
+_LISTED = 12
+
+
+def check_matches(model: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse patterns, names and layer numbers that play no part in an attached model.
+
+    Args:
+        model: what `peft` wrapped.
+        given: the options as the run file has them.
+
+    Raises:
+        ModelError: one of them matches nothing; says which, with the nearest that would.
+    """
+    wrapped = _wrapped(model)
+    if not wrapped:
+        return
+    for key, value in given.items():
+        if key.endswith("_pattern") and isinstance(value, Mapping):
+            for pattern in value:
+                if not any(_fits(str(pattern), name) for name in wrapped):
+                    raise ModelError(_unmatched(key, str(pattern), "no module that is wrapped", wrapped))
+    if isinstance(given.get("target_modules"), Sequence) and not isinstance(given["target_modules"], str):
+        _check_names(
+            "target_modules", given["target_modules"], wrapped, "is wrapped nowhere, as other options say"
+        )
+    if given.get("target_parameters"):
+        parameters = _wrapped_parameters(model)
+        _check_names("target_parameters", given["target_parameters"], parameters, "names no parameter", model)
+    _check_layers(given, wrapped)
+
+
+def _check_names(
+    key: str, names: Sequence[str], present: Iterable[str], what: str, model: nn.Module | None = None
+) -> None:
+    held = list(present)
+    for name in names:
+        if not any(full == name or full.endswith(f".{name}") for full in held):
+            known = held if model is None else [own for own, _ in model.named_parameters()]
+            raise ModelError(_unmatched(key, name, what, known))
+
+
+def _check_layers(given: Mapping[str, Any], wrapped: Sequence[str]) -> None:
+    """Layer numbers, and names of lists of layers."""
+    numbers = given.get("layers_to_transform")
+    held = {int(part) for name in wrapped for part in name.split(".") if part.isdigit()}
+    for number in [numbers] if isinstance(numbers, int) else numbers or ():
+        if number not in held:
+            raise ModelError(
+                f"peft.layers_to_transform names layer {number!r}, in which nothing is wrapped; those wrapped"
+                f" are {', '.join(map(str, sorted(held)))}"
+            )
+    patterns = given.get("layers_pattern")
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        if not any(re.search(rf"(?:^|\.){pattern}\.\d+\.", f"{name}.") for name in wrapped):
+            raise ModelError(_unmatched("layers_pattern", pattern, "no list of layers", wrapped))
+
+
+def _wrapped(model: nn.Module) -> list[str]:
+    """Names of the modules that an adapter lies on, and of their parameters where it lies on these alone."""
+    found: dict[str, None] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            own = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            found[own] = None
+            parameter = getattr(module, "parameter_name", None)
+            if isinstance(parameter, str):
+                found[f"{own}.{parameter}"] = None
+    return list(found)
+
+
+def _wrapped_parameters(model: nn.Module) -> list[str]:
+    modules = model.named_modules()
+    return [
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in modules
+        if isinstance(getattr(module, "parameter_name", None), str)
+    ]
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """As `peft` looks a module up: the pattern is its whole name, or the end of it after a dot."""
+    return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
+
+
+def _unmatched(key: str, name: str, what: str, known: Iterable[str]) -> str:
+    leaves = sorted({full.rpartition(".")[2] for full in known} - {"weight", "bias"})
+    near = get_close_matches(name.rpartition(".")[2], leaves, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    more = ", ..." if len(leaves) > _LISTED else ""
+    return f"peft.{key}: '{name}' {what}; {hint}there are: {', '.join(leaves[:_LISTED])}{more}"
