@@ -53,6 +53,14 @@ def simulate(
     set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run [default: runs/NAME].")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="With --resume: where the training rows lie now, if they moved."),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="With --resume: where the test rows lie now, if they moved."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is already in --out.")] = False,
     workers: Annotated[
         int, typer.Option(min=0, help="Worker processes; 0: one per core. The result is the same.")
@@ -86,6 +94,8 @@ def simulate(
         overrides,
         out=out,
         resume=resume,
+        data=data,
+        test_data=test_data,
         force=force,
         workers=workers or _cores(),
         engine=engine,

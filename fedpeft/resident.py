@@ -18,6 +18,7 @@ from torch import nn
 
 from fedpeft.attacks import Hostile, attackers_of, hostile_clients, refuse_attack
 from fedpeft.config import (
+    DataSection,
     LocalPrivacy,
     ModelSection,
     PeftSection,
@@ -423,23 +424,30 @@ Admit = Callable[[RunConfig, FederatedData], None]
 """Asked once the rows are there and before any weight is read; refuses by raising."""
 
 
-def load_resident(run: RunConfig, *, admit: Admit | None = None, start_bytes: bytes = b"") -> Resident:
+def load_resident(
+    run: RunConfig,
+    *,
+    admit: Admit | None = None,
+    start_bytes: bytes = b"",
+    data: DataSection | None = None,
+) -> Resident:
     """Read the rows, load the base model, attach the adapter.
 
     Args:
+        data: the run's data section with the places where its rows lie now; None: they lie where it says.
         start_bytes: `Resident.start_bytes` of who has loaded the run before; empty: nobody's is known.
 
     Raises:
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
     """
     device = trainable_on(run)
-    raw = read_tables(run.data, run.model.task, run.run.seed)
+    raw = read_tables(data or run.data, run.model.task, run.run.seed)
     names = {client.name for client in raw.clients}
     refuse_unknown(run, names)
     attackers_of(run, names)
     resident = _loaded(run, raw, run.model, device, admit, start_bytes=start_bytes)
-    data = resident.data
-    resident.hostile = hostile_clients(run, data.clients, data.rows, data.num_labels)
+    rows = resident.data
+    resident.hostile = hostile_clients(run, rows.clients, rows.rows, rows.num_labels)
     resident.own = _of_groups(resident)
     return resident
 

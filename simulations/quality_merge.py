@@ -41,7 +41,7 @@ from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.commands.merge import GRIDS
 from fedpeft.config import RunConfig
 from fedpeft.files import folder_atomically
-from fedpeft.ledger.run_folder import write_run
+from fedpeft.ledger.run_place import write_run
 from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.models.export import export_adapter
 from fedpeft.resident import load_resident

@@ -25,7 +25,7 @@ from fedpeft.config import ModelSection, PeftSection, RunConfig, Section
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.files import storage
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.ledger.run_folder import CHECKPOINTS, holds_run, read_run
+from fedpeft.ledger.run_place import CHECKPOINTS, read_run, run_folder_of, run_with_rows
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
@@ -82,8 +82,8 @@ def read_adapter(path: Path, init: Path | None = None) -> Adapter:
         return _from_file(path, init)
     folder = adapter_folder(path)
     config, weights = read_folder(folder)
-    run_folder = init or folder.parent
-    if not holds_run(run_folder):
+    run_folder = init or run_folder_of(folder)
+    if run_folder is None:
         return Adapter(config, weights)
     start, initial = start_of_run(run_folder)
     _check_same_tensors(weights, initial, folder)
@@ -152,7 +152,8 @@ def start_of_run(folder: Path) -> tuple[Start, Weights]:
         FedPEFTError: the run file or the base model cannot be used.
     """
     run = read_run(folder)
-    start = Start(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(label_names(run)) or None)
+    labels = label_names(run_with_rows(folder))
+    start = Start(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(labels) or None)
     return _drawn(start, _first_checkpoint(folder, run))
 
 

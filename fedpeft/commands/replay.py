@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpeft.commands.export import check_out, write_merged
-from fedpeft.config import RunConfig
+from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.resident import load_resident
@@ -26,9 +26,9 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
         ModelError: the rebuilt weights have another fingerprint than the run's.
         FedPEFTError: what else keeps the model from being loaded, merged or written.
     """
-    config, checkpoint = _last(run)
+    config, data, checkpoint = _last(run)
     check_out(out, run, force=force, what="the run")
-    resident = load_resident(config)
+    resident = load_resident(config, data=data)
     resident.space.enter(resident.parameters, checkpoint.state)  # compares the fingerprint
     write_merged(resident.model, resident.tokenizer, resident.data.label_names, out)
     size = sum(array.nbytes for array in checkpoint.state.values())
@@ -38,8 +38,8 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
     )
 
 
-def _last(path: Path) -> tuple[RunConfig, Checkpoint]:
-    """The run and its last checkpoint."""
+def _last(path: Path) -> tuple[RunConfig, DataSection, Checkpoint]:
+    """The run, where its rows lie, and its last checkpoint."""
     with RunFolder.resume(path) as folder:
         if folder.run.space.kind not in SEED_SPACES:
             raise UsageError(
@@ -49,4 +49,4 @@ def _last(path: Path) -> tuple[RunConfig, Checkpoint]:
         checkpoint = folder.latest()
         if checkpoint is None:
             raise StateError(f"{path} has no checkpoint yet; go on with: fedpeft simulate --resume {path}")
-        return folder.run, checkpoint
+        return folder.run, folder.data, checkpoint

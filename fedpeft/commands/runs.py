@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.ledger.run_folder import ADAPTER, RUN_FILE, holds_run, read_run
+from fedpeft.ledger.run_place import ADAPTER, run_folder_of, run_with_rows
 from fedpeft.runfile import load_run
 
 
@@ -41,11 +41,11 @@ def adapter_and_run(adapter: Path, run_file: Path | None, overrides: Sequence[st
         UsageError: no adapter there, or no run file to go with it.
     """
     folder = adapter_folder(adapter)
-    beside = folder.parent
-    if run_file is None and not holds_run(beside):
+    if run_file is not None:
+        return folder, load_run(run_file, overrides)
+    run_folder = run_folder_of(folder)
+    if run_folder is None:
         raise UsageError(
-            f"{folder} does not lie in the folder of a run; say which model and data with --run RUN.toml"
+            f"{folder} is not the adapter of a run's folder; say which model and data with --run RUN.toml"
         )
-    if run_file is None and not overrides:
-        return folder, read_run(beside)
-    return folder, load_run(run_file or beside / RUN_FILE, overrides)
+    return folder, run_with_rows(run_folder, overrides)

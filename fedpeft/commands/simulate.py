@@ -23,6 +23,8 @@ def simulate_command(
     *,
     out: Path | None,
     resume: Path | None,
+    data: str | None,
+    test_data: str | None,
     force: bool,
     workers: int,
     engine: str,
@@ -30,6 +32,9 @@ def simulate_command(
     memory_check: bool = True,
 ) -> None:
     """Run or resume, and print the result.
+
+    Args:
+        data, test_data: where the rows of a run that is resumed lie now; None: where they lay before.
 
     Raises:
         FedPEFTError: anything that `fedpeft.errors` names.
@@ -40,7 +45,12 @@ def simulate_command(
                 "--resume DIR takes the run file in DIR; leave out RUN.toml, --set, --out, --force and"
                 " --baselines"
             )
-        folder = RunFolder.resume(resume)
+        folder = RunFolder.resume(resume, train=data, test=test_data)
+    elif data is not None or test_data is not None:
+        raise UsageError(
+            "--data and --test-data go with --resume: they say where its rows lie now; name the rows of a new"
+            " run in its run file, or with --set data.train=PATH"
+        )
     else:
         run = run_of(run_file, overrides)
         source = str(run_file or "demo")

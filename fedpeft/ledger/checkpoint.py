@@ -36,6 +36,8 @@ class Checkpoint:
         privacy: what the next round's privacy needs: the adaptive clipping bound.
         pending: who is still at work, and on which round's state; buffered rounds only.
         row: the round's record.
+        rows_digest: of the rows that it was trained on, where that may stand beside it; "" elsewhere. See
+            `fedpeft.data.row_digest`.
     """
 
     run_digest: str
@@ -47,6 +49,7 @@ class Checkpoint:
     downlink: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     privacy: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     pending: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    rows_digest: str = ""
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -77,7 +80,8 @@ def checkpoint_bytes(checkpoint: Checkpoint) -> bytes:
         "run": checkpoint.run_digest,
         "round": checkpoint.round,
         "row": row,
-        "digest": _digest(tensors, row, checkpoint.run_digest, checkpoint.round),
+        **({"rows": checkpoint.rows_digest} if checkpoint.rows_digest else {}),
+        "digest": _digest(tensors, row, checkpoint.run_digest, checkpoint.round, checkpoint.rows_digest),
     }
     # One key, since safetensors writes several in any order and equal checkpoints shall be equal files.
     content: bytes = save(tensors, metadata={"fedpeft": json.dumps(header)})
@@ -108,6 +112,7 @@ def parse_checkpoint(content: bytes, path: Path, run_digest: str) -> Checkpoint:
         header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["fedpeft"])
         version, came_from = int(header["version"]), header["run"]
         round_, row, digest = int(header["round"]), header["row"], header["digest"]
+        rows_digest = str(header.get("rows", ""))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise _corrupt(path) from error
     if version != VERSION:
@@ -121,20 +126,24 @@ def parse_checkpoint(content: bytes, path: Path, run_digest: str) -> Checkpoint:
             " the run file"
             " beside it, or another --out"
         )
-    if _digest(tensors, row, run_digest, round_) != digest:
+    if _digest(tensors, row, run_digest, round_, rows_digest) != digest:
         raise _corrupt(path)
     parts: dict[str, dict[str, NDArray[Any]]] = {part: {} for part in _PARTS}
     for key, array in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = array
-    state, *others = (frozen_arrays(parts[part]) for part in _PARTS)
-    return Checkpoint(run_digest, round_, state, Round.model_validate_json(row), *others)
-
-
-def _digest(tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int) -> str:
-    return arrays_digest(
-        {**tensors, "": np.frombuffer(f"{run_digest}\0{round_}\0{row}".encode(), dtype=np.uint8)}
+    state, strategy, clients, downlink, privacy, pending = (frozen_arrays(parts[part]) for part in _PARTS)
+    record = Round.model_validate_json(row)
+    return Checkpoint(
+        run_digest, round_, state, record, strategy, clients, downlink, privacy, pending, rows_digest
     )
+
+
+def _digest(
+    tensors: Mapping[str, NDArray[Any]], row: str, run_digest: str, round_: int, rows_digest: str
+) -> str:
+    text = f"{run_digest}\0{round_}\0{row}" + (f"\0{rows_digest}" if rows_digest else "")
+    return arrays_digest({**tensors, "": np.frombuffer(text.encode(), dtype=np.uint8)})
 
 
 def _corrupt(path: Path) -> StateError:

@@ -7,53 +7,52 @@ A round's commit is its transaction: a checkpoint in the folder, or what else th
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from pydantic import ValidationError
 
-from fedpeft.config import RunConfig
+from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import RunExistsError, StateError
 from fedpeft.files import append_line, hold_lock, remove_partial, storage, write_atomically
 from fedpeft.ledger.checkpoint import Checkpoint
 from fedpeft.ledger.cohort import Cohort
 from fedpeft.ledger.folder_rounds import FolderRounds, Rounds
-from fedpeft.records import Baseline, Finished, Row, Started, parse_row
-from fedpeft.runfile import flat_keys, run_digest, run_from_json, run_from_toml, run_json, run_toml
-
-RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK = (
-    "run.toml",
-    "metrics.jsonl",
-    "checkpoints",
-    "adapter",
-    "report.html",
-    ".lock",
-)
-IDENTITY = "run.json"  # marks a run, and says which (fedpeft.run_identity)
-SPENT = "privacy.json"
-_OURS = (
-    ROWS,
-    CHECKPOINTS,
+from fedpeft.ledger.kept_rows import KeptRows, read_kept_rows
+from fedpeft.ledger.run_place import (
     ADAPTER,
-    REPORT,
-    "summary.json",
-    "tensorboard",
-    SPENT,
-    RUN_FILE,
+    CHECKPOINTS,
     IDENTITY,
-)  # the mark last: as long as anything of a run is there, it is one
+    LOCK,
+    REPORT,
+    ROWS,
+    RUN_FILE,
+    SPENT,
+    clear_run,
+    holds_run,
+    read_run,
+    refuse_edits,
+    refuse_foreign_files,
+    write_run,
+)
+from fedpeft.records import Baseline, Finished, Row, Started, parse_row
+from fedpeft.runfile import run_digest, run_toml
 
 
 class RunFolder:
     """An open run folder. One process at a time holds it; use it as a context manager."""
 
-    def __init__(self, path: Path, run: RunConfig, lock: int, rounds: Rounds | None) -> None:
+    def __init__(
+        self, path: Path, run: RunConfig, lock: int, rounds: Rounds | None, kept: KeptRows | None = None
+    ) -> None:
         self.path = path
         self.run = run
         self.digest = run_digest(run)
         self._lock = lock
+        self._kept = kept or KeptRows()
+        self._rows_digest = ""
         self._rounds: Rounds = rounds or FolderRounds(
             path / CHECKPOINTS, path / SPENT, self.digest, run.output.keep_checkpoints
         )
@@ -75,7 +74,7 @@ class RunFolder:
         """
         with storage(path):
             path.mkdir(parents=True, exist_ok=True)
-        _refuse_foreign_files(path)
+        refuse_foreign_files(path)
         lock = _locked(path)
         try:
             if holds_run(path):
@@ -85,7 +84,7 @@ class RunFolder:
                         " --force,"
                         " or choose another --out"
                     )
-                _clear(path)
+                clear_run(path)
             remove_partial(path)
             with storage(path):
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
@@ -96,8 +95,20 @@ class RunFolder:
         return cls(path, run, lock, rounds)
 
     @classmethod
-    def resume(cls, path: Path, *, rounds: Rounds | None = None) -> RunFolder:
+    def resume(
+        cls,
+        path: Path,
+        *,
+        rounds: Rounds | None = None,
+        train: str | None = None,
+        test: str | None = None,
+    ) -> RunFolder:
         """Open a run that was begun.
+
+        Args:
+            rounds: see `create`.
+            train, test: where the rows of `data.train` and `data.test` lie now; None: where they lay before.
+                The run stays the same run.
 
         Raises:
             StateError: no run is there, another process holds it, or its run file was changed since it began.
@@ -112,7 +123,8 @@ class RunFolder:
             run = read_run(path)
             if not (path / RUN_FILE).exists():  # the kill came before it was written
                 write_atomically(path / RUN_FILE, run_toml(run).encode())
-            _refuse_edits(path, run)
+            refuse_edits(path, run)
+            kept = read_kept_rows(path).moved(train, test)
             remove_partial(path)
             with storage(path):
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
@@ -120,7 +132,33 @@ class RunFolder:
         except BaseException:
             os.close(lock)
             raise
-        return cls(path, run, lock, rounds)
+        return cls(path, run, lock, rounds, kept)
+
+    @property
+    def data(self) -> DataSection:
+        """The run's data section, naming the places where its rows lie now."""
+        return self._kept.section(self.run)
+
+    def bind_rows(self, digest: str) -> None:
+        """Hold the run to the rows that it began with, before anything is trained on them.
+
+        Each checkpoint gets the digest too, but for private runs: it confirms a guess of all rows.
+
+        Raises:
+            StateError: the run began with other rows.
+        """
+        last = self._rounds.latest()
+        known = self._kept.digest or ("" if last is None else last.rows_digest)
+        if known and known != digest:
+            raise StateError(
+                f"{self.path}: the rows have changed: the run began with others (digest {known[:12]}) than"
+                f" are there now ({digest[:12]}); put them back, say with --data PATH where they are now, or"
+                " start anew with another --out"
+            )
+        self._kept = replace(self._kept, digest=digest)
+        if read_kept_rows(self.path) != self._kept:
+            self._kept.write(self.path)
+        self._rows_digest = "" if self.run.privacy is not None else digest
 
     def __enter__(self) -> RunFolder:
         return self
@@ -170,7 +208,7 @@ class RunFolder:
 
     def commit(self, checkpoint: Checkpoint) -> None:
         """Make a round durable, then write its row."""
-        self._rounds.commit(checkpoint)
+        self._rounds.commit(replace(checkpoint, rows_digest=self._rows_digest))
         self.append(checkpoint.row)
 
     @property
@@ -234,68 +272,6 @@ class RunFolder:
         write_atomically(self.path / ROWS, text.encode())
 
 
-def holds_run(path: Path) -> bool:
-    """Return whether a folder is a run's: a run file alone may be anybody's."""
-    return (path / IDENTITY).is_file()
-
-
-def write_run(path: Path, run: RunConfig) -> None:
-    """Mark a folder as a run's: write which run it is, and its run file with every default written out.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
-    write_atomically(path / IDENTITY, run_json(run).encode())
-    write_atomically(path / RUN_FILE, run_toml(run).encode())
-
-
-def read_run(path: Path) -> RunConfig:
-    """Read the run of a run folder, as it was when it began.
-
-    Raises:
-        StateError: the folder is no run's.
-        RunFileError: what it holds cannot be read by this version.
-    """
-    if not holds_run(path):
-        raise StateError(f"{path} holds no run (no {IDENTITY}); give a folder that a run wrote")
-    with storage(path):
-        return run_from_json((path / IDENTITY).read_text(encoding="utf-8"))
-
-
-def _refuse_foreign_files(path: Path) -> None:
-    """Refuse a folder with files of somebody else's under the names that a run writes.
-
-    Raises:
-        RunExistsError: there are such files.
-    """
-    foreign = [] if holds_run(path) else [name for name in _OURS if (path / name).exists()]
-    if foreign:
-        raise RunExistsError(
-            f"{path} is no run folder and holds {', '.join(foreign)}, which a run would replace; nothing was"
-            " changed; choose another --out"
-        )
-
-
-def _refuse_edits(path: Path, run: RunConfig) -> None:
-    """Refuse a run file that says something else than the run that began.
-
-    Raises:
-        StateError: with the keys in which they differ.
-        RunFileError: it cannot be used at all.
-    """
-    with storage(path):
-        text = (path / RUN_FILE).read_bytes()
-    now = run_from_toml(text, source=str(path / RUN_FILE))
-    if now == run:
-        return
-    was, came = flat_keys(run.model_dump(mode="json")), flat_keys(now.model_dump(mode="json"))
-    keys = [key for key in sorted(was.keys() | came.keys()) if was.get(key) != came.get(key)]
-    raise StateError(
-        f"{path / RUN_FILE} was changed since the run began ({', '.join(keys[:5])}); undo that, or start a"
-        " new run with another --out"
-    )
-
-
 def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
     """The open folder of this very run, begun or not.
 
@@ -326,13 +302,3 @@ def _belongs(row: Row, last: int, rounds: int) -> bool:
 def _locked(path: Path) -> int:
     in_use = f"{path} is in use by another fedpeft process; wait for it or choose another --out"
     return hold_lock(path / LOCK, in_use=in_use, mode=0o644)
-
-
-def _clear(path: Path) -> None:
-    with storage(path):
-        for name in _OURS:
-            target = path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)

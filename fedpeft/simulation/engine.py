@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from fedpeft.attacks import refuse_attack
-from fedpeft.config import RunConfig
+from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.files import folder_atomically, write_atomically
@@ -28,6 +28,7 @@ from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Order, Server, hold_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_folder import begun_or_new
+from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.models.base import model_path
 from fedpeft.models.device import peak_memory
 from fedpeft.models.export import adapter_digest, export_adapter
@@ -46,7 +47,7 @@ from fedpeft.reporting.summary import Summary, build_summary, summary_json
 from fedpeft.resident import Admit, Resident, device_for, install_resident, load_resident
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.simulation.baselines import run_baselines
-from fedpeft.simulation.offsite import PLUGGED, emulator_to_plug, offsite_scores, write_plugged
+from fedpeft.simulation.offsite import emulator_to_plug, offsite_scores, write_plugged
 from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
 from fedpeft.update import Arrays
 from fedpeft.workers import Workers, open_workers
@@ -59,10 +60,15 @@ OWN_MODELS = (
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def load_alone(run: RunConfig, *, admit: Admit | None = None) -> Resident:
-    """Load a run with all its clients as the only one of this process and of those forked from it."""
+def load_alone(run: RunConfig, *, admit: Admit | None = None, data: DataSection | None = None) -> Resident:
+    """Load a run with all its clients as the only one of this process and of those forked from it.
+
+    Args:
+        admit: see `load_resident`.
+        data: where its rows lie; None: where the run says.
+    """
     torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
-    resident = load_resident(run, admit=admit)
+    resident = load_resident(run, admit=admit, data=data)
     install_resident(resident)
     return resident
 
@@ -115,9 +121,11 @@ def simulate(
     impossible = simulation_problems(folder.run)
     if impossible:
         raise UsageError(impossible[0])
+    if engine == "ray" and folder.data != folder.run.data:
+        raise UsageError("--engine ray reads rows where the run file says; put them there, or leave it out")
     if engine == "ray" and device_for(folder.run).type != "cpu":
         raise UsageError("--engine ray trains on the CPU; set model.device 'cpu', or leave the engine out")
-    load = functools.partial(load_alone, admit=admit)
+    load = functools.partial(load_alone, admit=admit, data=folder.data)
     return hold_run(folder, Venue(engine, ENGINES[engine], load), progress, workers=workers)
 
 
@@ -188,6 +196,7 @@ class _Holding:
         self._began = time.monotonic() - spent_s
         progress.setup("loading rows and model")
         self._resident = venue.load(self._run)
+        folder.bind_rows(self._resident.data.rows_digest)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
         self._start = self._resident.space.initial_state(self._resident.parameters)
         self._metrics = run_metrics(self._run)

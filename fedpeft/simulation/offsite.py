@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fedpeft.config import ModelSection
+from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.models.base import load_base
 from fedpeft.models.device import move
 from fedpeft.models.export import load_adapter
@@ -19,7 +20,7 @@ from fedpeft.simulation.scoring import Scorer
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.workers import open_workers
 
-FULL, PLUGGED = "full-model", "plugged-in"
+FULL = "full-model"
 
 
 def emulator_to_plug(resident: Resident) -> Emulator | None:

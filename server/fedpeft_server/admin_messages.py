@@ -10,7 +10,7 @@ from fedpeft import __version__
 from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.files import storage
-from fedpeft.ledger.run_folder import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
+from fedpeft.ledger.run_place import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
 from fedpeft.records import Round, parse_row
 from fedpeft.runfile import run_from_toml
 from fedpeft.v1 import federation_pb2 as pb

@@ -21,7 +21,7 @@ from fedpeft.flower.server_app import Held, Server, check_base, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
-from fedpeft.ledger.run_folder import ROWS
+from fedpeft.ledger.run_place import ROWS
 from fedpeft.update import layout_of
 from fedpeft_server.control import Control, Stopped, WatchedGrid
 from fedpeft_server.gathering import agents_wanted, gather

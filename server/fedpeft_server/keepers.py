@@ -14,7 +14,8 @@ from fedpeft.files import storage, write_atomically
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.folder_rounds import checkpoint_name
-from fedpeft.ledger.run_folder import CHECKPOINTS, begun_or_new
+from fedpeft.ledger.run_folder import begun_or_new
+from fedpeft.ledger.run_place import CHECKPOINTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.store import Reference, StoredRounds

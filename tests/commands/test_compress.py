@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fedpeft.codec import read_expert
 from fedpeft.config import ModelSection
-from fedpeft.ledger.run_folder import write_run
+from fedpeft.ledger.run_place import write_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.export import export_adapter, load_adapter

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedpeft.config import ModelSection, PeftSection, RunConfig
-from fedpeft.ledger.run_folder import write_run
+from fedpeft.ledger.run_place import write_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.export import export_adapter, load_adapter

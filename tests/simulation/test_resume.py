@@ -17,7 +17,7 @@ import tomli_w
 
 from fedpeft.errors import RunExistsError, StateError
 from fedpeft.ledger import RunFolder
-from fedpeft.ledger.run_folder import write_run
+from fedpeft.ledger.run_place import write_run
 from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, resumed, simulated
 
