@@ -157,7 +157,7 @@ class DataSection(Section):
     """
 
     train: str | tuple[str, ...] = (
-        "embedded"  # file, folder/glob, "datasets:NAME[/CONFIG][:SPLIT]", or "embedded"
+        "embedded"  # file, folder/glob, "datasets:OWNER/NAME[/CONFIG][:SPLIT]", or "embedded"
     )
     test: str | tuple[str, ...] | None = None  # global test set, same forms; none: the clients' held-out rows
     prompt: str | None = None

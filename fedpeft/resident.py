@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,48 +14,27 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.attacks import Hostile, attackers_of, hostile_clients, refuse_attack
-from fedpeft.config import (
-    DataSection,
-    LocalPrivacy,
-    ModelSection,
-    PeftSection,
-    RecordLevelPrivacy,
-    RunConfig,
-    TrainingSection,
-)
+from fedpeft.attacks import Hostile
+from fedpeft.config import LocalPrivacy, RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.data.collate import evaluation_batches
 from fedpeft.data.encoded import Encoded
-from fedpeft.data.federated import FederatedData, RawFederated, encode, read_tables
-from fedpeft.data.tables import read_client_table, read_test_table
-from fedpeft.errors import FederationError, ModelError, RunFileError, TrainingError, UpdateError
+from fedpeft.data.federated import FederatedData
+from fedpeft.errors import FederationError, TrainingError, UpdateError
 from fedpeft.evaluation.metrics import Column
 from fedpeft.evaluation.scoring import score
-from fedpeft.groups import refuse_idle, refuse_unknown
 from fedpeft.lora_rules import Shares
-from fedpeft.models.attach import attach
-from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
-from fedpeft.models.device import device_named, device_of, full_memory_refused, move, release
+from fedpeft.models.base import Tokenizer
+from fedpeft.models.device import device_of, full_memory_refused, release
 from fedpeft.models.residual import frozen_factors
 from fedpeft.models.starts import start_of_model
-from fedpeft.models.trainable import (
-    frozen_digest,
-    pack_parameters,
-    read_parameters,
-    resting,
-    trainable_parameters,
-)
+from fedpeft.models.trainable import pack_parameters, read_parameters, resting, trainable_parameters
 from fedpeft.privacy.sources import noise_source
-from fedpeft.randomness import derive_seed, stream
-from fedpeft.runfile import run_digest
+from fedpeft.randomness import stream
 from fedpeft.seedspace.layout import Stream
-from fedpeft.spaces import Memory, Space, Trail, build_space
-from fedpeft.spaces.directions import direction_stream
-from fedpeft.stages import Stage, build_stages, stage_list
+from fedpeft.spaces import Memory, Space, Trail
+from fedpeft.stages import Stage, stage_list
 from fedpeft.training import zeroth_order
 from fedpeft.training.first_order import Rows, TrainingReport, train
-from fedpeft.training.layers import check_layers
-from fedpeft.training.lean import device_problems
 from fedpeft.training.self_pruning import SelfPruning, self_pruning
 from fedpeft.training.steps import local_steps
 from fedpeft.training.zeroth_prober import Prober, prober
@@ -420,242 +397,6 @@ def kept_of(memories: Mapping[str, NDArray[Any]], node: int) -> dict[str, NDArra
     return {name.removeprefix(mine): array for name, array in memories.items() if name.startswith(mine)}
 
 
-Admit = Callable[[RunConfig, FederatedData], None]
-"""Asked once the rows are there and before any weight is read; refuses by raising."""
-
-
-def load_resident(
-    run: RunConfig,
-    *,
-    admit: Admit | None = None,
-    start_bytes: bytes = b"",
-    data: DataSection | None = None,
-) -> Resident:
-    """Read the rows, load the base model, attach the adapter.
-
-    Args:
-        data: the run's data section with the places where its rows lie now; None: they lie where it says.
-        start_bytes: `Resident.start_bytes` of who has loaded the run before; empty: nobody's is known.
-
-    Raises:
-        DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
-    """
-    device = trainable_on(run)
-    raw = read_tables(data or run.data, run.model.task, run.run.seed)
-    names = {client.name for client in raw.clients}
-    refuse_unknown(run, names)
-    attackers_of(run, names)
-    resident = _loaded(run, raw, run.model, device, admit, start_bytes=start_bytes)
-    rows = resident.data
-    resident.hostile = hostile_clients(run, rows.clients, rows.rows, rows.num_labels)
-    resident.own = _of_groups(resident)
-    return resident
-
-
-def device_for(run: RunConfig) -> torch.device:
-    """The device that a run file asks for; anything but an agent computes there.
-
-    Raises:
-        RunFileError: this machine has none such.
-    """
-    try:
-        return device_named(run.model.device)
-    except ModelError as error:
-        raise RunFileError("run file", [f"model.{error}"]) from error
-
-
-def trainable_on(run: RunConfig) -> torch.device:
-    """The device that a run file asks for, if the run's clients can train on it; nothing is read for it.
-
-    Raises:
-        RunFileError: this machine has none such, or it can't do what the run asks for.
-    """
-    device = device_for(run)
-    _refuse_device(run, device)
-    return device
-
-
-def _refuse_device(run: RunConfig, device: torch.device) -> None:
-    """Refuse what clients cannot do on a device.
-
-    Raises:
-        RunFileError: with every such thing.
-    """
-    problems = device_problems(run, cuda=device.type == "cuda")
-    if problems:
-        raise RunFileError("run file", problems)
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a device brings to a run that others describe.
-
-    Attributes:
-        client: its name in the run.
-        data: its file or folder of rows; the run's own sources and partitioner play no part.
-        model: where its copy of the base model lies; empty: where the run file says.
-        device: what it computes on, whatever the run file says.
-    """
-
-    client: str
-    data: Path
-    model: str = ""
-    device: str = "cpu"
-
-
-def load_own_resident(
-    run: RunConfig, own: Own, *, admit: Admit | None = None, start_bytes: bytes = b""
-) -> Resident:
-    """A run as one device takes part in it: one client, with its own rows.
-
-    The client has the rows, the split and the weight that it has in a simulation in which its file is one of
-    several, under the same name.
-
-    Raises:
-        DataError, ModelError, RunFileError: as `load_resident`.
-    """
-    refuse_attack(run)
-    part = run.of_client(own.client)
-    device = device_named(own.device)
-    _refuse_device(part, device)
-    raw = read_client_table(
-        run.data, own.data, run.model.task, run.run.seed, own.client, hides_rows=run.hides_rows
-    )
-    section = part.model.model_copy(update={"path": own.model}) if own.model else part.model
-    return _loaded(run, raw, section, device, admit, part.peft, start_bytes)
-
-
-def load_serving_resident(run: RunConfig) -> Resident:
-    """A run as a server holds it whose clients are elsewhere: no client's rows, only the test set, if any.
-
-    Raises:
-        DataError, ModelError, RunFileError: as `load_resident`.
-    """
-    refuse_attack(run)
-    device = device_for(run)
-    return _loaded(run, read_test_table(run.data, run.model.task), run.model, device)
-
-
-def _loaded(
-    run: RunConfig,
-    raw: RawFederated,
-    section: ModelSection,
-    device: torch.device,
-    admit: Admit | None = None,
-    peft: PeftSection | None = None,
-    start_bytes: bytes = b"",
-) -> Resident:
-    """Everything but the rows is the same for all who hold a run, or for those of one group.
-
-    Args:
-        device: where the model goes once it is complete.
-        peft: default the run's own.
-        start_bytes: see `load_resident`.
-    """
-    stages = build_stages(run)
-    tokenizer = load_tokenizer(section)
-    data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
-    if admit is not None:
-        admit(run.model_copy(update={"model": section}), data)
-    body = _load_body(run, section, run.peft if peft is None else peft, data, device, start_bytes)
-    names = trainable_parameters(body.model)
-    for part in (run, *(run.of_group(group) for group in run.groups)):
-        check_layers(part.training, list(names))
-    refuse_idle(run, names)
-    if isinstance(run.privacy, RecordLevelPrivacy) and run.training.kind == "first-order":
-        _prove_gradients(run, body.model, tokenizer, data.num_labels)
-    resident = Resident(
-        run,
-        run_digest(run),
-        body.model,
-        tokenizer,
-        data,
-        body.space,
-        stages,
-        body.digest,
-        body.directions,
-        body.group_directions,
-    )
-    resident.start = {
-        name: array for name, array in read_parameters(names).items() if resident.shares.kept(name)
-    }
-    return resident
-
-
-@dataclass(frozen=True)
-class _Body:
-    """A loaded model, and what depends on it alone."""
-
-    model: nn.Module
-    space: Space
-    digest: str
-    directions: Stream
-    group_directions: tuple[Stream, ...]
-
-
-def _load_body(
-    run: RunConfig,
-    section: ModelSection,
-    peft: PeftSection,
-    data: FederatedData,
-    device: torch.device,
-    start_bytes: bytes = b"",
-) -> _Body:
-    seed = run.run.seed
-    base = load_base(section, num_labels=data.num_labels, seed=derive_seed(seed, "head"))
-    own = derive_seed(seed, "adapter")
-    model = attach(base, peft, task=run.model.task, seed=own, start_bytes=start_bytes)
-    model.eval()
-    digest = frozen_digest(model)
-    with full_memory_refused():
-        move(model, device)  # before a space or a stream takes hold of its parameters
-    space, directions = build_space(run, model), direction_stream(run, model)
-    group_directions = tuple(direction_stream(run.of_group(group), model) for group in run.groups)
-    for each in (directions, *group_directions):
-        digest = _with_support(digest, each)
-    return _Body(model, space, digest, directions, group_directions)
-
-
-def _of_groups(whole: Resident) -> dict[int, Resident]:
-    """The run as each group holds it that has a model of its own; groups with equal models share it."""
-    bodies: dict[str, _Body] = {}
-    own = {}
-    for place, group in enumerate(whole.run.groups):
-        if group.own_model:
-            part = whole.run.of_group(group)
-            key = part.model.model_dump_json() + part.peft.model_dump_json()
-            if key not in bodies:
-                bodies[key] = _load_body(whole.run, part.model, part.peft, whole.data, whole.device)
-            body = bodies[key]
-            own[place] = replace(
-                whole,
-                model=body.model,
-                space=body.space,
-                base_digest=body.digest,
-                directions=body.directions,
-                group_directions=body.group_directions,
-                own={},
-            )
-    return own
-
-
-def _prove_gradients(run: RunConfig, model: nn.Module, tokenizer: Tokenizer, labels: int | None) -> None:
-    """Check this very model's per-example gradients, on made-up rows.
-
-    Raises:
-        PrivacyError: they are wrong.
-    """
-    from fedpeft.training.private import verify_model
-
-    verify_model(model, trainable_parameters(model), run.model.task, vocabulary=len(tokenizer), labels=labels)
-
-
-def _with_support(digest: str, directions: Stream) -> str:
-    """The digest of the frozen part, and of what directions leave out by the values of weights."""
-    support = "" if directions.support is None else directions.support.digest
-    return hashlib.sha256(f"{digest} {support}".encode()).hexdigest() if support else digest
-
-
 _RESIDENTS: dict[str, Resident] = {}  # by run digest; one run at a time, except where runs are added
 
 
@@ -677,21 +418,19 @@ def drop_resident(digest: str) -> None:
     release()
 
 
-def resident_for(digest: str, run: RunConfig | None = None, start_bytes: bytes = b"") -> Resident:
-    """The loaded run with this digest; loaded now if `run` is given and it isn't.
+def holds_resident(digest: str) -> bool:
+    """Whether the run with this digest is loaded."""
+    return digest in _RESIDENTS
 
-    Args:
-        start_bytes: see `load_resident`.
+
+def resident_for(digest: str) -> Resident:
+    """The loaded run with this digest.
 
     Raises:
-        FederationError: it is not loaded and there is no run file to load it from.
+        FederationError: it is not loaded.
     """
     if digest not in _RESIDENTS:
-        if run is None:
-            raise FederationError(
-                f"run {digest[:12]} is not loaded in this process and no run file came with the task"
-            )
-        install_resident(load_resident(run, start_bytes=start_bytes))
+        raise FederationError(f"run {digest[:12]} is not loaded in this process")
     return _RESIDENTS[digest]
 
 

@@ -43,9 +43,10 @@ from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.round_loop import run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
+from fedpeft.loading.simulated import load_resident
 from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import Resident, install_resident, load_resident
+from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import build_run, run_json
 from fedpeft.training.first_order import train
 from fedpeft.update import Arrays

@@ -250,7 +250,8 @@ def prepared(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
     if processes:
         tables["data"]["partitioner"] = {"kind": "files", "clients": len(NAMES)}
     else:
-        from fedpeft.resident import install_resident, load_resident  # seconds, while others begin too
+        from fedpeft.loading.simulated import load_resident  # seconds, while others begin too
+        from fedpeft.resident import install_resident
 
         install_resident(load_resident(build_run(tables, source="bench")))
     return tables

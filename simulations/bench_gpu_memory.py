@@ -146,9 +146,9 @@ def work(folder: str, name: str, trainer: str, base: str, device: str) -> dict[s
     """Load the run and hold two rounds of its one client, or score as many batches; what that took."""
     import numpy as np
 
+    from fedpeft.loading.simulated import load_resident
     from fedpeft.models.device import peak_memory
     from fedpeft.planning.memory import estimate_memory, on_gpu
-    from fedpeft.resident import load_resident
     from fedpeft.runfile import build_run
 
     shape = SHAPES[name]

@@ -274,8 +274,8 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from fedpeft.loading.simulated import load_resident
     from fedpeft.planning.memory import estimate_memory
-    from fedpeft.resident import load_resident
     from fedpeft.runfile import build_run
     from fedpeft.wire.codec import Envelope, encode
 

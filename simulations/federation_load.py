@@ -52,7 +52,7 @@ class Answers:
     @classmethod
     def of(cls, tables: dict[str, Any]) -> Answers:
         """Load the run as a server does, and draw an update that is as large as an honest one."""
-        from fedpeft.resident import load_serving_resident
+        from fedpeft.loading.serving import load_serving_resident
 
         resident = load_serving_resident(build_run(tables, source="bench"))
         state = resident.space.initial_state(resident.parameters)

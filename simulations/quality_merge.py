@@ -42,9 +42,9 @@ from fedpeft.commands.merge import GRIDS
 from fedpeft.config import RunConfig
 from fedpeft.files import folder_atomically
 from fedpeft.ledger.run_place import write_run
+from fedpeft.loading.simulated import load_resident
 from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.models.export import export_adapter
-from fedpeft.resident import load_resident
 from fedpeft.runfile import load_run
 from simulations.arms import options, seeds_of
 

@@ -45,11 +45,12 @@ from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.evaluation.evaluate import summarise
 from fedpeft.evaluation.scoring import score
 from fedpeft.ledger import RunFolder
+from fedpeft.loading.simulated import load_resident
 from fedpeft.preflight import refuse_problems
 from fedpeft.randomness import stream
 from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import Resident, load_resident
+from fedpeft.resident import Resident
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
 from fedpeft.simulation.scoring import TEST, batches_of, rows_of

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft_client.workshop import CLIENT_APP
+
+DEVICE_APP = "fedpeft.flower.device_app"
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedpeft_client": ROOT / "client"}
 
@@ -26,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("evaluation",),
     ("resident", "ledger"),
+    ("loading",),
     ("flower",),
     ("preflight", "reporting"),
     ("planning", "simulation"),
@@ -180,6 +184,52 @@ def test_only_importers(library: str) -> None:
         and not {item.room, item.file} & ONLY_IMPORTERS[library]
     ]
     assert wrong == []
+
+
+# What reads files that a run file names, or fetches data by name: an agent must not be able to get there.
+LOADERS_OF_RUN_FILES = (
+    "fedpeft.data.hub",
+    "fedpeft.data.run_sources",
+    "fedpeft.data.run_tables",
+    "fedpeft.flower.client_app",
+    "fedpeft.loading.simulated",
+    "fedpeft.loading.serving",
+    "fedpeft.simulation",
+    "fedpeft.commands",
+    "fedpeft_server",
+)
+
+
+def reached_from(*starts: str) -> set[str]:
+    """Modules that these import, now or in a function, and what those import."""
+    known = modules()
+    graph: dict[str, set[str]] = {module: set() for module in known}
+    for item in IMPORTS:
+        if ours(item):
+            parts = item.target.split(".")
+            packages = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+            graph[item.module] |= packages & known.keys()
+    found, left = set(starts), list(starts)
+    while left:
+        fresh = graph[left.pop()] - found
+        found |= fresh
+        left.extend(fresh)
+    return found
+
+
+def test_an_agent_cannot_reach_what_reads_the_files_of_a_run_file() -> None:
+    """The package of agents, and the app that its worker looks up by name."""
+    assert f"{DEVICE_APP}:app" == CLIENT_APP
+    agent = [module for module in modules() if room_of(module) == "fedpeft_client"]
+    reached = reached_from(*agent, DEVICE_APP)
+    assert {"fedpeft.loading.device", "fedpeft.resident", "fedpeft.data.tables"} <= reached
+    wrong = [
+        module
+        for module in reached
+        if any(f"{module}.".startswith(f"{loader}.") for loader in LOADERS_OF_RUN_FILES)
+    ]
+    assert wrong == []
+    assert set(LOADERS_OF_RUN_FILES) & reached_from("fedpeft.cli"), "the walk finds them where they are"
 
 
 def test_no_module_needs_itself_to_load() -> None:

@@ -221,7 +221,12 @@ class Desk:
     def _permitted(self, task: pb.Task, content: bytes) -> str:
         """The run file of a task that the policy lets through; its promise is booked before it begins."""
         digest = task.run_digest.hex()
-        stated = decode_content(content, who="the server").get("task", {}).get("run", "")
+        asked = decode_content(content, who="the server").get("task", {})
+        stated = asked.get("run", "")
+        if asked.get("run-digest") != digest:
+            raise UpdateError(
+                f"a task of run {digest[:12]} came with the content of another run; nothing was trained"
+            )
         if self._trade.app != CLIENT_APP and not stated:
             return ""  # apps of tests and benchmarks, which have no run file
         run_json = str(stated) or self._approved.get(digest, "")

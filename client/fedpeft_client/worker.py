@@ -30,7 +30,7 @@ from fedpeft_client.workshop import CLIENT_APP
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
     from fedpeft.data.federated import FederatedData
-    from fedpeft.resident import Admit
+    from fedpeft.loading.assembly import Admit
 
 
 def main(fd: int) -> None:
@@ -62,6 +62,7 @@ def done(order: Frame) -> Frame:
         order.parts["content"],
         memory_of(order.parts["memory"]),
         client=header["client"],
+        run=header["run_digest"],
         replica=replica,
     )
     if shelf is not None and outcome.replica:
@@ -85,22 +86,19 @@ def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
     if header["app"] != CLIENT_APP:
         return "", False
     # Here, as it brings torch and all that stands on it.
-    from fedpeft.resident import Own, install_resident, load_own_resident, resident_for
+    from fedpeft.loading.device import Own, load_own_resident
+    from fedpeft.resident import holds_resident, install_resident, resident_for
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
-    try:
-        resident = resident_for(digest)
-    except FedPEFTError:
+    if not holds_resident(digest):
         run = run_from_json(header["run"])
         if run_digest(run) != digest:
-            raise ModelError(
-                f"the run file that came is not that of run {digest[:12]}; nothing was trained"
-            ) from None
+            raise ModelError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
         admit = _admission(header.get("max_memory_mib"), own.device)
-        resident = load_own_resident(run, own, admit=admit, start_bytes=_start(header, content))
-        install_resident(resident)
+        install_resident(load_own_resident(run, own, admit=admit, start_bytes=_start(header, content)))
         fresh = True
+    resident = resident_for(digest)
     if pins and resident.base_digest not in pins:
         raise _NotPinnedError(
             f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name"

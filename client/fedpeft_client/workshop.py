@@ -18,7 +18,7 @@ from fedpeft.errors import FederationError
 from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
 from fedpeft.interruption import INTERRUPT
 
-CLIENT_APP = "fedpeft.flower.client_app:deployed_app"
+CLIENT_APP = "fedpeft.flower.device_app:app"
 _WATCH_S = 0.25
 _MIB = 1 << 20
 

@@ -7,14 +7,16 @@ from pathlib import Path
 from torch import nn
 
 from fedpeft.config import RunConfig
-from fedpeft.data.federated import encode, read_tables
+from fedpeft.data.federated import encode
 from fedpeft.data.labels import label_map
+from fedpeft.data.run_tables import read_tables
+from fedpeft.loading.assembly import device_for
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
 from fedpeft.models.trainable import frozen_digest
 from fedpeft.randomness import derive_seed
-from fedpeft.resident import Resident, device_for
+from fedpeft.resident import Resident
 from fedpeft.spaces.adapter_delta import AdapterDelta
 
 

@@ -8,7 +8,7 @@ from fedpeft.commands.export import check_out, write_merged
 from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.resident import load_resident
+from fedpeft.loading.simulated import load_resident
 from fedpeft.training.zeroth_rules import SEED_SPACES
 
 

@@ -10,10 +10,10 @@ from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.ledger import RunFolder
+from fedpeft.loading.assembly import Admit, device_for, trainable_on
 from fedpeft.planning.admission import available_memory, refuse_oversized
 from fedpeft.preflight import refuse_problems, simulation_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import Admit, device_for, trainable_on
 from fedpeft.simulation.engine import simulate
 
 

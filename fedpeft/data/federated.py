@@ -1,13 +1,12 @@
 """The rows of a federation as tokens.
 
 Two steps, because a classifier's number of labels is needed before its model, and with it the tokenizer, is
-loaded: `read_tables` needs no tokenizer, `encode` does the rest. `load_federated` is both.
+loaded: `fedpeft.data.run_tables` and `fedpeft.data.tables` need no tokenizer, `encode` does the rest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,19 +14,9 @@ from numpy.typing import NDArray
 from fedpeft.config import DataSection
 from fedpeft.data.encoded import Encoded, Task
 from fedpeft.data.row_digest import rows_digest
-from fedpeft.data.tables import ClientRows, RawFederated, read_client_table, read_tables
+from fedpeft.data.tables import ClientRows, RawFederated
 from fedpeft.data.tokenize import Tokenizer, tokenize
 from fedpeft.errors import DataError
-
-__all__ = [
-    "ClientRows",
-    "FederatedData",
-    "RawFederated",
-    "encode",
-    "load_client",
-    "load_federated",
-    "read_tables",
-]
 
 
 @dataclass(frozen=True)
@@ -60,41 +49,10 @@ class FederatedData:
     rows_digest: str
 
 
-def load_federated(
-    section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int, hides_rows: bool = False
-) -> FederatedData:
-    """`read_tables`, then `encode`; raises what they raise."""
-    raw = read_tables(section, task, seed)
-    return encode(raw, tokenizer, section, task, hides_rows=hides_rows)
-
-
-def load_client(
-    section: DataSection,
-    path: Path,
-    *,
-    task: Task,
-    tokenizer: Tokenizer,
-    seed: int,
-    name: str,
-    hides_rows: bool = False,
-) -> FederatedData:
-    """The local file (or folder) of one client that shares a run with others.
-
-    Templates, explode, filter, limit, label map, held-out share and length limit are the run's; its own
-    sources and its partitioner play no part. Whether a row is held out depends on `seed` and the row alone.
-
-    Raises:
-        DataError: as `load_federated`; also a classifier's run without `data.labels`, since one client's rows
-            do not tell which classes the others have.
-    """
-    raw = read_client_table(section, path, task, seed, name, hides_rows=hides_rows)
-    return encode(raw, tokenizer, section, task, hides_rows=hides_rows)
-
-
 def encode(
     raw: RawFederated, tokenizer: Tokenizer, section: DataSection, task: Task, *, hides_rows: bool = False
 ) -> FederatedData:
-    """Tokenise what `read_tables` read.
+    """Tokenise rows that were read as text.
 
     Rows that leave nothing to learn (no token that the loss counts) are dropped and counted.
 

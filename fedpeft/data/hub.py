@@ -1,9 +1,9 @@
-"""Data sets by name, through the `datasets` library."""
+"""Data sets of the hub by owner and name, through the `datasets` library."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from fedpeft.data.readers import BATCH_ROWS, NumberedRow
@@ -12,12 +12,13 @@ from fedpeft.errors import DataError
 PREFIX = "datasets:"
 DEFAULT_SPLIT = "train"
 
+_HUB = "hf://datasets/"  # by this the library looks at the hub and its cache, never at a folder of that name
+_SEGMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LONGEST = 96  # characters of a segment, as the hub has it
+
 
 def read_hub(source: str) -> Iterator[NumberedRow]:
-    """The rows of ``datasets:NAME[/CONFIG][:SPLIT]``; the split defaults to train.
-
-    Two segments are first taken as owner and name, then as name and configuration; three as owner, name and
-    configuration. NAME may also be a folder that the library can load.
+    """The rows of ``datasets:OWNER/NAME[/CONFIG][:SPLIT]``; the split defaults to train.
 
     Raises:
         DataError: no such data set, configuration or split, or it is neither cached nor reachable.
@@ -33,23 +34,28 @@ def read_hub(source: str) -> Iterator[NumberedRow]:
     except Exception as error:  # the library's errors share no base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source}: cannot be loaded ({type(error).__name__}: {reason}); check name, configuration and "
-            "split, and that it is cached or the hub can be reached"
+            f"{source}: cannot be loaded ({type(error).__name__}: {reason}); check owner, name, configuration"
+            " and split, and that it is cached or the hub can be reached"
         ) from error
 
 
 def parse_hub_source(source: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of ``datasets:NAME[/CONFIG][:SPLIT]``.
+    """Owner and name, configuration and split of ``datasets:OWNER/NAME[/CONFIG][:SPLIT]``.
+
+    The library also takes names of its own loaders ("pandas", which unpickles files below the working folder)
+    and folders; neither is a data set of the hub, and both are refused here.
 
     Raises:
-        DataError: the name is empty or has more than three segments.
+        DataError: it has not two or three segments, or one of them is no name.
     """
     name, _, split = source.removeprefix(PREFIX).partition(":")
     segments = name.split("/")
-    if Path(name).is_dir() and name:
-        return name, None, split or DEFAULT_SPLIT
-    if not all(segments) or len(segments) > 3:
-        raise DataError(f"'{source}' names no data set; write {PREFIX}NAME[/CONFIG][:SPLIT]")
+    sound = all(len(part) <= _LONGEST and _SEGMENT.fullmatch(part) for part in segments)
+    if not sound or len(segments) not in (2, 3):
+        raise DataError(
+            f"'{source}' names no data set of the hub; write {PREFIX}OWNER/NAME[/CONFIG][:SPLIT], or the path"
+            " of a file"
+        )
     config = segments[2] if len(segments) == 3 else None
     return "/".join(segments[:2]), config, split or DEFAULT_SPLIT
 
@@ -60,25 +66,7 @@ def _load(name: str, config: str | None, split: str) -> Any:
     shown_bars = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return _load_either(datasets, name, config, split)
+        return datasets.load_dataset(f"{_HUB}{name}", config, split=split)
     finally:
         if shown_bars:
             datasets.enable_progress_bars()
-
-
-def _load_either(datasets: Any, name: str, config: str | None, split: str) -> Any:
-    """Owner and name first; then, where there is no such data set, name and configuration."""
-    try:
-        return datasets.load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
-        parent, _, last = name.rpartition("/")
-        ambiguous = config is None and parent and not Path(name).is_dir()
-        # Without a network a second try would only wait as long again, unless we are told to look no further
-        # than the cache.
-        unreachable = isinstance(error, ConnectionError) and not datasets.config.HF_HUB_OFFLINE
-        if not ambiguous or unreachable:
-            raise
-        try:
-            return datasets.load_dataset(parent, last, split=split)
-        except (FileNotFoundError, ConnectionError):
-            raise error from None

@@ -1,4 +1,4 @@
-"""From what a run file calls its data to parts that can be read: files, or one data set of the hub."""
+"""From paths to parts that can be read: files, folders and patterns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.data.describe import listed
-from fedpeft.data.hub import PREFIX, parse_hub_source, read_hub
 from fedpeft.data.labels import natural_key
 from fedpeft.data.readers import READERS, NumberedRow
 from fedpeft.errors import DataError
@@ -29,8 +28,8 @@ class Part:
     rows: Callable[[], Iterator[NumberedRow]]
 
 
-def find_parts(source: str | tuple[str, ...]) -> tuple[Part, ...]:
-    """The parts of a file, a folder, a glob pattern, a ``datasets:`` name, or a list of these.
+def find_files(source: str) -> list[Part]:
+    """The parts of a file, a folder or a glob pattern.
 
     A folder stands for the files in it whose suffix we read (not its subfolders); files of folders and
     patterns come in natural order of their paths.
@@ -38,17 +37,6 @@ def find_parts(source: str | tuple[str, ...]) -> tuple[Part, ...]:
     Raises:
         DataError: nothing is there, or a file's suffix has no reader.
     """
-    sources = (source,) if isinstance(source, str) else source
-    parts = tuple(part for item in sources for part in _parts(item))
-    if not parts:
-        raise DataError("the list of data files is empty; name at least one file")
-    return parts
-
-
-def _parts(source: str) -> list[Part]:
-    if source.startswith(PREFIX):
-        name = parse_hub_source(source)[0]
-        return [Part(name, source, lambda: read_hub(source))]
     path = Path(source)
     if path.is_file():
         return [_file(path)]
@@ -59,7 +47,7 @@ def _parts(source: str) -> list[Part]:
     if not found:
         raise DataError(
             f"{source}: no data is there; give a {', '.join(READERS)} file, a folder or pattern of such "
-            f"files (relative to the run file or the working folder), or {PREFIX}NAME"
+            f"files (relative to the run file or the working folder)"
         )
     return [_file(item) for item in sorted(found, key=lambda item: natural_key(str(item)))]
 

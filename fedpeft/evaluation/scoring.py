@@ -72,6 +72,7 @@ def generate(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=rows.pad_id,
+        trust_remote_code=False,
     )
     new = output[:, prompts.input_ids.shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

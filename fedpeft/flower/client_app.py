@@ -1,213 +1,68 @@
-"""The `ClientApp`: one for every engine, and the same behind a door that simulated noise does not pass."""
+"""The `ClientApp` of engines whose processes read the run's own files: simulations, and Flower's nodes.
+
+Where a run is not loaded yet, it is loaded as its run file says, from whatever files that names. An agent has
+an app of its own, `fedpeft.flower.device_app`, which cannot do that.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections import deque
-from collections.abc import Callable
-
-import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.attacks import refuse_attack
-from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
-from fedpeft.data.federated import ClientRows
-from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.flower.exact_steps import steps_of
+from fedpeft.errors import FedPEFTError
+from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
-from fedpeft.flower.replica import WHO, Replica, caught_up
-from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
+from fedpeft.flower.tasks import Task, error_reply, read_task
+from fedpeft.loading.simulated import load_resident
 from fedpeft.privacy.sources import refuse_seeded
-from fedpeft.resident import Resident, resident_for
+from fedpeft.resident import Resident, holds_resident, install_resident, resident_for
 from fedpeft.runfile import run_from_json
-from fedpeft.spaces import Memory
-from fedpeft.stages import StageContext, on_client
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
-from fedpeft.wire.codec import Envelope, decode, encode
-from fedpeft.wire.state_message import decode_state
 
 app = ClientApp()
-deployed_app = ClientApp()  # what runs outside a simulation
-
-_MOST_REPLICAS = 8
-_STATES: deque[tuple[bytes, str, str, tuple[Arrays, str]]] = deque(maxlen=8)  # a cache of the latest ones
-_REPLICAS: dict[tuple[str, str], Replica] = {}  # a cache by run and client, for grids that keep no record
+node_app = ClientApp()  # on Flower's nodes, where noise must be a secret
 
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Say who this client is and what it holds."""
-    ensure_identity()
-    try:
-        task = read_task(message)
-        resident = _resident(task)
-        client = resident.data.clients[_partition(context, resident)]
-        resident = resident.of_client(client.name)
-        return hello_reply(Hello(client.name, _told_rows(resident, client), resident.base_digest), message)
-    except FedPEFTError as error:
-        return error_reply(error, message)
+    """See `greet`."""
+    return greet(message, context, _find)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train on this client's rows, run the stages, and send the update."""
-    ensure_identity()
-    try:
-        task = read_task(message)
-        resident = _resident(task)
-        index = _partition(context, resident)
-        resident = resident.of_client(resident.data.clients[index].name)
-        return update_reply(_train(task, resident, index, context), message)
-    except FedPEFTError as error:
-        return error_reply(error, message)
+    """See `send_update`."""
+    return send_update(message, context, _find)
 
 
-@deployed_app.query("hello")
-def deployed_hello(message: Message, context: Context) -> Message:
+@node_app.query("hello")
+def node_hello(message: Message, context: Context) -> Message:
     """As `hello`, unless the run's noise comes from its seed."""
     return _refusal(message) or hello(message, context)
 
 
-@deployed_app.train()
-def deployed_train(message: Message, context: Context) -> Message:
+@node_app.train()
+def node_train(message: Message, context: Context) -> Message:
     """As `train`, unless the run's noise comes from its seed."""
     return _refusal(message) or train(message, context)
 
 
+def _find(task: Task, _: Context) -> Resident:
+    """The task's run; loaded now if its run file came along and it isn't."""
+    use_one_thread()
+    if not holds_resident(task.run_digest) and task.run_json:
+        install_resident(load_resident(run_from_json(task.run_json), start_bytes=task.start))
+    return resident_for(task.run_digest)
+
+
 def _refusal(message: Message) -> Message | None:
-    """A client's own answer to a run that only a simulation may hold, whatever its server thinks."""
+    """A node's own answer to a run that only a simulation may hold, whatever its server thinks."""
     ensure_identity()
     try:
         task = read_task(message)
-        run = run_from_json(task.run_json) if task.run_json else _resident(task).run
+        run = run_from_json(task.run_json) if task.run_json else resident_for(task.run_digest).run
         refuse_seeded(run)
         refuse_attack(run)
     except FedPEFTError as error:
         return error_reply(error, message)
     return None
-
-
-def _told_rows(resident: Resident, client: ClientRows) -> int:
-    """The client's number of rows; 0 where privacy hides it from the server."""
-    hidden = isinstance(resident.run.privacy, RecordLevelPrivacy | LocalPrivacy)
-    return 0 if hidden else len(client.train)
-
-
-def _train(task: Task, resident: Resident, index: int, context: Context) -> bytes:
-    state, digest = _current_state(task, resident, index, context)
-    memory = arrays_in(context.state, MEMORY)
-    update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu, memory=memory)
-    name = resident.data.clients[index].name
-    stage_context = StageContext(
-        seed=resident.run.run.seed,
-        round=task.round,
-        client=name,
-        memory=memory,
-        held_out_loss=_held_out_loss(resident, index, state, memory),
-    )
-    update = on_client(resident.stages, update, stage_context)
-    if stage_context.memory:
-        context.state[MEMORY] = record_of(stage_context.memory)
-    return encode(
-        Envelope(
-            arrays=update.arrays,
-            run_digest=task.run_digest,
-            round=task.round,
-            state_digest=digest,
-            space=resident.space.kind,
-            client=name,
-            weight=update.weight,
-            metrics=update.metrics,
-            encoded=update.encoded,
-            base_digest=resident.base_digest,
-            stages=resident.stage_list,
-        )
-    )
-
-
-def _resident(task: Task) -> Resident:
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)  # more would change the last bits of what is computed
-    run = run_from_json(task.run_json) if task.run_json else None
-    return resident_for(task.run_digest, run, task.start)
-
-
-def _partition(context: Context, resident: Resident) -> int:
-    """Which client this node is: `client` by name or `partition-id` by number in the node's configuration."""
-    name = context.node_config.get("client")
-    if name is not None:
-        return resident.client_index(str(name))
-    index, count = int(context.node_config.get("partition-id", -1)), len(resident.data.clients)
-    if not 0 <= index < count:
-        raise FederationError(
-            f"this node has partition-id {index} and the run has {count} clients, numbered from 0"
-        )
-    return index
-
-
-def _held_out_loss(
-    resident: Resident, index: int, state: Arrays, memory: Memory
-) -> Callable[[Arrays], float] | None:
-    """How stages may ask the client's held-out rows; None where it has none."""
-    if not len(resident.data.clients[index].heldout):
-        return None
-    return functools.partial(resident.held_out_loss, index, state, memory=memory)
-
-
-def _current_state(task: Task, resident: Resident, index: int, context: Context) -> tuple[Arrays, str]:
-    """The round's state and its fingerprint; where states travel in steps, from the one that is held here."""
-    steps = steps_of(resident.run, task.run_digest, resident.space)
-    if steps is None:
-        return _state(task.state, task.run_digest, resident.base_digest)
-    message = decode_state(task.state, who=WHO)
-    if message.whole and not message.keep:
-        return _state(message.whole, task.run_digest, resident.base_digest)
-    holder = (task.run_digest, resident.data.clients[index].name)
-    replica = caught_up(message, _replica(context) or _REPLICAS.get(holder), steps)
-    context.state[REPLICA] = record_of(replica.arrays)
-    _hold(holder, replica)
-    return replica.arrays, replica.digest
-
-
-def _hold(holder: tuple[str, str], replica: Replica) -> None:
-    _REPLICAS.pop(holder, None)
-    _REPLICAS[holder] = replica
-    while len(_REPLICAS) > _MOST_REPLICAS:
-        del _REPLICAS[next(iter(_REPLICAS))]
-
-
-def _replica(context: Context) -> Replica | None:
-    kept = arrays_in(context.state, REPLICA)
-    if not kept:
-        return None
-    arrays = frozen_arrays(kept)
-    return Replica(arrays_digest(arrays), arrays)
-
-
-def _state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
-    """A round's state, checked: once per process and round, not once per client."""
-    for known, run, base, state in _STATES:  # no table by hash: to hash a payload is to read it all
-        if (run, base) == (run_digest, base_digest) and (known is payload or known == payload):
-            return state
-    state = _checked_state(payload, run_digest, base_digest)
-    _STATES.append((payload, run_digest, base_digest, state))
-    return state
-
-
-def _checked_state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
-    """Decode a state and compare its fingerprint with the one that was announced."""
-    envelope = decode(payload, who=WHO)
-    digest = arrays_digest(envelope.arrays)
-    if digest != envelope.state_digest or envelope.run_digest != run_digest:
-        raise FederationError(
-            f"the state that came has fingerprint {digest[:12]}, announced was {envelope.state_digest[:12]};"
-            " nothing was trained"
-        )
-    if envelope.base_digest and envelope.base_digest != base_digest:
-        raise FederationError(
-            f"the base model here has digest {base_digest[:12]}, the run's has {envelope.base_digest[:12]}:"
-            " other files, another quantisation or another version of its library; nothing was trained"
-        )
-    return envelope.arrays, digest

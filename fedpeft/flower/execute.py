@@ -17,6 +17,7 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 
+RUN = "run"  # in a node's configuration: the digest of the only run that messages may be of
 _NODE_ID = 2  # of an agent, to itself; the server routes by connection
 
 
@@ -80,6 +81,7 @@ def execute(
     memory: Mapping[str, NDArray[Any]],
     *,
     client: str,
+    run: str = "",
     replica: Mapping[str, NDArray[Any]] | None = None,
 ) -> Outcome:
     """Call the client function of `app` for a message; whatever goes wrong in it is part of the outcome.
@@ -90,12 +92,14 @@ def execute(
         content: the message's content, see `content_bytes`.
         memory: what the client remembers.
         client: its name in the run.
+        run: digest of the run that was let in, for the app of agents.
         replica: the global state that it holds, unless this process has held it since.
     """
     held = {MEMORY: memory, REPLICA: replica}
     state = RecordDict({name: record_of(arrays) for name, arrays in held.items() if arrays})
+    config: UserConfig = {"client": client, RUN: run}
     try:
-        call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, {"client": client})
+        call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, config)
         reply = call.answer(app, state)
         if isinstance(reply, str):
             return Outcome(b"", reply, memory)

@@ -6,6 +6,11 @@ the frozen digest) are cheap to import; the other modules load these libraries: 
 """
 
 import logging
+import os
+
+# A model's configuration can name attention code on the hub, which transformers would fetch and run where the
+# package `kernels` is installed.
+os.environ["USE_HUB_KERNELS"] = "NO"
 
 # bitsandbytes reports an optional kernel that it lacks, at its import, on every terminal.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

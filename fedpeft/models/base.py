@@ -101,7 +101,9 @@ def architecture_of(section: ModelSection) -> str:
     path = model_path(section)
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir())
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=False, local_files_only=Path(path).is_dir()
+            )
         except Exception as error:  # broken files raise all kinds
             raise ModelError(_unloadable("configuration", section, path, error)) from error
     return str(config.model_type)
@@ -118,7 +120,9 @@ def load_tokenizer(section: ModelSection) -> Tokenizer:
     path = model_path(section)
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=Path(path).is_dir())
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False, local_files_only=Path(path).is_dir()
+            )
         except Exception as error:  # tokenizers raise bare Exception on broken files
             raise ModelError(_unloadable("tokenizer", section, path, error)) from error
         if tokenizer.pad_token is None:
@@ -136,8 +140,8 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
 
     Weights that the task needs and the files lack (a new classification head, with BERT's pooler where that
     is missing) are drawn from `seed`, the same for every client; the global generator is left as it was. The
-    padding token id is set in the config. Nothing is fetched unless `path` is a hub name, and code that comes
-    with a model is never run.
+    padding token id is set in the config. Nothing is fetched unless `path` is a hub name, code that comes
+    with a model is never run, and weights are read from safetensors files alone, never from pickles.
 
     Args:
         section: path, task, dtype and quantisation; see `fedpeft.models.quantization`.
@@ -167,7 +171,7 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
         torch.default_generator.manual_seed(seed)
         try:
             model, report = _AUTO_CLASSES[section.task].from_pretrained(
-                path, output_loading_info=True, trust_remote_code=False, **options
+                path, output_loading_info=True, trust_remote_code=False, use_safetensors=True, **options
             )
         except ModelError:
             raise
@@ -195,9 +199,13 @@ def skeleton_of(section: ModelSection, num_labels: int | None = None) -> nn.Modu
     labels = {} if num_labels is None else {"num_labels": num_labels}
     with quiet(), torch.device("meta"):
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=Path(path).is_dir(), **labels)
+            config = AutoConfig.from_pretrained(
+                path, trust_remote_code=False, local_files_only=Path(path).is_dir(), **labels
+            )
             kind = _AUTO_CLASSES[section.task]
-            skeleton: nn.Module = kind.from_config(config, dtype=DTYPES[section.dtype])
+            skeleton: nn.Module = kind.from_config(
+                config, dtype=DTYPES[section.dtype], trust_remote_code=False
+            )
         except Exception as error:  # broken files raise all kinds
             raise ModelError(_unloadable(f"{section.task} model", section, path, error)) from error
     return skeleton

@@ -114,7 +114,9 @@ def whole_model(path: str, task: str) -> nn.Module:
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModel
     with quiet():
         try:
-            model = kind.from_pretrained(path, local_files_only=Path(path).is_dir(), trust_remote_code=False)
+            model = kind.from_pretrained(
+                path, local_files_only=Path(path).is_dir(), trust_remote_code=False, use_safetensors=True
+            )
         except Exception as error:  # broken files raise all kinds
             raise ModelError(f"no model can be loaded from '{path}': {one_line(error)}") from error
     loaded: nn.Module = model.requires_grad_(False).eval()

@@ -9,7 +9,8 @@ from typing import TypeVar
 from torch import nn
 
 from fedpeft.config import RunConfig
-from fedpeft.data.federated import FederatedData, encode, read_tables
+from fedpeft.data.federated import FederatedData, encode
+from fedpeft.data.run_tables import read_tables
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
@@ -54,7 +55,7 @@ class Problems:
 
 
 def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.Module | None]:
-    """Rows and model of a run, each None if it cannot be had; what `fedpeft.resident.load_resident` loads.
+    """Rows and model of a run, each None if it cannot be had; what a simulation loads.
 
     The model of a classifier needs the labels, so without its rows it is not tried; nor is one that this
     machine has no memory for.

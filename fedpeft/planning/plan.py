@@ -14,6 +14,7 @@ from fedpeft.errors import RunFileError
 from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.rules import strategy_problems
 from fedpeft.groups import refuse_idle, refuse_unknown
+from fedpeft.loading.assembly import trainable_on
 from fedpeft.models.methods import METHODS, with_options
 from fedpeft.models.trainable import count_parameters, trainable_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
@@ -24,7 +25,6 @@ from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
 from fedpeft.planning.rule import RulePlan, plan_rule
 from fedpeft.planning.traffic import Sizes, measure_sizes
 from fedpeft.preflight import has_answers, problems_of, simulation_problems
-from fedpeft.resident import trainable_on
 from fedpeft.runfile import run_digest
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space, build_space

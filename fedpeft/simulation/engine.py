@@ -29,6 +29,8 @@ from fedpeft.flower.server_app import Order, Server, hold_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import PLUGGED
+from fedpeft.loading.assembly import Admit, device_for
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.base import model_path
 from fedpeft.models.device import peak_memory
 from fedpeft.models.export import adapter_digest, export_adapter
@@ -44,7 +46,7 @@ from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
-from fedpeft.resident import Admit, Resident, device_for, install_resident, load_resident
+from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.offsite import emulator_to_plug, offsite_scores, write_plugged

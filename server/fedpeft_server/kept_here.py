@@ -13,7 +13,9 @@ from fedpeft.files import storage
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_place import ROWS
-from fedpeft.resident import Resident, add_resident, drop_resident, load_resident, load_serving_resident
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.simulated import load_resident
+from fedpeft.resident import Resident, add_resident, drop_resident
 from fedpeft.simulation.engine import Venue, hold_run, write_adapter, write_summary
 from fedpeft.update import Arrays
 from fedpeft.workers import Workers

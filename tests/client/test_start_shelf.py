@@ -10,8 +10,9 @@ import pytest
 from fedpeft.flower.content import content_bytes
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.frames import Frame
+from fedpeft.loading.serving import load_serving_resident
 from fedpeft.models.starts import decomposition_bytes, decomposition_of
-from fedpeft.resident import drop_resident, load_serving_resident
+from fedpeft.resident import drop_resident
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done

@@ -16,7 +16,8 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.frames import Frame
-from fedpeft.resident import drop_resident, load_serving_resident
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.resident import drop_resident, holds_resident
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
@@ -78,6 +79,19 @@ def test_another_run_file_than_announced(rows: Path) -> None:
     changed = run_json(RUN).replace('"rounds":1', '"rounds":9')
     answered = done(order(rows, run=changed))
     assert answered.header["error"].startswith("ModelError: the run file that came is not that of run")
+
+
+def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_path: Path) -> None:
+    """Its own run file would have other rows read; that file is not even looked at."""
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text('{"prompt": "p", "answer": "a"}\n')
+    other = build_run(
+        RUN.model_dump() | {"data": {**RUN.data.model_dump(), "train": str(secret)}}, source="t"
+    )
+    content = content_bytes(task_content(Task(run_digest(other), 0, b"", run_json(other))))
+    answered = done(Frame(order(rows).header, {"content": content, "memory": b""}))
+    assert answered.header["error"].startswith("FederationError: a message of run ")
+    assert not holds_resident(run_digest(other))
 
 
 def test_rows_that_cannot_be_read(rows: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 
 from fedpeft.commands.runs import run_of
 from fedpeft.config import RecordLevelPrivacy
+from fedpeft.loading.simulated import load_resident
 from fedpeft.planning.memory import estimate_memory
 from fedpeft.privacy.sources import noise_source
-from fedpeft.resident import Resident, load_resident
+from fedpeft.resident import Resident
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.training.first_order import Rows, train
 

@@ -13,8 +13,10 @@ import pytest
 from fedpeft.config import DataSection
 from fedpeft.data.embedded import federated_rows
 from fedpeft.data.encoded import Task
-from fedpeft.data.federated import FederatedData, load_client, load_federated, read_tables
+from fedpeft.data.federated import FederatedData
+from fedpeft.data.run_tables import read_tables
 from fedpeft.errors import DataError
+from tests.data.loading import load_client, load_federated
 
 ROWS = [{"q": f"q{i}", "a": f"a{i}", "who": f"w{i % 3}", "y": "abc"[i % 3]} for i in range(30)]
 LM: Task = "causal-lm"
@@ -208,7 +210,8 @@ def test_bad_input_is_one_line(
 
 def test_a_home_that_cannot_be_written_is_no_hindrance(write_rows: Any) -> None:
     script = (
-        "import sys; from fedpeft.config import DataSection; from fedpeft.data.federated import read_tables\n"
+        "import sys\nfrom fedpeft.config import DataSection\n"
+        "from fedpeft.data.run_tables import read_tables\n"
         "part = {'kind': 'dirichlet', 'clients': 2, 'by': 'y', 'alpha': 1.0}\n"
         "s = DataSection.model_validate({'train': sys.argv[1], 'text': '{q}', 'partitioner': part})\n"
         "print(len(read_tables(s, 'causal-lm', 0).clients))"

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.config import DataSection
-from fedpeft.data.federated import FederatedData, load_client, load_federated
+from fedpeft.data.federated import FederatedData
 from fedpeft.data.heldout import content_draws, split_heldout
 from fedpeft.errors import DataError
+from tests.data.loading import load_client, load_federated
 
 FALSE_ALARM = 1e-6
 TEXTS = st.lists(st.text("ab", min_size=1, max_size=2), max_size=30)

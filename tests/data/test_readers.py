@@ -17,7 +17,7 @@ import pytest
 from fedpeft.data.describe import listed, shown
 from fedpeft.data.hub import parse_hub_source
 from fedpeft.data.readers import READERS, read_csv, read_jsonl, read_parquet, read_tsv
-from fedpeft.data.sources import find_parts
+from fedpeft.data.run_sources import find_parts
 from fedpeft.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -143,7 +143,6 @@ def test_a_suffix_without_reader_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "parsed"),
     [
-        ("datasets:imdb", ("imdb", None, "train")),
         ("datasets:owner/name:test", ("owner/name", None, "test")),
         ("datasets:owner/name/config:train[:10%]", ("owner/name", "config", "train[:10%]")),
     ],
@@ -152,38 +151,70 @@ def test_hub_names(source: str, parsed: tuple[str, str | None, str]) -> None:
     assert parse_hub_source(source) == parsed
 
 
-@pytest.mark.parametrize("source", ["datasets:", "datasets:a//b", "datasets:a/b/c/d", "datasets::test"])
-def test_hub_names_that_are_none(source: str) -> None:
-    with pytest.raises(DataError, match=r"write datasets:NAME"):
-        parse_hub_source(source)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "a//b",
+        "a/b/c/d",
+        ":test",
+        "imdb",
+        "pandas",
+        "pandas:test",
+        "./a",
+        "../a/b",
+        "/etc/x",
+        "a/..",
+        "~/a",
+    ],
+)
+def test_hub_names_that_are_none(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "imdb").mkdir()  # nor does a folder make it one
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"write datasets:OWNER/NAME"):
+        parse_hub_source(f"datasets:{name}")
 
 
 HUB_SCRIPT = """
-import sys
+import shutil
+from pathlib import Path
+import datasets
 from fedpeft.data.hub import read_hub
 from fedpeft.errors import DataError
-print(list(read_hub(sys.argv[1])))
-for name in ("datasets:no-owner/no-such-set", f"{sys.argv[1]}:no-such-split"):
+datasets.disable_progress_bars()
+cache = Path(datasets.config.HF_DATASETS_CACHE)
+Path("rows.jsonl").write_text('{"a": "x", "b": 1}\\n{"a": "y", "b": 2}\\n')
+datasets.load_dataset("json", data_files={"train": "rows.jsonl"})
+(made,) = cache.glob("json/default-*/0.0.0/*/dataset_info.json")
+cached = cache / "owner___cached" / "default" / "0.0.0" / made.parent.name  # as if it had been fetched
+shutil.copytree(made.parent, cached)
+(cached / "json-train.arrow").rename(cached / "cached-train.arrow")
+datasets.enable_progress_bars()
+Path("owner/folder").mkdir(parents=True)
+shutil.copy("rows.jsonl", "owner/folder/train.jsonl")
+for name in ("owner/cached", "owner/cached:no-split", "owner/folder", "pandas/x", "no-owner/no-set"):
     try:
-        list(read_hub(name))
+        print(list(read_hub(f"datasets:{name}")))
     except DataError as error:
         print("|", error)
 """
 
 
-def test_hub_rows_and_errors_without_a_network_or_a_progress_bar(tmp_path: Path) -> None:
+def test_only_the_hub_and_its_cache_are_read_without_a_network_or_a_progress_bar(tmp_path: Path) -> None:
     """In a process of its own: the library fixes its cache folder when it is first imported."""
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "train.jsonl").write_text('{"a": "x", "b": 1}\n{"a": "y", "b": 2}\n')
     env = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", HUB_SCRIPT, f"datasets:{tmp_path / 'set'}"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+    command = [sys.executable, "-c", HUB_SCRIPT]
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
     rows, *errors = done.stdout.splitlines()
     assert rows == "[(1, {'a': 'x', 'b': 1}), (2, {'a': 'y', 'b': 2})]"
-    assert [line[:1] for line in errors] == ["|", "|"]
-    assert "datasets:no-owner/no-such-set: cannot be loaded" in errors[0]
-    assert "no-such-split" in errors[1]
-    assert "examples" not in done.stderr
+    assert [line.partition(": cannot be loaded")[0] for line in errors] == [
+        "| datasets:owner/cached:no-split",
+        "| datasets:owner/folder",  # which the library would read by that name
+        "| datasets:pandas/x",
+        "| datasets:no-owner/no-set",
+    ]
     assert "%|" not in done.stderr
 
 

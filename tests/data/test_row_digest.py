@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedpeft.config import DataSection
-from fedpeft.data.federated import load_client, load_federated, read_tables
 from fedpeft.data.row_digest import rows_digest
+from fedpeft.data.run_tables import read_tables
+from tests.data.loading import load_client, load_federated
 
 ROWS = [{"q": f"q{i}", "a": f"a{i}", "who": f"w{i % 2}", "other": i} for i in range(12)]
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fedpeft.config import ModelSection
 from fedpeft.errors import ModelError
-from fedpeft.models.base import head_modules, load_base, load_tokenizer, model_path, new_modules
+from fedpeft.models.base import (
+    architecture_of,
+    head_modules,
+    load_base,
+    load_tokenizer,
+    model_path,
+    new_modules,
+    skeleton_of,
+)
+from fedpeft.models.offsite import whole_model
 from fedpeft.models.trainable import frozen_digest, trainable_parameters
 from tests.models.tiny import LABELS, batch, logits, saved, tiny_base
 
@@ -129,19 +142,44 @@ def test_labels_belong_to_classifiers(tmp_path: Path, task: str, labels: int | N
         load_base(section(tmp_path, task=task), num_labels=labels)
 
 
-def test_code_in_a_model_folder_is_never_run(tmp_path: Path) -> None:
+READERS: dict[str, Callable[[ModelSection], object]] = {
+    "model": load_base,
+    "tokenizer": load_tokenizer,
+    "architecture": architecture_of,
+    "skeleton": skeleton_of,
+    "whole model": lambda where: whole_model(where.path, where.task),
+}
+
+
+@pytest.mark.parametrize("reader", sorted(READERS))
+def test_code_in_a_model_folder_is_never_run_even_for_who_says_yes(
+    tmp_path: Path, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = saved("llama", tmp_path)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "homemade",
-        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    for file, names in (
+        ("config.json", ("AutoConfig", "AutoModelForCausalLM")),
+        ("tokenizer_config.json", ("AutoTokenizer",)),
+    ):
+        table = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        code: dict[str, Any] = {name: f"evil.{name}" for name in names}
+        table |= {"auto_map": code | {"AutoTokenizer": ["evil.A", "evil.B"]}}
+        table["model_type" if file == "config.json" else "tokenizer_class"] = "Homemade"
+        (folder / file).write_text(json.dumps(table))
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(ModelError, match="no causal-lm model can be loaded"):
-        load_base(section(folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))  # as `yes y |` would answer
+    with pytest.raises(ModelError):
+        READERS[reader](section(folder))
     assert not (tmp_path / "ran").exists()
     assert "evil" not in sys.modules
+
+
+def test_weights_in_a_pickle_are_not_read(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for load in (load_base, READERS["whole model"]):
+        with pytest.raises(ModelError, match=r"no (causal-lm )?model can be loaded"):
+            load(section(folder))
 
 
 def test_the_embedded_model_is_a_folder_of_the_package() -> None:

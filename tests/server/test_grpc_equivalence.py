@@ -20,8 +20,10 @@ from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import Server, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.simulated import load_resident
 from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import Resident, install_resident, load_resident, load_serving_resident
+from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.update import arrays_digest
 from fedpeft.workers import InlineWorkers

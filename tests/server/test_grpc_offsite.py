@@ -15,10 +15,12 @@ from fedpeft.data.embedded import federated_rows, model_folder
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import hold_rounds
 from fedpeft.flower.tasks import Task
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.base import load_tokenizer
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.offsite import make_emulator, whole_model
-from fedpeft.resident import Resident, load_resident, load_serving_resident
+from fedpeft.resident import Resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.update import Arrays
 from fedpeft_server.grid import RunIdentity

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.resident import load_serving_resident
+from fedpeft.loading.serving import load_serving_resident
 from fedpeft.runfile import build_run
 from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.update import Update, layout_of

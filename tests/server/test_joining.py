@@ -18,8 +18,9 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.roster import Member, Roster
 from fedpeft.flower.tasks import Hello, Task, hello_reply
+from fedpeft.loading.simulated import load_resident
 from fedpeft.randomness import stream
-from fedpeft.resident import drop_resident, install_resident, load_resident
+from fedpeft.resident import drop_resident, install_resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft_client.command import client_status_command
 from fedpeft_server.daemon import standing

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.resident import add_resident, drop_resident, load_resident
+from fedpeft.loading.simulated import load_resident
+from fedpeft.resident import add_resident, drop_resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.spaces.directions import SUPPORTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES

@@ -11,9 +11,12 @@ import pytest
 from numpy.typing import NDArray
 
 from fedpeft.errors import RunFileError
+from fedpeft.loading.device import Own, load_own_resident
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.simulated import load_resident
 from fedpeft.planning.plan import make_plan
 from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import Own, Resident, load_own_resident, load_resident, load_serving_resident
+from fedpeft.resident import Resident
 from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, simulated
 

@@ -11,10 +11,10 @@ import pytest
 
 from fedpeft.errors import RunFileError
 from fedpeft.ledger import RunFolder
+from fedpeft.loading.simulated import load_resident
 from fedpeft.planning.plan import make_plan
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round
-from fedpeft.resident import load_resident
 from fedpeft.runfile import build_run, run_digest, run_from_json, run_json, run_toml
 from tests.simulation.runs import fingerprint, simulated
 

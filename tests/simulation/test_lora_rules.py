@@ -22,19 +22,15 @@ from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.checkpoint import read_checkpoint
+from fedpeft.loading.device import Own, load_own_resident
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.simulated import load_resident
 from fedpeft.lora_rules import LORA_RULES
 from fedpeft.models.base import load_base
 from fedpeft.models.export import load_adapter
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round, parse_row
-from fedpeft.resident import (
-    Own,
-    Resident,
-    install_resident,
-    load_own_resident,
-    load_resident,
-    load_serving_resident,
-)
+from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.update import Arrays
 from fedpeft.workers import InlineWorkers

@@ -236,7 +236,7 @@ def test_flwr_run_refuses_seeded_noise_before_it_loads_anything(
     run = build_run(private(tables, CLIENT_LEVEL, seeded=True), source="test")
     file = tmp_path / "run.toml"
     file.write_text(run_toml(run))
-    grid = LocalGrid(4, InlineWorkers(), "fedpeft.flower.client_app:deployed_app")
+    grid = LocalGrid(4, InlineWorkers(), "fedpeft.flower.client_app:node_app")
     with pytest.raises(PrivacyError, match="not a simulation"):
         serve(Order(grid, file, tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -23,10 +23,10 @@ from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.server_app import Server, hold_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.loading.simulated import load_resident
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import load_resident
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.simulation.engine import Venue, hold_run
 from fedpeft.spaces import build_space

@@ -13,12 +13,12 @@ from torch import nn
 
 from fedpeft.config import ModelSection, PeftSection, TrainingSection
 from fedpeft.errors import RunFileError, TrainingError
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.trainable import get_arrays, trainable_parameters
 from fedpeft.preflight import problems_of
 from fedpeft.randomness import stream
-from fedpeft.resident import load_resident
 from fedpeft.runfile import build_run
 from fedpeft.training.eight_bit import BLOCK, SMALLEST, kept_bytes
 from fedpeft.training.first_order import train

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fedpeft.errors import RunFileError
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.export import adapter_digest, export_adapter
-from fedpeft.resident import Resident, install_resident, load_resident
+from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import build_run
 from fedpeft.update import Arrays, Update
 from tests.simulation.runs import simulated

@@ -18,9 +18,10 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
 from fedpeft.flower.server_app import check_base
 from fedpeft.flower.tasks import Task, read_update, task_content
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.trainable import frozen_digest, get_arrays
 from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import Resident, install_resident, load_resident, resident_for
+from fedpeft.resident import Resident, install_resident, resident_for
 from fedpeft.runfile import build_run
 from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode

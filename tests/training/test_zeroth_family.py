@@ -15,8 +15,8 @@ from fedpeft.data.collate import collate
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import FederationError, ModelError, TrainingError
 from fedpeft.ledger import RunFolder
+from fedpeft.loading.simulated import load_resident
 from fedpeft.models.attach import attach
-from fedpeft.resident import load_resident
 from fedpeft.runfile import build_run
 from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.support import Support

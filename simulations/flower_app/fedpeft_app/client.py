@@ -2,4 +2,4 @@
 
 import fedpeft.flower.client_app as _client
 
-app = _client.deployed_app
+app = _client.node_app

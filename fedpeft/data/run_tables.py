@@ -1,0 +1,99 @@
+"""The rows that a run file names: all clients' for a simulation, the test set for a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedpeft.config import DataSection, PartitionerSection
+from fedpeft.data.describe import listed
+from fedpeft.data.embedded_source import embedded_parts
+from fedpeft.data.encoded import Task
+from fedpeft.data.labels import LabelMap, label_map
+from fedpeft.data.layout import BY_COLUMN, EMBEDDED, make_layout
+from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
+from fedpeft.data.records import Collected, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.run_sources import find_parts
+from fedpeft.data.sources import Part
+from fedpeft.data.tables import ClientRows, RawFederated, refuse_problems, split, training_rows
+from fedpeft.errors import DataError
+
+
+def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
+    """Read all rows, map labels and deal rows to clients.
+
+    Args:
+        section: the run file's `data`.
+        task: of the model.
+        seed: the run's; decides who gets which rows and which are held out.
+
+    Raises:
+        DataError: anything wrong with the section, a file, a row, a label or the partition.
+    """
+    refuse_problems(section, task)
+    if section.train == EMBEDDED:
+        return _read_embedded(section, task, seed)
+    parts = find_parts(section.train)
+    training = training_rows(section, task, read_parts(parts))
+    dealt = _deal(section.partitioner, training.collected, parts, seed)
+    test = None
+    if section.test is not None:
+        test = _test_rows(section, task, find_parts(section.test), training.labels)
+    return split(training, dealt, test, section.heldout, seed)
+
+
+def read_test_table(section: DataSection, task: Task) -> RawFederated:
+    """The global test set alone, for a server whose clients hold their rows elsewhere; without one, no rows.
+
+    Raises:
+        DataError: as `read_tables`; also a classifier's run without `data.labels`.
+    """
+    if task == "sequence-classification" and section.labels is None:
+        raise DataError(
+            "data.labels is not set, and the server sees no client's rows; list them in order in the run file"
+        )
+    refuse_problems(section, task)
+    layout = make_layout(section, task)
+    labels = None if layout.label is None or section.labels is None else label_map(section.labels)
+    nobody = row_set(Collected(), layout, None if labels is None else [])
+    named = section.test is not None and section.test != EMBEDDED
+    test = _test_rows(section, task, find_parts(section.test), labels) if named and section.test else None
+    return RawFederated(nobody, (), test, labels.names if labels else (), 0, 0)
+
+
+def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: LabelMap | None) -> RowSet:
+    layout = replace(make_layout(section, task), by=None, user=None)  # nobody trains on these rows
+    collected = collect(read_parts(parts), layout, Selection.of_test(section), labels)
+    rows = row_set(collected, layout, None if labels is None else [int(label) for label in collected.labels])
+    if len(rows) == 0:
+        raise DataError(
+            f"{listed(part.source for part in parts)}: no test rows are left; "
+            "check data.test_filter and data.test_limit"
+        )
+    return rows
+
+
+def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part], seed: int) -> Dealt:
+    if spec.kind == "files":
+        return deal_by_file(collected.parts, [part.name for part in parts], spec)
+    if spec.kind in BY_COLUMN:
+        return deal_by_column(collected.by, spec, seed)
+    return deal_evenly(len(collected.parts), spec, seed)
+
+
+def _read_embedded(section: DataSection, task: Task, seed: int) -> RawFederated:
+    """The generator deals its rows itself and says which are held out: two parts per client."""
+    parts = embedded_parts(section, seed)
+    # The generator has heeded the limit already, evenly for all clients.
+    training = training_rows(section.model_copy(update={"limit": None}), task, read_parts(parts))
+    of = np.asarray(training.collected.parts, dtype=np.int64)
+    clients = tuple(
+        ClientRows(part.name, np.flatnonzero(of == 2 * index), np.flatnonzero(of == 2 * index + 1))
+        for index, part in enumerate(parts[::2])
+    )
+    for client in clients:
+        if len(client.train) == 0:
+            raise DataError(f"client {client.name} has no embedded rows after data.filter; change the filter")
+    return RawFederated(training.rows, clients, None, training.label_names, 0, 0)

@@ -1,0 +1,46 @@
+"""The `ClientApp` of agents: it works with the run that the agent's owner let in, and loads nothing.
+
+The agent checks a task and loads its run before a message gets here, and says in the node's configuration
+which run that is. A message of any other run is refused: what was checked is what is used.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpeft.errors import FederationError
+from fedpeft.flower.client_work import greet, send_update, use_one_thread
+from fedpeft.flower.execute import RUN
+from fedpeft.flower.tasks import Task
+from fedpeft.resident import Resident, resident_for
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """See `greet`."""
+    return greet(message, context, _find)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """See `send_update`."""
+    return send_update(message, context, _find)
+
+
+def _find(task: Task, context: Context) -> Resident:
+    """The run that was let in.
+
+    Raises:
+        FederationError: the message is of another one.
+    """
+    use_one_thread()
+    digest = str(context.node_config.get(RUN, ""))
+    if task.run_digest != digest:
+        raise FederationError(
+            f"a message of run {task.run_digest[:12]} came with a task of run {digest[:12]}; nothing was"
+            " trained"
+        )
+    return resident_for(digest)
