@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,6 +39,7 @@ from fedpeft_server.supervisor import Supervisor
 from fedpeft_server.turns import Turns
 
 FOLLOW_S = 0.3  # between two looks at a log that is followed
+LONG_CALLS = 3  # at a time, of those that a run file or a run may hold up
 TOKEN_LIFE = timedelta(days=7)
 _SUBMITS = 2  # run files that are checked at a time, one of each submitter: it takes seconds of a thread
 _READERS = 1000  # of a run
@@ -81,6 +83,7 @@ class Admin(rpc.AdminServicer):
     def __init__(self, base: Administration) -> None:
         self._base = base
         self._turns = Turns(_SUBMITS, math.inf)
+        self._long = ThreadPoolExecutor(LONG_CALLS, thread_name_prefix="fedpeft-long")
 
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802  # the schema's
         """Queue a run."""
@@ -110,7 +113,7 @@ class Admin(rpc.AdminServicer):
 
         who = self._base.gate.require(context, Role.SUBMITTER)
         async with self._turns.turn(who.name):
-            work = asyncio.ensure_future(self._answer(context, Role.SUBMITTER, submit))
+            work = asyncio.ensure_future(self._answer_long(context, Role.SUBMITTER, submit))
             try:
                 return await asyncio.shield(work)
             finally:  # a caller that hangs up keeps its turn for as long as its thread is at work
@@ -198,7 +201,7 @@ class Admin(rpc.AdminServicer):
                 self._record(who, Action.PULLED, request.id, **reached)
                 return unfinished, found
 
-            unfinished, found = await self._answer(context, Role.SUBMITTER, files)
+            unfinished, found = await self._answer_long(context, Role.SUBMITTER, files)
             for name, path in found:
                 chunks = result_chunks(name, path)
 
@@ -278,6 +281,11 @@ class Admin(rpc.AdminServicer):
     async def _answer(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
         """Check the caller's role and do the work on a thread; errors are the front door's."""
         return await asyncio.to_thread(work, self._base.gate.require(context, role))
+
+    async def _answer_long(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
+        """As `_answer`, for work that a run file or a run may hold up: the other calls' threads stay free."""
+        who = self._base.gate.require(context, role)
+        return await asyncio.get_running_loop().run_in_executor(self._long, work, who)
 
     def _readable(self, who: Identity, run_id: str) -> StoredRun:
         """A run that the caller may read; to others it is as if there were none."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -32,6 +34,24 @@ class Draining(Halt):
 
 class Paused(Halt):
     """Something outside the run is in the way; the run is to be tried again."""
+
+
+class ProcessLostError(Paused):
+    """The process that held the run's model died, or was ended for what it took; twice is too often."""
+
+
+@dataclass
+class Losses:
+    """Lost processes since a run came on by a round."""
+
+    reached: int = -2
+    times: int = 0
+
+    def count(self, reached: int) -> int:
+        """One more, after that round; how many there were since."""
+        self.times = self.times + 1 if reached == self.reached else 1
+        self.reached = reached
+        return self.times
 
 
 class SteadyClock:
@@ -88,13 +108,47 @@ class Control:
         self._asked = threading.Condition()
         self._halt: Halt | None = None
         self._errands: deque[_Errand] = deque()
+        self._end_work: Callable[[], None] | None = None
 
     def halt(self, why: Halt) -> None:
-        """Ask the run's thread to leave the run; a person's word outweighs the server's end."""
+        """Ask the run's thread to leave the run; a person's word outweighs the server's end.
+
+        A person does not wait for a process that is at work for the run: it is killed.
+        """
         with self._asked:
             if self._halt is None or isinstance(why, Stopped):
                 self._halt = why
             self._asked.notify_all()
+            if self._end_work is not None and isinstance(why, Stopped):
+                self._end_work()
+
+    def take_halt(self) -> None:
+        """The run's thread has heard it; what comes from now on is asked anew."""
+        with self._asked:
+            self._halt = None
+
+    @contextmanager
+    def killed_with(self, kill: Callable[[], None]) -> Iterator[None]:
+        """While the run's thread waits in this block, a person's stop calls `kill`, which must end the wait.
+
+        Raises:
+            Stopped: a person has stopped the run, before the block or in it.
+        """
+        with self._asked:
+            self._leave_if_stopped()
+            self._end_work = kill
+        try:
+            yield
+        except ProcessLostError:
+            self._leave_if_stopped()
+            raise
+        finally:
+            with self._asked:
+                self._end_work = None
+
+    def _leave_if_stopped(self) -> None:
+        if isinstance(self._halt, Stopped):
+            raise self._halt
 
     def errand(self, work: Callable[[], None]) -> Future[None]:
         """Have something done by the run's thread, to which the model belongs, while it waits for agents."""

@@ -28,6 +28,7 @@ from fedpeft.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.descriptors import allow_connections
 from fedpeft_server.doors import Doors, certificate_doors
+from fedpeft_server.end_watch import end_within
 from fedpeft_server.enrolment_records import RecordedEnrolment
 from fedpeft_server.expiry import ExpiryWatch
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
@@ -41,13 +42,14 @@ from fedpeft_server.supervisor import Supervisor
 
 LOG = logging.getLogger("fedpeft.server")
 SIGHTINGS_S = 30.0  # between two notes of who is here
+END_S = 20.0  # after `drain_s`, for goodbyes and what cannot be cut short; then the process is killed
 
 
 def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; the exit code.
 
     Whatever a kill cuts short goes on at the next start; the signals only make the end polite: commits are
-    finished and agents are told.
+    finished and agents are told. It ends within `drain_s` and `END_S` of a signal.
 
     Raises:
         UsageError, CredentialError: settings, keys or address cannot be used.
@@ -62,7 +64,10 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
     set_up_log(settings.log.level, settings.log.format)
     if few := allow_connections(settings.limits.connections):
         LOG.warning("%s", few)
-    with standing(settings, migrate=migrate) as (store, supervisor, running):
+    with (
+        end_within(settings.drain_s + END_S),
+        standing(settings, migrate=migrate) as (store, supervisor, running),
+    ):
         supervisor.start()
         LOG.info("listening on %s, state in %s", running.address, settings.state)
         _until(told, store, running)
@@ -104,7 +109,7 @@ def standing(
             line.open_grid,
             parallel=settings.parallel_runs,
             patience_s=settings.limits.round_s,
-            models=stack.enter_context(closing(ModelRoom(settings.model_s))) if settings.model_s else None,
+            models=stack.enter_context(closing(_model_room(settings))) if settings.model_s else None,
             quota=settings.quota(),
         )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
@@ -120,6 +125,11 @@ def standing(
         stack.callback(running.stop)
         crash_point("server.daemon.listening")
         yield store, supervisor, running
+
+
+def _model_room(settings: Settings) -> ModelRoom:
+    limits = settings.limits
+    return ModelRoom(settings.model_s, task_s=limits.model_task_s, check_s=limits.check_s)
 
 
 def doors_of(settings: Settings) -> tuple[Doors, Authority | None]:

@@ -22,6 +22,7 @@ from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_place import ROWS
+from fedpeft.runfile import run_json
 from fedpeft.update import layout_of
 from fedpeft_server.control import Control, Stopped, WatchedGrid
 from fedpeft_server.gathering import agents_wanted, gather
@@ -160,6 +161,8 @@ class Host:
         """Bring the run to its end where its model is; kept for the next attempt."""
         if self._keeper is None:
             apart = self.models is not None and counts_alone(self.stored.run)
+            if self.models is not None and not apart:
+                self._try_load(self.models)
             self._keeper = self._apart() if apart else self._here()
         try:
             self._keeper.hold(book, progress, hold)
@@ -167,6 +170,15 @@ class Host:
             self._keeper.release()
             self._keeper = self._here()
             self._keeper.hold(book, progress, hold)
+
+    def _try_load(self, models: ModelRoom) -> None:
+        """Load the model where it may take a process down, or stand still, before this process loads it."""
+        process = models.take()
+        try:
+            with self.control.killed_with(process.kill):
+                process.ask("load", {"run": run_json(self.stored.run)})
+        finally:
+            models.end(process)
 
     def _here(self) -> Keeper:
         from fedpeft_server.kept_here import KeptHere  # as it brings torch
@@ -178,7 +190,7 @@ class Host:
 
         if self.models is None:
             raise StateError("this server has no processes for models")
-        return KeptApart(self.stored, self.models)
+        return KeptApart(self.stored, self.models, self.control)
 
     def _holder(self, agents: AgentGrid) -> Hold:
         grid = WatchedGrid(agents.grid, self.control)

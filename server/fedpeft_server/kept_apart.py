@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from fedpeft.errors import UsageError
 from fedpeft.files import storage
 from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Server
+from fedpeft.frames import Frame
 from fedpeft.ledger import RunFolder
 from fedpeft.records import Evaluation, Started, parse_row
 from fedpeft.reporting.lines import promise_notes
@@ -33,10 +35,13 @@ from fedpeft.spaces.seed_options import SeedScalarsOptions, largest_amount
 from fedpeft.spaces.seed_rules import SeedRules
 from fedpeft.stages import Stage, build_stages
 from fedpeft.update import Arrays, frozen_arrays
+from fedpeft_server.control import Control
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.keepers import Book, HeldElsewhereError, Hold
 from fedpeft_server.model_room import ModelProcess, ModelRoom
 from fedpeft_server.store import StoredRun
+
+EXPORT_S = 600.0  # for the adapter of a run that was stopped; a second stop ends it earlier
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,8 @@ class Described:
 class KeptApart:
     """See `Keeper`."""
 
-    def __init__(self, stored: StoredRun, room: ModelRoom) -> None:
-        self._stored, self._room = stored, room
+    def __init__(self, stored: StoredRun, room: ModelRoom, control: Control) -> None:
+        self._stored, self._room, self._control = stored, room, control
         self._process: ModelProcess | None = None
         self._described: Described | None = None
 
@@ -97,17 +102,17 @@ class KeptApart:
             if not finished:
                 self._rounds(folder, progress, hold)
         if not finished:
-            self._ask("finish", book, spent_s=time.monotonic() - began)
+            self._write("finish", book, spent_s=time.monotonic() - began)
             self._end()
 
     def export(self, book: Book) -> None:
         """See `Keeper`."""
         if self._described is not None:
-            self._ask("export", book)
+            self._write("export", book, limit_s=EXPORT_S)
 
     def snapshot(self, book: Book, path: Path) -> None:
         """See `Keeper`."""
-        self._ask("snapshot", book, to=str(path))
+        self._write("snapshot", book, to=str(path))
 
     def release(self) -> None:
         """See `Keeper`."""
@@ -145,9 +150,7 @@ class KeptApart:
     def _describe(self) -> Described:
         with storage(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="fedpeft-") as place:
             weights = Path(place) / "weights.npy"
-            answer = self._worker().ask(
-                "describe", {"run": run_json(self._stored.run), "weights": str(weights)}
-            )
+            answer = self._ask("describe", {"run": run_json(self._stored.run), "weights": str(weights)})
             told = answer.header
             if not told["plain"]:
                 raise HeldElsewhereError
@@ -175,17 +178,26 @@ class KeptApart:
             return None
         arrays = {name: np.ascontiguousarray(array) for name, array in state.items()}
         order = {"run": run_json(self._stored.run)}
-        found = self._worker().ask("evaluate", order, {"state": save(arrays)}).header["evaluation"]
+        found = self._ask("evaluate", order, {"state": save(arrays)}).header["evaluation"]
         return None if found is None else Evaluation.model_validate_json(found)
 
-    def _ask(self, what: str, book: Book, **more: Any) -> None:
+    def _write(self, what: str, book: Book, *, limit_s: float | None = None, **more: Any) -> None:
         place = {"database": book.reference.url, "blobs": str(book.reference.blobs), "folder": str(book.path)}
-        self._worker().ask(what, {"run": run_json(book.run), "id": book.id, **place, **more})
+        self._ask(what, {"run": run_json(book.run), "id": book.id, **place, **more}, limit_s=limit_s)
 
-    def _worker(self) -> ModelProcess:
+    def _ask(
+        self,
+        what: str,
+        order: Mapping[str, Any],
+        parts: Mapping[str, bytes] | None = None,
+        *,
+        limit_s: float | None = None,
+    ) -> Frame:
+        """As `ModelProcess.ask`; a person's stop of the run ends it."""
         if self._process is None:
             self._process = self._room.take()
-        return self._process
+        with self._control.killed_with(self._process.kill):
+            return self._process.ask(what, order, parts, limit_s=limit_s)
 
     def _end(self) -> None:
         if self._process is not None:

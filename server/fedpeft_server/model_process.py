@@ -12,7 +12,7 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,23 @@ from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
 
 LOG = logging.getLogger("fedpeft.server")
+_OOM_SCORE = 500  # of 1,000: ahead of whatever weighs less than half of the memory more
 
 
-def main(fd: int, keep_s: float) -> None:
-    """Serve orders until the daemon hangs up, or asks nothing for `keep_s`."""
-    end_with(os.getppid())
+def main(fd: int, keep_s: float, parent: int) -> None:
+    """Serve orders until the daemon, of process id `parent`, hangs up, or asks nothing for `keep_s`."""
+    end_with(parent)
+    _offer_to_the_oom_killer()
     bench = Bench()
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while _comes(pipe, keep_s) and (order := read_frame(orders)) is not None:
             pipe.sendall(pack(bench.done(order)))
+
+
+def _offer_to_the_oom_killer() -> None:
+    """Where memory runs out, this process goes before the daemon, which would take all runs with it."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
 
 
 def _comes(pipe: socket.socket, keep_s: float) -> bool:
@@ -65,6 +73,7 @@ class Bench:
         self._start: Arrays = {}
         self._orders: dict[str, Callable[[Frame], Frame]] = {
             "check": self._check,
+            "load": self._load,
             "describe": self._describe,
             "evaluate": self._evaluate,
             "finish": self._finish,
@@ -87,6 +96,10 @@ class Bench:
 
     def _check(self, order: Frame) -> Frame:
         refuse_problems(run_from_json(order.header["run"]), source="run file")
+        return Frame({})
+
+    def _load(self, order: Frame) -> Frame:
+        self._loaded(order)
         return Frame({})
 
     def _describe(self, order: Frame) -> Frame:
@@ -189,5 +202,5 @@ def _no_rounds(server: Server, last: Checkpoint | None, pool: Workers) -> Checkp
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]))
+    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
     os._exit(0)  # taking the libraries down in order takes seconds and frees nothing that the end does not

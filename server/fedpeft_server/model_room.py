@@ -1,7 +1,8 @@
 """Processes that hold models for the daemon, which itself loads none and imports nothing that could.
 
 They are started afresh, not forked: gRPC's threads do not survive a fork. Each ends by itself when nothing is
-asked of it for a while, and with the daemon.
+asked of it for a while, and with the daemon. What is asked has a time limit: a process that is at it longer,
+whatever a run file made it do, is killed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
@@ -20,15 +22,28 @@ from fedpeft import errors
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.frames import Frame, pack, read_frame
+from fedpeft.orphans import start_child
 from fedpeft.runfile import run_json
-from fedpeft_server.control import Paused
+from fedpeft_server.control import ProcessLostError
+
+CHECKS = 2  # run files that are looked at at a time, each by a process that has loaded torch
+
+
+class TookTooLongError(ProcessLostError):
+    """The process was at one order for longer than it may be, and was killed."""
 
 
 class ModelProcess:
-    """One process, started when something is asked of it; one thread at a time asks."""
+    """One process, started when something is asked of it; one thread at a time asks, any thread kills.
 
-    def __init__(self, keep_s: float) -> None:
-        self._keep_s = keep_s
+    Args:
+        keep_s: how long it stays without work.
+        task_s: how long it may be at what is asked.
+    """
+
+    def __init__(self, keep_s: float, task_s: float) -> None:
+        self._keep_s, self._task_s = keep_s, task_s
+        self._unwanted = False  # also while it is being started
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
         self._answers: BufferedReader | None = None
@@ -39,44 +54,80 @@ class ModelProcess:
         running = self._process is not None and self._process.poll() is None
         return self._process.pid if running and self._process is not None else None
 
-    def ask(self, what: str, given: Mapping[str, Any], parts: Mapping[str, bytes] | None = None) -> Frame:
+    def ask(
+        self,
+        what: str,
+        given: Mapping[str, Any],
+        parts: Mapping[str, bytes] | None = None,
+        *,
+        limit_s: float | None = None,
+    ) -> Frame:
         """Have something done; everything that it needs goes along, since the process may be a new one.
+
+        Args:
+            limit_s: how long it may take; None, or more than the process's own: as that says.
 
         Raises:
             FedPEFTError: as the order did there.
-            Paused: the process was killed, which is worth another attempt.
+            TookTooLongError: it was not done in time, and the process was killed.
+            ProcessLostError: the process died, or was killed by somebody else.
         """
+        self._unwanted = False
         content = pack(Frame({"do": what, **given}, parts or {}))
-        answer = self._exchanged(content)
+        limit_s = min(limit_s or self._task_s, self._task_s)
+        answer = self._exchange(content, limit_s)
         if answer is None and self._process is not None and self._process.wait() == 0:
             self.close()  # it had just ended for want of work
-            answer = self._exchanged(content)
+            answer = self._exchange(content, limit_s)
         if answer is None:
             died = self._epitaph()
             self.close()
-            raise Paused(f"the process that holds the model died ({died}); it is started anew")
+            raise ProcessLostError(f"the process that holds the model died ({died}); it is started anew")
         if answer.header.get("error"):
             raise _error(answer.header)
         return answer
 
+    def kill(self) -> None:
+        """End it now; a thread that waits for its answer gets a `ProcessLostError`. From any thread."""
+        self._unwanted = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
     def close(self) -> None:
-        """End it now, and with it what it holds."""
-        for part in (self._answers, self._socket):
-            if part is not None:
-                part.close()
+        """End it now, and with it what it holds; nobody waits for its answer."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+        for part in (self._answers, self._socket):
+            if part is not None:
+                part.close()
         self._process = self._socket = self._answers = None
 
-    def _exchanged(self, content: bytes) -> Frame | None:
-        """The answer; None if the process is gone."""
+    def _exchange(self, content: bytes, limit_s: float) -> Frame | None:
+        """The answer; None if the process is gone.
+
+        Raises:
+            TookTooLongError: there is none by then.
+        """
+        watch = threading.Timer(limit_s, self.kill)
+        watch.daemon = True
+        began = time.monotonic()
         try:
+            watch.start()
             sender, answers = self._running()
+            if self._unwanted:
+                self.kill()
             sender.sendall(content)
-            return read_frame(answers)
+            answer = read_frame(answers)
         except OSError:
-            return None
+            answer = None
+        finally:
+            watch.cancel()
+        if answer is None and time.monotonic() - began >= limit_s:
+            self.close()
+            raise TookTooLongError(f"its model's process was at one task for {limit_s:g} s and was ended")
+        return answer
 
     def _running(self) -> tuple[socket.socket, BufferedReader]:
         if self._socket is not None and self._answers is not None:
@@ -88,9 +139,10 @@ class ModelProcess:
             "fedpeft_server.model_process",
             str(theirs.fileno()),
             str(self._keep_s),
+            str(os.getpid()),
         ]
         with theirs:
-            self._process = subprocess.Popen(
+            self._process = start_child(
                 words,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
@@ -114,10 +166,13 @@ class ModelRoom:
 
     Args:
         keep_s: how long a process without work stays, so that the next one need not load again.
+        task_s: how long a process may be at one task of a run: to load, evaluate or export.
+        check_s: how long the check of a submitted run file may take, the start of a process included.
     """
 
-    def __init__(self, keep_s: float) -> None:
-        self._keep_s = keep_s
+    def __init__(self, keep_s: float, *, task_s: float = 7200.0, check_s: float = 120.0) -> None:
+        self._keep_s, self._task_s, self._check_s = keep_s, task_s, check_s
+        self._checking = threading.BoundedSemaphore(CHECKS)
         self._lock = threading.Lock()
         self._idle: ModelProcess | None = None
         self._taken: set[ModelProcess] = set()
@@ -125,7 +180,7 @@ class ModelRoom:
     def take(self) -> ModelProcess:
         """A process for one user: the idle one, with its imports done, or another."""
         with self._lock:
-            process, self._idle = self._idle or ModelProcess(self._keep_s), None
+            process, self._idle = self._idle or ModelProcess(self._keep_s, self._task_s), None
             self._taken.add(process)
         return process
 
@@ -147,24 +202,29 @@ class ModelRoom:
         """Refuse a run whose file has problems, as `fedpeft.preflight.refuse_problems` does.
 
         Raises:
-            RunFileError: all of them.
+            RunFileError: all of them, or that they could not be found in time.
             StorageError: they cannot be looked for now.
         """
-        process = self.take()
-        try:
-            process.ask("check", {"run": run_json(run)})
-        except Paused as error:
-            raise errors.StorageError(f"{error}; submit the run again") from error
-        finally:
-            self.give_back(process)
+        with self._checking:
+            process = self.take()
+            try:
+                process.ask("check", {"run": run_json(run)}, limit_s=self._check_s)
+            except TookTooLongError as error:
+                too_long = f"its check took more than {self._check_s:g} s; make the file simpler"
+                raise RunFileError("run file", [too_long]) from error
+            except ProcessLostError as error:
+                raise errors.StorageError(f"{error}; submit the run again") from error
+            finally:
+                self.give_back(process)
 
     def close(self) -> None:
-        """End all of them."""
+        """End all of them; who waits for one is let go."""
         with self._lock:
-            processes = [*self._taken, *filter(None, (self._idle,))]
-            self._idle = None
-        for process in processes:
-            process.close()
+            taken, idle, self._idle = list(self._taken), self._idle, None
+        for process in taken:
+            process.kill()
+        if idle is not None:
+            idle.close()
 
 
 def _error(header: Mapping[str, Any]) -> Exception:

@@ -17,7 +17,16 @@ from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
 from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
-from fedpeft_server.control import Control, Draining, Paused, SteadyClock, Stopped
+from fedpeft_server.control import (
+    Control,
+    Draining,
+    Halt,
+    Losses,
+    Paused,
+    ProcessLostError,
+    SteadyClock,
+    Stopped,
+)
 from fedpeft_server.gathering import agents_wanted
 from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 SNAPSHOT_S = 60.0  # for the run's thread to come to a point at which it waits
+STOP_S = 10.0  # for a stopped run to write what it has reached; it goes on with that if it takes longer
+MOST_LOSSES = 2  # of processes that held a run's model, without a round in between
 
 
 @dataclass
@@ -76,7 +87,10 @@ class Supervisor:
             StorageError: the store cannot be used.
         """
         for stored in self._store.runs.unended():
-            self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
+            if stored.status == Status.STOPPING:
+                self._store.runs.set_status(stored.id, Status.STOPPED, stored.reason)
+            else:
+                self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
         self._fill()
 
     def submit(
@@ -147,18 +161,22 @@ class Supervisor:
     def stop(self, run_id: str, reason: str) -> StoredRun:
         """End a run for good; what is committed stays. A run that has ended is left as it is.
 
+        It is durable before anything acts on it: whatever the run's thread is at, and if the server dies
+        meanwhile, the run does not go on. What a process is at for the run is not waited for.
+
         Raises:
             UsageError: there is no such run.
+            StorageError: it cannot be written down; the run goes on.
         """
+        self._store.runs.get(run_id)
+        self._store.runs.set_status(run_id, Status.STOPPING, reason)
         with self._lock:
-            stored = self._store.runs.get(run_id)
             active = self._active.get(run_id)
-            if active is not None:
-                active.control.halt(Stopped(reason))
-            elif not stored.status.final:
-                self._store.runs.set_status(run_id, Status.STOPPED, reason)
-        if active is not None:
-            active.thread.join(timeout=10.0)
+        if active is None:
+            self._store.runs.set_status(run_id, Status.STOPPED, reason)
+        else:
+            active.control.halt(Stopped(reason))
+            active.thread.join(timeout=STOP_S)
         return self._store.runs.get(run_id)
 
     def snapshot(self, run_id: str, folder: Path) -> int:
@@ -182,6 +200,8 @@ class Supervisor:
             raise UsageError(
                 f"run {run_id} is in the middle of something, such as an evaluation; pull it a little later"
             ) from None
+        except Halt as why:
+            raise UsageError(f"run {run_id} cannot be copied now ({_line(why)}); pull it again") from why
         return reached[0]
 
     def trouble(self, line: str | None) -> None:
@@ -237,9 +257,10 @@ class Supervisor:
         )
         with self._lock:
             self._active[stored.id].host = host
+        losses = Losses()
         try:
             retry_s = FIRST_RETRY_S
-            while self._attempt(host):
+            while self._attempt(host, losses):
                 try:
                     host.control.sleep(retry_s)
                 except Stopped as why:
@@ -254,7 +275,7 @@ class Supervisor:
             self._unwritten.pop(host.stored.id, None)
             self._leave(host.stored.id)
 
-    def _attempt(self, host: Host) -> bool:
+    def _attempt(self, host: Host, losses: Losses) -> bool:
         """One attempt; whether another one is due."""
         run_id = host.stored.id
         try:
@@ -263,6 +284,14 @@ class Supervisor:
             self._end(host, str(why))
         except Draining:
             LOG.info("run %s: put aside, it goes on when the server is back", run_id)
+        except ProcessLostError as why:
+            if losses.count(self._reached(run_id)) < MOST_LOSSES or self._draining:
+                self._note(run_id, Status.PAUSED, _line(why))
+                return True
+            aside = (
+                f"set aside, as its model's process was lost {MOST_LOSSES} times at one point: {_line(why)}"
+            )
+            self._settle(host, Status.FAILED, aside)
         except (Paused, StorageError, QuorumError) as why:
             self._note(run_id, Status.PAUSED, _line(why))
             return True
@@ -273,11 +302,19 @@ class Supervisor:
             self._settle(host, Status.FAILED, f"internal error: {type(error).__name__}: {_line(error)}")
         return False
 
+    def _reached(self, run_id: str) -> int:
+        """The round that was committed last; -1 where there is none, or the store cannot say."""
+        try:
+            return self._store.runs.get(run_id).round
+        except StorageError:
+            return -1
+
     def _end(self, host: Host, reason: str) -> None:
         """A person stopped the run: what it has reached is worth an adapter."""
+        host.control.take_halt()
         try:
             host.export()
-        except FedPEFTError as error:
+        except (FedPEFTError, Halt) as error:
             LOG.warning("run %s: its adapter cannot be written: %s", host.stored.id, _line(error))
         self._settle(host, Status.STOPPED, reason)
 

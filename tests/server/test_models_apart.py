@@ -200,7 +200,7 @@ def test_a_process_that_was_killed_is_started_anew_and_costs_the_run_nothing_but
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_process_without_work_goes_and_comes_back_when_there_is_some() -> None:
-    process = ModelProcess(0.2)
+    process = ModelProcess(0.2, LONG_S)
     run = build_run(tables(), source="test")
     from fedpeft.runfile import run_json
 

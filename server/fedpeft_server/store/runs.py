@@ -186,11 +186,15 @@ class Runs:
         return digests
 
     def set_status(self, run_id: str, status: Status, reason: str = "") -> None:
-        """Say how a run stands, and why; the change is also a line of its log."""
+        """Say how a run stands, and why; the change is also a line of its log.
+
+        Nothing is changed where the run has ended, or is being stopped and would go on.
+        """
         reason = reason.replace("\x00", " ")  # no text of PostgreSQL holds one, and an agent's words may
         with self._database.writing() as connection:
             stands = select(runs.c.status, runs.c.reason).where(runs.c.id == run_id)
-            if tuple(connection.execute(stands).one()) == (status, reason):
+            now, why = connection.execute(stands).one()
+            if (now, why) == (status, reason) or not Status(now).may_become(status):
                 return
             changed = {"status": status, "reason": reason, "changed_at": time.time()}
             connection.execute(runs.update().where(runs.c.id == run_id).values(changed))

@@ -25,6 +25,7 @@ class Status(StrEnum):
     WAITING = "waiting-for-agents"
     RUNNING = "running"
     PAUSED = "paused"  # something outside the run is in the way; it is tried again
+    STOPPING = "stopping"  # a person's stop is durable, and what has to end is ending
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
@@ -33,6 +34,10 @@ class Status(StrEnum):
     def final(self) -> bool:
         """Nothing more will happen."""
         return self in (Status.FINISHED, Status.FAILED, Status.STOPPED)
+
+    def may_become(self, other: Status) -> bool:
+        """Whether a run that stands so may come to stand otherwise: ends are for good, and so is a stop."""
+        return other.final if self is Status.STOPPING else not self.final
 
 
 UNENDED = tuple(status for status in Status if not status.final)
