@@ -19,7 +19,17 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "v1", "presets", "faults", "orphans"),
-    ("files", "frames", "jit", "run_identity", "packed", "lowrank", "telemetry", "interruption"),
+    (
+        "files",
+        "frames",
+        "jit",
+        "run_identity",
+        "packed",
+        "lowrank",
+        "telemetry",
+        "interruption",
+        "name_patterns",
+    ),
     ("credentials",),
     ("update", "config", "records", "options", "settings_file", "randomness", "codec", "seedspace"),
     ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),
@@ -50,6 +60,7 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"models", "fedpeft/training/eight_bit.py"}),
     "opacus": frozenset({"training"}),
     "dp_accounting": frozenset({"privacy"}),
+    "regex": frozenset({"name_patterns"}),
     "flwr": frozenset({"flower", "fedpeft_server"}),
     "flwr.supercore": frozenset({"fedpeft/flower/identity.py"}),
     "datasets": frozenset({"data"}),

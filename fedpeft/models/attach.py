@@ -11,6 +11,7 @@ from torch import nn
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
+from fedpeft.models.explicit_names import with_explicit_names
 from fedpeft.models.loftq import loftq_problem, start_near_full_precision, start_of
 from fedpeft.models.methods import Method, base_refusal, method_named, with_options
 from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
@@ -114,7 +115,7 @@ def _options(method: Method, given: dict[str, Any], base: nn.Module, task: str) 
     for key in _TARGET_KEYS:
         if given.get(key) is not None:
             check_targets(method, key, given[key], base)
-    options = {**method.defaults, **method.fixed, **given}
+    options = with_explicit_names(method, {**method.defaults, **method.fixed, **given}, base)
     if method.targets != "none" and options.get("target_modules") in (None, "all-linear"):
         options |= default_targets(method, base, task)
     emulator = emulator_of(base)

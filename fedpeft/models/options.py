@@ -11,6 +11,7 @@ import peft
 
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
+from fedpeft.models.explicit_names import pattern_problems
 from fedpeft.models.methods import REFUSED_OPTIONS, Method, init_refusal, method_named
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.tuners import OWN_CONFIGS
@@ -55,7 +56,7 @@ def peft_problems(section: PeftSection, task: str) -> tuple[str, ...]:
         problem = _option_problem(method, fields, key, value)
         if problem:
             problems.append(problem)
-    return tuple(problems)
+    return (*problems, *pattern_problems(section.options))
 
 
 def validate_peft(section: PeftSection, task: str) -> None:

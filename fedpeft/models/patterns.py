@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedpeft.errors import ModelError
+from fedpeft.name_patterns import NamePattern
 
 __all__ = ["check_matches"]
 
@@ -36,9 +37,10 @@ def check_matches(model: nn.Module, given: Mapping[str, Any]) -> None:
         return
     for key, value in given.items():
         if key.endswith("_pattern") and isinstance(value, Mapping):
-            for pattern in value:
-                if not any(_fits(str(pattern), name) for name in wrapped):
-                    raise ModelError(_unmatched(key, str(pattern), "no module that is wrapped", wrapped))
+            for text in map(str, value):
+                pattern = NamePattern(text, f"peft.{key}")
+                if not any(pattern.ends(name) for name in wrapped):
+                    raise ModelError(_unmatched(key, text, "no module that is wrapped", wrapped))
     if isinstance(given.get("target_modules"), Sequence) and not isinstance(given["target_modules"], str):
         _check_names(
             "target_modules", given["target_modules"], wrapped, "is wrapped nowhere, as other options say"
@@ -71,7 +73,7 @@ def _check_layers(given: Mapping[str, Any], wrapped: Sequence[str]) -> None:
             )
     patterns = given.get("layers_pattern")
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-        if not any(re.search(rf"(?:^|\.){pattern}\.\d+\.", f"{name}.") for name in wrapped):
+        if not any(re.search(rf"(?:^|\.){re.escape(pattern)}\.\d+\.", f"{name}.") for name in wrapped):
             raise ModelError(_unmatched("layers_pattern", pattern, "no list of layers", wrapped))
 
 
@@ -95,11 +97,6 @@ def _wrapped_parameters(model: nn.Module) -> list[str]:
         for name, module in modules
         if isinstance(getattr(module, "parameter_name", None), str)
     ]
-
-
-def _fits(pattern: str, name: str) -> bool:
-    """As `peft` looks a module up: the pattern is its whole name, or the end of it after a dot."""
-    return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
 
 
 def _unmatched(key: str, name: str, what: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from fedpeft.errors import ModelError
 from fedpeft.models.base import head_modules
 from fedpeft.models.methods import Method
 from fedpeft.models.rounding import RoundedLinear
+from fedpeft.name_patterns import NamePattern
 
 NOTHING = "dummy-target-modules"
 """The value of `target_modules` for which `peft` wraps nothing."""
@@ -56,11 +57,7 @@ def check_targets(method: Method, key: str, given: Any, base: nn.Module) -> None
     """
     modules = [name for name, _ in base.named_modules() if name]
     if isinstance(given, str):
-        try:
-            pattern = re.compile(given)
-        except re.error as error:
-            raise ModelError(f"peft.{key} '{given}' is no regular expression: {error}") from error
-        if given != "all-linear" and not any(pattern.fullmatch(name) for name in modules):
+        if given != "all-linear" and not NamePattern(given, f"peft.{key}").matching(modules):
             raise ModelError(
                 f"peft.{key} '{given}' matches no module; there are: {', '.join(leaf_names(base))}"
             )
@@ -80,7 +77,10 @@ def check_targets(method: Method, key: str, given: Any, base: nn.Module) -> None
 
 
 def named_modules(base: nn.Module, given: Any) -> list[str]:
-    """Full names of the modules that `target_modules` means: names, ends of names, or one expression."""
+    """Full names of the modules that `target_modules` means: names, ends of names, or an expression of ours.
+
+    That of a run file has become names before, see `fedpeft.models.explicit_names`.
+    """
     names = [name for name, _ in base.named_modules() if name]
     if isinstance(given, str):
         return [name for name in names if re.fullmatch(given, name)]

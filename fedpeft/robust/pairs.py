@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedpeft.config import PeftSection
+from fedpeft.name_patterns import NamePattern
 from fedpeft.update import Layout
 
 _A, _B = "lora_A", "lora_B"
@@ -28,8 +28,11 @@ def lora_pairs(layout: Layout, peft: PeftSection) -> tuple[Pair, ...]:
 
     Only a module's share in norms and distances depends on `s`, which is what peft makes of the run file's
     `lora_alpha`, `alpha_pattern` and `use_rslora`.
+
+    Raises:
+        ModelError: an expression of `alpha_pattern` takes too long to match.
     """
-    pairs = []
+    pairs, alphas = [], _alphas(peft)
     for name in sorted(layout):
         components = name.split(".")
         if _A not in components[1:]:
@@ -41,16 +44,20 @@ def lora_pairs(layout: Layout, peft: PeftSection) -> tuple[Pair, ...]:
         first, second = layout[name][0], layout[other][0]
         if len(first) == len(second) == 2 and first[0] == second[1]:
             module = ".".join(components[:at])
-            pairs.append(Pair(name, other, _scaling(peft, module, first[0])))
+            pairs.append(Pair(name, other, _scaling(peft, alphas, module, first[0])))
     return tuple(pairs)
 
 
-def _scaling(peft: PeftSection, module: str, rank: int) -> float:
+def _alphas(peft: PeftSection) -> list[tuple[NamePattern, float]]:
+    """Values of `lora_alpha` by the modules that they are for; the first that matches one counts."""
+    table = peft.options.get("alpha_pattern") or {}
+    if not isinstance(table, Mapping):
+        return []
+    return [(NamePattern(text, "peft.alpha_pattern"), value) for text, value in table.items()]
+
+
+def _scaling(peft: PeftSection, alphas: Sequence[tuple[NamePattern, float]], module: str, rank: int) -> float:
     options = peft.options
-    alpha = options.get("lora_alpha", _ALPHA)
-    patterns = options.get("alpha_pattern") or {}
-    if isinstance(patterns, Mapping):
-        found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = next(found, alpha)
+    alpha = next((own for pattern, own in alphas if pattern.ends(module)), options.get("lora_alpha", _ALPHA))
     stable = peft.method == "rslora" or bool(options.get("use_rslora"))
     return float(alpha) / (math.sqrt(rank) if stable else rank)

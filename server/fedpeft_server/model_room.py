@@ -170,7 +170,7 @@ class ModelRoom:
         check_s: how long the check of a submitted run file may take, the start of a process included.
     """
 
-    def __init__(self, keep_s: float, *, task_s: float = 7200.0, check_s: float = 120.0) -> None:
+    def __init__(self, keep_s: float, *, task_s: float = 7200.0, check_s: float = 300.0) -> None:
         self._keep_s, self._task_s, self._check_s = keep_s, task_s, check_s
         self._checking = threading.BoundedSemaphore(CHECKS)
         self._lock = threading.Lock()

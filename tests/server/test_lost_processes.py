@@ -191,7 +191,8 @@ def seized(room: ModelRoom, number: signal.Signals, while_: Callable[[], bool]) 
 def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_goes_on(
     tmp_path: Path,
 ) -> None:
-    hostile, sound = build_run(tables(), source="test"), build_run(tables(run={"name": "sound", "rounds": 1}))
+    hostile = build_run(tables(), source="test")
+    sound = build_run(tables(run={"name": "sound", "rounds": 1}), source="test")
     grids: list[StandIn] = []
     with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
         supervisor = Supervisor(store, standins(store, grids), models=room)
