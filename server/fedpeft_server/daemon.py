@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from fedpeft.credentials import (
     open_authority,
     read_material,
 )
-from fedpeft.errors import FedPEFTError, StorageError
+from fedpeft.errors import FedPEFTError, StateError, StorageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.flights import overlap_of
 from fedpeft.telemetry import expose, set_up_log
@@ -42,6 +43,7 @@ from fedpeft_server.supervisor import Supervisor
 
 LOG = logging.getLogger("fedpeft.server")
 SIGHTINGS_S = 30.0  # between two notes of who is here
+WATCH_S = 5.0  # between two looks whether the database is still this server's
 END_S = 20.0  # after `drain_s`, for goodbyes and what cannot be cut short; then the process is killed
 
 
@@ -53,7 +55,7 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
 
     Raises:
         UsageError, CredentialError: settings, keys or address cannot be used.
-        StateError: another server holds the state, or it is of another version.
+        StateError: another server holds the state or took the database over, or it is of another version.
         StorageError: the state cannot be written.
         FederationError: the port is taken.
     """
@@ -72,6 +74,9 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
         LOG.info("listening on %s, state in %s", running.address, settings.state)
         _until(told, store, running)
         LOG.info("ending: runs are put aside, they go on at the next start")
+        if store.database.lost:
+            supervisor.drain(WATCH_S)
+            raise StateError(store.database.lost)
         if not supervisor.drain(settings.drain_s):
             LOG.warning(
                 "a run did not reach a safe point in %g s; it goes on from its last commit", settings.drain_s
@@ -205,9 +210,14 @@ class _Agents:
 
 
 def _until(told: threading.Event, store: Store, running: RunningServer) -> None:
-    """Wait for a signal; note now and then who is here."""
-    expiry = ExpiryWatch()
-    while not told.wait(SIGHTINGS_S):
+    """Wait for a signal, or until the database is another server's; note now and then who is here."""
+    expiry, noted = ExpiryWatch(), time.monotonic()
+    while not told.wait(WATCH_S) and not store.database.lost:
+        with contextlib.suppress(StorageError):
+            store.database.watch()
+        if time.monotonic() - noted < SIGHTINGS_S:
+            continue
+        noted = time.monotonic()
         agents = running.agents()
         for line in expiry.lines(running.standing(), agents, datetime.now(UTC)):
             LOG.warning("%s", line)

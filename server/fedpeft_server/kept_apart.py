@@ -182,8 +182,10 @@ class KeptApart:
         return None if found is None else Evaluation.model_validate_json(found)
 
     def _write(self, what: str, book: Book, *, limit_s: float | None = None, **more: Any) -> None:
-        place = {"database": book.reference.url, "blobs": str(book.reference.blobs), "folder": str(book.path)}
-        self._ask(what, {"run": run_json(book.run), "id": book.id, **place, **more}, limit_s=limit_s)
+        where = book.reference
+        place = {"database": where.url, "epoch": where.epoch, "blobs": str(where.blobs)}
+        order = {"run": run_json(book.run), "id": book.id, "folder": str(book.path), **place, **more}
+        self._ask(what, order, limit_s=limit_s)
 
     def _ask(
         self,

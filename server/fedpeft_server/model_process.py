@@ -188,9 +188,9 @@ def _array_of(tensor: torch.Tensor) -> NDArray[Any]:
 def _opened(order: Frame) -> tuple[Book, Database]:
     """The run's place in the daemon's database and folders, which this process has for itself meanwhile."""
     header, run = order.header, run_from_json(order.header["run"])
-    database, blobs = Database(header["database"]), Blobs(Path(header["blobs"]))
+    database, blobs = Database(header["database"], epoch=header["epoch"]), Blobs(Path(header["blobs"]))
     rounds = StoredRounds(database, blobs, header["id"], run_digest(run), keep=run.output.keep_checkpoints)
-    reference = Reference(header["database"], blobs.folder)
+    reference = Reference(header["database"], blobs.folder, header["epoch"])
     return Book(header["id"], run, reference, Path(header["folder"]), rounds), database
 
 

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from fedpeft.errors import RunFileError
-from fedpeft.resident import add_resident, drop_resident, load_resident
+from fedpeft.loading.simulated import load_resident
+from fedpeft.resident import add_resident, drop_resident
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft_server.control import Control, ProcessLostError, SteadyClock, Stopped
 from fedpeft_server.model_room import ModelProcess, ModelRoom, TookTooLongError

@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, make_url, select, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError, SQLAlchemyError
@@ -16,6 +16,7 @@ from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft_server.store.schema import METADATA, MIGRATIONS, VERSION, Only, schema_version
 
 BUSY_S = 5.0
+CONNECT_S = 10  # for a database to accept a connection, or what was sent over one
 _AT_A_TIME = 500  # rows that are copied
 SQLITE, POSTGRESQL = "sqlite", "postgresql"
 _WRITER, _OWNER = 0x66656470_01, 0x66656470_02  # our advisory locks: "fedp" and a number
@@ -23,11 +24,16 @@ _LOCKED = ("locked", "busy", "lock timeout")
 _FULL = ("disk is full", "no space left", "disk i/o error", "could not extend file")
 
 
+class TakenOverError(StorageError):
+    """Another server owns the database: this one writes nothing any more, and has to end."""
+
+
 class Database:
     """Transactions on one database; safe to use from several threads.
 
     Args:
         create: make the tables where there are none.
+        epoch: of the server for which this process writes; None: for none, or one that is to `own` it.
         observe: told how many seconds each transaction that writes took, the wait for its lock included.
 
     Raises:
@@ -42,11 +48,14 @@ class Database:
         *,
         create: bool = False,
         migrate: bool = False,
+        epoch: int | None = None,
         busy_s: float = BUSY_S,
         observe: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._observe = observe
         self._owner: Connection | None = None
+        self._epoch: int | None = None
+        self._lost = ""
         self._name, self._engine = _engine(url, busy_s)
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
         try:
@@ -55,6 +64,17 @@ class Database:
         except BaseException:
             self._engine.dispose()
             raise
+        self._epoch = epoch
+
+    @property
+    def epoch(self) -> int | None:
+        """The number of the server that this process writes for; None: it writes for none."""
+        return self._epoch
+
+    @property
+    def lost(self) -> str:
+        """Why this process may not write any more, in one line; empty while it may."""
+        return self._lost
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -73,36 +93,96 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        """A transaction that is durable when the block ends, or did not happen."""
+        """A transaction that is durable when the block ends, or did not happen.
+
+        Raises:
+            TakenOverError: another server owns the database now; nothing is written.
+        """
         began = time.perf_counter()
         with self._named(), self._writer.begin() as connection:
+            self._check_epoch(connection)
             yield connection
         self._observe(time.perf_counter() - began)
 
     def own(self) -> None:
         """Be the only server on this database until it is closed; for SQLite the state folder sees to that.
 
+        The lock goes with a session of the database, and so with its restart. What holds then is the epoch:
+        whoever owns the database counts it up, and each transaction that writes finds its own one or fails.
+        Writers come one after the other, so nobody counts it up in between.
+
         Raises:
             StateError: another server holds it.
         """
+        if not self._take_lock():
+            self.close()
+            raise StateError(
+                f"{self._name} is in use by another fedpeft server; end it, or give another --database"
+            )
+        with self.writing() as connection:
+            connection.execute(schema_version.update().values(epoch=schema_version.c.epoch + 1))
+            epoch = int(connection.execute(select(schema_version.c.epoch)).scalar_one())
+        self._epoch = epoch
+
+    def watch(self) -> None:
+        """Look whether the database is still this server's, and lock it again where a restart let it go.
+
+        Raises:
+            TakenOverError: it is another server's, or was meanwhile.
+            StorageError: it cannot be reached now.
+        """
+        if not self._holds_lock() and not self._take_lock():
+            self._lose()
+        with self.reading() as connection:
+            self._check_epoch(connection)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._let_lock_go()
+        self._engine.dispose()
+
+    def _holds_lock(self) -> bool:
         if self._engine.dialect.name != POSTGRESQL:
-            return
+            return True
+        if self._owner is None:
+            return False
+        try:
+            self._owner.exec_driver_sql("SELECT 1")
+            self._owner.commit()
+        except SQLAlchemyError:  # the session has ended, and the lock with it
+            self._let_lock_go()
+            return False
+        return True
+
+    def _take_lock(self) -> bool:
+        if self._engine.dialect.name != POSTGRESQL:
+            return True
         with self._named():
             self._owner = self._engine.connect()
             taken = self._owner.exec_driver_sql(f"SELECT pg_try_advisory_lock({_OWNER})").scalar_one()
             self._owner.commit()  # the lock is the session's, not the transaction's
         if not taken:
-            self.close()
-            raise StateError(
-                f"{self._name} is in use by another fedpeft server; end it, or give another --database"
-            )
+            self._let_lock_go()
+        return bool(taken)
 
-    def close(self) -> None:
-        """Close all connections."""
-        if self._owner is not None:
-            self._owner.invalidate()  # closes it rather than putting it aside with the lock
-            self._owner.close()
-        self._engine.dispose()
+    def _let_lock_go(self) -> None:
+        owner, self._owner = self._owner, None
+        if owner is not None:
+            owner.invalidate()  # closes it rather than putting it aside with the lock
+            owner.close()
+
+    def _check_epoch(self, connection: Connection) -> None:
+        if self._epoch is not None:
+            held = connection.execute(select(schema_version.c.epoch)).scalar_one()
+            if held != self._epoch:
+                self._lose()
+
+    def _lose(self) -> NoReturn:
+        self._lost = (
+            f"{self._name} was taken over by another fedpeft server while the database was away; this one has"
+            " stopped writing. Let one of them go on, and give the other another --database"
+        )
+        raise TakenOverError(self._lost)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -116,7 +196,7 @@ def _engine(url: str, busy_s: float) -> tuple[str, Engine]:
     """The engine, and the database's name without its password."""
     try:
         dialect = make_url(url).get_dialect().name
-        waits = {"options": f"-c lock_timeout={int(busy_s * 1000)}"} if dialect == POSTGRESQL else {}
+        waits = _postgresql_waits(busy_s) if dialect == POSTGRESQL else {}
         engine = create_engine(url, pool_pre_ping=dialect != SQLITE, connect_args=waits)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise UsageError(
@@ -129,6 +209,15 @@ def _engine(url: str, busy_s: float) -> tuple[str, Engine]:
     elif dialect == POSTGRESQL:
         event.listen(engine, "begin", _begin_postgresql)
     return engine.url.render_as_string(hide_password=True), engine
+
+
+def _postgresql_waits(busy_s: float) -> dict[str, str | int]:
+    """How long a database that does not answer is waited for, by libpq's names: no call waits for ever."""
+    return {
+        "options": f"-c lock_timeout={int(busy_s * 1000)}",
+        "connect_timeout": CONNECT_S,
+        "tcp_user_timeout": 1000 * CONNECT_S,
+    }
 
 
 def _set_up_sqlite(busy_s: float, connection: sqlite3.Connection, _record: object) -> None:

@@ -66,12 +66,18 @@ MIGRATIONS: Mapping[int, Sequence[str | Only]] = {
         "CREATE TABLE audit (number INTEGER NOT NULL PRIMARY KEY, at_ms BIGINT NOT NULL,"
         " actor VARCHAR(200) NOT NULL, role VARCHAR(20) NOT NULL, action VARCHAR(20) NOT NULL,"
         " subject VARCHAR(200) NOT NULL, detail TEXT NOT NULL, digest VARCHAR(64) NOT NULL)",
+        "ALTER TABLE schema_version ADD COLUMN epoch BIGINT NOT NULL DEFAULT 0",
     ),
 }
 
 METADATA = MetaData()
 
-schema_version = Table("schema_version", METADATA, Column("version", Integer, primary_key=True))
+schema_version = Table(
+    "schema_version",
+    METADATA,
+    Column("version", Integer, primary_key=True),
+    Column("epoch", BigInteger, nullable=False, server_default=text("0")),  # counts the servers that held it
+)
 
 agents = Table(  # for people; certificates, tokens and revocations are files of the authority
     "agents",

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -40,10 +40,12 @@ class Reference:
 
     Attributes:
         url: of the database, with its password.
+        epoch: of the server that it writes for, see `Database.own`.
     """
 
     url: str
     blobs: Path
+    epoch: int | None = None
 
 
 class Store:
@@ -74,6 +76,7 @@ class Store:
     ) -> None:
         make_private_folder(folder, holds="updates, models and runs")
         self.folder = folder
+        self.reference: Reference
         self.metrics = metrics or Metrics()
         self._lock = hold_lock(
             folder / LOCK,
@@ -84,6 +87,7 @@ class Store:
             self.database = self._open_database(url, migrate=migrate, busy_s=busy_s)
             undone.callback(self.database.close)
             self.database.own()
+            self.reference = replace(self.reference, epoch=self.database.epoch)
             self._check_contents()
             self.blobs = Blobs(folder / BLOBS)
             with storage(folder):
