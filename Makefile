@@ -18,6 +18,9 @@ PY := $(VENV)/bin/python
 JOBS ?= 2
 SPREAD = -n $(JOBS) --dist loadfile
 
+# Of `make test-portable`: the tests to run; empty: all.
+ONLY ?=
+
 # Of `make fuzz`; the seed is printed, so that a finding can be repeated.
 COUNT ?= 2000000
 SEED := $(or $(SEED),$(shell date +%s))
@@ -39,7 +42,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check test test-fast federation soak fuzz protos demo bench lock clean \
+.PHONY: help setup check test test-fast test-portable federation soak fuzz protos demo bench lock clean \
         lint format-check types protos-check pytest pytest-fast pytest-exhaustive exhaustive
 
 help:  ## list the targets
@@ -59,6 +62,16 @@ test: check  ## every check, then every test
 
 test-fast: $(TESTING)  ## the tests that take seconds
 	@$(MAKE) --no-print-directory pytest-fast
+
+test-portable: $(TESTING)  ## every test under three instruction sets of torch, oneDNN, OpenBLAS and numba; thrice as long
+	@set -e; for kind in default avx2 native; do \
+	  case $$kind in \
+	    default) set -- ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
+	      NUMBA_CPU_NAME=generic ;; \
+	    avx2) set -- ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell ;; \
+	    native) set -- -u ATEN_CPU_CAPABILITY -u ONEDNN_MAX_CPU_ISA -u OPENBLAS_CORETYPE -u NUMBA_CPU_NAME ;; \
+	  esac; \
+	  echo "== instructions: $$kind"; env "$$@" $(PY) -m pytest $(SPREAD) $(ONLY); done
 
 federation: $(TESTING)  ## a server and three agents on this machine, killed midway; one minute on idle cores
 	$(PY) -m pytest -q -s tests/integration/test_federation.py

@@ -24,6 +24,7 @@ from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory, on
 from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
 from fedpeft.planning.rule import RulePlan, plan_rule
 from fedpeft.planning.traffic import Sizes, measure_sizes
+from fedpeft.planning.walk import WalkPlan, plan_walk
 from fedpeft.preflight import has_answers, problems_of, simulation_problems
 from fedpeft.runfile import run_digest
 from fedpeft.sampling import cohort_size
@@ -116,6 +117,7 @@ class Plan:
     groups: tuple[GroupPlan, ...] = ()
     rule: RulePlan | None = None
     simulation_problems: tuple[str, ...] = ()
+    walk: WalkPlan | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Nested tables of plain values; byte counts are integers, times are seconds."""
@@ -150,6 +152,9 @@ def make_plan(run: RunConfig) -> Plan:
             groups = problems.attempt(lambda: plan_groups(run, Loaded(data, model), space, build_stages(run)))
     if data is not None:
         rounds = _rounds(run, data, sizes, problems)
+    walk = None
+    if data is not None and model is not None and rounds is not None and not problems.lines:
+        walk = plan_walk(run, data, model, rounds)
     return Plan(
         run=run.run.name,
         run_digest=run_digest(run),
@@ -165,6 +170,7 @@ def make_plan(run: RunConfig) -> Plan:
         lora_rule=run.federation.lora_rule,
         groups=groups or (),
         rule=rule,
+        walk=walk,
         simulation_problems=(*simulation_problems(run), *here.lines),
     )
 

@@ -16,6 +16,7 @@ from fedpeft.planning.memory import Memory
 from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, SpacePlan, Traffic
 from fedpeft.planning.privacy import PrivacyPlan
 from fedpeft.planning.rule import RulePlan
+from fedpeft.planning.walk import WalkPlan
 from fedpeft.reporting.text import byte_size, counted, duration, listed, printable
 
 Line = tuple[str, str, str]  # what, how much, detail
@@ -28,6 +29,7 @@ def show_plan(console: Console, plan: Plan) -> None:
         list(_data_lines(plan.data)) if plan.data else [],
         list(_space_lines(plan.space)) if plan.space else [],
         list(_round_lines(plan.rounds)) if plan.rounds else [],
+        list(_walk_lines(plan.walk)) if plan.walk else [],
         list(_rule_lines(plan.rule)) if plan.rule else [],
         list(_privacy_lines(plan.privacy)) if plan.privacy else [],
         list(_traffic_lines(plan.traffic)) if plan.traffic else [],
@@ -118,6 +120,15 @@ def _round_lines(rounds: RoundsPlan) -> Iterator[Line]:
             duration(rounds.run_s),
             f"{100 * rounds.lost:.1f}% of answers lost or late",
         )
+
+
+def _walk_lines(walk: WalkPlan) -> Iterator[Line]:
+    rise = f"{walk.rise:+.3g}"
+    length = f"{walk.length:.2g} per parameter"
+    what = f"to a loss of {walk.loss:.3g}, by a random walk as long as the moves ({length})"
+    if walk.diverges:
+        what += f": IT WILL PROBABLY DIVERGE; training.lr of at most {walk.safe_lr:.1g} is safer"
+    yield "zeroth-order noise", rise, what
 
 
 def _rule_lines(rule: RulePlan) -> Iterator[Line]:

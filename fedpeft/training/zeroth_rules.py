@@ -24,6 +24,7 @@ class Rule:
         measure: how the scalar is found, a name in `MEASURES`.
         dense: the `torch.optim` optimiser that it needs, by our name for it; None: no dense state.
         above: layers above a boundary are trained by back-propagation.
+        one_layer: a direction moves one layer of many.
         forwards: what a direction costs in forward passes; a pass with tangents has three products for one,
             and so has a pass with gradients.
     """
@@ -33,7 +34,13 @@ class Rule:
     measure: Literal["difference", "tangent"] = "difference"
     dense: str | None = None
     above: bool = False
+    one_layer: bool = False
     forwards: int = 2
+
+    @property
+    def walks(self) -> bool:
+        """Whether every step moves all that trains by lr times a slope times a direction."""
+        return self.step == "scalar" and not self.above and not self.one_layer
 
     @property
     def replays(self) -> bool:
@@ -62,7 +69,11 @@ RULES: dict[str, Rule] = {
         measure="tangent",
         forwards=3,
     ),
-    "block-wise": Rule("scalar", "each direction moves one layer, chosen by its index (Zhang et al. 2024)"),
+    "block-wise": Rule(
+        "scalar",
+        "each direction moves one layer, chosen by its index (Zhang et al. 2024)",
+        one_layer=True,
+    ),
     "sparse": Rule(
         "scalar", "only the smallest weights of theta_0 move (Liu et al. 2024, Sparse MeZO); training.density"
     ),

@@ -133,7 +133,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "peqa-private": PEQA | PRIVATE,
     "peqa-compressed": PEQA | {"stages": [{"kind": "compeft", "density": 0.25}]},
     "nf4-loftq": {"peft": {"method": "lora", "r": 4, "init_lora_weights": "loftq"}},
-    "nf4-lora-seeds": {"training": ZEROTH | {"lr": 1e-2}, "space": SEEDS},
+    "nf4-lora-seeds": {"training": ZEROTH | {"lr": 3e-3}, "space": SEEDS},
     "nf4-norms-seeds": {
         "peft": {"method": "ln-tuning"},
         "training": ZEROTH | {"lr": 1e-2},
@@ -151,7 +151,8 @@ def test_a_run_learns_on_a_base_that_never_changes(name: str, tmp_path: Path) ->
     simulated(tables, tmp_path / "run")
     assert frozen_digest(resident_for(before.run_digest).model) == frozen_digest(before.model)
     seen = losses(tmp_path / "run")
-    assert seen[-1] < seen[0], seen
+    # Over seeds 0 to 2 and three instruction sets the least fall of any of these runs was 0.14.
+    assert seen[-1] < seen[0] - 0.05, seen
     # The model that comes out: the adapter's folder on a fresh base scores what the last round scored.
     resident = resident_with_adapter(before.run, tmp_path / "run" / "adapter")
     batches = resident.batches(resident.data.test, np.arange(len(resident.data.test)))
