@@ -120,8 +120,8 @@ def _start(header: Any, content: bytes) -> bytes:
 
 def _admission(most_mib: float | None, device: str) -> Admit:
     """Refuse what this device, or its owner, has no memory for, before the base model is read."""
-    from fedpeft.models.device import device_named
-    from fedpeft.planning.admission import available_memory, refuse_oversized
+    from fedpeft.models.device import available_memory, device_named
+    from fedpeft.planning.admission import refuse_oversized
 
     owners = float("inf") if most_mib is None else most_mib * 2**20
 

@@ -11,9 +11,12 @@ from safetensors import SafetensorError
 
 from fedpeft.commands.adapters import model_with_adapter
 from fedpeft.commands.runs import adapter_and_run, adapter_folder
+from fedpeft.config import ModelSection
 from fedpeft.errors import StateError, StorageError
 from fedpeft.files import folder_atomically, storage
-from fedpeft.models.base import load_tokenizer
+from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
+from fedpeft.models.device import available_memory
 from fedpeft.models.export import CONFIG_FILE, adapter_digest, merge_adapter
 from fedpeft.models.quiet import one_line, quiet
 
@@ -44,7 +47,7 @@ def export_command(
         folder, run = adapter_and_run(adapter, run_file, overrides)
         tokenizer = load_tokenizer(run.model)
         model, labels = model_with_adapter(run, folder)
-        write_merged(model, tokenizer, labels, out)
+        write_merged(model, tokenizer, labels, out, run.model)
         print(f"merged model  {out}")
         return
     with storage(out):
@@ -83,24 +86,47 @@ def _names(paths: Iterable[Path]) -> set[str]:
     return {path.name for path in paths}
 
 
-def write_merged(model: Any, tokenizer: Any, labels: Sequence[str], out: Path) -> None:
+def write_merged(model: Any, tokenizer: Any, labels: Sequence[str], out: Path, section: ModelSection) -> None:
     """Fold what is trained into the base, and write a folder that `transformers` loads by itself.
+
+    The folder is read back, and takes its place only if its model computes what base and adapter do.
+
+    Args:
+        section: what the base was loaded as.
 
     Raises:
         StorageError: it cannot be written.
-        ModelError: the method cannot be merged.
+        ModelError: the method cannot be merged, or the merged model computes something else.
     """
+    rows = made_up_rows(model)
+    trained = read_logits(model, rows)
     merged: Any = merge_adapter(model)
     if labels:
         merged.config.id2label = dict(enumerate(labels))
         merged.config.label2id = {label: index for index, label in enumerate(labels)}
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomically(out) as fresh, quiet():
+    with folder_atomically(out) as fresh:
         try:
-            merged.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+            with quiet():
+                merged.save_pretrained(fresh)
+                tokenizer.save_pretrained(fresh)
         except SafetensorError as error:
             raise StorageError(
                 f"{out}: the model cannot be written ({one_line(error)}); free disk space and try again"
             ) from error
+        _compare(fresh, merged, section, rows, trained)
+
+
+def _compare(folder: Path, merged: Any, section: ModelSection, rows: Any, trained: Any) -> None:
+    """Refuse a folder whose model isn't the trained one; say so where there is no memory to look."""
+    if bytes_of_copy(merged) > available_memory():
+        print("compared  no: another copy of the model doesn't fit in memory")
+        return
+    dtype = str(next(merged.parameters()).dtype).removeprefix("torch.")
+    again = ModelSection(path=str(folder), task=section.task, dtype=dtype)
+    labels = merged.config.num_labels if section.task == "sequence-classification" else None
+    found = read_logits(load_base(again, num_labels=labels), rows)
+    refuse_difference(
+        merged, trained, found, what="the merged model", keep="nothing was written; keep base and adapter"
+    )

@@ -30,7 +30,7 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
     check_out(out, run, force=force, what="the run")
     resident = load_resident(config, data=data)
     resident.space.enter(resident.parameters, checkpoint.state)  # compares the fingerprint
-    write_merged(resident.model, resident.tokenizer, resident.data.label_names, out)
+    write_merged(resident.model, resident.tokenizer, resident.data.label_names, out, config.model)
     size = sum(array.nbytes for array in checkpoint.state.values())
     print(
         f"model        {out}\nround        {checkpoint.round}\n"

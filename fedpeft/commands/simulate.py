@@ -11,7 +11,8 @@ from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.ledger import RunFolder
 from fedpeft.loading.assembly import Admit, device_for, trainable_on
-from fedpeft.planning.admission import available_memory, refuse_oversized
+from fedpeft.models.device import available_memory
+from fedpeft.planning.admission import refuse_oversized
 from fedpeft.preflight import refuse_problems, simulation_problems
 from fedpeft.reporting.progress import make_progress
 from fedpeft.simulation.engine import simulate

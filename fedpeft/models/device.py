@@ -10,8 +10,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -19,6 +21,7 @@ from fedpeft.errors import ModelError
 
 __all__ = [
     "CPU",
+    "available_memory",
     "device_memory",
     "device_named",
     "device_of",
@@ -30,6 +33,7 @@ __all__ = [
 
 CPU = torch.device("cpu")
 _MIB = 2**20
+_CGROUPS = Path("/sys/fs/cgroup")  # of this very process, in a container
 
 
 def device_named(name: str) -> torch.device:
@@ -124,6 +128,21 @@ def device_memory(device: torch.device) -> int:
     """Bytes that are free on a CUDA device."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free)
+
+
+def available_memory(device: torch.device = CPU) -> int:
+    """Bytes that this process may still take: what a GPU, the machine, or its container has left."""
+    if device.type == "cuda":
+        return device_memory(device)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = (_CGROUPS / "memory.max").read_text().strip()
+        used = int((_CGROUPS / "memory.current").read_text())
+        cached = dict(line.split() for line in (_CGROUPS / "memory.stat").read_text().splitlines())
+        left = free if limit == "max" else int(limit) - used + int(cached.get("inactive_file", 0))
+    except (OSError, ValueError):  # no such limits here
+        return free
+    return max(0, min(free, left))
 
 
 def peak_memory(device: torch.device) -> int | None:

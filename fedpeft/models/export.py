@@ -14,13 +14,15 @@ import numpy as np
 import peft
 import torch
 from numpy.typing import NDArray
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import float_heads
-from fedpeft.models.loftq import Start, start_near_full_precision
+from fedpeft.models.loftq import Decomposition, Start, start_near_full_precision
 from fedpeft.models.methods import METHODS
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
@@ -64,8 +66,13 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
         raise StorageError(f"the adapter cannot be written to '{folder}': {one_line(error)}") from error
 
 
-def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(
+    base: nn.Module, folder: Path, known: Mapping[str, Decomposition] | None = None
+) -> nn.Module:
     """Put an exported adapter on a fresh base, frozen, for inference; says nothing on the terminal.
+
+    Args:
+        known: decompositions of a start near full precision, from who computed them; None: computed anew.
 
     Raises:
         ModelError: no adapter there, or one that does not fit this base.
@@ -82,7 +89,7 @@ def load_adapter(base: nn.Module, folder: Path) -> nn.Module:
             told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             if told.get(_LOFTQ_KEY):
                 start = Start(str(told.get(_START_KEY, "loftq")), int(told[_LOFTQ_KEY]))
-                start_near_full_precision(model, start)
+                start_near_full_precision(model, start, known)
             state = load_file(folder / WEIGHTS_FILE)
             _check_names(_adapter_state(model).keys(), state.keys(), folder)
             set_peft_model_state_dict(model, state)
@@ -118,6 +125,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
     """Fold the adapter into the base's weights and return the base; `model` is used up.
 
     Trained scales of a rounded base are folded in exactly, and what is returned has ordinary float32 layers.
+    A layer whose weight another one shares (a tied output layer) gets its own, unless both end alike.
 
     Raises:
         ModelError: the method cannot be folded in, or the base is quantised.
@@ -134,10 +142,52 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         )
     try:
         with quiet(), torch.no_grad():
+            _part_shared_weights(model)
+            _put_copies_in_place(model)
             merged: nn.Module = dequantise(wrapped.merge_and_unload())
+            _say_what_is_tied(merged)
     except Exception as error:  # tuners raise every kind
         raise ModelError(f"the adapter of {name} cannot be merged: {one_line(error)}") from error
     return merged.requires_grad_(False).eval()
+
+
+def _part_shared_weights(model: nn.Module) -> None:
+    """Give each adapted layer a weight of its own where another layer shares it: that one must stay."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer: Any = module.get_base_layer()
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, nn.Parameter) and holders.get(id(weight), 0) > 1:
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def _put_copies_in_place(model: nn.Module) -> None:
+    """Let copies that were trained whole take their modules' places, whatever kind of module they are."""
+    base: Any = model.get_base_model()  # type: ignore[operator]  # a PeftModel, which is untyped
+    for name, module in list(base.named_modules()):
+        if isinstance(module, LNTuningLayer):
+            base.set_submodule(name, module.ln_tuning_layers["default"])
+
+
+def _say_what_is_tied(merged: nn.Module) -> None:
+    """Let a merged model's configuration say that input and output are tied only if they still are."""
+    model: Any = merged
+    config = model.config.get_text_config(decoder=True)
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if (
+        output is None
+        or not getattr(config, "tie_word_embeddings", False)
+        or output.weight is embedding.weight
+    ):
+        return
+    if torch.equal(output.weight, embedding.weight):
+        output.weight = embedding.weight
+    else:
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
 
 
 def adapter_digest(folder: Path) -> str:

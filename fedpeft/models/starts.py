@@ -16,7 +16,13 @@ from torch import nn
 from fedpeft.errors import ModelError
 from fedpeft.models.loftq import Decomposition
 
-__all__ = ["decomposition_bytes", "decomposition_of", "keep_start", "start_of_model"]
+__all__ = [
+    "decomposition_bytes",
+    "decomposition_of",
+    "decomposition_of_model",
+    "keep_start",
+    "start_of_model",
+]
 
 _FACTORS = ("up", "down")
 _REMOVED = ("removed-up", "removed-down")
@@ -71,7 +77,13 @@ def keep_start(model: nn.Module, found: dict[str, Decomposition]) -> None:
     setattr(model, _ATTRIBUTE, found)
 
 
+def decomposition_of_model(model: nn.Module) -> dict[str, Decomposition] | None:
+    """What a model was started with, if it was computed from its weights; else None."""
+    found: dict[str, Decomposition] | None = getattr(model, _ATTRIBUTE, None)
+    return found
+
+
 def start_of_model(model: nn.Module) -> bytes:
     """What others need to start as this model did; empty for models that start by their seed alone."""
-    found = getattr(model, _ATTRIBUTE, None)
+    found = decomposition_of_model(model)
     return decomposition_bytes(found) if found else b""

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-import torch
-
 from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import FedPEFTError, ModelError
-from fedpeft.models.device import CPU, device_memory
 from fedpeft.planning.fit import propose
 from fedpeft.planning.memory import on_gpu
 from fedpeft.planning.predict import Predictor
 
-_CGROUPS = Path("/sys/fs/cgroup")  # of this very process, in a container
 _MIB = 2**20
-
-
-def available_memory(device: torch.device = CPU) -> int:
-    """Bytes that this process may still take: what a GPU, the machine, or its container has left."""
-    if device.type == "cuda":
-        return device_memory(device)
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit = (_CGROUPS / "memory.max").read_text().strip()
-        used = int((_CGROUPS / "memory.current").read_text())
-        cached = dict(line.split() for line in (_CGROUPS / "memory.stat").read_text().splitlines())
-        left = free if limit == "max" else int(limit) - used + int(cached.get("inactive_file", 0))
-    except (OSError, ValueError):  # no such limits here
-        return free
-    return max(0, min(free, left))
 
 
 def refuse_oversized(

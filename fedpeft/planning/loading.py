@@ -14,7 +14,8 @@ from fedpeft.data.run_tables import read_tables
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
-from fedpeft.planning.admission import available_memory, refuse_oversized
+from fedpeft.models.device import available_memory
+from fedpeft.planning.admission import refuse_oversized
 from fedpeft.randomness import derive_seed
 
 Result = TypeVar("Result")

@@ -31,13 +31,16 @@ from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.loading.assembly import Admit, device_for
 from fedpeft.loading.simulated import load_resident
-from fedpeft.models.base import model_path
-from fedpeft.models.device import peak_memory
-from fedpeft.models.export import adapter_digest, export_adapter
+from fedpeft.models.base import load_base, model_path
+from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
+from fedpeft.models.device import available_memory, full_memory_refused, move, peak_memory
+from fedpeft.models.export import adapter_digest, export_adapter, load_adapter
+from fedpeft.models.starts import decomposition_of_model
 from fedpeft.models.trainable import count_parameters
 from fedpeft.preflight import has_answers, refuse_problems, simulation_problems
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.sources import refuse_seeded
+from fedpeft.randomness import derive_seed
 from fedpeft.records import ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.reporting.html import write_report
 from fedpeft.reporting.lines import attack_notes, promise_notes
@@ -304,6 +307,9 @@ class _Holding:
         resident, folder = self._resident, self._folder
         self._progress.setup("writing adapter and report")
         write_adapter(resident, folder, final.state)
+        note = compare_adapter(resident, folder.adapter)
+        if note:
+            self._progress.note(note)
         if not any(isinstance(row, Finished) for row in folder.rows()):
             up, down = _bytes_per_client(rounds)
             row = Finished(
@@ -330,6 +336,33 @@ def write_adapter(resident: Resident, folder: RunFolder, state: Arrays) -> None:
     resident.space.enter(resident.parameters, state)
     with folder_atomically(folder.adapter) as fresh:
         export_adapter(resident.model, fresh, base_name=model_path(resident.run.model))
+
+
+def compare_adapter(resident: Resident, adapter: Path) -> str:
+    """Refuse an adapter folder that makes another model of its base than the one that was trained.
+
+    Returns:
+        Why nothing was compared; empty if it was.
+
+    Raises:
+        ModelError: the models differ, or the folder cannot be loaded.
+    """
+    if bytes_of_copy(resident.model) > available_memory():
+        return "the adapter was not compared with the trained model: memory has no room for another copy"
+    run = resident.run
+    base = load_base(run.model, num_labels=resident.data.num_labels, seed=derive_seed(run.run.seed, "head"))
+    loaded = load_adapter(base, adapter, decomposition_of_model(resident.model))
+    rows = made_up_rows(loaded)
+    with full_memory_refused():
+        found = read_logits(move(loaded, resident.device), rows)
+    refuse_difference(
+        loaded,
+        read_logits(resident.model, rows),
+        found,
+        what=f"the adapter in {adapter}",
+        keep="adapter and checkpoints are kept",
+    )
+    return ""
 
 
 def write_summary(folder: RunFolder) -> None:

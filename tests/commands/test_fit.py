@@ -14,10 +14,11 @@ from fedpeft.data.embedded import model_folder
 from fedpeft.errors import ModelError, UsageError
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.device import available_memory
 from fedpeft.models.methods import base_refusal, method_named
 from fedpeft.models.offsite import whole_model
 from fedpeft.models.sketch import sketch, weights_of
-from fedpeft.planning.admission import available_memory, refuse_oversized
+from fedpeft.planning.admission import refuse_oversized
 from fedpeft.planning.fit import propose
 from fedpeft.planning.loading import read_rows
 from fedpeft.planning.predict import Predictor

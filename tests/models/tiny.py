@@ -13,6 +13,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
 
@@ -20,13 +22,16 @@ VOCABULARY = 96
 LABELS = 3
 TASKS = {
     "llama": "causal-lm",
+    "mixtral": "causal-lm",
     "bert": "sequence-classification",
     "llama-classifier": "sequence-classification",
 }
 
 
 def tiny_base(kind: str, seed: int = 0) -> nn.Module:
-    """Build a frozen two-layer model: "llama" (tied, no biases), "llama-classifier" or "bert"."""
+    """Build a frozen two-layer model: "llama" (tied, no biases), "mixtral" (experts), "llama-classifier"
+    or "bert".
+    """
     llama = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -38,6 +43,17 @@ def tiny_base(kind: str, seed: int = 0) -> nn.Module:
         pad_token_id=0,
         tie_word_embeddings=True,
         num_labels=LABELS,
+    )
+    mixtral = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
     )
     bert = BertConfig(
         vocab_size=VOCABULARY,
@@ -52,6 +68,7 @@ def tiny_base(kind: str, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         model: nn.Module = {
             "llama": lambda: LlamaForCausalLM(llama),
+            "mixtral": lambda: MixtralForCausalLM(mixtral),
             "llama-classifier": lambda: LlamaForSequenceClassification(llama),
             "bert": lambda: BertForSequenceClassification(bert),
         }[kind]()
@@ -65,7 +82,7 @@ def tiny_base(kind: str, seed: int = 0) -> nn.Module:
 def batch(kind: str) -> dict[str, torch.Tensor]:
     """Return four rows of twelve tokens, with the labels of the model's task."""
     ids = torch.randint(1, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "labels": ids if kind == "llama" else torch.tensor([0, 1, 2, 0])}
+    return {"input_ids": ids, "labels": ids if TASKS[kind] == "causal-lm" else torch.tensor([0, 1, 2, 0])}
 
 
 def logits(model: nn.Module, kind: str) -> torch.Tensor:
