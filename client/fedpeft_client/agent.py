@@ -16,7 +16,7 @@ import psutil
 
 from fedpeft.credentials import Material
 from fedpeft.errors import FedPEFTError
-from fedpeft.files import hold_lock, storage
+from fedpeft.files import hold_lock, make_private_folder
 from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
 from fedpeft_client.link import Link
@@ -41,7 +41,7 @@ class Agent:
         metrics: counts what it does; None: for nobody.
 
     Raises:
-        StateError: another process holds the home folder, or its files are corrupt.
+        StateError: another process holds the home folder, others can read it, or its files are corrupt.
         StorageError: it cannot be written.
     """
 
@@ -56,8 +56,7 @@ class Agent:
         metrics: Metrics | None = None,
     ) -> None:
         self._settings, self._name, self._renewing = settings, name, material
-        with storage(home):
-            home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_folder(home, holds="what this agent learned from its rows")
         self._lock = hold_lock(
             home / _LOCK, in_use=f"{home} is in use by another agent; end it, or give this one its own --home"
         )

@@ -36,7 +36,7 @@ class Outbox:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with storage(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             remove_partial(folder)
             files = sorted(folder.glob(f"*{_SUFFIX}"), key=lambda file: file.stat().st_mtime_ns)
         self._kept: OrderedDict[bytes, None] = OrderedDict(

@@ -109,7 +109,7 @@ class StageMemory:
 
     def _path(self, run: str) -> Path:
         with storage(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self.folder / f"{run}.memory"
 
     def _read(self, run: str) -> Remembered:

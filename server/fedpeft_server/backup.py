@@ -1,8 +1,9 @@
 """A server's state as one file: taken while the server runs, checked when it is put back.
 
-A tar file of: `manifest.json` (what is in it, with digests), `state.db` (the tables, always as SQLite, so
-that a backup of one database can be put into another), `blobs/` (the contents that the tables refer to),
-`runs/` (adapters and reports of runs that have ended), and on request `keys/` and `ca/`.
+A tar file of: `manifest.json` (what is in it, with digests), `state.db` (the tables, the audit log among
+them, always as SQLite, so that a backup of one database can be put into another), `audit.head` (the number
+and digest of the log's last entry), `blobs/` (the contents that the tables refer to), `runs/` (adapters and
+reports of runs that have ended), and on request `keys/` and `ca/`.
 
 The tables are read in one transaction and hence are of one moment. Contents never change, they only come
 before the transaction that names them and go after the one that forgets them: a content that is missing went
@@ -31,6 +32,7 @@ from fedpeft import __version__
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.files import storage, sync_folder
 from fedpeft_server.store import Status, Store
+from fedpeft_server.store.audit import HEAD, SERVER, Action, Head
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import copy_tables
 from fedpeft_server.store.store import BLOBS, DATABASE, RUNS
@@ -41,6 +43,8 @@ _PIECE = 1 << 20
 _WAITING = (
     "SELECT digest FROM updates WHERE body IS NULL AND NOT counted UNION SELECT digest FROM checkpoints"
 )
+_LOGGED = "SELECT name FROM sqlite_master WHERE name = 'audit'"  # databases of older versions have none
+_LAST_ENTRY = "SELECT number, digest FROM audit ORDER BY number DESC LIMIT 1"
 _ENDED = "SELECT id FROM runs WHERE status IN ('finished', 'failed', 'stopped')"
 
 
@@ -105,6 +109,11 @@ def _staged(places: Places, staged: Path) -> bool:
     with closing(sqlite3.connect(staged / DATABASE)) as tables:
         contents = [row[0] for row in tables.execute(_WAITING)]
         ended = [row[0] for row in tables.execute(_ENDED)]
+        logged = tables.execute(_LOGGED).fetchone() is not None
+        last = tables.execute(_LAST_ENTRY).fetchone() if logged else None
+    (staged / HEAD).unlink(missing_ok=True)
+    if last is not None:
+        (staged / HEAD).write_text(f"{Head(*last)}\n", encoding="ascii")
     there = Blobs(places.state / BLOBS)
     for digest in contents:
         place = staged / BLOBS / digest[:2] / digest
@@ -211,8 +220,11 @@ def restore(file: Path, places: Places, *, nothing_since: bool = False) -> Manif
             shutil.rmtree(unpacked / name, ignore_errors=True)
         (unpacked / BLOBS).mkdir(exist_ok=True)
         _moved(unpacked, places.state)
-    if not nothing_since:
-        _stop_private(places, manifest)
+    taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.taken_at))
+    with Store(places.state, url=places.database, migrate=True) as store:
+        store.audit.record(SERVER, Action.RESTORED, "", taken=taken, software=manifest.software)
+        if not nothing_since:
+            _stop_private(store, taken)
     return manifest
 
 
@@ -290,11 +302,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stop_private(places: Places, manifest: Manifest) -> None:
+def _stop_private(store: Store, taken: str) -> None:
     """End what may have spent more than the backup knows."""
-    taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.taken_at))
     why = f"restored from a backup of {taken}: what it has spent since then is not known; submit it again"
-    with Store(places.state, url=places.database, migrate=True) as store:
-        for stored in store.runs.unended():
-            if stored.run.privacy is not None:
-                store.runs.set_status(stored.id, Status.STOPPED, why)
+    for stored in store.runs.unended():
+        if stored.run.privacy is not None:
+            store.runs.set_status(stored.id, Status.STOPPED, why)

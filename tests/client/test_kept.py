@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from fedpeft.errors import StateError
 from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_client.agent import Agent
 from fedpeft_client.dialing import FIRST_PAUSE_S, LONGEST_PAUSE_S, pauses
 from fedpeft_client.outbox import Finished, Outbox
+from fedpeft_client.replicas import ReplicaShelf
+from fedpeft_client.settings import Settings
 from fedpeft_client.stage_memory import Remembered, StageMemory, memory_bytes, memory_of
+from fedpeft_client.starts import StartShelf
 from fedpeft_client.usage import RunUsage, UsageBook
 
 
@@ -122,3 +126,27 @@ def test_the_memories_of_old_runs_go(tmp_path: Path) -> None:
     assert len(memory._known) <= 2
     assert memory_of(memory.get("run-8").after)["a"].tolist() == [8] * 4
     assert memory.get("run-7") == Remembered()
+
+
+def test_a_home_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    home, settings = tmp_path / "home", Settings(server="127.0.0.1:9", data=tmp_path, insecure=True)
+    home.mkdir()
+    home.chmod(0o750)
+    with pytest.raises(StateError, match=f"its mode is 0750, .* run: chmod 700 '{home}'"):
+        Agent(settings, "north", home, None)
+    assert list(home.iterdir()) == []
+
+
+def test_what_an_agent_keeps_is_in_private_folders(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        Outbox(tmp_path / "outbox").put(finished(1))
+        StageMemory(tmp_path / "memory").put(
+            "run", Remembered("task-1", b"", memory_bytes({"a": np.ones(1)}))
+        )
+        StartShelf(tmp_path / "starts").put("ab", b"start")
+        ReplicaShelf(tmp_path / "replicas").put("ab", {"a": np.ones(1)})
+    finally:
+        os.umask(before)
+    for folder in tmp_path.iterdir():
+        assert folder.stat().st_mode & 0o777 == 0o700, folder

@@ -113,7 +113,12 @@ def test_contents_that_nothing_refers_to_stay_behind(tmp_path: Path) -> None:
     with Store(tmp_path / "state") as store:
         store.blobs.put(b"nobody's")
     manifest = back_up(Places(tmp_path / "state"), tmp_path / "b.tar")
-    assert sorted(name.split("/")[0] for name in manifest.files) == ["blobs", "blobs", "state.db"]
+    assert sorted(name.split("/")[0] for name in manifest.files) == [
+        "audit.head",
+        "blobs",
+        "blobs",
+        "state.db",
+    ]
     assert not list((tmp_path / "state").glob(".backup-*"))
     restore(tmp_path / "b.tar", Places(tmp_path / "again"))
     with Store(tmp_path / "again") as store:
@@ -123,6 +128,22 @@ def test_contents_that_nothing_refers_to_stay_behind(tmp_path: Path) -> None:
             100_000,
             len("bob in round 1"),
         ]
+
+
+def test_the_audit_log_comes_along_and_says_that_it_was_restored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small_state(tmp_path / "state")
+    back_up(Places(tmp_path / "state"), tmp_path / "b.tar")
+    restore(tmp_path / "b.tar", Places(tmp_path / "again"), nothing_since=True)
+    with Store(tmp_path / "again"):
+        pass
+    assert called("server", "audit", "--state", str(tmp_path / "again"), "--json") == 0
+    entries = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["action"] for entry in entries[:-1]] == ["began", "submitted", "restored"]
+    for folder in ("state", "again"):  # a restored state is a private one
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+        assert stat.S_IMODE((tmp_path / folder / "audit.head").stat().st_mode) == 0o600
 
 
 def flipped(content: bytes, at: bytes) -> bytes:
@@ -218,7 +239,12 @@ def test_the_commands_take_the_keys_along_when_they_are_asked_to(
         if path.is_file()
     }
     with tarfile.open(tmp_path / "bare.tar") as bare:
-        assert {name.split("/")[0] for name in bare.getnames()} == {"manifest.json", "state.db", "blobs"}
+        assert {name.split("/")[0] for name in bare.getnames()} == {
+            "manifest.json",
+            "audit.head",
+            "state.db",
+            "blobs",
+        }
     shutil.rmtree(tmp_path / "state")
     shutil.rmtree(tmp_path / "federation")
     assert called("server", "restore", "bare.tar", "--config", "server.toml", "--with-keys") == 2
