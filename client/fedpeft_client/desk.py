@@ -24,17 +24,25 @@ import grpc
 
 from fedpeft.config import RunConfig
 from fedpeft.credentials import Material, UpdateHeader, sign_body_digest
-from fedpeft.errors import FederationError, FedPEFTError, UpdateError
+from fedpeft.errors import (
+    FederationError,
+    FedPEFTError,
+    LimitError,
+    PolicyError,
+    UpdateError,
+    WorkerError,
+)
 from fedpeft.faults import crash_point
 from fedpeft.frames import Frame
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import decode_content
+from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
 from fedpeft_client.dialing import error_of, pauses
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.outbox import Finished, Outbox
-from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
+from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon, refuse
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
 from fedpeft_client.usage import RunUsage, UsageBook
@@ -43,10 +51,6 @@ from fedpeft_client.workshop import CLIENT_APP, Doer, WorkerKilledError
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
 MAX_BODY_BYTES = 4 << 30
-
-
-class _RefusedError(Exception):
-    """The owner's policy speaks against a task; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,8 @@ class Desk:
         if task.id in self._outbox:
             self._errand(self._deliver(task.id))
         elif len(self._tasks) >= MAX_QUEUED or size > MAX_BODY_BYTES:
-            await self._refuse(
-                task, f"{len(self._tasks)} tasks wait here already, and this one has {size} bytes"
-            )
+            text = f"{len(self._tasks)} tasks wait here already, and this one has {size} bytes"
+            await self._failed(task, LimitError(text))
         elif task.id not in self._tasks:
             self._tasks[task.id] = task
             self._queue.put_nowait(task.id)
@@ -146,12 +149,12 @@ class Desk:
             content = await self._content(task)
             run_json = self._permitted(task, content)
             outcome = await self._executed(task, content, run_json)
-        except _RefusedError as refusal:
+        except PolicyError as refusal:
             outcome = "refused"
-            await self._refuse(task, str(refusal))
+            await self._refuse(task, refusal)
         except FedPEFTError as error:
             outcome = "failed"
-            await self._failed(task, f"{type(error).__name__}: {error}")
+            await self._failed(task, error)
         finally:
             self._metrics.task(outcome, time.monotonic() - began)
             self._status.idle()
@@ -167,19 +170,19 @@ class Desk:
         finally:
             self._at_work = b""
         wanted = self._tasks.get(task.id)
-        if wanted is None or (wanted is not task and answer.header["error"]):
+        failed = answer.header["error"]
+        if wanted is None or (wanted is not task and failed):
             return "withdrawn"  # as if it had never been begun; one that is asked for anew is begun anew
         self._status.base_digest = answer.header.get("base_digest", "") or self._status.base_digest
         self._status.loads += bool(answer.header.get("loaded", False))
-        if answer.header["error"]:
-            if answer.header["refused"]:
-                raise _RefusedError(str(answer.header["error"]).partition(": ")[2])
-            await self._failed(task, str(answer.header["error"]))
+        if failed:
+            error = from_record(failed)
+            if isinstance(error, PolicyError):
+                raise error
+            await self._failed(task, error)
             return "failed"
         body, after = answer.parts["content"], answer.parts["memory"]
-        over = over_bytes(self._trade.policy, self._book.today(_today()), len(body))
-        if over is not None:
-            raise _RefusedError(over)
+        refuse([over_bytes(self._trade.policy, self._book.today(_today()), len(body))])
         if before or after or remembered.after:
             self._memory.put(key, Remembered(task.id.hex(), before, after))
         self._outbox.put(Finished(_without_body(task), body))
@@ -195,7 +198,7 @@ class Desk:
         try:
             return await self._workshop.do(order)
         except WorkerKilledError as error:
-            raise FederationError(str(error)) from error
+            raise WorkerError(str(error)) from error
 
     def _order(self, task: pb.Task, content: bytes, run_json: str, memory: bytes) -> Frame:
         trade = self._trade
@@ -239,9 +242,7 @@ class Desk:
         run = run_from_json(run_json)
         if run_digest(run) != digest:
             raise UpdateError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
-        against = objections(self._trade.policy, run.of_client(self._trade.name))
-        if against:
-            raise _RefusedError("; ".join(against))
+        refuse(objections(self._trade.policy, run.of_client(self._trade.name)))
         self._book_run(task, run)
         self._approved[digest] = run_json
         return run_json
@@ -250,9 +251,7 @@ class Desk:
         key, usage = _key(task.run), self._book.usage
         if key in usage.runs:
             return
-        over = over_epsilon(self._trade.policy, usage.epsilon, run)
-        if over is not None:
-            raise _RefusedError(over)
+        refuse([over_epsilon(self._trade.policy, usage.epsilon, run)])
         promise = run.privacy
         usage.runs[key] = RunUsage(
             name=run.run.name,
@@ -262,33 +261,37 @@ class Desk:
         self._book.save()  # before anything is spent
         crash_point("agent.budget.booked")
 
-    async def _refuse(self, task: pb.Task, reason: str) -> None:
+    async def _refuse(self, task: pb.Task, refused: PolicyError) -> None:
+        """The owner reads why; the server, which keys of the policy speak against the task."""
+        reason = " ".join(str(refused).split())
         LOG.warning(
             "refused %s of round %d: %s", task.kind, task.round, reason, extra=_facts("refused", task)
         )
         self._book.usage.refusals += 1
         self._book.save()
         self._status.refused(reason)
-        self._say(pb.AgentMessage(refusal=pb.Refusal(task=task.id, reason=reason[:4000])))
+        refusal = to_refusal(refused, self._trade.policy.tell_limits)
+        refusal.task = task.id
+        self._say(pb.AgentMessage(refusal=refusal))
 
-    async def _failed(self, task: pb.Task, error: str) -> None:
-        """An error is a result too, but none to keep: a task that comes again is done again."""
-        line = " ".join(error.split())
+    async def _failed(self, task: pb.Task, error: Exception) -> None:
+        """An error is a result too, but none to keep: a task that comes again is done again.
+
+        Its text, which may hold what is in a row, stays in the owner's log; the server gets its code.
+        """
+        line = to_text(error)
         LOG.warning("%s of round %d failed: %s", task.kind, task.round, line, extra=_facts("failed", task))
         self._book.usage.failures += 1
         self._book.save()
         self._status.failed(line)
-        kind, _, reason = line.partition(": ")
-        failure = pb.Failure(kind=kind[:64], reason=reason[:4000])
-        self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=failure)))
+        self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=to_failure(error))))
 
     # ---- What travels
 
     async def _content(self, task: pb.Task) -> bytes:
         """The task's body; fetched over as many connections as it takes."""
-        over = over_bytes(self._trade.policy, self._book.today(_today()), task.ByteSize() + task.blob.size)
-        if over is not None:
-            raise _RefusedError(over)
+        came = task.ByteSize() + task.blob.size
+        refuse([over_bytes(self._trade.policy, self._book.today(_today()), came)])
         if task.WhichOneof("body") != "blob":
             self._moved(down=len(task.inline))
             return bytes(task.inline)

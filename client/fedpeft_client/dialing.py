@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import grpc
 
-from fedpeft import errors
 from fedpeft.credentials import Material
-from fedpeft.errors import CredentialError, FederationError, FedPEFTError, RunFileError
+from fedpeft.errors import CredentialError, FederationError, FedPEFTError
+from fedpeft.wire.failures import from_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 60.0
 STEADY_S = 30.0  # a session that lasted so long starts the pauses anew
@@ -67,7 +67,7 @@ def error_of(error: BaseException, server: str) -> FedPEFTError:
     if not isinstance(error, grpc.aio.AioRpcError):
         return FederationError(f"{server}: the connection was lost ({type(error).__name__})")
     details = " ".join((error.details() or "").split())
-    named = _named(details)
+    named = from_text(details)
     if named is not None:
         return named
     if error.code() == grpc.StatusCode.UNAVAILABLE:
@@ -79,18 +79,7 @@ def error_of(error: BaseException, server: str) -> FedPEFTError:
 
 def error_named(details: str) -> FedPEFTError:
     """An error from the server's words, "<class>: <reason>"."""
-    return _named(details) or FederationError(details[:300])
-
-
-def _named(details: str) -> FedPEFTError | None:
-    name, colon, text = details.partition(": ")
-    kind = getattr(errors, name, None)
-    if not colon or not isinstance(kind, type) or not issubclass(kind, FedPEFTError):
-        return None
-    if issubclass(kind, RunFileError):
-        source, _, problems = text.partition(": ")
-        return RunFileError(source, [problems])
-    return kind(text)
+    return from_text(details) or FederationError(details[:300])
 
 
 def is_final(error: FedPEFTError) -> bool:

@@ -19,7 +19,7 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.pace import Pace
 from fedpeft_client.dialing import error_named
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 _PARTING_S = 0.5
 _STALL_S = 60.0  # without a byte in the middle of a blob
 Dial = Callable[[], grpc.aio.Channel]

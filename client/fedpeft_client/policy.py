@@ -1,12 +1,19 @@
-"""What the owner of an agent allows. The owner's word wins: a task outside it is refused, with the reason."""
+"""What the owner of an agent allows. The owner's word wins: a task outside it is refused.
+
+The owner reads why; a server reads which keys speak against the task, and an owner's number only where
+`tell_limits` names its key.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedpeft.config import RunConfig
+from fedpeft.errors import PolicyError
 
 Positive = Annotated[float, Field(gt=0.0)]
 PrivacyKind = Literal["client-level", "record-level", "local"]
@@ -28,6 +35,7 @@ class Policy(BaseModel):
         max_bytes_per_day: up and down, by UTC days.
         max_local_steps: of one round.
         allow_download: whether a run file may name a model of the hub, which would be fetched.
+        tell_limits: keys of this table whose number a refusal tells the server, for submitters to heed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -49,36 +57,76 @@ class Policy(BaseModel):
     max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
     max_local_steps: Annotated[int, Field(ge=1)] | None = None
     allow_download: bool = False
+    tell_limits: tuple[str, ...] = ()
+
+    @field_validator("tell_limits")
+    @classmethod
+    def _are_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [key for key in keys if key not in cls.model_fields]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no key of [policy]; name keys of this table")
+        return keys
 
 
-def objections(policy: Policy, run: RunConfig) -> list[str]:
+@dataclass(frozen=True)
+class Objection:
+    """One thing that speaks against a task.
+
+    Attributes:
+        key: of `[policy]`.
+        text: for the owner alone.
+        limit: the owner's number, if that is what the key holds.
+    """
+
+    key: str
+    text: str
+    limit: float | None = None
+
+
+def refuse(against: Sequence[Objection | None]) -> None:
+    """Refuse a task if anything speaks against it.
+
+    Raises:
+        PolicyError: with all texts and all keys.
+    """
+    found = [objection for objection in against if objection is not None]
+    if found:
+        text = "; ".join(objection.text for objection in found)
+        raise PolicyError(text, {objection.key: objection.limit for objection in found})
+
+
+def objections(policy: Policy, run: RunConfig) -> list[Objection]:
     """Why the owner does not want to take part in a run; empty if nothing speaks against it."""
     return [*_names(policy, run), *_stages(policy, run), *_privacy(policy, run), *_work(policy, run)]
 
 
-def over_epsilon(policy: Policy, booked: float, run: RunConfig) -> str | None:
+def over_epsilon(policy: Policy, booked: float, run: RunConfig) -> Objection | None:
     """Why a run that is new here would spend too much; `booked` is what earlier runs may spend."""
     if policy.max_total_epsilon is None or run.privacy is None:
         return None
     total = booked + run.privacy.max_epsilon
     if total <= policy.max_total_epsilon:
         return None
-    return (
+    return Objection(
+        "max_total_epsilon",
         f"the run may spend epsilon {run.privacy.max_epsilon:g} and earlier runs {booked:g};"
-        f" policy.max_total_epsilon is {policy.max_total_epsilon:g}"
+        f" policy.max_total_epsilon is {policy.max_total_epsilon:g}",
+        policy.max_total_epsilon,
     )
 
 
-def over_bytes(policy: Policy, used: int, more: int) -> str | None:
+def over_bytes(policy: Policy, used: int, more: int) -> Objection | None:
     """Why `more` bytes would be too many today."""
     if policy.max_bytes_per_day is None or used + more <= policy.max_bytes_per_day:
         return None
-    return (
-        f"{more} bytes more than today's {used} exceed policy.max_bytes_per_day = {policy.max_bytes_per_day}"
+    return Objection(
+        "max_bytes_per_day",
+        f"{more} bytes more than today's {used} exceed policy.max_bytes_per_day = {policy.max_bytes_per_day}",
+        policy.max_bytes_per_day,
     )
 
 
-def _names(policy: Policy, run: RunConfig) -> list[str]:
+def _names(policy: Policy, run: RunConfig) -> list[Objection]:
     stated = {
         "runs": run.run.name,
         "tasks": run.model.task,
@@ -87,57 +135,64 @@ def _names(policy: Policy, run: RunConfig) -> list[str]:
         "spaces": run.space.kind,
     }
     return [
-        f"{value!r} is not in policy.{key} ({', '.join(allowed) or 'which is empty'})"
+        Objection(key, f"{value!r} is not in policy.{key} ({', '.join(allowed) or 'which is empty'})")
         for key, value in stated.items()
         if (allowed := getattr(policy, key)) is not None and value not in allowed
     ]
 
 
-def _stages(policy: Policy, run: RunConfig) -> list[str]:
+def _stages(policy: Policy, run: RunConfig) -> list[Objection]:
     kinds = [stage.kind for stage in run.stages]
     unwanted = [kind for kind in kinds if policy.stages is not None and kind not in policy.stages]
     missing = [kind for kind in policy.needs_stages if kind not in kinds]
-    return [f"stage {kind!r} is not in policy.stages" for kind in unwanted] + [
-        f"stage {kind!r}, which policy.needs_stages asks for, is missing" for kind in missing
+    return [Objection("stages", f"stage {kind!r} is not in policy.stages") for kind in unwanted] + [
+        Objection("needs_stages", f"stage {kind!r}, which policy.needs_stages asks for, is missing")
+        for kind in missing
     ]
 
 
-def _privacy(policy: Policy, run: RunConfig) -> list[str]:
+def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
     asked = {
         "privacy": policy.privacy,
         "min_noise_multiplier": policy.min_noise_multiplier,
         "max_run_epsilon": policy.max_run_epsilon,
         "max_total_epsilon": policy.max_total_epsilon,
     }
-    wanted = [f"policy.{key}" for key, value in asked.items() if value is not None]
+    wanted = [key for key, value in asked.items() if value is not None]
     promise = run.privacy
     if not wanted:
         return []
     if promise is None:
-        return [f"the run promises no privacy, which {wanted[0]} asks for"]
+        return [Objection(wanted[0], f"the run promises no privacy, which policy.{wanted[0]} asks for")]
     problems = []
     if promise.seeded:
         problems.append(
-            f"the run's noise is drawn from its seed, which protects nobody; {wanted[0]} asks for privacy"
+            Objection(
+                wanted[0],
+                f"the run's noise is drawn from its seed, which protects nobody; policy.{wanted[0]} asks for"
+                " privacy",
+            )
         )
     if policy.privacy is not None and promise.kind not in policy.privacy:
-        problems.append(f"{promise.kind!r} is not in policy.privacy ({', '.join(policy.privacy)})")
+        text = f"{promise.kind!r} is not in policy.privacy ({', '.join(policy.privacy)})"
+        problems.append(Objection("privacy", text))
     if policy.min_noise_multiplier is not None and promise.noise_multiplier < policy.min_noise_multiplier:
-        problems.append(
-            f"noise_multiplier {promise.noise_multiplier:g} is below policy.min_noise_multiplier ="
-            f" {policy.min_noise_multiplier:g}"
+        least = policy.min_noise_multiplier
+        text = (
+            f"noise_multiplier {promise.noise_multiplier:g} is below policy.min_noise_multiplier = {least:g}"
         )
+        problems.append(Objection("min_noise_multiplier", text, least))
     if policy.max_run_epsilon is not None and promise.max_epsilon > policy.max_run_epsilon:
-        problems.append(
-            f"max_epsilon {promise.max_epsilon:g} is above policy.max_run_epsilon ="
-            f" {policy.max_run_epsilon:g}"
-        )
+        most = policy.max_run_epsilon
+        text = f"max_epsilon {promise.max_epsilon:g} is above policy.max_run_epsilon = {most:g}"
+        problems.append(Objection("max_run_epsilon", text, most))
     return problems
 
 
-def _work(policy: Policy, run: RunConfig) -> list[str]:
+def _work(policy: Policy, run: RunConfig) -> list[Objection]:
     steps = run.training.steps
     if policy.max_local_steps is None or (steps is not None and steps <= policy.max_local_steps):
         return []
     stated = "as many local steps as it likes (training.epochs)" if steps is None else f"{steps} local steps"
-    return [f"the run asks for {stated}; policy.max_local_steps is {policy.max_local_steps}"]
+    text = f"the run asks for {stated}; policy.max_local_steps is {policy.max_local_steps}"
+    return [Objection("max_local_steps", text, policy.max_local_steps)]

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.errors import FedPEFTError, ModelError
+from fedpeft.errors import FedPEFTError, ModelError, PolicyError
 from fedpeft.faults import crash_point
 from fedpeft.flower.execute import Outcome, execute, named_app
 from fedpeft.flower.tasks import START
@@ -22,6 +22,7 @@ from fedpeft.interruption import forget_interrupt, heed_interrupts
 from fedpeft.orphans import end_with
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.wire.content import decode_content
+from fedpeft.wire.failures import from_text, to_record
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.stage_memory import memory_bytes, memory_of
 from fedpeft_client.starts import StartShelf
@@ -49,9 +50,7 @@ def done(order: Frame) -> Frame:
     try:
         digest, fresh = _loaded(header, order.parts["content"])
     except FedPEFTError as error:
-        return Frame(
-            {"error": f"{type(error).__name__}: {error}", "refused": isinstance(error, _NotPinnedError)}
-        )
+        return Frame({"error": to_record(error)})
     crash_point("agent.worker.loaded")
     shelf = ReplicaShelf(Path(header["replicas"])) if header.get("replicas") else None
     replica = shelf.get(header["run_digest"]) if shelf is not None and fresh else None
@@ -69,13 +68,17 @@ def done(order: Frame) -> Frame:
         shelf.put(header["run_digest"], outcome.replica)
     crash_point("agent.worker.done")
     return Frame(
-        {"error": outcome.error, "refused": False, "base_digest": digest, "loaded": fresh},
+        {"error": _record_of(outcome.error), "base_digest": digest, "loaded": fresh},
         {"content": outcome.content, "memory": memory_bytes(outcome.memory)},
     )
 
 
-class _NotPinnedError(ModelError):
-    """The base model is not one that the owner accepts."""
+def _record_of(text: str) -> dict[str, Any] | None:
+    """What a client function failed with, if it did."""
+    if not text:
+        return None
+    error, (name, _, reason) = from_text(text), text.partition(": ")
+    return {"class": name, "text": reason} if error is None else to_record(error)
 
 
 def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
@@ -100,8 +103,9 @@ def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
         fresh = True
     resident = resident_for(digest)
     if pins and resident.base_digest not in pins:
-        raise _NotPinnedError(
-            f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name"
+        raise PolicyError(
+            f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name",
+            {"base_digests": None},
         )
     return resident.base_digest, fresh
 

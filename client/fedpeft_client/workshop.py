@@ -14,7 +14,7 @@ from typing import Protocol
 
 import psutil
 
-from fedpeft.errors import FederationError
+from fedpeft.errors import FedPEFTError, MemoryLimitError, TimeLimitError, WorkerError
 from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
 from fedpeft.interruption import INTERRUPT
 
@@ -23,7 +23,7 @@ _WATCH_S = 0.25
 _MIB = 1 << 20
 
 
-class WorkerKilledError(FederationError):
+class WorkerKilledError(WorkerError):
     """A signal ended the worker: something outside the order, which is worth a second attempt."""
 
 
@@ -42,7 +42,7 @@ class Doer(Protocol):
         """Give an order and wait for its answer.
 
         Raises:
-            FederationError: there will be none.
+            WorkerError, MemoryLimitError, TimeLimitError: there will be none.
         """
         ...
 
@@ -80,8 +80,9 @@ class Workshop:
 
         Raises:
             WorkerKilledError: a signal ended the worker.
-            FederationError: the worker died otherwise, or was ended for exceeding its bounds. The next order
-                starts another.
+            WorkerError: it died otherwise.
+            MemoryLimitError, TimeLimitError: it was ended for exceeding its bounds. The next order starts
+                another.
         """
         async with self._busy:
             reader, writer = await self._running()
@@ -91,11 +92,11 @@ class Workshop:
                 done, _ = await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
                 if watch in done:
                     await self._end()
-                    raise FederationError(watch.result())
+                    raise watch.result()
                 return answer.result()
             except (asyncio.IncompleteReadError, OSError) as error:
                 died = f"the worker process died ({self._epitaph()}); it is started anew"
-                kind = WorkerKilledError if self._killed() else FederationError
+                kind = WorkerKilledError if self._killed() else WorkerError
                 raise kind(died) from error
             except asyncio.CancelledError:
                 await self._end()
@@ -141,8 +142,8 @@ class Workshop:
         self._streams = await asyncio.open_connection(sock=ours)
         return self._streams
 
-    async def _watch(self) -> str:
-        """Returns when the worker exceeds a bound, saying which."""
+    async def _watch(self) -> FedPEFTError:
+        """Return, when the worker exceeds a bound, the error that says which."""
         process = psutil.Process(self._process.pid) if self._process is not None else psutil.Process()
         begun = asyncio.get_running_loop().time()
         while True:
@@ -153,13 +154,15 @@ class Workshop:
                 held = 0.0
             self.peak_mib = max(self.peak_mib, held)
             if self._bounds.memory_mib is not None and held > self._bounds.memory_mib:
-                return (
+                return MemoryLimitError(
                     f"the task took {held:.0f} MiB and policy.max_memory_mib is {self._bounds.memory_mib:g};"
                     " its worker was ended"
                 )
             took = asyncio.get_running_loop().time() - begun
             if self._bounds.seconds is not None and took > self._bounds.seconds:
-                return f"the task took longer than policy.max_task_s = {self._bounds.seconds:g}; it was ended"
+                return TimeLimitError(
+                    f"the task took longer than policy.max_task_s = {self._bounds.seconds:g}; it was ended"
+                )
 
     def _epitaph(self) -> str:
         code = self._process.wait() if self._process is not None else 0

@@ -2,9 +2,15 @@
 
 Where a run is not loaded yet, it is loaded as its run file says, from whatever files that names. An agent has
 an app of its own, `fedpeft.flower.device_app`, which cannot do that.
+
+A simulation's errors are told with their text, as one owner has all rows. Flower's runtime sends what it is
+given: errors of `node_app` are codes, and their text is in the log of the node's process.
 """
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -13,11 +19,14 @@ from fedpeft.attacks import refuse_attack
 from fedpeft.errors import FedPEFTError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.tasks import Task, error_reply, read_task
+from fedpeft.flower.tasks import Task, client_error, error_reply, read_task
 from fedpeft.loading.simulated import load_resident
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.resident import Resident, holds_resident, install_resident, resident_for
 from fedpeft.runfile import run_from_json
+from fedpeft.wire.failures import to_text, without_text
+
+LOG = logging.getLogger("fedpeft.client")
 
 app = ClientApp()
 node_app = ClientApp()  # on Flower's nodes, where noise must be a secret
@@ -37,14 +46,29 @@ def train(message: Message, context: Context) -> Message:
 
 @node_app.query("hello")
 def node_hello(message: Message, context: Context) -> Message:
-    """As `hello`, unless the run's noise comes from its seed."""
-    return _refusal(message) or hello(message, context)
+    """As `hello`, unless the run's noise comes from its seed; errors leave as codes."""
+    return _with_code_alone(hello, message, context)
 
 
 @node_app.train()
 def node_train(message: Message, context: Context) -> Message:
-    """As `train`, unless the run's noise comes from its seed."""
-    return _refusal(message) or train(message, context)
+    """As `train`, unless the run's noise comes from its seed; errors leave as codes."""
+    return _with_code_alone(train, message, context)
+
+
+def _with_code_alone(
+    function: Callable[[Message, Context], Message], message: Message, context: Context
+) -> Message:
+    """A function's reply; the text of what goes wrong is logged here, and only its code is in the reply."""
+    try:
+        reply = _refusal(message) or function(message, context)
+        if not reply.has_error():
+            return reply
+        error: Exception = client_error(reply.error)
+    except Exception as unexpected:  # the runtime would send its text as well
+        error = unexpected
+    LOG.error("%s failed: %s", message.metadata.message_type, to_text(error))
+    return error_reply(without_text(error), message)
 
 
 def _find(task: Task, _: Context) -> Resident:

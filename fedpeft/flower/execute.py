@@ -16,6 +16,7 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
+from fedpeft.wire.failures import to_text
 
 RUN = "run"  # in a node's configuration: the digest of the only run that messages may be of
 _NODE_ID = 2  # of an agent, to itself; the server routes by connection
@@ -67,7 +68,7 @@ class Call:
         try:
             reply = app(message, context)
         except Exception as error:  # whatever a client does, its round and its agent go on
-            return f"{type(error).__name__}: {error}"
+            return to_text(error)
         if reply.has_error():
             return reply.error.reason or "FederationError: no reason given"
         return reply.content
@@ -105,7 +106,7 @@ def execute(
             return Outcome(b"", reply, memory)
         return Outcome(content_bytes(reply), "", arrays_in(state, MEMORY), arrays_in(state, REPLICA))
     except FedPEFTError as error:  # a content that is none, or none that can be sent
-        return Outcome(b"", f"{type(error).__name__}: {error}", memory)
+        return Outcome(b"", to_text(error), memory)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, ConfigRecordValues, Error, Message, RecordDict
 
-from fedpeft import errors
 from fedpeft.errors import FederationError, FedPEFTError
+from fedpeft.wire.failures import from_text, to_text
 
 TRAIN, HELLO = "train", "query.hello"
 START = "start"  # entry of a task's record
@@ -132,15 +132,15 @@ def _record(message: Message, name: str) -> ConfigRecord | None:
 
 
 def error_reply(error: Exception, message: Message) -> Message:
-    """A failed task's reply: the class by name, so that the server can raise the same one."""
-    return Message(Error(code=ERROR_CODE, reason=f"{type(error).__name__}: {error}"), reply_to=message)
+    """A failed task's reply: the class by name, so that the server can raise the same one.
+
+    The text is the error's own: what leaves a device goes through `fedpeft.wire.failures.without_text` first.
+    """
+    return Message(Error(code=ERROR_CODE, reason=to_text(error)), reply_to=message)
 
 
 def client_error(error: Error) -> FedPEFTError:
     """The error a client replied with; what is not ours becomes a `FederationError`."""
     reason = error.reason or f"Flower error code {error.code}"
-    name, _, text = reason.partition(": ")
-    kind = getattr(errors, name, None) if error.code == ERROR_CODE else None
-    if isinstance(kind, type) and issubclass(kind, FedPEFTError) and kind is not errors.RunFileError:
-        return kind(text)
-    return FederationError(reason.splitlines()[0] if reason else "the client failed without a reason")
+    known = from_text(reason) if error.code == ERROR_CODE else None
+    return known or FederationError(reason.splitlines()[0])

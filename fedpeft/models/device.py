@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import nn
 
-from fedpeft.errors import ModelError
+from fedpeft.errors import MemoryLimitError, ModelError
 
 __all__ = [
     "CPU",
@@ -162,14 +162,14 @@ def full_memory_refused() -> Iterator[None]:
     """Say on one line that a device's memory is full.
 
     Raises:
-        ModelError: in place of torch's error.
+        MemoryLimitError: in place of torch's error.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
         release()
         asked = " ".join(str(error).split()).removeprefix("CUDA out of memory. ").partition(". ")[0]
-        raise ModelError(
+        raise MemoryLimitError(
             f"the device's memory is full ({asked}); lower training.batch_size, set"
             " training.gradient_checkpointing, or quantise the base (model.quantization)"
         ) from error

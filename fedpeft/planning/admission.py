@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData
-from fedpeft.errors import FedPEFTError, ModelError
+from fedpeft.errors import FedPEFTError, MemoryLimitError
 from fedpeft.planning.fit import propose
 from fedpeft.planning.memory import on_gpu
 from fedpeft.planning.predict import Predictor
@@ -23,7 +23,7 @@ def refuse_oversized(
         gpu: whether the limit is a GPU's.
 
     Raises:
-        ModelError: on one line, with what would fit.
+        MemoryLimitError: on one line, with what would fit.
     """
     try:
         memory = Predictor(data).memory(run)
@@ -37,9 +37,9 @@ def refuse_oversized(
         return
     problem = f"the run would take about {needed // _MIB:,} MiB of memory, and {limit // _MIB:,} MiB are left"
     if alone <= limit:
-        raise ModelError(f"{problem}; with --workers 1 it takes {alone // _MIB:,} MiB")
+        raise MemoryLimitError(f"{problem}; with --workers 1 it takes {alone // _MIB:,} MiB")
     best = propose(run, data, limit, libraries=0)[-1]
     if not best.fits:
-        raise ModelError(f"{problem}; no settings fit: choose a smaller model, or a device with more")
+        raise MemoryLimitError(f"{problem}; no settings fit: choose a smaller model, or a device with more")
     settings = " ".join(f"--set '{item}'" for item in best.settings)
-    raise ModelError(f"{problem}; what would fit, in {best.total // _MIB:,} MiB: {settings}")
+    raise MemoryLimitError(f"{problem}; what would fit, in {best.total // _MIB:,} MiB: {settings}")

@@ -1,10 +1,89 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class FailureCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAILURE_CODE_UNSPECIFIED: _ClassVar[FailureCode]
+    FAILURE_CODE_INTERNAL: _ClassVar[FailureCode]
+    FAILURE_CODE_TASK: _ClassVar[FailureCode]
+    FAILURE_CODE_RUN_FILE: _ClassVar[FailureCode]
+    FAILURE_CODE_DATA: _ClassVar[FailureCode]
+    FAILURE_CODE_MODEL: _ClassVar[FailureCode]
+    FAILURE_CODE_MEMORY: _ClassVar[FailureCode]
+    FAILURE_CODE_TIME: _ClassVar[FailureCode]
+    FAILURE_CODE_WORKER: _ClassVar[FailureCode]
+    FAILURE_CODE_TRAINING: _ClassVar[FailureCode]
+    FAILURE_CODE_STATE: _ClassVar[FailureCode]
+    FAILURE_CODE_STORAGE: _ClassVar[FailureCode]
+    FAILURE_CODE_EXTRA: _ClassVar[FailureCode]
+    FAILURE_CODE_FEDERATION: _ClassVar[FailureCode]
+    FAILURE_CODE_PRIVACY: _ClassVar[FailureCode]
+    FAILURE_CODE_CREDENTIAL: _ClassVar[FailureCode]
+    FAILURE_CODE_BUSY: _ClassVar[FailureCode]
+
+class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POLICY_KEY_UNSPECIFIED: _ClassVar[PolicyKey]
+    POLICY_KEY_BASE_DIGESTS: _ClassVar[PolicyKey]
+    POLICY_KEY_RUNS: _ClassVar[PolicyKey]
+    POLICY_KEY_TASKS: _ClassVar[PolicyKey]
+    POLICY_KEY_METHODS: _ClassVar[PolicyKey]
+    POLICY_KEY_TRAINING: _ClassVar[PolicyKey]
+    POLICY_KEY_SPACES: _ClassVar[PolicyKey]
+    POLICY_KEY_STAGES: _ClassVar[PolicyKey]
+    POLICY_KEY_NEEDS_STAGES: _ClassVar[PolicyKey]
+    POLICY_KEY_PRIVACY: _ClassVar[PolicyKey]
+    POLICY_KEY_MIN_NOISE_MULTIPLIER: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_RUN_EPSILON: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_TOTAL_EPSILON: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_MEMORY_MIB: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_TASK_S: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_BYTES_PER_DAY: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_LOCAL_STEPS: _ClassVar[PolicyKey]
+    POLICY_KEY_ALLOW_DOWNLOAD: _ClassVar[PolicyKey]
+    POLICY_KEY_TELL_LIMITS: _ClassVar[PolicyKey]
+FAILURE_CODE_UNSPECIFIED: FailureCode
+FAILURE_CODE_INTERNAL: FailureCode
+FAILURE_CODE_TASK: FailureCode
+FAILURE_CODE_RUN_FILE: FailureCode
+FAILURE_CODE_DATA: FailureCode
+FAILURE_CODE_MODEL: FailureCode
+FAILURE_CODE_MEMORY: FailureCode
+FAILURE_CODE_TIME: FailureCode
+FAILURE_CODE_WORKER: FailureCode
+FAILURE_CODE_TRAINING: FailureCode
+FAILURE_CODE_STATE: FailureCode
+FAILURE_CODE_STORAGE: FailureCode
+FAILURE_CODE_EXTRA: FailureCode
+FAILURE_CODE_FEDERATION: FailureCode
+FAILURE_CODE_PRIVACY: FailureCode
+FAILURE_CODE_CREDENTIAL: FailureCode
+FAILURE_CODE_BUSY: FailureCode
+POLICY_KEY_UNSPECIFIED: PolicyKey
+POLICY_KEY_BASE_DIGESTS: PolicyKey
+POLICY_KEY_RUNS: PolicyKey
+POLICY_KEY_TASKS: PolicyKey
+POLICY_KEY_METHODS: PolicyKey
+POLICY_KEY_TRAINING: PolicyKey
+POLICY_KEY_SPACES: PolicyKey
+POLICY_KEY_STAGES: PolicyKey
+POLICY_KEY_NEEDS_STAGES: PolicyKey
+POLICY_KEY_PRIVACY: PolicyKey
+POLICY_KEY_MIN_NOISE_MULTIPLIER: PolicyKey
+POLICY_KEY_MAX_RUN_EPSILON: PolicyKey
+POLICY_KEY_MAX_TOTAL_EPSILON: PolicyKey
+POLICY_KEY_MAX_MEMORY_MIB: PolicyKey
+POLICY_KEY_MAX_TASK_S: PolicyKey
+POLICY_KEY_MAX_BYTES_PER_DAY: PolicyKey
+POLICY_KEY_MAX_LOCAL_STEPS: PolicyKey
+POLICY_KEY_ALLOW_DOWNLOAD: PolicyKey
+POLICY_KEY_TELL_LIMITS: PolicyKey
 
 class EnrollRequest(_message.Message):
     __slots__ = ("protocol_version", "token", "csr")
@@ -178,20 +257,26 @@ class Result(_message.Message):
     def __init__(self, task: _Optional[bytes] = ..., inline: _Optional[bytes] = ..., blob: _Optional[_Union[BlobRef, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("kind", "reason")
-    KIND_FIELD_NUMBER: _ClassVar[int]
-    REASON_FIELD_NUMBER: _ClassVar[int]
-    kind: str
-    reason: str
-    def __init__(self, kind: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    __slots__ = ("code",)
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    code: FailureCode
+    def __init__(self, code: _Optional[_Union[FailureCode, str]] = ...) -> None: ...
+
+class Objection(_message.Message):
+    __slots__ = ("key", "limit")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    key: PolicyKey
+    limit: float
+    def __init__(self, key: _Optional[_Union[PolicyKey, str]] = ..., limit: _Optional[float] = ...) -> None: ...
 
 class Refusal(_message.Message):
-    __slots__ = ("task", "reason")
+    __slots__ = ("task", "objections")
     TASK_FIELD_NUMBER: _ClassVar[int]
-    REASON_FIELD_NUMBER: _ClassVar[int]
+    OBJECTIONS_FIELD_NUMBER: _ClassVar[int]
     task: bytes
-    reason: str
-    def __init__(self, task: _Optional[bytes] = ..., reason: _Optional[str] = ...) -> None: ...
+    objections: _containers.RepeatedCompositeFieldContainer[Objection]
+    def __init__(self, task: _Optional[bytes] = ..., objections: _Optional[_Iterable[_Union[Objection, _Mapping]]] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("task", "accepted", "reason", "spare")

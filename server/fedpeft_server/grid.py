@@ -9,13 +9,13 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Message, RecordDict
 
 from fedpeft.errors import FederationError, FedPEFTError, UpdateError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.tasks import ERROR_CODE, HELLO, read_hello
+from fedpeft.flower.tasks import HELLO, error_reply, read_hello
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.contracts import Acceptor, Arrival, Blobs
 from fedpeft_server.refusals import Reason
@@ -240,7 +240,7 @@ class GrpcGrid(PolledGrid):
 
     def _reply(self, message: Message, work: Work, outcome: Outcome) -> Message:
         if isinstance(outcome, Failed):
-            return _error(f"{outcome.kind}: {outcome.reason}", message)
+            return error_reply(outcome.error, message)
         try:
             reply = Message(self._content_of(work, outcome), reply_to=message)
             if work.kind == HELLO and read_hello(reply).client != work.agent:
@@ -250,7 +250,7 @@ class GrpcGrid(PolledGrid):
         except FedPEFTError as error:
             if isinstance(error, UpdateError):
                 self.refused(work.agent, str(error))
-            return _error(f"{type(error).__name__}: {error}", message)
+            return error_reply(error, message)
         return reply
 
     def _content_of(self, work: Work, done: Done) -> RecordDict:
@@ -266,7 +266,3 @@ class GrpcGrid(PolledGrid):
     def _withdraw(self, works: list[Work], reason: str) -> None:
         if works:
             self._loop.call_soon_threadsafe(self._hub.withdraw, works, reason)
-
-
-def _error(reason: str, message: Message) -> Message:
-    return Message(Error(code=ERROR_CODE, reason=reason), reply_to=message)

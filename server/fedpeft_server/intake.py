@@ -89,8 +89,7 @@ class Intake:
             self._hub.shares.count(caller.name, Reason.NOT_ASKED, "a result came again while it was stored")
             return
         if result.WhichOneof("body") is None:
-            reason = result.failure.reason[:_REASON] or "the agent failed without a reason"
-            self._hub.settle(work, Failed(result.failure.kind[:64], reason))
+            self._hub.settle(work, Failed(self._hub.reason_of(caller.name, result.failure)))
             self._acknowledge(caller.name, result.task, "")
             return
         item = _Item(work, caller, _arrival(work, result))
@@ -187,7 +186,7 @@ class Intake:
             outcome: Outcome = (
                 Done(arrival.digest, arrival.size, arrival.body)
                 if reason is None
-                else Failed("UpdateError", reason[:_REASON])
+                else Failed(UpdateError(reason[:_REASON]))
             )
             self._hub.settle(item.work, outcome)
             self._acknowledge(item.caller.name, item.work.id, reason or "", spare=why is Reason.SPARE)

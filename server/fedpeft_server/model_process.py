@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fedpeft.errors import FederationError, FedPEFTError, RunFileError
+from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.server_app import Server
 from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.ledger import Checkpoint
@@ -33,6 +33,7 @@ from fedpeft.seedspace.trainable import trainable_parameters
 from fedpeft.simulation.engine import Venue, hold_run, run_metrics, started_row, write_adapter
 from fedpeft.simulation.scoring import Scorer, may_score
 from fedpeft.update import Arrays
+from fedpeft.wire.failures import to_record
 from fedpeft.workers import InlineWorkers, Workers
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.keepers import Book
@@ -85,14 +86,11 @@ class Bench:
         """One order's answer; what goes wrong is part of it."""
         try:
             return self._orders[order.header["do"]](order)
-        except RunFileError as error:
-            told: dict[str, Any] = {"source": error.source, "problems": list(error.problems)}
-            return Frame({"error": "RunFileError", "text": str(error), **told})
         except FedPEFTError as error:
-            return Frame({"error": type(error).__name__, "text": str(error)})
+            return Frame({"error": to_record(error)})
         except Exception as error:
             LOG.exception("an order of the daemon failed")
-            return Frame({"error": type(error).__name__, "text": " ".join(str(error).split())})
+            return Frame({"error": to_record(error)})
 
     def _check(self, order: Frame) -> Frame:
         refuse_problems(run_from_json(order.header["run"]), source="run file")

@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
 
-from fedpeft import errors
 from fedpeft.config import RunConfig
-from fedpeft.errors import FedPEFTError, RunFileError
+from fedpeft.errors import RunFileError, StorageError
 from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.orphans import start_child
 from fedpeft.runfile import run_json
+from fedpeft.wire.failures import from_record
 from fedpeft_server.control import ProcessLostError
 
 CHECKS = 2  # run files that are looked at at a time, each by a process that has loaded torch
@@ -84,7 +84,7 @@ class ModelProcess:
             self.close()
             raise ProcessLostError(f"the process that holds the model died ({died}); it is started anew")
         if answer.header.get("error"):
-            raise _error(answer.header)
+            raise from_record(answer.header["error"])
         return answer
 
     def kill(self) -> None:
@@ -213,7 +213,7 @@ class ModelRoom:
                 too_long = f"its check took more than {self._check_s:g} s; make the file simpler"
                 raise RunFileError("run file", [too_long]) from error
             except ProcessLostError as error:
-                raise errors.StorageError(f"{error}; submit the run again") from error
+                raise StorageError(f"{error}; submit the run again") from error
             finally:
                 self.give_back(process)
 
@@ -225,17 +225,6 @@ class ModelRoom:
             process.kill()
         if idle is not None:
             idle.close()
-
-
-def _error(header: Mapping[str, Any]) -> Exception:
-    """The error that an order ended with."""
-    name, text = str(header["error"]), str(header["text"])
-    if name == "RunFileError":
-        return RunFileError(str(header["source"]), list(header["problems"]))
-    kind = getattr(errors, name, None)
-    if isinstance(kind, type) and issubclass(kind, FedPEFTError):
-        return kind(text)
-    return RuntimeError(f"{name}: {text}")
 
 
 def _environment() -> dict[str, str]:

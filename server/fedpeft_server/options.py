@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from fedpeft.v1 import federation_pb2 as pb
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 LONGEST_REQUEST = 256 * 1024  # of people: a run file
 LONGEST_ANSWER = 8 << 20  # to people: the log's line of a round names its clients, 36,000 of them fit
 SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities

@@ -203,7 +203,7 @@ class Federation:
         if kind == "result":
             await self._intake.take(connection.caller, message.result)
         elif kind == "refusal":
-            self._hub.refused(name, message.refusal.task, message.refusal.reason[:4096])
+            self._hub.refused(name, message.refusal)
         elif kind == "heartbeat":
             self._gate.still(connection.caller)  # results are checked with their signatures
             connection.tell(pb.ServerMessage(heartbeat=message.heartbeat))

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from fedpeft.errors import FedPEFTError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.failures import from_message
 from fedpeft_server.callers import Caller
 from fedpeft_server.refusals import Reason
 from fedpeft_server.shares import Shares
@@ -292,13 +294,22 @@ class Hub:
         agent.results += not isinstance(outcome, Failed)
         work.owner.deliver(work, outcome)
 
-    def refused(self, name: str, task: bytes, reason: str) -> None:
+    def refused(self, name: str, refusal: pb.Refusal) -> None:
         """The agent's owner does not want a task done."""
-        agent, work = self._agents[name], self.pending(name, task)
+        agent, work = self._agents[name], self.pending(name, refusal.task)
+        error = self.reason_of(name, refusal)
         agent.refusals += 1
-        agent.last_refusal = reason
+        agent.last_refusal = str(error)
         if work is not None:
-            self.settle(work, Failed("FederationError", f"refused by the agent's policy: {reason}"))
+            self.settle(work, Failed(error))
+
+    def reason_of(self, name: str, message: pb.Failure | pb.Refusal) -> FedPEFTError:
+        """Why an agent does not do a task, in our words; one that gives no reason of the list is counted."""
+        try:
+            return from_message(message, name)
+        except UpdateError as error:
+            self.shares.count(name, Reason.MALFORMED, str(error))
+            return error
 
     def body(self, name: str, task: bytes, digest: bytes) -> Body | None:
         """A body that the agent may fetch: that of a task of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from fedpeft import errors
+from fedpeft.wire.failures import to_text
 from fedpeft_server.refusals import Refused
 
 STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
@@ -12,6 +13,7 @@ STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
     errors.RunFileError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.ModelError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MemoryLimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.TrainingError: grpc.StatusCode.ABORTED,
     errors.StateError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.RunExistsError: grpc.StatusCode.ALREADY_EXISTS,
@@ -19,6 +21,9 @@ STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
     errors.FederationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QuorumError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.WorkerError: grpc.StatusCode.ABORTED,
+    errors.TimeLimitError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.PolicyError: grpc.StatusCode.PERMISSION_DENIED,
     errors.PrivacyError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.StorageError: grpc.StatusCode.UNAVAILABLE,
     errors.MissingExtraError: grpc.StatusCode.UNIMPLEMENTED,
@@ -32,7 +37,7 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, Refused):
         return status_of(error.error)
     if isinstance(error, errors.FedPEFTError):
-        return STATUS[type(error)], f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return STATUS[type(error)], to_text(error)
     if isinstance(error, TimeoutError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, "FederationError: the other side stalled; try again"
     return grpc.StatusCode.INTERNAL, "FederationError: the server failed; its log says why"

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedpeft.errors import FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
 
 ID_BYTES = 16
@@ -35,10 +36,9 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """A task that came to nothing: the error's class and one line."""
+    """A task that came to nothing, and why, in the server's own words."""
 
-    kind: str
-    reason: str
+    error: FedPEFTError
 
 
 Outcome = Done | Failed

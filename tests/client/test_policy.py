@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.runfile import build_run
+from fedpeft.wire.failures import policy_keys
 from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
 from fedpeft_client.settings import read_settings
 
@@ -60,7 +61,8 @@ CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
 def test_a_run_outside_the_policy_is_told_why(name: str) -> None:
     table, asked, words = CASES[name]
     (objection,) = objections(Policy.model_validate(table), asked)
-    assert words in objection
+    assert words in objection.text
+    assert objection.key in policy_keys()
     assert objections(Policy(), asked) == []
 
 
@@ -91,12 +93,23 @@ def test_all_objections_come_at_once() -> None:
 def test_budgets_add_up() -> None:
     policy, asked = Policy(max_total_epsilon=10.0), run(privacy=LOCAL)
     assert over_epsilon(policy, 6.0, asked) is None
-    assert "earlier runs 6.5" in (over_epsilon(policy, 6.5, asked) or "")
+    over = over_epsilon(policy, 6.5, asked)
+    assert over is not None
+    assert "earlier runs 6.5" in over.text
     assert over_epsilon(Policy(), 1e9, asked) is None
     assert over_bytes(Policy(max_bytes_per_day=100), 60, 40) is None
-    assert "exceed policy.max_bytes_per_day = 100" in (
-        over_bytes(Policy(max_bytes_per_day=100), 60, 41) or ""
-    )
+    over = over_bytes(Policy(max_bytes_per_day=100), 60, 41)
+    assert over is not None
+    assert "exceed policy.max_bytes_per_day = 100" in over.text
+
+
+def test_every_key_of_a_policy_can_be_named_in_a_refusal_and_no_other() -> None:
+    assert policy_keys() == set(Policy.model_fields)
+
+
+def test_only_keys_of_the_table_are_told() -> None:
+    with pytest.raises(ValidationError, match="is no key of"):
+        Policy(tell_limits=("max_task",))
 
 
 def test_client_toml(tmp_path: Path) -> None:

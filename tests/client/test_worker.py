@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpeft.errors import DataError, PolicyError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
@@ -21,6 +22,7 @@ from fedpeft.resident import drop_resident, holds_resident
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
+from fedpeft.wire.failures import from_record
 from fedpeft.wire.state_message import StateMessage, encode_state
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.worker import done
@@ -63,22 +65,24 @@ def order(rows: Path, **header: Any) -> Frame:
 
 def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
     answered = done(order(rows))
-    assert answered.header["error"] == ""
+    assert answered.header["error"] is None
     hello = content_of(answered.parts["content"], who="worker").config_records["hello"]
     assert hello["client"] == "site-a"
     assert hello["examples"] == 8
     assert hello["base-digest"] == answered.header["base_digest"]
     pinned = done(order(rows, base_digests=[answered.header["base_digest"]]))
-    assert pinned.header["error"] == ""
+    assert pinned.header["error"] is None
     other = done(order(rows, base_digests=["ab" * 32]))
-    assert other.header["refused"]
-    assert "which policy.base_digests does not name" in other.header["error"]
+    refused = from_record(other.header["error"])
+    assert isinstance(refused, PolicyError)
+    assert refused.limits == {"base_digests": None}
+    assert "which policy.base_digests does not name" in str(refused)
 
 
 def test_another_run_file_than_announced(rows: Path) -> None:
     changed = run_json(RUN).replace('"rounds":1', '"rounds":9')
     answered = done(order(rows, run=changed))
-    assert answered.header["error"].startswith("ModelError: the run file that came is not that of run")
+    assert answered.header["error"]["text"].startswith("the run file that came is not that of run")
 
 
 def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_path: Path) -> None:
@@ -97,8 +101,7 @@ def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_p
 def test_rows_that_cannot_be_read(rows: Path) -> None:
     rows.write_text('{"question": "1"}\n')
     answered = done(order(rows))
-    assert answered.header["error"].startswith("DataError: ")
-    assert not answered.header["refused"]
+    assert isinstance(from_record(answered.header["error"]), DataError)
 
 
 @pytest.mark.slow
@@ -136,7 +139,7 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
             await workshop.release()
         return answers
 
-    assert [answer.header["error"] for answer in asyncio.run(live())] == ["", ""]
+    assert [answer.header["error"] for answer in asyncio.run(live())] == [None, None]
     kept = ReplicaShelf(tmp_path / "replicas").get(digest)
     assert {name: array.tobytes() for name, array in kept.items()} == {
         name: array.tobytes() for name, array in step.state.items()

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedpeft.errors import FederationError
+from fedpeft.errors import MemoryLimitError, TimeLimitError, WorkerError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.frames import Frame
@@ -41,7 +41,7 @@ def order(state: bytes, memory: bytes = b"") -> Frame:
 
 
 def update(answered: Frame) -> dict[str, Any]:
-    assert answered.header["error"] == ""
+    assert answered.header["error"] is None
     return dict(content_of(answered.parts["content"], who="worker").config_records["update"])
 
 
@@ -58,7 +58,7 @@ def test_one_process_does_all_orders_and_remembers_through_them() -> None:
         assert update(second)["asked"] == 2
         assert update(first)["pid"] == update(second)["pid"]
         failed = await workshop.do(order(b"fail"))
-        assert "a bug in the client" in failed.header["error"]
+        assert failed.header["error"] == {"class": "ZeroDivisionError", "text": "a bug in the client"}
         assert workshop.started == 1
         await workshop.release()
         assert update(await workshop.do(order(b"three")))["pid"] != update(first)["pid"]
@@ -71,7 +71,7 @@ def test_one_process_does_all_orders_and_remembers_through_them() -> None:
 def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> None:
     async def live() -> None:
         workshop = Workshop(Bounds())
-        with pytest.raises(FederationError, match=r"the worker process died \(exit code 3\)"):
+        with pytest.raises(WorkerError, match=r"the worker process died \(exit code 3\)"):
             await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
         again = await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
         assert update(again)["client"] == "site-a"
@@ -109,10 +109,10 @@ def test_a_worker_at_work_ends_with_its_killed_agent() -> None:
 def test_bounds_end_a_worker() -> None:
     async def live() -> None:
         slow = Workshop(Bounds(seconds=0.5))
-        with pytest.raises(FederationError, match=r"took longer than policy.max_task_s = 0.5"):
+        with pytest.raises(TimeLimitError, match=r"took longer than policy.max_task_s = 0.5"):
             await slow.do(order(b"sleep:30"))
         greedy = Workshop(Bounds(memory_mib=600))
-        with pytest.raises(FederationError, match=r"policy.max_memory_mib is 600"):
+        with pytest.raises(MemoryLimitError, match=r"policy.max_memory_mib is 600"):
             await greedy.do(order(b"eat:800"))
         assert greedy.peak_mib > 600
         await slow.close()
@@ -133,7 +133,7 @@ def test_a_worker_that_dies_in_a_round_costs_its_agents_update_only(tmp_path: Pa
         replies = collected(grid, ids, 60.0)
         failed = [reason(reply) for reply in replies if reply.has_error()]
         assert 1 <= len(failed) <= 2
-        assert all("the worker process died (exit code 3)" in why for why in failed)
+        assert all("the process that worked on the task died ('worker')" in why for why in failed)
         again = list(grid.send_and_receive(messages(grid, ["site-a", "site-b"], b"hi", 2), timeout=60.0))
         assert sorted(answer(reply)["client"] for reply in again) == ["site-a", "site-b"]
         assert all(agent.workshop.started <= 2 for agent in agents.values())  # type: ignore[attr-defined]
@@ -167,7 +167,7 @@ def test_a_worker_killed_by_the_system_says_so() -> None:
         workshop = Workshop(Bounds())
         pid = update(await workshop.do(order(b"")))["pid"]
         asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
-        with pytest.raises(FederationError, match="SIGKILL, perhaps out of memory"):
+        with pytest.raises(WorkerError, match="SIGKILL, perhaps out of memory"):
             await workshop.do(order(b"sleep:20"))
         await workshop.close()
 
@@ -180,14 +180,22 @@ def test_refusals_are_shown_at_both_ends(tmp_path: Path) -> None:
         grid = running.grid(RUN)
         wait_for(lambda: grid.connected)
         (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"x" * 500))
-        assert "refused by the agent's policy" in reason(reply)
-        assert "policy.max_bytes_per_day = 100" in reason(reply)
+        assert reason(reply).endswith("site-a: refused by the agent's policy: policy.max_bytes_per_day")
         (status,) = running.agents()
         assert status.refusals == 1
         assert "max_bytes_per_day" in status.last_refusal
     kept = json.loads((tmp_path / "site-a" / "status.json").read_text())
     assert kept["refusals"] == 1
-    assert "max_bytes_per_day" in kept["last_refusal"]
+    assert "policy.max_bytes_per_day = 100" in kept["last_refusal"]
+
+
+def test_an_owner_may_tell_a_number_of_its_policy(tmp_path: Path) -> None:
+    policy = Policy(max_bytes_per_day=100, tell_limits=("max_bytes_per_day",))
+    with server() as running, fleet(running.address, ["site-a"], tmp_path, policy=policy):
+        grid = running.grid(RUN)
+        wait_for(lambda: grid.connected)
+        (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"x" * 500))
+        assert reason(reply).endswith("policy.max_bytes_per_day (100)")
 
 
 def test_a_withdrawn_training_is_left_and_its_worker_kept(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.policy import Policy
 from fedpeft_client.settings import Settings
+from fedpeft_client.workshop import CLIENT_APP
 from fedpeft_server.contracts import Acceptor, Blobs
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.loops import transport_loop
@@ -67,14 +68,30 @@ def fleet(
     app: str = APP,
 ) -> Iterator[dict[str, Agent]]:
     """Running agents by name, with `app`; with `processes` each in a worker of its own."""
+    rows = dict.fromkeys(names, Path(__file__))
+    with agents_with_rows(address, rows, home, policy=policy, processes=processes, app=app) as agents:
+        yield agents
+
+
+@contextmanager
+def agents_with_rows(
+    address: str,
+    rows: Mapping[str, Path],
+    home: Path,
+    *,
+    policy: Policy | None = None,
+    processes: bool = False,
+    app: str = CLIENT_APP,
+) -> Iterator[dict[str, Agent]]:
+    """As `fleet`, each agent with rows of its own, by default with the client's own functions."""
     loop = transport_loop()
-    settings = Settings(server=address, data=Path(__file__), insecure=True, policy=policy or Policy())
+
+    def one(name: str) -> Agent:
+        settings = Settings(server=address, data=rows[name], insecure=True, policy=policy or Policy())
+        return Agent(settings, name, home / name, None, app, None if processes else InlineWorkshop())
 
     async def start() -> dict[str, Agent]:
-        return {
-            name: Agent(settings, name, home / name, None, app, None if processes else InlineWorkshop())
-            for name in names
-        }
+        return {name: one(name) for name in rows}
 
     agents = played(start())
     runs = [asyncio.run_coroutine_threadsafe(agent.run(), loop) for agent in agents.values()]

@@ -111,7 +111,7 @@ class Attacker:
 
     async def declines(self, link: Link, task: pb.Task) -> None:
         """The task comes to nothing, so that its round need not wait."""
-        failure = pb.Failure(kind="TrainingError", reason="done with it")
+        failure = pb.Failure(code=pb.FAILURE_CODE_TRAINING)
         await link.send(pb.AgentMessage(result=pb.Result(task=task.id, failure=failure)))
 
     async def member(self, answer: Answer) -> None:
