@@ -97,7 +97,7 @@ async def talkative(call: Any) -> None:
 
 CODE = grpc.StatusCode
 CASES: dict[str, tuple[Behaviour, grpc.StatusCode, str]] = {
-    "old-version": (old_version, CODE.FAILED_PRECONDITION, "protocol version 1 came, this server speaks 2"),
+    "old-version": (old_version, CODE.FAILED_PRECONDITION, "protocol version 1 came, this server speaks 3"),
     "bad-name": (bad_name, CODE.UNAUTHENTICATED, "cannot be used"),
     "no-hello": (no_hello, CODE.INVALID_ARGUMENT, "a session begins with a hello"),
     "silent": (silent, CODE.DEADLINE_EXCEEDED, "stalled"),
