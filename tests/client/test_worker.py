@@ -94,7 +94,7 @@ def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_p
     )
     content = content_bytes(task_content(Task(run_digest(other), 0, b"", run_json(other))))
     answered = done(Frame(order(rows).header, {"content": content, "memory": b""}))
-    assert answered.header["error"].startswith("FederationError: a message of run ")
+    assert answered.header["error"]["text"].startswith("a message of run ")
     assert not holds_resident(run_digest(other))
 
 

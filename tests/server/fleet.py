@@ -117,10 +117,12 @@ def wait_for(condition: Callable[[], Any], seconds: float = 15.0) -> None:
         time.sleep(0.01)
 
 
-def messages(grid: GrpcGrid, names: Sequence[str], state: bytes = b"", round_: int = 1) -> list[Message]:
+def messages(
+    grid: GrpcGrid, names: Sequence[str], state: bytes = b"", round_: int = 1, run: str = RUN.digest
+) -> list[Message]:
     """A training task for each, one content for all."""
     grid.know(names)
-    content = task_content(Task(RUN.digest, round_, state))
+    content = task_content(Task(run, round_, state))
     return [Message(content, node_id(name), TRAIN, group_id=str(round_)) for name in names]
 
 

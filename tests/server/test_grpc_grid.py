@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FederationError, UpdateError
@@ -85,11 +85,10 @@ def test_what_the_client_fails_with_is_an_error_reply(grid: GrpcGrid) -> None:
     (reply,) = grid.send_and_receive(messages(grid, NAMES[:1], b"fail", 8))
     assert "an error that is not one of fedpeft's ('internal')" in reason(reply)
     assert "bug" not in reason(reply)
-    unknown = Message(
-        RecordDict({"x": ConfigRecord({"y": 1})}), node_id(NAMES[0]), "query.nothing", group_id="8"
-    )
+    content = task_content(Task(RUN.digest, 8, b""))
+    unknown = Message(content, node_id(NAMES[0]), "query.nothing", group_id="8")
     (reply,) = grid.send_and_receive([unknown])
-    assert "('internal')" in reason(reply)
+    assert reply.has_error()
 
 
 def test_roll_call(grid: GrpcGrid) -> None:
@@ -125,7 +124,7 @@ def test_runs_share_agents_and_nothing_else(running: RunningServer, grid: GrpcGr
     other = running.grid(RunIdentity("run-2", "cd" * 32), agents=NAMES[:2])
     assert other.connected == NAMES[:2]
     ours = list(grid.push_messages(messages(grid, NAMES, b"ours", 9)))
-    theirs = list(other.push_messages(messages(other, NAMES[:2], b"theirs", 9)))
+    theirs = list(other.push_messages(messages(other, NAMES[:2], b"theirs", 9, run="cd" * 32)))
     assert {answer(reply)["payload"] for reply in collected(grid, ours)} == {b"ours"}
     assert {answer(reply)["payload"] for reply in collected(other, theirs)} == {b"theirs"}
 
