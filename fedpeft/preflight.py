@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedpeft.attacks import attack_problems
-from fedpeft.config import ClientLevelPrivacy, RecordLevelPrivacy, RunConfig
+from fedpeft.config import ClientLevelPrivacy, RunConfig
 from fedpeft.data.layout import section_problems
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.evaluation.metrics import metrics_of
@@ -14,7 +14,6 @@ from fedpeft.flower.buffer_rules import buffer_problems
 from fedpeft.flower.rules import RULES, geometry_problems, strategy_problems
 from fedpeft.groups import group_problems
 from fedpeft.lora_rules import lora_problems
-from fedpeft.models.base import architecture_of
 from fedpeft.models.loftq import loftq_problem
 from fedpeft.models.methods import METHODS, Method, base_refusal, with_options
 from fedpeft.models.offsite import NO_EMULATOR, emulator_at
@@ -23,9 +22,9 @@ from fedpeft.privacy.rules import privacy_problems
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import space_options
 from fedpeft.stages import build_downlink, build_stages
-from fedpeft.training.dp_allowed import record_problems
 from fedpeft.training.lean import lean_problems
 from fedpeft.training.optimizers import check_names
+from fedpeft.training.record_rules import record_problems
 from fedpeft.training.zeroth_rules import zeroth_problems
 
 _REMEMBERING = frozenset(name for name, rule in RULES.items() if rule.memory)
@@ -49,7 +48,7 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: _refuse(geometry_problems(run)),
         lambda: _refuse(attack_problems(run)),
         lambda: _refuse(privacy_problems(run)),
-        lambda: _refuse(_private_training_problems(run)),
+        lambda: _refuse(record_problems(run)),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
     )
     for check in checks:
@@ -123,13 +122,6 @@ def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
         return problems + strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
     except FedPEFTError as error:
         return [*problems, str(error)]
-
-
-def _private_training_problems(run: RunConfig) -> list[str]:
-    """What record-level privacy asks of the model, whose configuration is read for it."""
-    if not isinstance(run.privacy, RecordLevelPrivacy):
-        return []
-    return record_problems(run, architecture_of(run.model))
 
 
 def _base_problems(run: RunConfig) -> list[str]:

@@ -33,7 +33,7 @@ from fedpeft.randomness import stream
 from fedpeft.seedspace.layout import Stream
 from fedpeft.spaces import Memory, Space, Trail
 from fedpeft.stages import Stage, stage_list
-from fedpeft.training import zeroth_order
+from fedpeft.training import private, zeroth_order
 from fedpeft.training.first_order import Rows, TrainingReport, train
 from fedpeft.training.self_pruning import SelfPruning, self_pruning
 from fedpeft.training.steps import local_steps
@@ -285,8 +285,6 @@ class Resident:
     def _train_privately(
         self, index: int, round_: int, state: Arrays, privacy: RecordLevelPrivacy, proximal_mu: float
     ) -> tuple[Update, TrainingReport]:
-        from fedpeft.training import private  # Opacus is slow to load, and few runs need it
-
         client, section = self.data.clients[index], self.run.training
         self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "train", client.name, round_)

@@ -58,7 +58,6 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "transformers": frozenset({"models"}),
     "peft": frozenset({"models"}),
     "bitsandbytes": frozenset({"models", "fedpeft/training/eight_bit.py"}),
-    "opacus": frozenset({"training"}),
     "dp_accounting": frozenset({"privacy"}),
     "regex": frozenset({"name_patterns"}),
     "flwr": frozenset({"flower", "fedpeft_server"}),

@@ -27,6 +27,7 @@ from fedpeft.spaces.directions import direction_stream
 from fedpeft.stages import build_stages
 from fedpeft.training.layers import check_layers
 from fedpeft.training.lean import device_problems
+from fedpeft.training.row_isolation import verify_isolation
 
 Admit = Callable[[RunConfig, FederatedData], None]
 """Asked once the rows are there and before any weight is read; refuses by raising."""
@@ -99,7 +100,7 @@ def assemble(
         check_layers(part.training, list(names))
     refuse_idle(run, names)
     if isinstance(run.privacy, RecordLevelPrivacy) and run.training.kind == "first-order":
-        _prove_gradients(run, body.model, tokenizer, data.num_labels)
+        _verify_rows_apart(run, body.model, tokenizer, data.num_labels)
     resident = Resident(
         run,
         run_digest(run),
@@ -153,15 +154,20 @@ def load_body(
     return Body(model, space, digest, directions, group_directions)
 
 
-def _prove_gradients(run: RunConfig, model: nn.Module, tokenizer: Tokenizer, labels: int | None) -> None:
-    """Check this very model's per-example gradients, on made-up rows.
+def _verify_rows_apart(run: RunConfig, model: nn.Module, tokenizer: Tokenizer, labels: int | None) -> None:
+    """Check that this very model keeps nothing from one row to the next, on made-up rows.
 
     Raises:
-        PrivacyError: they are wrong.
+        PrivacyError: it does.
     """
-    from fedpeft.training.private import verify_model  # Opacus is slow to load, and few runs need it
-
-    verify_model(model, trainable_parameters(model), run.model.task, vocabulary=len(tokenizer), labels=labels)
+    verify_isolation(
+        model,
+        trainable_parameters(model),
+        run.training,
+        run.model.task,
+        vocabulary=len(tokenizer),
+        labels=labels or 2,
+    )
 
 
 def _with_support(digest: str, directions: Stream) -> str:

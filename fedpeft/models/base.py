@@ -32,7 +32,6 @@ from fedpeft.models.quiet import one_line, quiet
 __all__ = [
     "HEAD_NAMES",
     "Tokenizer",
-    "architecture_of",
     "head_modules",
     "load_base",
     "load_tokenizer",
@@ -90,23 +89,6 @@ def _package_folder(path: str) -> str:
     if not folder.is_dir():
         raise ModelError(f"model.path '{path}': the package has no folder '{inside}'")
     return str(folder)
-
-
-def architecture_of(section: ModelSection) -> str:
-    """The base model's `model_type`, from its configuration alone; no weights are read.
-
-    Raises:
-        ModelError: there is no configuration.
-    """
-    path = model_path(section)
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(
-                path, trust_remote_code=False, local_files_only=Path(path).is_dir()
-            )
-        except Exception as error:  # broken files raise all kinds
-            raise ModelError(_unloadable("configuration", section, path, error)) from error
-    return str(config.model_type)
 
 
 def load_tokenizer(section: ModelSection) -> Tokenizer:

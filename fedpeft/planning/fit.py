@@ -67,12 +67,9 @@ def _first_order(run: RunConfig) -> bool:
 def _micro_batches(run: RunConfig) -> Sequence[Changes]:
     """Smaller pieces that make up the same batch."""
     training = run.training
-    private = run.privacy is not None and run.privacy.kind == "record-level"
-    if not private and (not _first_order(run) or training.fused_update):
+    if not _first_order(run) or training.fused_update or run.hides_rows:  # private rows go one at a time
         return []
     pieces = [n for n in range(training.batch_size - 1, 0, -1) if training.batch_size % n == 0]
-    if private:  # a step is one batch, worked on in pieces of any size
-        return [{"training.batch_size": size} for size in pieces]
     rows = training.batch_size * training.gradient_accumulation
     keys = ("training.batch_size", "training.gradient_accumulation")
     found: list[Changes] = [dict(zip(keys, (size, rows // size), strict=True)) for size in pieces]

@@ -28,9 +28,8 @@ Gradients grow in the backward pass as activations go, so the larger of the two 
 accumulate. A fused update holds the largest parameter's gradient alone; sampled layers have gradients and
 moments in the largest layers that can be drawn together, and activations as if all trained.
 
-DP-SGD holds, beside each parameter's gradient, that of every row of a batch, and the sum of clipped ones in
-float64; while it clips, it works on the largest parameter's rows in float64. Zeroth order under record-level
-privacy takes one row at a time through the model.
+Under record-level privacy one row at a time goes through the model. DP-SGD holds that row's gradient, the sum
+of clipped ones in int64, and while it clips, the largest parameter's in float64 and int64.
 
 Tolerance, measured by the tests on Llama models of 0.26 and 0.8 million parameters with LoRA on all linear
 layers: what is alive within 25%; resident growth between 0.75 of what is alive and 1.25 of the whole.
@@ -62,8 +61,8 @@ _HEAP_BLOCK = 32 * 2**20  # glibc's largest threshold from which a block is a ma
 _HEAP_GAPS = 1.3  # share of live bytes; measured 0.3 to 1.4 on models below a million parameters
 _GATES = ("gate_proj", "gate_up_proj", "w3")  # how gated feed-forward blocks name the extra layer
 
-_SUMMED = 2  # DP-SGD: clipped sums in float64, in parameters' own size
-_CLIPPED = 5  # and its scratch: a copy of the finite rows' gradients, in float64 twice
+_SUMMED = 2  # DP-SGD: clipped sums in int64, in parameters' own size
+_CLIPPED = 6  # and its scratch: one gradient in float64, scaled, and rounded in int64
 
 # Beside the parameters themselves, in their size: the state that came; or theta_0 and int32 or int64 sums.
 _STATE_NUMBERS = {"adapter-delta": 1, "seed-scalars": 2, "projected": 3}
@@ -155,9 +154,8 @@ def estimate_memory(
     language = run.model.task == "causal-lm"
     batch = training_batch(training, data)
     private = isinstance(run.privacy, RecordLevelPrivacy)
-    if private and not backward:
+    if private:
         batch = BatchShape(1, batch.tokens, -(-batch.scored // batch.rows))
-    rows = batch.rows if private else 0
     if backward:
         half = run.model.dtype == "bfloat16" and run.model.quantization == "none"
         kept = activations(geometry, batch, training, language, half_base=half)
@@ -169,19 +167,22 @@ def estimate_memory(
         "base": weights.frozen,
         "adapter": adapter,
         "state": _STATE_NUMBERS.get(run.space.kind, 1) * adapter,
-        "gradients": _gradients(training, shapes, rows) if backward else adapter * _copies(training),
+        "gradients": _gradients(training, shapes, private) if backward else adapter * _copies(training),
         "optimizer": optimizer_bytes(training, shapes) if backward else 2 * _dense(training) * adapter,
         "proximal": adapter if trains and proximal_mu(run.federation.strategy) else 0,
         "activations": alive + scratch if trains else 0,
         "exchange": 2 * adapter,  # the difference and its message; or weights to take a fingerprint of
         "evaluation": evaluation_bytes(geometry, run, data, metrics) + weights.unpacked,
     }
-    both = min(_before_clipping(shapes, rows) if rows else parts["gradients"], parts["activations"])
+    both = min(_float_bytes(shapes) if private else parts["gradients"], parts["activations"])
     parts["overlap"] = both if backward and training.gradient_accumulation == 1 else 0
     draft = Memory(**parts, allocator=0, peak=0)
     phase = max(draft.phases)
     largest = (
-        _FLOAT * training.batch_size * int(data.rows.lengths.max()) * max(geometry.inner, geometry.hidden)
+        _FLOAT
+        * (1 if private else training.batch_size)
+        * int(data.rows.lengths.max(initial=1))
+        * max(geometry.inner, geometry.hidden)
     )
     gaps = largest < _HEAP_BLOCK and not weights.lean
     allocator = int(_HEAP_GAPS * phase) if gaps else 0
@@ -211,22 +212,17 @@ def trained_at_once(training: TrainingSection, shapes: Mapping[str, Shape]) -> l
     return [*outside, *(shape for layer in largest for shape in layer)]
 
 
-def _gradients(training: TrainingSection, shapes: Collection[Shape], rows: int) -> int:
+def _gradients(training: TrainingSection, shapes: Collection[Shape], private: bool) -> int:
     """All gradients together, or the largest where each is dropped once it has moved its parameter.
 
     Args:
-        rows: of a batch that each have a gradient of their own; 0: none has.
+        private: rows' gradients are clipped one by one and summed.
     """
-    if rows:
+    if private:
         largest = max((_float_bytes([shape]) for shape in shapes), default=0)
-        return _before_clipping(shapes, rows) + _SUMMED * _float_bytes(shapes) + _CLIPPED * rows * largest
+        return (1 + _SUMMED) * _float_bytes(shapes) + _CLIPPED * largest
     fused = training.kind == "first-order" and training.fused_update
     return max((_float_bytes([s]) for s in shapes), default=0) if fused else _float_bytes(shapes)
-
-
-def _before_clipping(shapes: Collection[Shape], rows: int) -> int:
-    """What the backward pass leaves: each row's gradients, and their sum."""
-    return (1 + rows) * _float_bytes(shapes)
 
 
 def _float_bytes(shapes: Iterable[Shape]) -> int:

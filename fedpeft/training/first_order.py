@@ -188,7 +188,7 @@ def _accumulate(
     scored = max(1, sum(batch.tokens for batch in batches))
     total = 0.0
     for batch in batches:
-        with _autocast(section, device), _activations(section):
+        with autocast(section, device), _activations(section):
             logits = model(
                 input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
             ).logits
@@ -210,7 +210,8 @@ def add_proximal_gradient(trained: Sequence[nn.Parameter], start: Sequence[Tenso
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-def _autocast(section: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
+def autocast(section: TrainingSection, device: torch.device) -> AbstractContextManager[object]:
+    """The precision of forward passes, as the section says."""
     if section.precision == "bf16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

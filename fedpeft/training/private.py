@@ -9,13 +9,12 @@ import numpy as np
 from torch import nn
 
 from fedpeft.config import RecordLevelPrivacy, TrainingSection
-from fedpeft.data.encoded import Task
 from fedpeft.privacy.noise import NoiseSource
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training import dp_sgd, zeroth_private
-from fedpeft.training.dp_oracle import verify_per_example
-from fedpeft.training.dp_sgd import PrivateReport, RecordMechanism
+from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows
+from fedpeft.training.record_mechanism import RecordMechanism
 from fedpeft.training.zeroth_prober import Prober
 
 
@@ -25,7 +24,7 @@ class Told:
 
     Attributes:
         section: `steps` is set; it is public, as everything here but the rows.
-        rng: needs no secrecy.
+        rng: needs no secrecy; how much is drawn of it does not depend on the rows.
         source: of noise and coins, which do.
     """
 
@@ -81,19 +80,3 @@ def train_by_scalars(probe: Prober, route: Route, told: Told) -> tuple[PrivateRe
         mechanism=told.mechanism,
         source=told.source,
     )
-
-
-def verify_model(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    task: Task,
-    *,
-    vocabulary: int,
-    labels: int | None,
-) -> None:
-    """Prove per-example gradients on the run's own model, on made-up rows, before any client trains it.
-
-    Raises:
-        PrivacyError: they are wrong.
-    """
-    verify_per_example(model, parameters, task, vocabulary=vocabulary, labels=labels or 2)

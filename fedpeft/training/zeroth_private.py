@@ -20,18 +20,16 @@ from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
 from fedpeft.interruption import go_on
-from fedpeft.privacy.central import sensitivity_quanta
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.noise import NoiseSource
 from fedpeft.spaces.base import Route, Trail
-from fedpeft.training.dp_sgd import PrivateReport, RecordMechanism, drawn_rows
+from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import PRECISE_LOSSES
+from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
 from fedpeft.training.zeroth_moves import build_mover
 from fedpeft.training.zeroth_prober import Prober
-
-GRID_BITS = 30  # quanta per bound, as a power of two
 
 
 def train(
@@ -50,6 +48,9 @@ def train(
     A step is one release: each record that its coin lets in adds its derivatives along all of the step's
     directions, a vector cut to length `max_grad_norm`. `section.max_scalar` cuts what has been noised.
 
+    Args:
+        rng: one number per step, the key of the choice among a person's rows; needs no secrecy.
+
     Raises:
         TrainingError: a noised move left the agreed range.
     """
@@ -59,7 +60,7 @@ def train(
         go_on()
         visits = range(step * section.queries, (step + 1) * section.queries)
         directions = [int(route.directions[visit]) for visit in visits]
-        drawn = drawn_rows(rows, mechanism, source, rng)
+        drawn = drawn_rows(rows, mechanism, source, int(rng.integers(2**63)))
         slopes = example_slopes(probe, rows, drawn, directions, section.radius)
         for visit, scalar in zip(visits, noised_mean(slopes, mechanism, source), strict=True):
             cut = float(np.clip(scalar, -(section.max_scalar or math.inf), section.max_scalar or math.inf))
@@ -91,23 +92,28 @@ def example_slopes(
     return slopes
 
 
-def noised_mean(
-    slopes: NDArray[np.float64], mechanism: RecordMechanism, source: NoiseSource
-) -> NDArray[np.float64]:
-    """Clip each record's row, sum in quanta, add noise, divide by the expected batch size: float64[Q].
+def clipped_sum(slopes: NDArray[np.float64], mechanism: RecordMechanism) -> NDArray[np.int64]:
+    """Clip each record's row of slopes and sum them in the mechanism's quanta: int64[Q].
 
     A row that isn't finite adds nothing: a refusal would tell about the record.
     """
-    bound, queries = mechanism.max_grad_norm, slopes.shape[1]
+    bound = mechanism.max_grad_norm
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float64 counts as not finite
         norms = np.sqrt(np.sum(np.square(slopes), axis=1))
     kept = np.isfinite(norms)
     factors = np.minimum(1.0, bound * INWARD / np.maximum(norms[kept], np.finfo(np.float64).tiny))
-    exponent = math.frexp(bound)[1] - GRID_BITS
-    quanta = np.rint(np.ldexp(slopes[kept] * factors[:, None], -exponent)).astype(np.int64).sum(axis=0)
-    std = mechanism.noise_multiplier * sensitivity_quanta(bound, exponent, queries)
-    noise = discrete_gaussian(source, std, queries)
-    noised: NDArray[np.float64] = np.ldexp((quanta + noise).astype(np.float64), exponent)
+    scaled = np.ldexp(slopes[kept] * factors[:, None], -mechanism.exponent)
+    total: NDArray[np.int64] = np.rint(scaled).astype(np.int64).sum(axis=0)
+    return total
+
+
+def noised_mean(
+    slopes: NDArray[np.float64], mechanism: RecordMechanism, source: NoiseSource
+) -> NDArray[np.float64]:
+    """Add noise to the clipped sum and divide by the expected batch size: float64[Q]."""
+    total = clipped_sum(slopes, mechanism)
+    noise = discrete_gaussian(source, mechanism.noise_std(len(total)), len(total))
+    noised: NDArray[np.float64] = np.ldexp((total + noise).astype(np.float64), mechanism.exponent)
     return noised / mechanism.expected_batch_size
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from fedpeft.config import ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base import (
-    architecture_of,
     head_modules,
     load_base,
     load_tokenizer,
@@ -145,7 +144,6 @@ def test_labels_belong_to_classifiers(tmp_path: Path, task: str, labels: int | N
 READERS: dict[str, Callable[[ModelSection], object]] = {
     "model": load_base,
     "tokenizer": load_tokenizer,
-    "architecture": architecture_of,
     "skeleton": skeleton_of,
     "whole model": lambda where: whole_model(where.path, where.task),
 }

@@ -101,9 +101,7 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
             {"training": {"kind": "zeroth-order", "rule": "conservative", "steps": 2}},
             "beyond the noised scalars",
         ),
-        ("record-level", {"peft.method": "prompt"}, "lost in their sum"),
-        ("record-level", {"model.quantization": "nf4"}, "not proven"),
-        ("record-level", {"training.precision": "bf16"}, "fp32"),
+        ("record-level", {"training.fused_update": True}, "each row's own gradient"),
         ("record-level", {"training.gradient_accumulation": 2}, "one Poisson batch"),
         ("record-level", {"federation.strategy": "qfedavg"}, "losses"),
         ("local", {"stages": [{"kind": "compeft"}, {"kind": "noise"}]}, "add the noise first"),
@@ -128,6 +126,8 @@ def test_refusals(kind: str, changes: dict[str, Any], says: str) -> None:
         ("client-level", {"federation.weighting": "examples", "privacy.max_weight": 4}),
         ("client-level", {"federation.strategy": {"kind": "fedadam", "eta": 0.01}}),
         ("record-level", {"federation.sampling": FIXED}),  # nothing is amplified by the cohort
+        ("record-level", {"peft.method": "prompt"}),  # rows go through the model one at a time
+        ("record-level", {"training.precision": "bf16", "training.gradient_checkpointing": True}),
         ("record-level", {"data.limit": 9}),  # so many embedded rows are made
         ("client-level", {"data.partitioner.clients": 499, "privacy.target_delta": 2e-3}),
         ("record-level", {"privacy.expected_batch_size": 20, "privacy.target_delta": 4.9e-3}),

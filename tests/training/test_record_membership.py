@@ -12,8 +12,9 @@ from fedpeft.models.trainable import get_arrays, set_arrays, trainable_parameter
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.noise import SeededNoise
 from fedpeft.randomness import stream
-from fedpeft.training.dp_sgd import RecordMechanism, train
+from fedpeft.training.dp_sgd import train
 from fedpeft.training.first_order import Rows
+from fedpeft.training.record_mechanism import RecordMechanism
 from tests.privacy.audit import epsilon_lower_bound
 from tests.training.rows import attached, rows_for, single_gradients, still
 

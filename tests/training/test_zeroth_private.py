@@ -22,8 +22,8 @@ from fedpeft.randomness import stream
 from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.trainable import trainable_parameters
 from fedpeft.spaces.base import Route
-from fedpeft.training.dp_sgd import RecordMechanism, drawn_rows
 from fedpeft.training.first_order import Rows
+from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
 from fedpeft.training.zeroth_private import example_slopes, noised_mean, train
 from fedpeft.training.zeroth_prober import prober
 from tests.spaces.oracles import sign
@@ -151,8 +151,9 @@ def test_the_noise_has_nothing_to_do_with_the_directions() -> None:
 
 
 def rows_with_users(users: list[int]) -> Rows:
-    zeros = np.zeros(len(users), dtype=np.int32)
-    encoded = Encoded(zeros, np.arange(len(users) + 1), zeros, users=np.array(users, dtype=np.int64))
+    """Of one token each, all different."""
+    tokens, zeros = np.arange(len(users), dtype=np.int32), np.zeros(len(users), dtype=np.int32)
+    encoded = Encoded(tokens, np.arange(len(users) + 1), zeros, users=np.array(users, dtype=np.int64))
     return Rows(encoded, np.arange(len(users), dtype=np.int64), "causal-lm", 0)
 
 
@@ -164,7 +165,7 @@ def test_a_person_enters_by_one_coin_with_any_one_row() -> None:
     assert persons.event(3) == PersonLevel(noise_multiplier=1e-7, sample_rate=rate, steps=3)
     counts = np.zeros(51)
     for _ in range(trials):
-        drawn = drawn_rows(rows, persons, noise, rng)
+        drawn = drawn_rows(rows, persons, noise, int(rng.integers(2**63)))
         assert (drawn < 50).sum() <= 1
         np.add.at(counts, drawn, 1)
     for came, chance in (
@@ -178,4 +179,17 @@ def test_a_person_enters_by_one_coin_with_any_one_row() -> None:
 
 def test_persons_need_a_column() -> None:
     with pytest.raises(PrivacyError, match=r"data\.user"):
-        drawn_rows(rows_for("llama"), mechanism(unit="person"), source(), stream(0, "pick"))
+        drawn_rows(rows_for("llama"), mechanism(unit="person"), source(), 0)
+
+
+def test_a_person_is_served_by_the_same_row_whoever_else_is_there() -> None:
+    """Everybody's coin shows heads; persons of three rows each, in any order, some of them missing."""
+    rows, persons = rows_with_users([n % 5 for n in range(15)]), mechanism(unit="person")
+    order = stream(0, "order")
+    for key in range(40):
+        whole = drawn_rows(rows, persons, source(), key)
+        assert rows.encoded.users is not None
+        for left_out in range(5):
+            others = order.permutation(rows.indices[rows.encoded.users != left_out])
+            fewer = drawn_rows(Rows(rows.encoded, others, "causal-lm", 0), persons, source("other"), key)
+            assert set(fewer) == {index for index in whole if rows.encoded.users[index] != left_out}

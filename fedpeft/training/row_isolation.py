@@ -1,0 +1,91 @@
+"""Does a model keep anything from one row to the next? Looked at on the run's own model, on made-up rows.
+
+DP-SGD's bound holds because a row's gradient is a function of the parameters and of that row. A layer that
+remembers (running statistics, frequencies that a long row stretches, a router's counts) would make it depend
+on the rows before. The made-up rows say nothing about anybody's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpeft.config import TrainingSection
+from fedpeft.data.encoded import Encoded, Task, offsets_of
+from fedpeft.errors import PrivacyError
+from fedpeft.training.dp_sgd import private_mode, row_gradient
+from fedpeft.training.first_order import Rows
+
+TOLERANCE = 1e-6  # of a row's gradient: for a GPU's sums, whose order differs; on a CPU bits are equal
+LENGTHS = (5, 9, 7)
+
+
+def verify_isolation(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    section: TrainingSection,
+    task: Task,
+    *,
+    vocabulary: int,
+    labels: int = 2,
+) -> float:
+    """Compare each row's gradient at the very beginning with the one after the other rows, dropout on.
+
+    Args:
+        vocabulary: token ids are made up below it.
+        labels: class ids are made up below it.
+
+    Returns:
+        The largest difference over the norm of that row's gradient.
+
+    Raises:
+        PrivacyError: it exceeds `TOLERANCE`, a buffer changed, or the model fails on the rows.
+    """
+    rows = _made_up(task, vocabulary, labels)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    try:
+        with private_mode(model, section):
+            passes = [
+                {i: row_gradient(model, parameters, rows, i, section, step_key=0) for i in order}
+                for order in (range(len(LENGTHS)), reversed(range(len(LENGTHS))))
+            ]
+    except PrivacyError:
+        raise
+    except Exception as error:  # a model's code may fail in any way
+        raise PrivacyError(
+            f"record-level privacy: the model fails on one row alone ({type(error).__name__}); choose another"
+            " peft.method or base"
+        ) from error
+    changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, buffers[name])]
+    worst = float(np.max([_difference(first, passes[1][i]) for i, first in passes[0].items()]))
+    if changed or not worst <= TOLERANCE:
+        what = (
+            f"'{changed[0]}' keeps something of each row" if changed else f"gradients differ by {worst:.2g}"
+        )
+        raise PrivacyError(
+            f"record-level privacy: this model does not treat rows one by one ({what} once others came"
+            " before); choose another peft.method or base"
+        )
+    return worst
+
+
+def _difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """The norm of a gradient's change over its own."""
+    change = math.hypot(*(float((first[name] - second[name]).double().norm()) for name in first))
+    return change / max(math.hypot(*(float(gradient.double().norm()) for gradient in first.values())), 1e-30)
+
+
+def _made_up(task: Task, vocabulary: int, labels: int) -> Rows:
+    """Random rows that no client holds, always the same."""
+    rng = np.random.Generator(np.random.Philox(key=0))
+    encoded = Encoded(
+        input_ids=rng.integers(0, vocabulary, sum(LENGTHS)).astype(np.int32),
+        offsets=offsets_of(LENGTHS),
+        answer_start=np.array([2, 0, 4], dtype=np.int32),
+        labels=rng.integers(0, labels, len(LENGTHS)),
+    )
+    return Rows(encoded, np.arange(len(LENGTHS)), task, pad_id=0)

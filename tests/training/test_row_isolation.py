@@ -1,0 +1,83 @@
+"""Does a model keep anything from one row to the next: methods pass, a layer that remembers does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedpeft.config import PeftSection, TrainingSection
+from fedpeft.errors import PrivacyError
+from fedpeft.models.attach import attach
+from fedpeft.models.trainable import trainable_parameters
+from fedpeft.training.row_isolation import verify_isolation
+from tests.models.tiny import LABELS, TASKS, VOCABULARY, tiny_base
+from tests.training.rows import attached, rows_for
+
+SECTION = TrainingSection()
+
+
+def verify(model: nn.Module, kind: str) -> float:
+    parameters, task = trainable_parameters(model), rows_for(kind).task
+    return verify_isolation(model, parameters, SECTION, task, vocabulary=VOCABULARY, labels=LABELS)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("lora", "llama"), ("bitfit", "bert"), ("prompt", "llama"), ("full", "bert"), ("oft", "bert")],
+)
+def test_rows_are_apart_and_the_model_is_left_as_it_was(method: str, kind: str) -> None:
+    """Also methods whose gradients per row cannot be told from those of a batch."""
+    model = attached(method, kind)
+    flags, state = [module.training for module in model.modules()], torch.get_rng_state()
+    assert verify(model, kind) == 0.0
+    assert [module.training for module in model.modules()] == flags
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Remembers(nn.Module):
+    """Subtracts the mean of what came before."""
+
+    def __init__(self, inner: nn.Module, buffer: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        if buffer:
+            self.register_buffer("mean", torch.zeros(()))
+        else:
+            self.mean = torch.zeros(())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.inner(hidden)
+        before, self.mean = self.mean, out.detach().mean()
+        return out - before
+
+
+@pytest.mark.parametrize("buffer", [False, True], ids=["in an attribute", "in a buffer"])
+def test_a_layer_that_remembers_rows_is_found(buffer: bool) -> None:
+    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
+    inner = model.base_model.model.bert.pooler.dense  # type: ignore[union-attr]
+    model.base_model.model.bert.pooler.dense = Remembers(inner, buffer)  # type: ignore[union-attr, assignment]
+    with pytest.raises(PrivacyError, match="rows one by one") as caught:
+        verify(model, "bert")
+    assert "\n" not in str(caught.value)
+
+
+def test_statistics_over_rows_are_not_kept() -> None:
+    """A layer that normalises by running statistics uses the base model's, as in evaluation."""
+    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
+    dense = model.base_model.model.bert.pooler.dense  # type: ignore[union-attr]
+    normed = nn.Sequential(dense, nn.BatchNorm1d(32, affine=False))  # type: ignore[arg-type]
+    model.base_model.model.bert.pooler.dense = normed  # type: ignore[union-attr, assignment]
+    assert verify(model, "bert") == 0.0
+
+
+def test_a_model_that_fails_on_one_row_is_refused() -> None:
+    class Fails(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            raise ValueError("needs two rows")
+
+    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
+    model.base_model.model.bert.pooler.dense = Fails()  # type: ignore[union-attr, assignment]
+    with pytest.raises(PrivacyError, match="fails on one row alone"):
+        verify(model, "bert")
