@@ -341,6 +341,43 @@ def provision(
     provision_command(folder, asked, as_json=json_)
 
 
+audit_app = typer.Typer(no_args_is_help=True, help="Check what a run promises.", rich_markup_mode=None)
+app.add_typer(audit_app, name="audit")
+
+
+@audit_app.callback()
+def audit() -> None:
+    """Check what a run promises."""
+
+
+@audit_app.command()
+def sensitivity(
+    run_file: RunFile = None,
+    set_: Overrides = None,
+    data: Annotated[
+        Path | None, typer.Option(help="File or folder of records [default: those that the run file names].")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Records that are drawn of them.")] = 16,
+    neighbours: Annotated[
+        int, typer.Option(min=1, help="Records (or persons) that are left out, one after the other.")
+    ] = 6,
+    seed: Annotated[int, typer.Option(min=0, help="Of both draws.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how far one record (or person) moves a private training step; end with 10 beyond the bound."""
+    from fedpeft.commands.audit import sensitivity_command
+
+    sensitivity_command(
+        run_file,
+        list(set_ or []),
+        data=data,
+        rows=rows,
+        neighbours=neighbours,
+        seed=seed,
+        as_json=json_,
+    )
+
+
 MetricsAddress = Annotated[
     str | None,
     typer.Option("--metrics", metavar="HOST:PORT", help="Numbers for Prometheus, over plain HTTP."),

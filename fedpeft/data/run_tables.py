@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedpeft.data.encoded import Task
 from fedpeft.data.labels import LabelMap, label_map
 from fedpeft.data.layout import BY_COLUMN, EMBEDDED, make_layout
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
-from fedpeft.data.records import Collected, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.records import Collected, Record, RowSet, Selection, collect, read_parts, row_set
 from fedpeft.data.run_sources import find_parts
 from fedpeft.data.sources import Part
 from fedpeft.data.tables import ClientRows, RawFederated, refuse_problems, split, training_rows
@@ -42,6 +42,17 @@ def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
     if section.test is not None:
         test = _test_rows(section, task, find_parts(section.test), training.labels)
     return split(training, dealt, test, section.heldout, seed)
+
+
+def source_records(section: DataSection, seed: int) -> Iterator[Record]:
+    """Return the training records that a run file names, as they are read: nothing is dealt or left out.
+
+    Raises:
+        DataError: nothing is there, or a file cannot be read.
+    """
+    if section.train == EMBEDDED:
+        return read_parts(embedded_parts(section, seed)[::2])
+    return read_parts(find_parts(section.train))
 
 
 def read_test_table(section: DataSection, task: Task) -> RawFederated:

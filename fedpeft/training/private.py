@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from fedpeft.config import RecordLevelPrivacy, TrainingSection
@@ -14,7 +15,7 @@ from fedpeft.spaces.base import Route, Trail
 from fedpeft.training import dp_sgd, zeroth_private
 from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows
-from fedpeft.training.record_mechanism import RecordMechanism
+from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
 from fedpeft.training.zeroth_prober import Prober
 
 
@@ -80,3 +81,22 @@ def train_by_scalars(probe: Prober, route: Route, told: Told) -> tuple[PrivateRe
         mechanism=told.mechanism,
         source=told.source,
     )
+
+
+def gradient_sum(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], told: Told, step_key: int
+) -> NDArray[np.int64]:
+    """Return what a step of DP-SGD sums before its noise if everybody's coin shows heads, in quanta, flat."""
+    rows, mechanism = told.rows, told.mechanism
+    drawn = drawn_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
+    with dp_sgd.private_mode(model, told.section):
+        total = dp_sgd.clipped_sum(model, parameters, rows, drawn, told.section, mechanism, step_key)
+    return np.concatenate([total[name].cpu().numpy().reshape(-1) for name in parameters])
+
+
+def slope_sum(probe: Prober, directions: Sequence[int], told: Told, step_key: int) -> NDArray[np.int64]:
+    """Return what a private zeroth-order step sums before its noise, as `gradient_sum`: one per direction."""
+    rows, mechanism = told.rows, told.mechanism
+    drawn = drawn_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
+    slopes = zeroth_private.example_slopes(probe, rows, drawn, list(directions), told.section.radius)
+    return zeroth_private.clipped_sum(slopes, mechanism)
