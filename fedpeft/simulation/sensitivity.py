@@ -98,7 +98,7 @@ def measure_sensitivity(
         key = int(rng.integers(2**63))
         whole, part = (_sum(resident, data, state, key) for data in (resident.data, fewer))
         told = _told(resident, resident.data)
-        unit_length = math.ldexp(1.0, told.mechanism.exponent) / run.privacy.max_grad_norm
+        unit_length = math.ldexp(1.0, told.mechanism.exponent) / told.mechanism.max_grad_norm
         yield Measurement(
             left_out=records[min(unit)].where,
             records=len(unit),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,31 +56,35 @@ class Remembers(nn.Module):
         return out - before
 
 
+def with_pooler(layer: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A classifier whose pooler is made anew of the old one."""
+    model: Any = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
+    pooler = model.base_model.model.bert.pooler
+    pooler.dense = layer(pooler.dense)
+    whole: nn.Module = model
+    return whole
+
+
 @pytest.mark.parametrize("buffer", [False, True], ids=["in an attribute", "in a buffer"])
 def test_a_layer_that_remembers_rows_is_found(buffer: bool) -> None:
-    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
-    inner = model.base_model.model.bert.pooler.dense  # type: ignore[union-attr]
-    model.base_model.model.bert.pooler.dense = Remembers(inner, buffer)  # type: ignore[union-attr, assignment]
     with pytest.raises(PrivacyError, match="rows one by one") as caught:
-        verify(model, "bert")
+        verify(with_pooler(lambda dense: Remembers(dense, buffer)), "bert")
     assert "\n" not in str(caught.value)
 
 
 def test_statistics_over_rows_are_not_kept() -> None:
     """A layer that normalises by running statistics uses the base model's, as in evaluation."""
-    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
-    dense = model.base_model.model.bert.pooler.dense  # type: ignore[union-attr]
-    normed = nn.Sequential(dense, nn.BatchNorm1d(32, affine=False))  # type: ignore[arg-type]
-    model.base_model.model.bert.pooler.dense = normed  # type: ignore[union-attr, assignment]
+    model = with_pooler(lambda dense: nn.Sequential(dense, nn.BatchNorm1d(32, affine=False)))
     assert verify(model, "bert") == 0.0
 
 
-def test_a_model_that_fails_on_one_row_is_refused() -> None:
-    class Fails(nn.Module):
-        def forward(self, hidden: Tensor) -> Tensor:
-            raise ValueError("needs two rows")
+class Fails(nn.Module):
+    """A layer that cannot take one row."""
 
-    model = attach(tiny_base("bert"), PeftSection(method="head"), task=TASKS["bert"], seed=1)
-    model.base_model.model.bert.pooler.dense = Fails()  # type: ignore[union-attr, assignment]
+    def forward(self, hidden: Tensor) -> Tensor:
+        raise ValueError("needs two rows")
+
+
+def test_a_model_that_fails_on_one_row_is_refused() -> None:
     with pytest.raises(PrivacyError, match="fails on one row alone"):
-        verify(model, "bert")
+        verify(with_pooler(lambda _: Fails()), "bert")
