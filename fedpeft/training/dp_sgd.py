@@ -34,7 +34,13 @@ from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.events import PersonLevel, RecordLevel
 from fedpeft.privacy.noise import NoiseSource
 from fedpeft.training.dp_losses import EXAMPLE_LOSSES
-from fedpeft.training.first_order import Rows, add_proximal_gradient, autocast, training_mode
+from fedpeft.training.first_order import (
+    Rows,
+    add_proximal_gradient,
+    autocast,
+    seeded_generators,
+    training_mode,
+)
 from fedpeft.training.optimizers import build_optimizer, build_schedule
 from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows, row_number
 from fedpeft.training.record_rules import section_problems
@@ -120,7 +126,7 @@ def check_section(section: TrainingSection) -> None:
 @contextmanager
 def private_mode(model: nn.Module, section: TrainingSection) -> Iterator[None]:
     """Training mode, without layers that normalise by (and keep) statistics over rows."""
-    with training_mode(model, section, seed=0):  # each row sets its own seed
+    with training_mode(model, section, seed=0):  # each row seeds its own dropout
         for module in model.modules():
             if isinstance(module, _BATCH_STATISTICS):
                 module.eval()
@@ -163,12 +169,11 @@ def row_gradient(
 ) -> dict[str, Tensor]:
     """Return the gradient of one row's own mean loss; parameters that it doesn't touch are left out.
 
-    Seeds torch's generators, by the row and the step; call it within `private_mode`, which restores them.
+    Dropout, if the model is in `private_mode`, is seeded by the row and the step.
     """
-    torch.manual_seed(row_number(rows.encoded, index, step_key))
     batch = collate(rows.encoded, np.array([index]), rows.pad_id, task=rows.task)
     device = next(iter(parameters.values())).device
-    with autocast(section, device):
+    with seeded_generators(device, row_number(rows.encoded, index, step_key)), autocast(section, device):
         logits = model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
         ).logits
