@@ -13,6 +13,7 @@ from torch import nn
 from fedpeft.data.collate import collate, prompt_batch
 from fedpeft.evaluation.metrics import METRICS, Column
 from fedpeft.models.base import Tokenizer
+from fedpeft.models.generation import generate_greedily
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import SCORES
 
@@ -66,15 +67,14 @@ def generate(
     """Greedy continuations of the rows' prompts, as text without special tokens."""
     device = next(model.parameters()).device
     prompts = prompt_batch(rows.encoded, indices, rows.pad_id)
-    output = model.generate(  # type: ignore[operator]
-        input_ids=prompts.input_ids.to(device),
-        attention_mask=prompts.attention_mask.to(device),
-        do_sample=False,
+    new = generate_greedily(
+        model,
+        tokenizer,
+        prompts.input_ids.to(device),
+        prompts.attention_mask.to(device),
         max_new_tokens=max_new_tokens,
-        pad_token_id=rows.pad_id,
-        trust_remote_code=False,
+        pad_id=rows.pad_id,
     )
-    new = output[:, prompts.input_ids.shape[1] :]
     return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 

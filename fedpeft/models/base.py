@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from fedpeft.config import ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import note_source
+from fedpeft.models.generation import first_end_token, settle_end_tokens
 from fedpeft.models.quantization import (
     DTYPES,
     LEAN_FROM,
@@ -94,7 +95,8 @@ def _package_folder(path: str) -> str:
 def load_tokenizer(section: ModelSection) -> Tokenizer:
     """Load the tokenizer of the section's model, with a padding token in every case.
 
-    A tokenizer without a padding token pads with its end-of-sequence token, else with its unknown token.
+    A tokenizer without an end token takes the first that the model's generation settings name. One without a
+    padding token pads with its end token, else with its unknown token.
 
     Raises:
         ModelError: no tokenizer there, or none of the three tokens.
@@ -107,6 +109,10 @@ def load_tokenizer(section: ModelSection) -> Tokenizer:
             )
         except Exception as error:  # tokenizers raise bare Exception on broken files
             raise ModelError(_unloadable("tokenizer", section, path, error)) from error
+        if tokenizer.eos_token_id is None and section.task == "causal-lm":
+            end = first_end_token(path)
+            if end is not None and end < len(tokenizer):
+                tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
@@ -165,10 +171,22 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
         lean_heap()
     note_source(model, path)
     model.requires_grad_(False)
-    if section.task == "sequence-classification" or model.config.pad_token_id is None:
-        model.config.pad_token_id = load_tokenizer(section).pad_token_id
+    _settle_tokens(model, section)
     base: nn.Module = model.eval()
     return base
+
+
+def _settle_tokens(model: nn.Module, section: ModelSection) -> None:
+    """Make the model's padding and end tokens those of its tokenizer."""
+    config: Any = model.config
+    if section.task == "sequence-classification" or config.pad_token_id is None:
+        config.pad_token_id = load_tokenizer(section).pad_token_id
+    if section.task == "causal-lm":
+        try:
+            tokenizer = load_tokenizer(section)
+        except ModelError:  # a model without one has no rows; whoever reads rows for it is told
+            return
+        settle_end_tokens(model, tokenizer)
 
 
 def skeleton_of(section: ModelSection, num_labels: int | None = None) -> nn.Module:

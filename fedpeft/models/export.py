@@ -22,6 +22,7 @@ from torch import nn
 
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import float_heads
+from fedpeft.models.generation import save_settings
 from fedpeft.models.loftq import Decomposition, Start, start_near_full_precision
 from fedpeft.models.methods import METHODS
 from fedpeft.models.quantization import quantization_of
@@ -43,7 +44,8 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
     its own. One whose LoftQ start took several iterations fits a base with other codes than the plainly
     quantised one, and only `load_adapter` makes these again.
 
-    The same state gives the same bytes. The folder holds the config and the weights only.
+    The same state gives the same bytes. The folder holds the config, the weights, and the
+    generation settings of a model that has some, whose end tokens are those that rows end with.
 
     Args:
         model: from `attach`.
@@ -62,6 +64,7 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
         start = getattr(model, "quantised_start", None)
         text = _config_text(_config(model), base_name, start, patterns)
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_settings(model, folder)
     except OSError as error:
         raise StorageError(f"the adapter cannot be written to '{folder}': {one_line(error)}") from error
 

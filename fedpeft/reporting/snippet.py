@@ -27,7 +27,9 @@ def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
     extra = f", num_labels={_label_count(labels)}" if labels else ""
     if _needs_our_base(run):
         return _with_our_base(model, adapter, extra)
-    lines = ["from peft import PeftModel", f"from transformers import {auto}"]
+    generates = auto == _AUTO_CLASSES["causal-lm"]
+    names = f"{auto}, GenerationConfig" if generates else auto
+    lines = ["from peft import PeftModel", f"from transformers import {names}"]
     base = repr(path)
     if path == "embedded":
         lines.insert(0, "from importlib.resources import files")
@@ -40,6 +42,11 @@ def load_snippet(run: Mapping[str, Any], adapter: str = "adapter") -> str:
         [
             *lines,
             f"base = {auto}.from_pretrained({base}{extra})",
+            *(
+                [f"base.generation_config = GenerationConfig.from_pretrained({adapter!r})"]
+                if generates
+                else []
+            ),
             f"model = PeftModel.from_pretrained(base, {adapter!r})",
         ]
     )

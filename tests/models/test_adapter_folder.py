@@ -42,7 +42,8 @@ def exported(folder: Path, method: str = "lora", kind: str = "llama") -> Path:
 
 def test_a_folder_holds_config_and_weights_and_names_its_base(tmp_path: Path) -> None:
     folder = exported(tmp_path / "new" / "adapter")
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "generation_config.json"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "owner/name"
     assert config["peft_type"] == "LORA"
