@@ -12,6 +12,7 @@ import click
 import typer
 
 from fedpeft import __version__
+from fedpeft.cli_help import SectionedGroup, build_command
 from fedpeft.errors import FedPEFTError, RunFileError, UsageError
 
 # Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
@@ -27,9 +28,10 @@ INTERRUPTED = 130
 
 app = typer.Typer(
     name="fedpeft",
+    cls=SectionedGroup,
     help="Fine-tune a large pretrained model together without sharing data.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -604,7 +606,10 @@ def run_submit(
     keys: OwnKeys = None,
     set_: Overrides = None,
     min_agents: Annotated[
-        int, typer.Option(min=0, help="Begin with so many agents [default: the run file's clients].")
+        int,
+        typer.Option(
+            min=0, show_default=False, help="Begin with so many agents [default: the run file's clients]."
+        ),
     ] = 0,
     agent: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Ask this agent only; may be repeated.")
@@ -749,7 +754,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(arguments: list[str] | None) -> int:
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="fedpeft", standalone_mode=False)
+        code = build_command(app).main(arguments, prog_name="fedpeft", standalone_mode=False)
         if code == INTERRUPTED:  # typer's own way of ending after Ctrl-C
             typer.echo("interrupted; a run goes on with: fedpeft simulate --resume DIR", err=True)
         return code if isinstance(code, int) else 0
@@ -764,7 +769,8 @@ def _exit_code(arguments: list[str] | None) -> int:
         typer.echo(error.format_message())
         return UsageError.exit_code
     except click.ClickException as error:
-        typer.echo(f"error: {error.format_message()}", err=True)
+        hinted = "Did you mean" in error.message  # by typer, and click would say it once more
+        typer.echo(f"error: {error.message if hinted else error.format_message()}", err=True)
         return UsageError.exit_code
 
 

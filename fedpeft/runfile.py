@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError, UsageError
+from fedpeft.key_hints import suggest_key
 from fedpeft.run_identity import identity_digest, read_identity
 
 
@@ -201,7 +202,7 @@ def _problem(detail: Mapping[str, Any]) -> str:
     where = ".".join(_locations(detail["loc"])) or "run file"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        return f"{where}: unknown key; remove it or check its spelling"
+        return f"{where}: unknown key{suggest_key(where) or '; remove it or check its spelling'}"
     if detail["type"] == "missing":
         return f"{where}: is needed and missing"
     if detail["type"] == "union_tag_not_found":

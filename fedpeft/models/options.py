@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import peft
 
 from fedpeft.config import PeftSection
 from fedpeft.errors import ModelError
+from fedpeft.key_hints import suggest_option
 from fedpeft.models.explicit_names import pattern_problems
 from fedpeft.models.methods import REFUSED_OPTIONS, Method, init_refusal, method_named
 from fedpeft.models.quiet import one_line, quiet
@@ -89,8 +89,8 @@ def _option_problem(
     if key in method.fixed:
         return f"peft.{key} is part of what '{method.name}' is; leave it out, or choose another method"
     if key not in fields:
-        near = get_close_matches(key, fields, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(sorted(fields))}"
+        near = suggest_option(key, "peft", fields)
+        hint = f"did you mean '{near}'?" if near else f"known: {', '.join(sorted(fields))}"
         return f"peft.{key} is no option of '{method.name}'; {hint}"
     if value and key in REFUSED_OPTIONS:
         return f"peft.{key} is refused: {REFUSED_OPTIONS[key]}"

@@ -15,6 +15,7 @@ from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.device import available_memory
+from fedpeft.models.options import peft_problems
 from fedpeft.planning.admission import refuse_oversized
 from fedpeft.randomness import derive_seed
 
@@ -73,7 +74,7 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
         return data, None
     labels = raw.num_labels if raw is not None else None
     base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=derive_seed(seed, "head")))
-    if base is None:
+    if base is None or peft_problems(run.peft, task):  # which are noted already
         return data, None
     model = problems.attempt(lambda: attach(base, run.peft, task=task, seed=derive_seed(seed, "adapter")))
     return data, model
