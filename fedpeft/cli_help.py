@@ -72,7 +72,7 @@ def _mend(command: click.Command, path: str) -> None:
     hints = typing.get_type_hints(command.callback, include_extras=True) if command.callback else {}
     for parameter in command.params:
         text = _help_of(hints.get(str(parameter.name))) if isinstance(parameter, TyperArgument) else None
-        parameter.get_help_record = _mended(parameter, text)  # type: ignore[method-assign]  # one instance's
+        parameter.get_help_record = _mended(parameter, text)  # type: ignore[assignment]  # one instance's
     if path in EXAMPLES:
         command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[path])
     for name, below in getattr(command, "commands", {}).items():
