@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("credentials",),
     ("update", "config", "records", "options", "settings_file", "randomness", "codec", "seedspace"),
-    ("key_hints",),
+    ("key_hints", "deployment"),
     ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),
     ("wire", "data", "privacy", "robust", "lora_rules"),
     ("models",),

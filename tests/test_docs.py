@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,22 +13,16 @@ import pytest
 import typer
 
 from fedpeft.cli import app
+from fedpeft.deployment import ignored_keys
+from fedpeft.runfile import build_run
+from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.store import Rules
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
-    "docs/asynchronous.md",
-    "docs/devices.md",
-    "docs/federation.md",
-    "docs/flower.md",
-    "docs/heterogeneous.md",
-    "docs/offsite.md",
-    "docs/operations.md",
-    "docs/robust.md",
-    "docs/scaling.md",
-    "docs/security.md",
-    "docs/threat-model.md",
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 FENCE = re.compile(r"^```([a-z]*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -120,6 +115,19 @@ def test_commands_exist(name: str) -> None:
 def test_the_readme_names_the_two_commands() -> None:
     quoted = [" ".join(words) for words in commands(text_of("README.md"), "make")]
     assert {"demo", "test"} <= set(quoted)
+
+
+def test_the_readmes_run_begins_with_the_readmes_agents() -> None:
+    """The second example as written: its run file, and the agents that its certificates are for."""
+    text = text_of("README.md")
+    (tables,) = [tomllib.loads(block) for language, block in FENCE.findall(text) if language == "toml"]
+    (submit,) = [words for words in commands(text, "fedpeft") if words[:2] == ["run", "submit"]]
+    (provision,) = [words for words in commands(text, "fedpeft") if words[0] == "provision"]
+    agents = provision.count("--agent")
+    run = build_run(tables, source="README.md")
+    rules = Rules(min_agents=int(submit[submit.index("--min-agents") + 1]))
+    assert agents_wanted(run, rules) == agents == 2
+    assert set(ignored_keys(run)) == {"data.train", "data.partitioner", "evaluation.baselines"}
 
 
 def test_the_readers_find_what_they_look_for() -> None:

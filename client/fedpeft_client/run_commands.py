@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedpeft.config import RunConfig
+from fedpeft.deployment import clients_named, ignored_keys
 from fedpeft.errors import StateError
 from fedpeft.records import Baseline, Finished, Round, Started, parse_row
 from fedpeft.reporting import lines
-from fedpeft.reporting.text import metric_name, metric_value, printable
+from fedpeft.reporting.text import counted, metric_name, metric_value, printable
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.administration import Desk, answered, new_submission
@@ -48,8 +50,24 @@ def submit_command(
     request = pb.SubmitRunRequest(
         run_toml=run_toml(run), cohort=rules, submission=new_submission(), readers=readers
     )
+    if not as_json:
+        print(f"{run_file} is being checked by the server", file=sys.stderr)
     info = answered(desk.call(lambda stub: stub.SubmitRun(request)))
-    print(json.dumps(info_table(info)) if as_json else f"{info.id}  {info.status}")
+    if as_json:
+        print(json.dumps(info_table(info)))
+        return
+    print(f"{info.id}  {info.status}")
+    for line in _expectations(run, rules):
+        print(f"  {line}")
+
+
+def _expectations(run: RunConfig, rules: Rules) -> Iterator[str]:
+    """Say what a run waits for, and what of its file plays no part."""
+    wanted = rules.min_agents or len(rules.agents) or clients_named(run)
+    said = rules.min_agents or rules.agents
+    source = "" if said else ", as many as the run file has clients; --min-agents N begins with fewer"
+    yield f"begins when {counted(wanted, 'agent')} are connected{source}"
+    yield from (f"{key} plays no part: {why}" for key, why in ignored_keys(run).items())
 
 
 def list_command(desk: Desk, *, limit: int, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from flwr.serverapp import Grid
 
 from fedpeft.config import RunConfig
+from fedpeft.deployment import clients_named
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
 from fedpeft.flower.flights import crowd_problems
 from fedpeft.flower.roster import Roster, roll_call
@@ -25,9 +26,7 @@ def agents_wanted(run: RunConfig, rules: Rules) -> int:
     Raises:
         UsageError: nobody says, or they are too few for a round's cohort.
     """
-    named, train = run.data.partitioner, run.data.train
-    files = len(train) if named.kind == "files" and isinstance(train, tuple) else 0
-    wanted = rules.min_agents or len(rules.agents) or named.clients or files
+    wanted = rules.min_agents or len(rules.agents) or clients_named(run)
     if not wanted:
         raise UsageError("the run file doesn't say how many clients there are; give --min-agents")
     try:

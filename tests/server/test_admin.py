@@ -104,7 +104,10 @@ def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest
 
     site.daemon.prepared = hold
     at, out = ("--server", site.address), site.folder / "part"
-    said(capsys, "run", "submit", site.run_file(tables()), *at)
+    answer = said(capsys, "run", "submit", site.run_file(tables()), *at)
+    assert answer.startswith("tiny-1  ")
+    assert "begins when 4 agents are connected, as many as the run file has clients" in answer
+    assert "data.partitioner plays no part: each agent brings its own rows" in answer
     site.daemon.reaches("tiny-1", Status.RUNNING)
     assert site.daemon.grids[0].held.wait(LONG_S)
     assert "as of    round 1 of 2, not final" in said(capsys, "run", "pull", "tiny-1", "--out", str(out), *at)
