@@ -432,6 +432,19 @@ def client(
     client_command(config, stated | ({"insecure": True} if insecure else {}), token)
 
 
+@client_app.command("ledger")
+def client_ledger(
+    home: Annotated[Path | None, typer.Option(help="Folder of the agent's state.")] = None,
+    name: Annotated[str, typer.Option(help="The agent, if several were started here.")] = "",
+    last: Annotated[int, typer.Option(min=0, help="So many messages, the last ones.")] = 20,
+    json_: Annotated[bool, typer.Option("--json", help="Print every message as a JSON object.")] = False,
+) -> None:
+    """Print what left this device: every metric, count and byte."""
+    from fedpeft_client.command import client_ledger_command
+
+    client_ledger_command(home, name, as_json=json_, last=last)
+
+
 @client_app.command("status")
 def client_status(
     home: Annotated[Path | None, typer.Option(help="Folder of the agent's state.")] = None,

@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 
 import grpc
@@ -19,6 +19,7 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.files import hold_lock, make_private_folder
 from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
+from fedpeft_client.egress import LEDGER_FILE, EgressLedger
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings
@@ -39,6 +40,7 @@ class Agent:
         app: the client's functions; others than the default are for tests and benchmarks.
         workshop: where they run; None: in a process of their own.
         metrics: counts what it does; None: for nobody.
+        ledger: told of all that leaves; None: the home's own.
 
     Raises:
         StateError: another process holds the home folder, others can read it, or its files are corrupt.
@@ -54,6 +56,7 @@ class Agent:
         app: str = CLIENT_APP,
         workshop: Doer | None = None,
         metrics: Metrics | None = None,
+        ledger: EgressLedger | None = None,
     ) -> None:
         self._settings, self._name, self._renewing = settings, name, material
         make_private_folder(home, holds="what this agent learned from its rows")
@@ -63,6 +66,7 @@ class Agent:
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
+        self._ledger = ledger or EgressLedger(home / LEDGER_FILE)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
         trade = Trade(name, settings.data, settings.model, policy, app, settings.device)
         metrics = metrics or Metrics()
@@ -94,6 +98,7 @@ class Agent:
                 task.cancel()
             await asyncio.gather(work, dial, idle, stop, return_exceptions=True)
             await self.workshop.close()
+            self._ledger.close()
             self.status.now("stopped")
             os.close(self._lock)
 
@@ -138,7 +143,8 @@ class Agent:
         channel = dial()
         link: Link | None = None
         try:
-            link = await Link.open(channel, self._name, capabilities(), dial)
+            told = capabilities(self._settings.policy.capabilities)
+            link = await Link.open(channel, self._name, told, dial, self._ledger)
             facts = {"event": "connected", "agent": link.welcome.name, "session": link.welcome.session}
             LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
             self._known, self._link = True, link
@@ -157,9 +163,10 @@ class Agent:
         return None
 
 
-def capabilities() -> Mapping[str, str]:
-    """What this device can do, for people who look at the server's list of agents."""
-    return {
+def capabilities(told: Collection[str]) -> Mapping[str, str]:
+    """What this device can do, as far as its owner tells: for people who look at the server's agents."""
+    found = {
         "cores": str(os.cpu_count() or 1),
         "memory-mib": str(psutil.virtual_memory().total >> 20),
     }
+    return {name: value for name, value in found.items() if name in told}

@@ -1,4 +1,4 @@
-"""`fedpeft client` and `fedpeft client status`."""
+"""`fedpeft client`, `fedpeft client status` and `fedpeft client ledger`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from typing import Any
 
 from fedpeft.credentials import Material, Role, check_name, identity_of
 from fedpeft.errors import CredentialError, UsageError
+from fedpeft.files import make_private_folder
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
+from fedpeft_client.egress import LEDGER_FILE, EgressLedger, read_ledger
 from fedpeft_client.enrolment import own_material, renewed
+from fedpeft_client.ledger_lines import ledger_lines
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings, read_settings
 from fedpeft_client.status import STATUS_FILE, read_status
@@ -60,18 +63,40 @@ def client_status_command(home: Path | None, name: str, *, as_json: bool) -> Non
         print(f"{label:<13} {text}")
 
 
+def client_ledger_command(home: Path | None, name: str, *, as_json: bool, last: int) -> None:
+    """Print what left the device: sums over everything, then the last messages.
+
+    Args:
+        as_json: print every line as it is in the file.
+        last: how many messages.
+
+    Raises:
+        UsageError: several agents were started here, and none was named.
+        StateError: none was.
+    """
+    entries = read_ledger(home or _only_home(name))
+    if as_json:
+        for entry in entries:
+            print(json.dumps(entry))
+        return
+    for line in ledger_lines(entries, last):
+        print(line)
+
+
 async def _serve(settings: Settings, token: str) -> None:
     home = settings.home or Path.home() / AGENTS / check_name(settings.name or settings.data.stem)
-    keys = settings.keys or home / KEYS
+    keys, patience_s = settings.keys or home / KEYS, settings.connect_s or math.inf
+    make_private_folder(home, holds="what left this device")
+    ledger = EgressLedger(home / LEDGER_FILE)
     material = (
         None
         if settings.insecure
-        else await own_material(keys, settings.server, token, patience_s=settings.connect_s or math.inf)
+        else await own_material(keys, settings.server, token, patience_s=patience_s, ledger=ledger)
     )
     name = settings.name or settings.data.stem if material is None else _certified(material, settings)
-    renewing = None if material is None else lambda: renewed(keys, settings.server)
+    renewing = None if material is None else lambda: renewed(keys, settings.server, ledger)
     metrics = Metrics()
-    agent = Agent(settings, check_name(name), home, renewing, metrics=metrics)
+    agent = Agent(settings, check_name(name), home, renewing, metrics=metrics, ledger=ledger)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)

@@ -29,6 +29,7 @@ from fedpeft.errors import (
     FedPEFTError,
     LimitError,
     PolicyError,
+    StorageError,
     UpdateError,
     WorkerError,
 )
@@ -39,6 +40,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import decode_content
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
 from fedpeft_client.dialing import error_of, pauses
+from fedpeft_client.egress import contents
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.outbox import Finished, Outbox
@@ -366,8 +368,9 @@ class Desk:
             result.inline = body
         else:
             result.blob.CopyFrom(await link.push(task.id, body, digest))
+        facts = await asyncio.to_thread(contents, body)
         crash_point("agent.result.sending")
-        await link.send(pb.AgentMessage(result=result))
+        await link.send(pb.AgentMessage(result=result), facts | _facts("result", task))
         self._moved(up=len(body))
 
     def _signature(self, task: pb.Task, digest: bytes, size: int) -> bytes:
@@ -446,6 +449,8 @@ async def _quietly(call: Callable[[], Coroutine[Any, Any, None]]) -> None:
         await call()
     except (grpc.aio.AioRpcError, FederationError) as error:
         LOG.debug("not sent: %s", error)
+    except StorageError as error:  # what can't be written down doesn't leave
+        LOG.warning("not sent: %s", error)
 
 
 def _without_body(task: pb.Task) -> pb.Task:

@@ -26,6 +26,7 @@ from fedpeft.errors import CredentialError, FederationError, FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import error_of, open_channel, pauses
+from fedpeft_client.egress import EgressLedger
 
 LOG = logging.getLogger("fedpeft.client")
 PROTOCOL_VERSION = 1
@@ -37,11 +38,14 @@ _NO_TOKEN = (
 _NOT_KNOWN = "ends the handshake: it does not trust this device's certificate; ask its admin for a token"
 
 
-async def own_material(keys: Path, server: str, token: str, *, patience_s: float = 0.0) -> Material:
+async def own_material(
+    keys: Path, server: str, token: str, *, patience_s: float = 0.0, ledger: EgressLedger | None = None
+) -> Material:
     """The device's key and certificate: those in `keys`, or new ones for a token.
 
     Args:
         patience_s: how long a server that does not answer is tried again.
+        ledger: told of what is sent, before it is.
 
     Raises:
         CredentialError: neither there nor to be had.
@@ -57,7 +61,7 @@ async def own_material(keys: Path, server: str, token: str, *, patience_s: float
     began = time.monotonic()
     for pause in pauses(random.Random()):
         try:
-            return await _enrolled(keys, server, token)
+            return await _enrolled(keys, server, token, ledger)
         except FederationError as error:
             if time.monotonic() - began >= patience_s:
                 raise
@@ -66,15 +70,15 @@ async def own_material(keys: Path, server: str, token: str, *, patience_s: float
     raise AssertionError("pauses never end")
 
 
-async def _enrolled(keys: Path, server: str, token: str) -> Material:
+async def _enrolled(keys: Path, server: str, token: str, ledger: EgressLedger | None) -> Material:
     authority = pinned_authority(token, await asyncio.to_thread(_shown_certificate, server))
     visitor = visitor_material(authority, datetime.now(UTC))
-    certificate = await _asked(server, visitor, keys, token, _NO_TOKEN)
+    certificate = await _asked(server, visitor, keys, token, _NO_TOKEN, ledger)
     LOG.info("enrolled; key and certificate are in %s", keys)
     return adopt(keys, certificate, authority)
 
 
-async def renewed(keys: Path, server: str) -> Material:
+async def renewed(keys: Path, server: str, ledger: EgressLedger | None = None) -> Material:
     """The device's key and certificate; fresh ones if two thirds of their life are over and they can be had.
 
     Raises:
@@ -84,7 +88,7 @@ async def renewed(keys: Path, server: str) -> Material:
     if not renewal_due(material.certificate, datetime.now(UTC)):
         return material
     try:
-        certificate = await _asked(server, material, keys, "", _NOT_KNOWN)
+        certificate = await _asked(server, material, keys, "", _NOT_KNOWN, ledger)
         LOG.info("the certificate was renewed")
         return adopt(keys, certificate, material.authority)
     except FedPEFTError as error:
@@ -95,7 +99,9 @@ async def renewed(keys: Path, server: str) -> Material:
         return material
 
 
-async def _asked(server: str, material: Material, keys: Path, token: str, refused: str) -> bytes:
+async def _asked(
+    server: str, material: Material, keys: Path, token: str, refused: str, ledger: EgressLedger | None
+) -> bytes:
     """The certificate for the pending key.
 
     Args:
@@ -104,6 +110,8 @@ async def _asked(server: str, material: Material, keys: Path, token: str, refuse
     request = pb.EnrollRequest(
         protocol_version=PROTOCOL_VERSION, token=token, csr=make_request(pending_key(keys))
     )
+    if ledger is not None:
+        ledger.record(request)
     async with open_channel(server, material) as channel:
         stub = rpc.FederationStub(channel)  # type: ignore[no-untyped-call]  # generated
         try:

@@ -18,6 +18,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.pace import Pace
 from fedpeft_client.dialing import error_named
+from fedpeft_client.egress import EgressLedger, Facts, Outgoing
 
 PROTOCOL_VERSION = 3
 _PARTING_S = 0.5
@@ -32,8 +33,11 @@ class Link:
         welcome: what the server said of itself and its bounds.
     """
 
-    def __init__(self, stub: Any, call: Any, welcome: pb.Welcome, dial: Dial | None) -> None:
+    def __init__(
+        self, stub: Any, call: Any, welcome: pb.Welcome, dial: Dial | None, ledger: EgressLedger | None
+    ) -> None:
         self._stub, self._call, self.welcome, self._dial = stub, call, welcome, dial
+        self._ledger = ledger
         self._writing = asyncio.Lock()
         self._metadata = (("fedpeft-agent", welcome.name),)  # heeded only where there are no certificates
         self._beat = asyncio.create_task(self._beating())
@@ -45,6 +49,7 @@ class Link:
         name: str,
         capabilities: Mapping[str, str],
         dial: Dial | None = None,
+        ledger: EgressLedger | None = None,
     ) -> Link:
         """Say hello and wait for the welcome.
 
@@ -52,6 +57,7 @@ class Link:
             dial: opens one more connection, for a blob, closed after it: gRPC keeps receive buffers that are
                 as large as what once came quickly, up to a megabyte, for as long as a connection lasts, and
                 a server has a thousand. None: blobs go over `channel`.
+            ledger: told of every message before it is sent; None: nobody's, in tests and benchmarks.
 
         Raises:
             grpc.aio.AioRpcError: the server cannot be reached or does not want this agent.
@@ -65,7 +71,7 @@ class Link:
             software=f"fedpeft {__version__}",
             capabilities=capabilities,
         )
-        await _written(call, pb.AgentMessage(hello=hello))
+        await _write(ledger, call, pb.AgentMessage(hello=hello))
         first = await call.read()
         if not isinstance(first, pb.ServerMessage):
             raise await _ended(call) or FederationError(
@@ -78,12 +84,16 @@ class Link:
                 f"the server speaks protocol version {welcome.protocol_version} and this agent"
                 f" {PROTOCOL_VERSION}; install the same version of fedpeft on both sides"
             )
-        return cls(stub, call, welcome, dial)
+        return cls(stub, call, welcome, dial, ledger)
 
-    async def send(self, message: pb.AgentMessage) -> None:
-        """Send one message; waits while the server does not read."""
+    async def send(self, message: pb.AgentMessage, facts: Facts | None = None) -> None:
+        """Send one message; waits while the server does not read.
+
+        Args:
+            facts: for the ledger; see `EgressLedger.record`.
+        """
         async with self._writing:
-            await _written(self._call, message)
+            await _write(self._ledger, self._call, message, facts)
 
     async def messages(self) -> AsyncIterator[pb.ServerMessage]:
         """What the server says, until the session ends without an error.
@@ -124,7 +134,7 @@ class Link:
     async def _push(self, call: Any, task: bytes, body: bytes, digest: bytes) -> pb.BlobRef:
         reference = pb.BlobRef(digest=digest, size=len(body))
         opened = pb.BlobOpen(digest=reference.digest, size=reference.size, task=task)
-        await _written(call, pb.BlobUpload(open=opened))
+        await _write(self._ledger, call, pb.BlobUpload(open=opened))
         progress = await call.read()  # waits for a credit
         if isinstance(progress, pb.BlobProgress) and not (progress.complete or progress.refused):
             progress = await self._pushed(call, body, progress.offset)
@@ -145,7 +155,7 @@ class Link:
             data, began = body[offset : offset + pace.size], time.monotonic()
             chunk = pb.BlobChunk(offset=offset, data=data, crc32=zlib.crc32(data))
             async with asyncio.timeout(_STALL_S):
-                await _written(call, pb.BlobUpload(chunk=chunk))
+                await _write(self._ledger, call, pb.BlobUpload(chunk=chunk))
             pace.took(time.monotonic() - began)
             offset += len(data)
         return await answer
@@ -158,6 +168,8 @@ class Link:
             UpdateError: other bytes came than were announced; `begun` is empty again.
         """
         request = pb.PullBlobRequest(digest=reference.digest, offset=len(begun), task=task)
+        if self._ledger is not None:
+            self._ledger.record(request)
         call = self._stub.PullBlob(request, metadata=self._metadata)
         while len(begun) < reference.size:
             async with asyncio.timeout(_STALL_S):
@@ -189,20 +201,32 @@ class Link:
         """End the session."""
         self._beat.cancel()
         self._call.cancel()
+        if self._ledger is not None:
+            self._ledger.settle()
 
     async def _beating(self) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError, FederationError):  # whoever reads notices the end
             while True:
                 await asyncio.sleep(self.welcome.heartbeat_ms / 1000)
-                await self.send(pb.AgentMessage(heartbeat=pb.Heartbeat(sent_ms=round(time.time() * 1000))))
+                await self.send(pb.AgentMessage(heartbeat=pb.Heartbeat()))
 
 
 def _stub(channel: grpc.aio.Channel) -> Any:
     return rpc.FederationStub(channel)  # type: ignore[no-untyped-call]  # generated code
 
 
-async def _written(call: Any, message: Any) -> None:
-    """Write; a call that has ended says why by its status rather than by asyncio's own error."""
+async def _write(
+    ledger: EgressLedger | None, call: Any, message: Outgoing, facts: Facts | None = None
+) -> None:
+    """Write down, then write; a call that has ended says why by its status, not by asyncio's own error.
+
+    Everything that an agent streams goes through here.
+
+    Raises:
+        StorageError: it cannot be written down, and is not sent.
+    """
+    if ledger is not None:
+        ledger.record(message, facts)
     try:
         await call.write(message)
     except asyncio.InvalidStateError:

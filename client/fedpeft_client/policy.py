@@ -35,6 +35,7 @@ class Policy(BaseModel):
         max_bytes_per_day: up and down, by UTC days.
         max_local_steps: of one round.
         allow_download: whether a run file may name a model of the hub, which would be fetched.
+        capabilities: what the server's list of agents shows of this device.
         tell_limits: keys of this table whose number a refusal tells the server, for submitters to heed.
     """
 
@@ -57,6 +58,7 @@ class Policy(BaseModel):
     max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
     max_local_steps: Annotated[int, Field(ge=1)] | None = None
     allow_download: bool = False
+    capabilities: tuple[Literal["cores", "memory-mib"], ...] = ()
     tell_limits: tuple[str, ...] = ()
 
     @field_validator("tell_limits")

@@ -48,6 +48,7 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_MAX_LOCAL_STEPS: _ClassVar[PolicyKey]
     POLICY_KEY_ALLOW_DOWNLOAD: _ClassVar[PolicyKey]
     POLICY_KEY_TELL_LIMITS: _ClassVar[PolicyKey]
+    POLICY_KEY_CAPABILITIES: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
 FAILURE_CODE_TASK: FailureCode
@@ -84,6 +85,7 @@ POLICY_KEY_MAX_BYTES_PER_DAY: PolicyKey
 POLICY_KEY_MAX_LOCAL_STEPS: PolicyKey
 POLICY_KEY_ALLOW_DOWNLOAD: PolicyKey
 POLICY_KEY_TELL_LIMITS: PolicyKey
+POLICY_KEY_CAPABILITIES: PolicyKey
 
 class EnrollRequest(_message.Message):
     __slots__ = ("protocol_version", "token", "csr")
@@ -175,10 +177,8 @@ class Welcome(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., server: _Optional[str] = ..., name: _Optional[str] = ..., heartbeat_ms: _Optional[int] = ..., max_inline_bytes: _Optional[int] = ..., chunk_bytes: _Optional[int] = ..., session: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("sent_ms",)
-    SENT_MS_FIELD_NUMBER: _ClassVar[int]
-    sent_ms: int
-    def __init__(self, sent_ms: _Optional[int] = ...) -> None: ...
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Content(_message.Message):
     __slots__ = ("records",)

@@ -35,7 +35,7 @@ from tests.server.hostile.scene import PATIENCE_S, Scene, counted
 
 Attack = Callable[[Attacker], Awaitable[None]]
 HELLO = pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
-BEAT = pb.AgentMessage(heartbeat=pb.Heartbeat(sent_ms=1))
+BEAT = pb.AgentMessage(heartbeat=pb.Heartbeat())
 CODE = grpc.StatusCode
 
 

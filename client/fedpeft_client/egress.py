@@ -1,0 +1,200 @@
+"""What leaves the device: a file of the owner's with one line for each message, written before it is sent.
+
+A line says what kind of message it was, its bytes, and every name and number in it; an array is told by its
+size alone. It holds what was about to be sent: after a cut connection the server may have got less, never
+more. Bytes are those of the messages themselves. What gRPC and TLS add, and the agent's name, which goes
+along with each call beside the session, are not counted.
+
+Messages without anything of the owner's in them, heartbeats and pieces of a blob that was announced, are
+counted and written as one line when something else is sent, or when the session ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from fedpeft.errors import StateError, UpdateError
+from fedpeft.files import storage
+from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.v1 import update_pb2
+from fedpeft.wire.content import decode_content
+from fedpeft.wire.fields import MalformedError, length_delimited, number_of
+
+LEDGER_FILE = "ledger.jsonl"
+Facts = Mapping[str, Any]
+Outgoing = pb.AgentMessage | pb.BlobUpload | pb.PullBlobRequest | pb.EnrollRequest
+_HEADER = number_of(update_pb2.Update, "header")
+
+
+class EgressLedger:
+    """The file; only ever appended to.
+
+    Raises:
+        StorageError: it cannot be written; then nothing leaves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with storage(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":  # a crash cut the last line
+                os.write(self._file, b"\n")
+        self._messages: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    def record(self, message: Outgoing, facts: Facts | None = None) -> None:
+        """Write down one message, before it is sent.
+
+        Args:
+            facts: what the message doesn't say of itself; see `contents`.
+        """
+        what = _kind(message)
+        if what in ("heartbeat", "piece"):
+            self._messages[what] += 1
+            self._bytes[what] += message.ByteSize()
+            return
+        self.settle()
+        self._append(
+            {"what": what, "bytes": message.ByteSize(), **_facts(what, message), **(facts or {})},
+            durably=what not in ("received", "pull"),
+        )
+
+    def settle(self) -> None:
+        """Write down what was only counted so far."""
+        for what, count in sorted(self._messages.items()):
+            self._append({"what": what, "messages": count, "bytes": self._bytes[what]}, durably=False)
+        self._messages.clear()
+        self._bytes.clear()
+
+    def close(self) -> None:
+        """Settle, and close the file."""
+        self.settle()
+        with storage(self._path):
+            os.fsync(self._file)
+        os.close(self._file)
+
+    def _append(self, entry: Facts, *, durably: bool) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = (json.dumps({"time": now, **entry}) + "\n").encode()
+        with storage(self._path):
+            if os.write(self._file, line) != len(line):
+                raise OSError(28, "the line was cut")
+            if durably:
+                os.fsync(self._file)
+
+
+def read_ledger(home: Path) -> Iterator[dict[str, Any]]:
+    """The lines of an agent's file, oldest first; one that a crash cut is left out.
+
+    Raises:
+        StateError: no agent with that folder has sent anything.
+    """
+    path = home / LEDGER_FILE
+    if not path.is_file():
+        raise StateError(f"{home}: no agent has run with this folder; give --home or --name as at its start")
+    with storage(path), path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(entry, dict):
+                yield entry
+
+
+def contents(body: bytes) -> dict[str, Any]:
+    """Every name and number in a result's body; of bytes, how many there are.
+
+    Returns:
+        `values` by "<record>.<name>"; where there is an update, also what its header says: `metrics` by name,
+        `weight` (None: it says none), and its other fields in `header`.
+    """
+    try:
+        records = decode_content(body, who="a result")
+    except UpdateError:
+        return {"values": {"": {"bytes": len(body)}}}
+    values = {
+        f"{record}.{name}": value for record, entries in records.items() for name, value in entries.items()
+    }
+    shown = {name: {"bytes": len(v)} if isinstance(v, bytes) else v for name, v in values.items()}
+    payload = values.get("update.payload")
+    header = _header_of(payload) if isinstance(payload, bytes) else None
+    return {"values": shown} | ({} if header is None else _header_facts(header))
+
+
+def _header_of(payload: bytes) -> update_pb2.Header | None:
+    try:
+        for field in length_delimited(payload, 0, len(payload)):
+            if field.number == _HEADER:
+                return update_pb2.Header.FromString(payload[field.content : field.end])
+    except (MalformedError, DecodeError):
+        return None
+    return None
+
+
+def _header_facts(header: update_pb2.Header) -> dict[str, Any]:
+    fields = {
+        "run_digest": header.run_digest.hex(),
+        "round": header.round,
+        "client": header.client,
+        "state_digest": header.state_digest.hex(),
+        "space": header.space,
+        "base_digest": header.base_digest.hex(),
+        "stages": {stage.kind: stage.parameters for stage in header.stages},
+    }
+    weight = header.weight if header.HasField("weight") else None
+    return {"metrics": dict(sorted(header.metrics.items())), "weight": weight, "header": fields}
+
+
+def _kind(message: Outgoing) -> str:
+    if isinstance(message, pb.AgentMessage):
+        return str(message.WhichOneof("message"))
+    if isinstance(message, pb.BlobUpload):
+        return "blob" if message.WhichOneof("message") == "open" else "piece"
+    return "pull" if isinstance(message, pb.PullBlobRequest) else "enrol"
+
+
+def _hello(message: Any) -> dict[str, Any]:
+    hello = message.hello
+    return {"name": hello.name, "software": hello.software, "capabilities": dict(hello.capabilities)}
+
+
+def _result(message: Any) -> dict[str, Any]:
+    result = message.result
+    facts: dict[str, Any] = {"task": result.task.hex(), "signature": len(result.signature)}
+    if result.HasField("failure"):
+        facts["failure"] = pb.FailureCode.Name(result.failure.code)
+    return facts
+
+
+def _refusal(message: Any) -> dict[str, Any]:
+    told = {
+        pb.PolicyKey.Name(objection.key): objection.limit if objection.HasField("limit") else None
+        for objection in message.refusal.objections
+    }
+    return {"task": message.refusal.task.hex(), "refusal": told}
+
+
+def _facts(what: str, message: Any) -> dict[str, Any]:
+    """What a message says of itself."""
+    return _FACTS[what](message)
+
+
+_FACTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
+    "hello": _hello,
+    "received": lambda message: {"task": message.received.task.hex()},
+    "result": _result,
+    "refusal": _refusal,
+    "blob": lambda message: {"task": message.open.task.hex(), "size": message.open.size},
+    "pull": lambda message: {"task": message.task.hex()},
+    "enrol": lambda message: {"csr": len(message.csr), "token": bool(message.token)},
+}
