@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fedpeft.cli import main
 from fedpeft.credentials import Identity, Material, PeerCheck, Role, read_material
 from fedpeft.credentials.federation import add_member, create_federation, invite_member
+from fedpeft.files import make_private_folder
 from fedpeft_client.agent import Agent
 from fedpeft_client.enrolment import own_material
 from fedpeft_client.inline import InlineWorkshop
@@ -72,7 +73,7 @@ def test_no_output_and_no_file_holds_a_secret(
         )
         try:
             address = running[0].address
-            home = tmp_path / "north"
+            home = make_private_folder(tmp_path / "north", holds="an agent's state")
             north = played(own_material(home / "keys", address, tokens[0]))
             with pytest.raises(Exception, match="used before"):
                 played(own_material(tmp_path / "thief", address, tokens[0]))
