@@ -176,6 +176,7 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=2)] = (
         512  # tokens; longer rows are cut and the number of cut rows reported
     )
+    control_tokens: bool = False  # true: control tokens written in a row's fields become real ones
     heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = (
         0.1  # share of rows kept for their client's own evaluation, each by the seed and what it says
     )

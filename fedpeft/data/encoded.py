@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -34,10 +35,15 @@ class Texts:
     Attributes:
         data: uint8[B], the strings one after the other.
         offsets: int64[N+1], where each begins.
+        cells: int32[C, 2], first character and the one behind the last of each stretch that came from a field
+            of the row; what is in none of them came from a template. None: all of it came from fields.
+        cell_offsets: int64[N+1], where each string's cells begin; given with `cells`.
     """
 
     data: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+    cells: NDArray[np.int32] | None = None
+    cell_offsets: NDArray[np.int64] | None = None
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> Texts:
@@ -56,10 +62,23 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         return (self[index] for index in range(len(self)))
 
+    def cells_of(self, index: int) -> list[tuple[int, int]]:
+        """Return the stretches of one string that came from fields."""
+        if self.cells is None or self.cell_offsets is None:
+            return [(0, len(self[index]))]
+        found = self.cells[self.cell_offsets[index] : self.cell_offsets[index + 1]]
+        return [(int(first), int(behind)) for first, behind in found]
+
     def take(self, indices: Indices) -> Texts:
         """The strings at `indices`, in that order."""
         lengths = np.diff(self.offsets)[indices]
-        return Texts(self.data[flat_positions(self.offsets, indices)], offsets_of(lengths))
+        data, offsets = self.data[flat_positions(self.offsets, indices)], offsets_of(lengths)
+        if self.cells is None or self.cell_offsets is None:
+            return Texts(data, offsets)
+        counts = np.diff(self.cell_offsets)[indices]
+        return Texts(
+            data, offsets, self.cells[flat_positions(self.cell_offsets, indices)], offsets_of(counts)
+        )
 
 
 class TextsBuilder:
@@ -68,16 +87,27 @@ class TextsBuilder:
     def __init__(self) -> None:
         self._data = bytearray()
         self._lengths: list[int] = []
+        self._cells = array("i")
+        self._cell_counts: list[int] = []
 
-    def add(self, string: str) -> None:
-        """Append one; lone surrogates, which JSON can hold and UTF-8 cannot, become question marks."""
+    def add(self, string: str, cells: Sequence[tuple[int, int]] | None = None) -> None:
+        """Append one; lone surrogates, which JSON can hold and UTF-8 cannot, become question marks.
+
+        Args:
+            cells: stretches that came from fields; None: all of it.
+        """
+        for first, behind in [(0, len(string))] if cells is None else cells:
+            self._cells.extend((first, behind))
+        self._cell_counts.append(1 if cells is None else len(cells))
         piece = string.encode("utf-8", "replace")
         self._data += piece
         self._lengths.append(len(piece))
 
     def build(self) -> Texts:
         """All that was added, in order."""
-        return Texts(np.frombuffer(bytes(self._data), dtype=np.uint8), offsets_of(self._lengths))
+        cells = np.array(self._cells, dtype=np.int32).reshape(-1, 2)
+        data = np.frombuffer(bytes(self._data), dtype=np.uint8)
+        return Texts(data, offsets_of(self._lengths), cells, offsets_of(self._cell_counts))
 
 
 @dataclass(frozen=True)

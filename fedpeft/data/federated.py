@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import DataSection
+from fedpeft.data.control_tokens import Tokenizer
 from fedpeft.data.encoded import Encoded, Task
 from fedpeft.data.row_digest import rows_digest
 from fedpeft.data.tables import ClientRows, RawFederated
-from fedpeft.data.tokenize import Tokenizer, tokenize
+from fedpeft.data.tokenize import tokenize
 from fedpeft.errors import DataError
 
 
@@ -64,7 +65,7 @@ def encode(
         DataError: a client is left without training rows and rows are not hidden, or the test set without
             rows.
     """
-    tokenized = tokenize(raw.rows, tokenizer, section.max_length)
+    tokenized = tokenize(raw.rows, tokenizer, section.max_length, control_tokens=section.control_tokens)
     useful = _useful(tokenized.rows, task)
     clients = tuple(_keep(client, useful) for client in raw.clients)
     if not hides_rows:
@@ -74,7 +75,7 @@ def encode(
         held = [client.heldout for client in clients] or [np.zeros(0, dtype=np.int64)]
         test = tokenized.rows.take(np.concatenate(held))
     else:
-        tested = tokenize(raw.test, tokenizer, section.max_length)
+        tested = tokenize(raw.test, tokenizer, section.max_length, control_tokens=section.control_tokens)
         useful = _useful(tested.rows, task)
         test = tested.rows.take(np.flatnonzero(useful))
         cut, dropped = cut + tested.cut, dropped + int(np.sum(~useful))

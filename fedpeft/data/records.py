@@ -135,9 +135,11 @@ def collect(
     out = Collected()
     for record in select(records, selection):
         out.parts.append(record.part)
-        out.prompts.add(layout.prompt.render(record.fields, record.where))
+        prompt = layout.prompt.render(record.fields, record.where)
+        out.prompts.add(prompt.text, prompt.cells)
         if layout.answer is not None:
-            out.answers.add(layout.answer.render(record.fields, record.where))
+            answer = layout.answer.render(record.fields, record.where)
+            out.answers.add(answer.text, answer.cells)
         if layout.label is not None:
             label = plain_value(record.fields.get(layout.label), layout.label, record.where)
             out.labels.append(label if labels is None else labels.class_id(label, layout.label, record.where))

@@ -1,47 +1,93 @@
-"""Templates over a row's fields: plain names in braces, nothing else of `str.format`."""
+"""Templates over a row's fields: names in braces, and parts for rows that have a field; no `str.format`."""
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 from fedpeft.data.describe import listed, shown
 from fedpeft.errors import DataError
 
+_GRAMMAR = (
+    "write {name}, {name?} for a field that a row may lack, or {?name}...{/name} for a part that needs it"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row's text, and which of it came from the row's fields rather than from the template.
+
+    `cells` are (first, behind the last) characters.
+    """
+
+    text: str
+    cells: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Literal text, then perhaps a field.
+
+    Attributes:
+        optional: whether a row may lack the field.
+        needs: the field without which the piece is left out; None: it is there for every row.
+    """
+
+    literal: str
+    field: str | None
+    optional: bool
+    needs: str | None
+
 
 @dataclass(frozen=True)
 class Template:
-    """Alternating literal text and field names.
+    """A compiled template.
 
     Attributes:
         key: the run file's key that holds it, for messages.
-        parts: (literal, field that follows it or None).
+        pieces: in order.
     """
 
     key: str
-    parts: tuple[tuple[str, str | None], ...]
+    pieces: tuple[_Piece, ...]
 
-    def render(self, fields: Mapping[str, object], where: str) -> str:
-        """The text for one row.
+    def render(self, fields: Mapping[str, object], where: str) -> Rendered:
+        """Return the text for one row.
 
         Raises:
-            DataError: a field is missing, null, or no plain value; the message begins with `where`.
+            DataError: a field is missing, null, no number, or no plain value; the message begins with
+                `where`.
         """
-        return "".join(
-            literal if name is None else literal + self._value(fields, name, where)
-            for literal, name in self.parts
-        )
+        texts: list[str] = []
+        cells: list[tuple[int, int]] = []
+        length = 0
+        for piece in self.pieces:
+            if piece.needs is not None and not _has(fields, piece.needs):
+                continue
+            texts.append(piece.literal)
+            length += len(piece.literal)
+            if piece.field is None or (piece.optional and not _has(fields, piece.field)):
+                continue
+            value = self._value(fields, piece.field, where)
+            texts.append(value)
+            cells.append((length, length + len(value)))
+            length += len(value)
+        return Rendered("".join(texts), tuple(cells))
 
     def _value(self, fields: Mapping[str, object], name: str, where: str) -> str:
         value = fields.get(name)
         if isinstance(value, str):
             return value
-        if value is None:
-            state = "null" if name in fields else "missing"
+        if isinstance(value, bool):
+            return "true" if value else "false"
+        if value is None or _is_no_number(value):
+            state = "missing" if name not in fields else "null" if value is None else str(value)
             raise DataError(
                 f"{where}: field '{name}', which {self.key} needs, is {state}; the row has {listed(fields)}; "
-                "mend the row, change the template, or leave such rows out with data.filter"
+                f"mend the row, write {{{name}?}} where rows may lack it, or leave it out with data.filter"
             )
         if isinstance(value, (list, dict, set, tuple, bytes)):
             raise DataError(
@@ -51,11 +97,28 @@ class Template:
         return str(value)
 
 
+def _has(fields: Mapping[str, object], name: str) -> bool:
+    """Whether a row has a value: absent, null, NaN and empty text are none."""
+    value = fields.get(name)
+    return value is not None and value != "" and not _is_nan(value)
+
+
+def _is_no_number(value: object) -> bool:
+    """Whether a value is NaN, as which pandas writes a missing one, or infinite."""
+    return isinstance(value, float | Decimal) and not math.isfinite(value)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float | Decimal) and math.isnan(value)
+
+
 def compile_template(text: str, key: str) -> Template:
     """Parse a template such as ``"{question} {choices}"``; doubled braces stand for themselves.
 
-    Only field names may stand in braces: attributes, indices, conversions and format specifications are
-    refused, so that a run file from elsewhere cannot reach into objects.
+    A field is ``{name}``, or ``{name?}`` where rows may lack it. What stands between ``{?name}`` and
+    ``{/name}`` is left out of rows that lack the field; such parts do not nest. Nothing else may stand in
+    braces: attributes, indices, conversions and format specifications are refused, so that a run file from
+    elsewhere cannot reach into objects.
 
     Args:
         text: the template.
@@ -70,13 +133,25 @@ def compile_template(text: str, key: str) -> Template:
         raise DataError(
             f"{key} = {shown(text)} is no template ({error}); write a field as {{name}}, a brace itself twice"
         ) from error
-    parts: list[tuple[str, str | None]] = []
-    for literal, name, spec, conversion in parsed:
-        plain = name is None or (name != "" and not name.isdigit() and not set(name) & set(".[]"))
-        if not plain or spec or conversion:
+    pieces: list[_Piece] = []
+    needs: str | None = None
+    for literal, written, spec, conversion in parsed:
+        name = None if written is None else written.removeprefix("?").removeprefix("/").removesuffix("?")
+        if spec or conversion or not _is_plain(name):
             raise DataError(
-                f"{key} = {shown(text)} asks for {shown(name)} with more than a field name; "
+                f"{key} = {shown(text)} asks for {shown(written)} with more than a field name; "
                 "write only names of fields, such as {text}, in braces"
             )
-        parts.append((literal, name))
-    return Template(key, tuple(parts))
+        begins, ends = (written or "").startswith("?"), (written or "").startswith("/")
+        if (begins and needs is not None) or (ends and needs != name):
+            raise DataError(f"{key} = {shown(text)}: {{{written}}} has no counterpart; {_GRAMMAR}")
+        optional = (written or "").endswith("?")
+        pieces.append(_Piece(literal, None if begins or ends else name, optional, needs))
+        needs = name if begins else None if ends else needs
+    if needs is not None:
+        raise DataError(f"{key} = {shown(text)}: {{?{needs}}} has no {{/{needs}}}; {_GRAMMAR}")
+    return Template(key, tuple(pieces))
+
+
+def _is_plain(name: str | None) -> bool:
+    return name is None or (name != "" and not name.isdigit() and not set(name) & set(".[]?"))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpeft.config import DataSection
+from fedpeft.data.control_tokens import Tokenizer
 from fedpeft.data.encoded import Task
 from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.run_tables import read_tables
 from fedpeft.data.tables import read_client_table
-from fedpeft.data.tokenize import Tokenizer
 
 
 def load_federated(

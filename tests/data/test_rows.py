@@ -122,4 +122,4 @@ def test_embedded_rows_have_templates_of_their_own() -> None:
     layout = make_layout(DataSection(), LM)
     assert layout.answer is not None
     fields = {"prompt": "P{", "answer": "A"}
-    assert (layout.prompt.render(fields, ""), layout.answer.render(fields, "")) == ("P{", "A")
+    assert (layout.prompt.render(fields, "").text, layout.answer.render(fields, "").text) == ("P{", "A")

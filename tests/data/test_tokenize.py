@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpeft.data.control_tokens import Frame, special_frame
 from fedpeft.data.encoded import Texts
 from fedpeft.data.records import RowSet
-from fedpeft.data.tokenize import Frame, Tokenized, special_frame, tokenize
+from fedpeft.data.tokenize import Tokenized, tokenize
 from fedpeft.errors import DataError
 
 BOS, EOS = 1, 2
