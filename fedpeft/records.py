@@ -127,6 +127,8 @@ class Started(Record):
     engine: str
     clients: dict[str, int]  # name -> training rows
     test_examples: int
+    test_of_clients: bool = False  # the test rows are those that clients held back: the run names none
+    baselines: bool = False  # whether models without federation follow, for comparison
     trainable_parameters: int
     total_parameters: int
     base_digest: str

@@ -82,7 +82,7 @@ def client_charts(summary: Summary, clients: Sequence[ClientRow]) -> list[Chart]
         svg = draw("clients", alt, _by_name(summary, measured), height=0.75 + 0.21 * len(measured))
     else:
         svg = draw("clients", alt, _by_rank(summary, measured))
-    return [Chart(title, svg, tuple(legend), _gain(summary, compared))]
+    return [Chart(title, svg, tuple(legend), compare_with_alone(summary, compared))]
 
 
 def _by_name(summary: Summary, rows: Sequence[ClientRow]) -> Any:
@@ -138,18 +138,23 @@ def _words(summary: Summary, measured: Sequence[ClientRow], compared: Sequence[C
         f"{end} {printable(row.name, 40)} {metric_value(summary.primary, row.federated)}"
         for end, row in (("best", best), ("worst", worst))
     ]
-    tail = f" {_gain(summary, compared)}" if compared else ""
+    tail = f" {compare_with_alone(summary, compared)}" if compared else ""
     return f"Federated model on each client's own rows: {', '.join(values)}.{tail}"
 
 
-def _gain(summary: Summary, compared: Sequence[ClientRow]) -> str:
-    """How many clients gain by taking part."""
+def compare_with_alone(summary: Summary, compared: Sequence[ClientRow]) -> str:
+    """How many clients gain by taking part, how many lose, and for how many it makes no difference."""
     if not compared:
         return ""
     sign = 1 if higher_is_better(summary.started, summary.primary) else -1
-    better = sum(sign * ((row.federated or 0.0) - (row.alone or 0.0)) > 0 for row in compared)
+    gains = [sign * ((row.federated or 0.0) - (row.alone or 0.0)) for row in compared]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    equal = len(gains) - better - worse
     clients = counted(len(compared), "client")
-    return f"On their own rows the federated model is the better one for {better:,} of {clients}."
+    return (
+        f"On their own rows the federated model is better for {better:,}, equal for {equal:,} and worse for"
+        f" {worse:,} of {clients}."
+    )
 
 
 def _finite(value: float | None) -> float | None:

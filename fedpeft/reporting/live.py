@@ -29,6 +29,7 @@ from fedpeft.reporting.result import print_result
 from fedpeft.reporting.summary import Summary
 from fedpeft.reporting.text import printable
 
+_LIKE_ALL_ROUNDS = ("local", "pooled")  # baselines with a budget, in their order
 _ETA_WINDOW_S = 24 * 3600.0  # rich forgets samples older than this; a round may take long
 
 
@@ -36,7 +37,8 @@ class LiveProgress:
     """Bars for rounds, the round's clients and baselines, a spinner for set-up; the bars vanish at the end.
 
     The bar of rounds also moves with each client, so that the first estimate of the remaining time comes
-    within the first round. Evaluation counts as much as one client in it.
+    within the first round. Evaluation counts as much as one client in it. Where baselines follow, the bar is
+    of the whole run: clients alone, and the pooled model, each take about as much training as all rounds.
     """
 
     def __init__(self, console: Console) -> None:
@@ -57,6 +59,7 @@ class LiveProgress:
         self._tasks: dict[str, TaskID] = {}
         self._primary = ""
         self._rounds = 0
+        self._work = 0.0  # of the whole run, in rounds
         self._current = 0
         self._asked = 0
         self._answered = 0
@@ -79,13 +82,14 @@ class LiveProgress:
         """Print what the run is."""
         self._end("setup")
         self._primary, self._rounds = row.primary_metric, row.rounds
+        self._work = row.rounds * (1 + len(_LIKE_ALL_ROUNDS) * row.baselines)
         self._print(lines.started_line(row))
 
     def round_started(self, number: int, asked: int) -> None:
         """Move the bar of rounds and begin one for the round's clients."""
         self._end("setup")
         self._current, self._asked, self._answered = number, asked, 0
-        self._advance("rounds", "rounds", number - 1, self._rounds, f"{number - 1}/{self._rounds}")
+        self._advance_rounds(number - 1)
         self._end("clients")
         if asked:  # none are told of where the cohort is secret
             self._advance("clients", f"clients of round {number}", 0, asked, f"0/{asked}")
@@ -97,7 +101,7 @@ class LiveProgress:
         within = self._current - 1 + done / (asked + 1)
         if self._asked:
             self._advance("clients", f"clients of round {self._current}", done, asked, f"{done}/{asked}")
-            self._advance("rounds", "rounds", within, self._rounds, f"{self._current - 1}/{self._rounds}")
+            self._advance_rounds(within)
         line = lines.trouble_line(outcome)
         if line is not None:
             self._print(line, style="yellow")
@@ -105,10 +109,10 @@ class LiveProgress:
     def round_done(self, row: Round) -> None:
         """Print the round and its notes above the bars."""
         self._end("clients")
-        if row.round >= self._rounds:
+        if row.round >= self._work:
             self._end("rounds")
         elif row.round > 0:
-            self._advance("rounds", "rounds", row.round, self._rounds, f"{row.round}/{self._rounds}")
+            self._advance_rounds(row.round)
         self._print(lines.round_line(row, self._rounds, self._primary))
         for note in row.notes:
             self.note(note)
@@ -117,6 +121,8 @@ class LiveProgress:
         """Move the baseline's bar."""
         self._end("setup")
         self._advance(f"baseline {name}", f"baseline {name}", done, total, f"{done}/{total}")
+        if name in _LIKE_ALL_ROUNDS and self._work > self._rounds:
+            self._advance_rounds(self._rounds * (1 + _LIKE_ALL_ROUNDS.index(name) + done / max(1, total)))
 
     def baseline_done(self, row: Baseline) -> None:
         """Take its bar away and print its value."""
@@ -140,6 +146,11 @@ class LiveProgress:
     def tasks(self) -> list[Task]:
         """The bars that are shown now."""
         return list(self._bars.tasks)
+
+    def _advance_rounds(self, done: float) -> None:
+        """Move the bar of rounds, or of the whole run where baselines follow."""
+        text = "rounds" if self._work == self._rounds else "rounds, then baselines"
+        self._advance("rounds", text, done, self._work, f"{min(int(done), self._rounds)}/{self._rounds}")
 
     def _advance(self, name: str, text: str, done: float, total: float, count: str) -> None:
         """Move a bar, making it where it starts: a jump to the first position must not count as speed."""

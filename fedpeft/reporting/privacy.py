@@ -12,7 +12,8 @@ from fedpeft.reporting.summary import Summary
 from fedpeft.reporting.svg import COLOUR, draw
 
 NONE = (
-    "None: updates, losses and scores are exact, and whoever sees them may learn about the rows behind them."
+    "No differential privacy: updates, losses and scores are exact, and whoever sees them may learn about the"
+    " rows behind them. Rows themselves stay with their clients."
 )
 
 

@@ -30,7 +30,8 @@ def verdict(summary: Summary) -> str:
         return f"No training round has been evaluated yet ({summary.rounds_done} of {planned} rounds done)."
     name, value = metric_name(summary.primary), metric_value(summary.primary, federated.value)
     clients = counted(len(summary.started.clients), "client")
-    sentences = [f"Federated training of {clients} reached {value} {name}{_start(summary)}."]
+    rows = "the rows that clients held back" if summary.started.test_of_clients else "the test set"
+    sentences = [f"Federated training of {clients} reached {value} {name} on {rows}{_start(summary)}."]
     compared = [text for key, rival in _RIVALS if (text := _compared(summary, federated, key, rival))]
     if compared:
         sentences.append(f"It is {' and '.join(compared)}.")

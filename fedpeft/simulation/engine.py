@@ -418,6 +418,8 @@ def started_row(resident: Resident, metrics: tuple[str, ...], engine: str, roste
         engine=engine,
         clients=clients,
         test_examples=len(rows_of(resident, TEST)[1]) if may_score(run) else 0,
+        test_of_clients=run.data.test is None and run.data.train != "embedded",
+        baselines=run.evaluation.baselines and bool(data.clients),
         trainable_parameters=trainable,
         total_parameters=total,
         base_digest=resident.base_digest,

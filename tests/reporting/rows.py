@@ -11,7 +11,13 @@ METRICS = ("exact-match", "loss", "perplexity")
 CLIENTS = tuple(f"client-{index:02d}" for index in range(8))
 
 
-def started(rounds: int = 12, clients: Sequence[str] = CLIENTS) -> Started:
+def started(
+    rounds: int = 12,
+    clients: Sequence[str] = CLIENTS,
+    *,
+    baselines: bool = False,
+    test_of_clients: bool = False,
+) -> Started:
     return Started(
         run_name="demo",
         run_digest="ab" * 32,
@@ -20,6 +26,8 @@ def started(rounds: int = 12, clients: Sequence[str] = CLIENTS) -> Started:
         engine="local",
         clients={client: 120 + 10 * index for index, client in enumerate(clients)},
         test_examples=400,
+        test_of_clients=test_of_clients,
+        baselines=baselines,
         trainable_parameters=65_536,
         total_parameters=865_536,
         base_digest="cd" * 32,

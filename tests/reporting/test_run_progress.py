@@ -141,6 +141,23 @@ def test_a_resumed_run_does_not_take_its_first_rounds_for_speed() -> None:
     assert "90/100" in out.getvalue()
 
 
+def test_the_time_that_is_left_counts_the_baselines() -> None:
+    _, progress = on_terminal()
+    with progress:
+        progress.started(started(rounds=4, baselines=True))
+        progress.round_started(4, 2)
+        (bar,) = [task for task in progress.tasks() if "then baselines" in task.description]
+        assert (bar.completed, bar.total) == (3, 12)
+        progress.round_done(Round(round=4))
+        assert bar.completed == 4
+        progress.baseline_progress("zero-shot", 1, 1)
+        assert bar.completed == 4
+        progress.baseline_progress("local", 1, 2)
+        assert bar.completed == 6
+        progress.baseline_progress("pooled", 1, 4)
+        assert bar.completed == 9
+
+
 @pytest.mark.parametrize("kind", ["rich", "quiet", "json", "live"])
 def test_hostile_names_and_reasons_do_no_harm(kind: str) -> None:
     name = "[/bold][red]\x1b]0;owned\x07"

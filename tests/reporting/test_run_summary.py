@@ -9,6 +9,7 @@ import pytest
 
 from fedpeft.errors import StateError
 from fedpeft.records import Baseline, ClientOutcome, Evaluation, Finished, Round, Row, Score, Started
+from fedpeft.reporting.clients import ClientRow, compare_with_alone
 from fedpeft.reporting.summary import build_summary, metrics_of, spread_of, summary_json
 from fedpeft.reporting.verdict import verdict
 from tests.reporting.rows import started, whole_run
@@ -170,6 +171,22 @@ def test_the_verdict_turns_round_where_lower_is_better() -> None:
     sentence = verdict(build_summary(rows))
     assert "0.500 worse than one model trained on the pooled data" in sentence
     assert "not finished: 1 of 12 rounds" in sentence
+
+
+@pytest.mark.parametrize(
+    ("held_back", "words"), [(False, "on the test set"), (True, "on the rows that clients held back")]
+)
+def test_the_verdict_says_on_whose_rows(held_back: bool, words: str) -> None:
+    rows: list[Row] = [started(test_of_clients=held_back), Round(round=1, evaluation=exact(0.5))]
+    assert f"reached 50.0% exact match {words}." in verdict(build_summary(rows))
+
+
+def test_ties_are_neither_better_nor_worse() -> None:
+    federated = {"a": 0.5, "b": 0.5, "c": 0.25, "d": 0.75}
+    alone = {"a": 0.25, "b": 0.5, "c": 0.5, "d": 0.75}
+    rows = [ClientRow(name, 10, federated[name], alone[name], 1, 1, 0, 0) for name in federated]
+    said = compare_with_alone(build_summary([started(), Round(round=1, evaluation=exact(0.5))]), rows)
+    assert said.endswith("better for 1, equal for 2 and worse for 1 of 4 clients.")
 
 
 def test_the_verdict_does_not_invent_a_result() -> None:
