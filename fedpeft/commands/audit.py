@@ -60,12 +60,21 @@ def sensitivity_command(
     torch.set_num_threads(1)  # as in simulations
     records = _records(run, data, rows, seed)
     found = list(measure_sensitivity(run, records, neighbours=neighbours, seed=seed))
+    report_sensitivity(run, len(records), found, as_json=as_json)
+
+
+def report_sensitivity(run: RunConfig, records: int, found: Sequence[Measurement], *, as_json: bool) -> None:
+    """Print measurements of so many records.
+
+    Raises:
+        SystemExit: with the exit code of `PrivacyError`, when a bound is exceeded.
+    """
     exceeded = sum(each.exceeds for each in found)
     if as_json:
-        head = {"run": run.run.name, "unit": _unit(run), "records": len(records), "exceeded": exceeded}
+        head = {"run": run.run.name, "unit": _unit(run), "records": records, "exceeded": exceeded}
         print(json.dumps(head | {"measurements": [asdict(each) for each in found]}))
     else:
-        _show(Console(file=sys.stdout, highlight=False), run, len(records), found)
+        _show(Console(file=sys.stdout, highlight=False), run, records, found)
     if exceeded:
         raise SystemExit(PrivacyError.exit_code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ from fedpeft.privacy.events import RecordLevel
 from fedpeft.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from fedpeft.randomness import stream
 from fedpeft.training.dp_losses import causal_example_losses
-from fedpeft.training.dp_sgd import PrivateReport, clip_factor, train
+from fedpeft.training.dp_sgd import (
+    PrivateReport,
+    clip_factor,
+    clipped_sum,
+    private_mode,
+    row_gradient,
+    train,
+)
 from fedpeft.training.first_order import Rows
 from fedpeft.training.record_mechanism import RecordMechanism
 from tests.training.rows import attached, norm, rows_for, single_gradients, still
@@ -69,7 +77,7 @@ def run(
     )
 
 
-def clipped_sum(model: torch.nn.Module, rows: Rows, bound: float) -> dict[str, Tensor]:
+def sum_by_hand(model: torch.nn.Module, rows: Rows, bound: float) -> dict[str, Tensor]:
     """The algorithm's sum, one row at a time, in float64."""
     parameters = trainable_parameters(model)
     total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
@@ -86,7 +94,7 @@ def clipped_sum(model: torch.nn.Module, rows: Rows, bound: float) -> dict[str, T
 def test_a_step_is_the_mean_of_clipped_gradients(kind: str, bound: float) -> None:
     """In pieces of two rows; with a small bound all are clipped, with a large one none."""
     model, rows = still(attached("lora", kind)), rows_for(kind)
-    before, expected = get_arrays(model), clipped_sum(model, rows, bound)
+    before, expected = get_arrays(model), sum_by_hand(model, rows, bound)
     assert norm(expected) > 0.5 * bound if bound < 1 else norm(expected) < bound
     noise = TINY_NOISE if bound < 1 else 1e-9
     report = run(
@@ -112,6 +120,36 @@ def test_one_row_moves_the_sum_by_at_most_the_bound() -> None:
         moved.append({name: after[name].astype(float) - before[name] for name in before})
     difference = math.hypot(*(float(np.linalg.norm(moved[1][n] - moved[0][n])) for n in moved[0]))
     assert 0.99 * bound < difference < bound * (1 + 1e-4)
+
+
+@pytest.mark.parametrize(("method", "kind"), [("lora", "llama"), ("bitfit", "bert"), ("p-tuning", "llama")])
+def test_a_sum_is_that_of_its_rows_to_the_last_bit(method: str, kind: str) -> None:
+    """With dropout on, in any order, of unequal lengths: neither masks nor padding carry over."""
+    model, rows = attached(method, kind), rows_for(kind, (7, 12, 5, 9, 10, 3))
+    parameters, mech = trainable_parameters(model), mechanism(max_grad_norm=0.05)
+
+    def quanta(drawn: Sequence[int]) -> dict[str, Tensor]:
+        with private_mode(model, section()):
+            indices = np.array(drawn, dtype=np.int64)
+            return clipped_sum(model, parameters, rows, indices, section(), mech, step_key=5)
+
+    singles = [quanta([index]) for index in range(6)]
+    for drawn in ([0, 1, 2, 3, 4, 5], [5, 2, 0], [3, 1]):
+        whole = quanta(drawn)
+        for name in parameters:
+            assert torch.equal(whole[name], sum((singles[i][name] for i in drawn), torch.zeros(1).long()))
+    for single in singles:
+        length = math.sqrt(sum(float(total.double().square().sum()) for total in single.values()))
+        assert 0 < length <= mech.sensitivity(sum(p.numel() for p in parameters.values()))
+
+
+def test_dropout_of_a_row_is_seeded_by_the_row_and_the_step() -> None:
+    model, rows = attached("head", "bert"), rows_for("bert")
+    parameters = trainable_parameters(model)
+    with private_mode(model, section()):
+        first, again, other = (row_gradient(model, parameters, rows, 0, section(), key) for key in (1, 1, 2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_noise_has_the_promised_width_also_in_an_empty_step() -> None:
