@@ -62,6 +62,12 @@ class DataError(FedPEFTError):
     code = "data"
 
 
+class RowsChangedError(DataError):
+    """A device's rows are not those that it answered a run's roll call with."""
+
+    code = "rows"
+
+
 class ModelError(FedPEFTError):
     """The base model or the PEFT method cannot be used, or a digest differs."""
 

@@ -144,7 +144,7 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("state", f"{state} since {since}" + (f"; {table['doing']}" if table["doing"] else "")),
         ("results", f"{table['results']} accepted, {table['refusals']} refused, {table['failures']} failed"),
         ("bytes", f"{table['bytes_up']} up, {table['bytes_down']} down, {table['bytes_today']} today"),
-        ("epsilon", f"{table['epsilon']:g} at most, by what the runs promise"),
+        ("epsilon", f"{table['epsilon']:.4g} at delta {table['delta']:g}, by this device's own ledger"),
         *((f"run {run['name']}", _run_line(run)) for run in table["runs"]),
     ]
     if table.get("certificate_ends"):
@@ -160,10 +160,10 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _run_line(run: Mapping[str, Any]) -> str:
-    promise = (
-        f"{run['kind']}, epsilon {run['epsilon']:g}" if run["epsilon"] is not None else "no privacy promised"
-    )
-    return f"{run['rounds']} rounds, the last is {run['last_round']}; {promise}"
+    privacy = "no privacy promised"
+    if run["epsilon"] is not None:
+        privacy = f"{run['kind']}, epsilon {run['epsilon']:.4g}, paid up to round {run['paid_round']}"
+    return f"{run['rounds']} rounds, the last is {run['last_round']}; {privacy}"
 
 
 def _is_loopback(host: str) -> bool:

@@ -22,7 +22,6 @@ from typing import Any
 
 import grpc
 
-from fedpeft.config import RunConfig
 from fedpeft.credentials import Material, UpdateHeader, sign_body_digest
 from fedpeft.errors import (
     FederationError,
@@ -35,19 +34,18 @@ from fedpeft.errors import (
 )
 from fedpeft.faults import crash_point
 from fedpeft.frames import Frame
-from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft.wire.content import decode_content
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
+from fedpeft_client.admission import Admission
 from fedpeft_client.dialing import error_of, pauses
 from fedpeft_client.egress import contents
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.outbox import Finished, Outbox
-from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon, refuse
+from fedpeft_client.policy import Policy, over_bytes, refuse
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
-from fedpeft_client.usage import RunUsage, UsageBook
+from fedpeft_client.usage import UsageBook
 from fedpeft_client.workshop import CLIENT_APP, Doer, WorkerKilledError
 
 LOG = logging.getLogger("fedpeft.client")
@@ -81,6 +79,9 @@ class Desk:
         self._outbox = Outbox(home / "outbox")
         self._starts, self._replicas = home / "starts", home / "replicas"
         self._book = UsageBook(home / "usage.json")
+        self._admission = Admission(
+            trade.name, trade.policy, home, self._book, workshop, needs_run=trade.app == CLIENT_APP
+        )
         self._link: Link | None = None
         self._material: Material | None = None
         self._linked = asyncio.Event()
@@ -92,8 +93,7 @@ class Desk:
         self._greeting = (b"", b"")  # digest and body of the last roll call, until a round begins
         self._errands: set[asyncio.Task[None]] = set()
         self._rested = time.monotonic()
-        self._approved: dict[str, str] = {}  # run digest to run file, of runs that were let in
-        status.usage = self._book.usage
+        status.usage, status.accountant = self._book.usage, self._admission.accountant
 
     def connected(self, link: Link | None, material: Material | None = None) -> None:
         """A session has begun, with the key that signs results if there is one; without a link: it ended."""
@@ -149,8 +149,8 @@ class Desk:
         began, outcome = time.monotonic(), "ended"
         try:
             content = await self._content(task)
-            run_json = self._permitted(task, content)
-            outcome = await self._executed(task, content, run_json)
+            run_json = await self._admission.admit(task, content)
+            outcome = self._answer_again(task) or await self._executed(task, content, run_json)
         except PolicyError as refusal:
             outcome = "refused"
             await self._refuse(task, refusal)
@@ -166,6 +166,7 @@ class Desk:
         key = _key(task.run)
         remembered = self._memory.get(key)
         before = remembered.for_task(task.id.hex())
+        await self._admission.charge(task, run_json)
         self._at_work = task.id
         try:
             answer = await self._carried_out(self._order(task, content, run_json, before))
@@ -184,12 +185,34 @@ class Desk:
             await self._failed(task, error)
             return "failed"
         body, after = answer.parts["content"], answer.parts["memory"]
-        refuse([over_bytes(self._trade.policy, self._book.today(_today()), len(body))])
+        self._refuse_over_bytes(len(body))
+        self._admission.keep_rows(task, str(answer.header.get("rows", "")))
         if before or after or remembered.after:
             self._memory.put(key, Remembered(task.id.hex(), before, after))
+        self._admission.keep_answer(task, body, after)
+        self._send_out(task, body)
+        return "done"
+
+    def _answer_again(self, task: pb.Task) -> str:
+        """Send the answer that a private round has had; what became of the task, empty without an answer."""
+        answer = self._admission.kept_answer(task)
+        if answer is None:
+            return ""
+        self._refuse_over_bytes(len(answer.body))
+        if answer.memory:
+            remembered = self._memory.get(_key(task.run))
+            before = remembered.for_task(remembered.task)
+            self._memory.put(_key(task.run), Remembered(task.id.hex(), before, answer.memory))
+        LOG.info("round %d was trained before; the same bytes are sent again", task.round)
+        self._send_out(task, answer.body)
+        return "done"
+
+    def _refuse_over_bytes(self, more: int) -> None:
+        refuse([over_bytes(self._trade.policy, self._book.today(_today()), more)])
+
+    def _send_out(self, task: pb.Task, body: bytes) -> None:
         self._outbox.put(Finished(_without_body(task), body))
         self._errand(self._deliver(task.id))
-        return "done"
 
     async def _carried_out(self, order: Frame) -> Frame:
         """A worker that was killed from outside costs time, and no update: the order is given once more."""
@@ -218,50 +241,11 @@ class Desk:
             "replicas": str(self._replicas),
             "base_digests": list(trade.policy.base_digests or ()),
             "max_memory_mib": trade.policy.max_memory_mib,
+            "rows": self._admission.rows_of(task),
         }
         return Frame(header, {"content": content, "memory": memory})
 
-    # ---- What the owner allows
-
-    def _permitted(self, task: pb.Task, content: bytes) -> str:
-        """The run file of a task that the policy lets through; its promise is booked before it begins."""
-        digest = task.run_digest.hex()
-        asked = decode_content(content, who="the server").get("task", {})
-        stated = asked.get("run", "")
-        if asked.get("run-digest") != digest:
-            raise UpdateError(
-                f"a task of run {digest[:12]} came with the content of another run; nothing was trained"
-            )
-        if self._trade.app != CLIENT_APP and not stated:
-            return ""  # apps of tests and benchmarks, which have no run file
-        run_json = str(stated) or self._approved.get(digest, "")
-        if not run_json:
-            raise FederationError(
-                f"a task of run {digest[:12]} came without its run file; nothing was trained"
-            )
-        if self._approved.get(digest) == run_json:
-            return run_json
-        run = run_from_json(run_json)
-        if run_digest(run) != digest:
-            raise UpdateError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
-        refuse(objections(self._trade.policy, run.of_client(self._trade.name)))
-        self._book_run(task, run)
-        self._approved[digest] = run_json
-        return run_json
-
-    def _book_run(self, task: pb.Task, run: RunConfig) -> None:
-        key, usage = _key(task.run), self._book.usage
-        if key in usage.runs:
-            return
-        refuse([over_epsilon(self._trade.policy, usage.epsilon, run)])
-        promise = run.privacy
-        usage.runs[key] = RunUsage(
-            name=run.run.name,
-            kind=promise.kind if promise else "",
-            epsilon=promise.max_epsilon if promise else None,
-        )
-        self._book.save()  # before anything is spent
-        crash_point("agent.budget.booked")
+    # ---- What is refused, and what failed
 
     async def _refuse(self, task: pb.Task, refused: PolicyError) -> None:
         """The owner reads why; the server, which keys of the policy speak against the task."""
@@ -284,6 +268,7 @@ class Desk:
         line = to_text(error)
         LOG.warning("%s of round %d failed: %s", task.kind, task.round, line, extra=_facts("failed", task))
         self._book.usage.failures += 1
+        self._admission.note_failure(task)
         self._book.save()
         self._status.failed(line)
         self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=to_failure(error))))
@@ -292,8 +277,7 @@ class Desk:
 
     async def _content(self, task: pb.Task) -> bytes:
         """The task's body; fetched over as many connections as it takes."""
-        came = task.ByteSize() + task.blob.size
-        refuse([over_bytes(self._trade.policy, self._book.today(_today()), came)])
+        self._refuse_over_bytes(task.ByteSize() + task.blob.size)
         if task.WhichOneof("body") != "blob":
             self._moved(down=len(task.inline))
             return bytes(task.inline)
@@ -396,7 +380,7 @@ class Desk:
         self._outbox.drop(ack.task)
         usage = self._book.usage
         usage.results += 1
-        if (run := usage.runs.get(_key(finished.task.run))) is not None and finished.task.round:
+        if (run := self._admission.usage_of(finished.task)) is not None and finished.task.round:
             run.rounds += finished.task.round != run.last_round
             run.last_round = finished.task.round
         self._book.save()

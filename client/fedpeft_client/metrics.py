@@ -54,7 +54,7 @@ class _Life(Collector):
         usage, status = self._status.usage, self._status
         yield _gauge("connected", "Whether there is a session with the server", status.state == "connected")
         yield _gauge("working", "Whether a task has its turn", bool(status.doing))
-        yield _gauge("epsilon", "Epsilon that all runs together may spend", usage.epsilon)
+        yield _gauge("epsilon", "Epsilon of all runs, by the device's own account", status.epsilon)
         yield _counter("model_loads", "Times that a base model was loaded since the start", status.loads)
         yield _counter("results", "Results that the server acknowledged", usage.results)
         yield _counter("refusals", "Tasks that the owner's policy refused", usage.refusals)

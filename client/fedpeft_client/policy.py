@@ -6,6 +6,7 @@ The owner reads why; a server reads which keys speak against the task, and an ow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from fedpeft.config import RunConfig
 from fedpeft.errors import PolicyError
 
+DELTA = 1e-5  # of the ledger's epsilons, where the owner names none
+MOST_EPSILON = 100.0  # of one run: more hides nothing, so it is no answer to an owner who asks for privacy
 Positive = Annotated[float, Field(gt=0.0)]
 PrivacyKind = Literal["client-level", "record-level", "local"]
 
@@ -29,8 +32,12 @@ class Policy(BaseModel):
         stages: client stages that may be applied; an empty list allows none.
         needs_stages: client stages that must be applied.
         privacy: a run must promise one of these kinds, with noise that the server does not know.
-        min_noise_multiplier, max_run_epsilon: of that promise.
-        max_total_epsilon: sum of what all runs together may spend; a run without a promise is refused then.
+        min_noise_multiplier, max_run_epsilon: of that promise; the second also bounds what this device's own
+            account of the run comes to.
+        max_total_epsilon: what all runs on these rows may come to together, by this device's own account; a
+            run without a promise is refused then.
+        max_delta: the delta of that account, and the largest that a run's promise may have. Default: the
+            account's is 1e-5, and a run's is bounded by the run file's own rules.
         max_memory_mib, max_task_s: of the worker; a task that exceeds them is ended.
         max_bytes_per_day: up and down, by UTC days.
         max_local_steps: of one round.
@@ -53,6 +60,7 @@ class Policy(BaseModel):
     min_noise_multiplier: Positive | None = None
     max_run_epsilon: Positive | None = None
     max_total_epsilon: Positive | None = None
+    max_delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     max_memory_mib: Positive | None = None
     max_task_s: Positive | None = None
     max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
@@ -68,6 +76,24 @@ class Policy(BaseModel):
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no key of [policy]; name keys of this table")
         return keys
+
+    @property
+    def delta(self) -> float:
+        """The delta of the device's own account."""
+        return DELTA if self.max_delta is None else self.max_delta
+
+    @property
+    def asked_privacy(self) -> list[str]:
+        """Keys that ask a run for a promise."""
+        keys = ("privacy", "min_noise_multiplier", "max_run_epsilon", "max_total_epsilon", "max_delta")
+        return [key for key in keys if getattr(self, key) is not None]
+
+    @property
+    def run_epsilon_cap(self) -> float:
+        """What one run may come to; without a word on privacy anything."""
+        if self.max_run_epsilon is not None:
+            return self.max_run_epsilon
+        return MOST_EPSILON if self.asked_privacy else math.inf
 
 
 @dataclass(frozen=True)
@@ -100,21 +126,6 @@ def refuse(against: Sequence[Objection | None]) -> None:
 def objections(policy: Policy, run: RunConfig) -> list[Objection]:
     """Why the owner does not want to take part in a run; empty if nothing speaks against it."""
     return [*_names(policy, run), *_stages(policy, run), *_privacy(policy, run), *_work(policy, run)]
-
-
-def over_epsilon(policy: Policy, booked: float, run: RunConfig) -> Objection | None:
-    """Why a run that is new here would spend too much; `booked` is what earlier runs may spend."""
-    if policy.max_total_epsilon is None or run.privacy is None:
-        return None
-    total = booked + run.privacy.max_epsilon
-    if total <= policy.max_total_epsilon:
-        return None
-    return Objection(
-        "max_total_epsilon",
-        f"the run may spend epsilon {run.privacy.max_epsilon:g} and earlier runs {booked:g};"
-        f" policy.max_total_epsilon is {policy.max_total_epsilon:g}",
-        policy.max_total_epsilon,
-    )
 
 
 def over_bytes(policy: Policy, used: int, more: int) -> Objection | None:
@@ -154,13 +165,7 @@ def _stages(policy: Policy, run: RunConfig) -> list[Objection]:
 
 
 def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
-    asked = {
-        "privacy": policy.privacy,
-        "min_noise_multiplier": policy.min_noise_multiplier,
-        "max_run_epsilon": policy.max_run_epsilon,
-        "max_total_epsilon": policy.max_total_epsilon,
-    }
-    wanted = [key for key, value in asked.items() if value is not None]
+    wanted = policy.asked_privacy
     promise = run.privacy
     if not wanted:
         return []
@@ -188,6 +193,9 @@ def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
         most = policy.max_run_epsilon
         text = f"max_epsilon {promise.max_epsilon:g} is above policy.max_run_epsilon = {most:g}"
         problems.append(Objection("max_run_epsilon", text, most))
+    if policy.max_delta is not None and promise.target_delta > policy.max_delta:
+        text = f"target_delta {promise.target_delta:g} is above policy.max_delta = {policy.max_delta:g}"
+        problems.append(Objection("max_delta", text, policy.max_delta))
     return problems
 
 

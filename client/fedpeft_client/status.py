@@ -6,11 +6,14 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import StateError
 from fedpeft.files import storage
-from fedpeft_client.usage import Usage
+from fedpeft_client.usage import RunUsage, Usage
+
+if TYPE_CHECKING:
+    from fedpeft_client.accountant import Accountant
 
 STATUS_FILE = "status.json"
 _EVERY_S = 1.0
@@ -23,6 +26,7 @@ class Status:
         self._path = path
         self._fixed = {"agent": name, "server": server, "pid": os.getpid()}
         self.usage = Usage()
+        self.accountant: Accountant | None = None
         self.state = "starting"
         self.doing = ""
         self.base_digest = ""
@@ -74,6 +78,11 @@ class Status:
                 fresh.write_text(json.dumps(self._table(), indent=1) + "\n")
                 os.replace(fresh, self._path)
 
+    @property
+    def epsilon(self) -> float:
+        """What all runs on these rows have cost, by the device's own account at the owner's delta."""
+        return 0.0 if self.accountant is None else self.accountant.total_epsilon
+
     def _table(self) -> dict[str, Any]:
         usage = self.usage
         return {
@@ -88,8 +97,9 @@ class Status:
             "bytes_up": usage.bytes_up,
             "bytes_down": usage.bytes_down,
             "bytes_today": usage.bytes_today,
-            "epsilon": usage.epsilon,
-            "runs": [run.model_dump() for run in usage.runs.values()],
+            "epsilon": self.epsilon,
+            "delta": 0.0 if self.accountant is None else self.accountant.delta,
+            "runs": [self._run_table(run) for run in usage.runs.values()],
             "base_digest": self.base_digest,
             "loads": self.loads,
             "certificate_ends": self.certificate_ends,
@@ -97,6 +107,20 @@ class Status:
             "last_refusal": self.last_refusal,
             "notice": self.notice,
         }
+
+    def _run_table(self, run: RunUsage) -> dict[str, Any]:
+        """A run as its owner sees it, with its costs by the device's own ledger; None: no promise."""
+        table: dict[str, Any] = run.model_dump(exclude={"rows", "trained"})
+        account = None if self.accountant is None else self.accountant.ledger.runs.get(run.digest)
+        paid: dict[str, Any] = {"kind": "", "epsilon": None, "paid_round": 0, "answered_round": 0}
+        if account is not None:
+            paid = {
+                "kind": account.kind,
+                "epsilon": account.epsilon,
+                "paid_round": account.round,
+                "answered_round": account.answered,
+            }
+        return table | paid
 
 
 def read_status(home: Path) -> dict[str, Any]:

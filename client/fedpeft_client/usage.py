@@ -1,29 +1,37 @@
-"""What an agent did and has spent, durably: what caps are compared with and what `status` shows."""
+"""What an agent did, durably: what caps on bytes are compared with and what `status` shows."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpeft.errors import StateError
 from fedpeft.files import storage, write_atomically
 
+VERSION = 2
+
 
 class RunUsage(BaseModel):
-    """One run.
+    """One run; what it costs in privacy is in the ledger.
 
     Attributes:
-        epsilon: what the run may spend at most, by its promise; None: it promises no privacy.
+        digest: of its run file.
+        rows: fingerprint of the rows that its roll call was answered with; empty before.
+        trained: whether a round of it was begun: its rows are settled then.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    kind: str = ""
-    epsilon: float | None = None
+    digest: str = ""
     rounds: int = 0
     last_round: int = 0
+    rows: str = ""
+    trained: bool = False
 
 
 class Usage(BaseModel):
@@ -31,11 +39,14 @@ class Usage(BaseModel):
 
     Attributes:
         day: UTC day that `bytes_today` belongs to.
+        runs: by the server's name for the run and the digest of its run file, see `run_key`.
+        promised_epsilon: sum of what runs promised before there was a ledger of what they cost.
+        ledger_lines: of the privacy ledger, as far as this file knows.
     """
 
     model_config = ConfigDict(extra="forbid")
 
-    version: int = 1
+    version: int = VERSION
     day: str = ""
     bytes_today: int = 0
     bytes_up: int = 0
@@ -44,11 +55,8 @@ class Usage(BaseModel):
     refusals: int = 0
     failures: int = 0
     runs: dict[str, RunUsage] = {}
-
-    @property
-    def epsilon(self) -> float:
-        """What all runs together may spend (basic composition)."""
-        return sum(run.epsilon or 0.0 for run in self.runs.values())
+    promised_epsilon: float = 0.0
+    ledger_lines: int = 0
 
 
 class UsageBook:
@@ -86,8 +94,25 @@ def _read(path: Path) -> Usage:
     with storage(path):
         content = path.read_bytes()
     try:
-        return Usage.model_validate_json(content)
-    except ValidationError as error:
+        return Usage.model_validate(_current(json.loads(content)))
+    except (ValidationError, ValueError, AttributeError, TypeError) as error:
         raise StateError(
             f"{path} is corrupt, and what this agent has spent with it; restore or delete it"
         ) from error
+
+
+def _current(table: dict[str, Any]) -> dict[str, Any]:
+    """Return a file's table as this version has it; version 1 booked what each run promised."""
+    if table.get("version") != 1:
+        return table
+    runs = table.pop("runs", {})
+    promised = sum(run.pop("epsilon", None) or 0.0 for run in runs.values())
+    for run in runs.values():
+        run.pop("kind", None)
+        run["trained"] = bool(run.get("last_round"))
+    return {**table, "version": VERSION, "runs": runs, "promised_epsilon": promised}
+
+
+def run_key(run: str, digest: str) -> str:
+    """Return the key of a run; a server's name for it may hold anything, and stand for several files."""
+    return hashlib.sha256(f"{digest} {run}".encode()).hexdigest()[:32]

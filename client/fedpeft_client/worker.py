@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.errors import FedPEFTError, ModelError, PolicyError
+from fedpeft.errors import FedPEFTError, ModelError, PolicyError, RowsChangedError
 from fedpeft.faults import crash_point
 from fedpeft.flower.execute import Outcome, execute, named_app
 from fedpeft.flower.tasks import START
@@ -23,6 +23,7 @@ from fedpeft.orphans import end_with
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.wire.content import decode_content
 from fedpeft.wire.failures import from_text, to_record
+from fedpeft_client.accounting import ACCOUNT, costs_of_round
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.stage_memory import memory_bytes, memory_of
 from fedpeft_client.starts import StartShelf
@@ -47,8 +48,10 @@ def main(fd: int) -> None:
 def done(order: Frame) -> Frame:
     """One order's answer; what goes wrong is part of it."""
     header = order.header
+    if header["kind"] == ACCOUNT:
+        return costs_of_round(order)
     try:
-        digest, fresh = _loaded(header, order.parts["content"])
+        digest, rows, fresh = _loaded(header, order.parts["content"])
     except FedPEFTError as error:
         return Frame({"error": to_record(error)})
     crash_point("agent.worker.loaded")
@@ -68,7 +71,7 @@ def done(order: Frame) -> Frame:
         shelf.put(header["run_digest"], outcome.replica)
     crash_point("agent.worker.done")
     return Frame(
-        {"error": _record_of(outcome.error), "base_digest": digest, "loaded": fresh},
+        {"error": _record_of(outcome.error), "base_digest": digest, "rows": rows, "loaded": fresh},
         {"content": outcome.content, "memory": memory_bytes(outcome.memory)},
     )
 
@@ -81,13 +84,13 @@ def _record_of(text: str) -> dict[str, Any] | None:
     return {"class": name, "text": reason} if error is None else to_record(error)
 
 
-def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
-    """Load the order's run unless it is loaded; the base model's digest, and whether it was loaded now.
+def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
+    """Load the order's run unless it is loaded; digests of model and rows, and whether that was now.
 
     Foreign apps load for themselves.
     """
     if header["app"] != CLIENT_APP:
-        return "", False
+        return "", "", False
     # Here, as it brings torch and all that stands on it.
     from fedpeft.loading.device import Own, load_own_resident
     from fedpeft.resident import holds_resident, install_resident, resident_for
@@ -97,6 +100,7 @@ def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
         run = run_from_json(header["run"])
         if run_digest(run) != digest:
             raise ModelError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
+        _refuse_problems(run, header)
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
         admit = _admission(header.get("max_memory_mib"), own.device)
         install_resident(load_own_resident(run, own, admit=admit, start_bytes=_start(header, content)))
@@ -107,7 +111,23 @@ def _loaded(header: Any, content: bytes) -> tuple[str, bool]:
             f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name",
             {"base_digests": None},
         )
-    return resident.base_digest, fresh
+    rows = resident.data.rows_digest
+    if header.get("rows") and header["rows"] != rows:
+        raise RowsChangedError(
+            "the rows here are not those that the roll call of this run was answered with; start the agent"
+            " with those again, or wait for the next run"
+        )
+    return resident.base_digest, rows, fresh
+
+
+def _refuse_problems(run: RunConfig, header: Any) -> None:
+    """Check the run file here too, with this device's copy of the base model: the server's word is none."""
+    from fedpeft.preflight import refuse_problems
+
+    own = run.of_client(header["client"])
+    if header["model"]:
+        own = own.model_copy(update={"model": own.model.model_copy(update={"path": header["model"]})})
+    refuse_problems(own, source="run file")
 
 
 def _start(header: Any, content: bytes) -> bytes:

@@ -8,8 +8,9 @@ from flwr.app import ConfigRecord, ConfigRecordValues, Error, Message, RecordDic
 
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.wire.failures import from_text, to_text
+from fedpeft.wire.task_kinds import HELLO, TRAIN
 
-TRAIN, HELLO = "train", "query.hello"
+__all__ = ["HELLO", "TRAIN"]
 START = "start"  # entry of a task's record
 ERROR_CODE = 1000  # ours, beyond the codes that Flower's runtimes use
 

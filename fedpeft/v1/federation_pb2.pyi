@@ -26,6 +26,7 @@ class FailureCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_CODE_PRIVACY: _ClassVar[FailureCode]
     FAILURE_CODE_CREDENTIAL: _ClassVar[FailureCode]
     FAILURE_CODE_BUSY: _ClassVar[FailureCode]
+    FAILURE_CODE_ROWS: _ClassVar[FailureCode]
 
 class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -49,6 +50,7 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_ALLOW_DOWNLOAD: _ClassVar[PolicyKey]
     POLICY_KEY_TELL_LIMITS: _ClassVar[PolicyKey]
     POLICY_KEY_CAPABILITIES: _ClassVar[PolicyKey]
+    POLICY_KEY_MAX_DELTA: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
 FAILURE_CODE_TASK: FailureCode
@@ -66,6 +68,7 @@ FAILURE_CODE_FEDERATION: FailureCode
 FAILURE_CODE_PRIVACY: FailureCode
 FAILURE_CODE_CREDENTIAL: FailureCode
 FAILURE_CODE_BUSY: FailureCode
+FAILURE_CODE_ROWS: FailureCode
 POLICY_KEY_UNSPECIFIED: PolicyKey
 POLICY_KEY_BASE_DIGESTS: PolicyKey
 POLICY_KEY_RUNS: PolicyKey
@@ -86,6 +89,7 @@ POLICY_KEY_MAX_LOCAL_STEPS: PolicyKey
 POLICY_KEY_ALLOW_DOWNLOAD: PolicyKey
 POLICY_KEY_TELL_LIMITS: PolicyKey
 POLICY_KEY_CAPABILITIES: PolicyKey
+POLICY_KEY_MAX_DELTA: PolicyKey
 
 class EnrollRequest(_message.Message):
     __slots__ = ("protocol_version", "token", "csr")

@@ -39,6 +39,7 @@ SENTENCES: Mapping[str, tuple[type[FedPEFTError], str]] = {
     "federation": (errors.FederationError, "it could not do the task"),
     "privacy": (errors.PrivacyError, "a privacy precondition does not hold there"),
     "credential": (errors.CredentialError, "its credentials were not accepted"),
+    "rows": (errors.RowsChangedError, "its rows are not those that it answered the run's roll call with"),
     "busy": (errors.FederationError, "too many tasks wait there already"),
 }
 

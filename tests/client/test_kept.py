@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import os
 import random
 from pathlib import Path
@@ -81,19 +82,29 @@ def test_a_damaged_memory_is_said_to_be(tmp_path: Path) -> None:
         StageMemory(tmp_path).get("run")
 
 
-def test_what_was_spent_survives_and_adds_up(tmp_path: Path) -> None:
+def test_what_was_done_survives_and_adds_up(tmp_path: Path) -> None:
     book = UsageBook(tmp_path / "usage.json")
-    book.usage.runs["a"] = RunUsage(name="a", kind="local", epsilon=2.0)
-    book.usage.runs["b"] = RunUsage(name="b")
-    book.usage.runs["c"] = RunUsage(name="c", kind="local", epsilon=0.5)
+    book.usage.runs["a"] = RunUsage(name="a", rows="ab" * 32)
     book.moved("2030-01-01", up=3, down=4)
     book.moved("2030-01-02", up=5)
     book.save()
     usage = UsageBook(tmp_path / "usage.json").usage
-    assert usage.epsilon == 2.5
+    assert usage.runs["a"] == RunUsage(name="a", rows="ab" * 32)
     assert (usage.bytes_up, usage.bytes_down, usage.bytes_today) == (8, 4, 5)
     assert (tmp_path / "usage.json").stat().st_mode & 0o777 == 0o600
     (tmp_path / "usage.json").write_text("{}{")
+    with pytest.raises(StateError, match=r"usage\.json is corrupt"):
+        UsageBook(tmp_path / "usage.json")
+
+
+def test_what_an_earlier_version_booked_stays_booked(tmp_path: Path) -> None:
+    run = {"name": "a", "kind": "local", "epsilon": 2.0, "rounds": 1, "last_round": 1}
+    runs = {"one": run, "two": run | {"epsilon": 0.5}, "three": run | {"kind": "", "epsilon": None}}
+    (tmp_path / "usage.json").write_text(json.dumps({"version": 1, "results": 3, "runs": runs}))
+    usage = UsageBook(tmp_path / "usage.json").usage
+    assert (usage.promised_epsilon, usage.results) == (2.5, 3)
+    assert usage.runs["one"] == RunUsage(name="a", rounds=1, last_round=1, trained=True)
+    (tmp_path / "usage.json").write_text(json.dumps({"version": 1, "runs": [3]}))
     with pytest.raises(StateError, match=r"usage\.json is corrupt"):
         UsageBook(tmp_path / "usage.json")
 

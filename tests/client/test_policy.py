@@ -12,7 +12,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.runfile import build_run
 from fedpeft.wire.failures import policy_keys
-from fedpeft_client.policy import Policy, objections, over_bytes, over_epsilon
+from fedpeft_client.policy import Policy, objections, over_bytes
 from fedpeft_client.settings import read_settings
 
 LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
@@ -52,6 +52,16 @@ CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
     "seeded": ({"privacy": ["local"]}, run(privacy=LOCAL | {"seeded": True}), "which protects nobody"),
     "little noise": ({"min_noise_multiplier": 2.5}, run(privacy=LOCAL), "noise_multiplier 2 is below"),
     "large budget": ({"max_run_epsilon": 3.5}, run(privacy=LOCAL), "max_epsilon 4 is above"),
+    "large delta": (
+        {"max_delta": 1e-6},
+        run(privacy=LOCAL),
+        "target_delta 1e-05 is above policy.max_delta = 1e-06",
+    ),
+    "no promise for a delta": (
+        {"max_delta": 1e-6},
+        run(),
+        "the run promises no privacy, which policy.max_delta asks for",
+    ),
     "many steps": ({"max_local_steps": 9}, run(training={"steps": 10}), "the run asks for 10 local steps"),
     "any steps": ({"max_local_steps": 9}, run(), "as many local steps as it likes"),
 }
@@ -90,13 +100,7 @@ def test_all_objections_come_at_once() -> None:
     assert len(objections(policy, run())) == 3
 
 
-def test_budgets_add_up() -> None:
-    policy, asked = Policy(max_total_epsilon=10.0), run(privacy=LOCAL)
-    assert over_epsilon(policy, 6.0, asked) is None
-    over = over_epsilon(policy, 6.5, asked)
-    assert over is not None
-    assert "earlier runs 6.5" in over.text
-    assert over_epsilon(Policy(), 1e9, asked) is None
+def test_bytes_add_up() -> None:
     assert over_bytes(Policy(max_bytes_per_day=100), 60, 40) is None
     over = over_bytes(Policy(max_bytes_per_day=100), 60, 41)
     assert over is not None

@@ -27,7 +27,8 @@ DRAINED = "server.daemon.drained"  # reached when the server is told to end
 SERVER = sorted(
     (name for name in POINTS if name.startswith(("server.results.", "server.daemon."))), key=DRAINED.__eq__
 )
-AGENT = [name for name in POINTS if name.startswith("agent.")]
+PRIVATE = [name for name in POINTS if name.startswith(("agent.privacy.", "agent.answer."))]
+AGENT = [name for name in POINTS if name.startswith("agent.") and name not in PRIVATE]
 
 
 def tables(folder: Path) -> dict[str, Any]:
@@ -129,6 +130,33 @@ def test_a_federation_killed_at_every_point_ends_with_the_simulations_bytes(tmp_
     assert digest == finished.adapter_digest
     counted = asked(tmp_path / "state", "SELECT round, count(*), sum(counted) FROM updates GROUP BY round")
     assert counted == [(number, 3, 3) for number in range(1, run["run"]["rounds"] + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_an_agent_killed_at_every_point_of_its_privacy_pays_once_for_each_round(tmp_path: Path) -> None:
+    """Its charges and its answers are the rounds', one each, and no round is without its update."""
+    run = tables(tmp_path)
+    rounds = len(PRIVATE) + 3
+    run["run"]["rounds"] = rounds
+    run["federation"]["weighting"] = "uniform"
+    run["stages"] = []
+    run["privacy"] = {
+        "kind": "local",
+        "noise_multiplier": 20.0,
+        "clip_norm": 1.0,
+        "target_delta": 1e-4,
+        "max_epsilon": 9.0,
+    }
+    _, agents = held(tmp_path, run, [], PRIVATE)
+    assert agents[0].killed == PRIVATE
+    lines = [
+        json.loads(line) for line in (tmp_path / "home-ann/privacy/ledger.jsonl").read_text().splitlines()
+    ]
+    assert [line["round"] for line in lines if "charge" in line] == list(range(1, rounds + 1))
+    assert [line["round"] for line in lines if "answer" in line] == list(range(1, rounds + 1))
+    counted = asked(tmp_path / "state", "SELECT round, count(*), sum(counted) FROM updates GROUP BY round")
+    assert counted == [(number, 3, 3) for number in range(1, rounds + 1)]
 
 
 def held(

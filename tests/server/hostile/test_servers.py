@@ -1,0 +1,219 @@
+"""A server that asks an agent for more than its private runs promise: what leaves is one answer a round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+from fedpeft.config import RunConfig
+from fedpeft.flower.tasks import HELLO, TRAIN, Task, read_hello, read_update, task_content
+from fedpeft.loading.serving import load_serving_resident
+from fedpeft.resident import drop_resident
+from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.wire.codec import Envelope, encode
+from fedpeft_client.accountant import LEDGER_FILE
+from fedpeft_client.policy import Policy
+from fedpeft_client.status import read_status
+from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
+from fedpeft_server.serving import RunningServer
+from tests.server.fleet import agents_with_rows, collected, reason, server, wait_for
+
+SITE = "site-a"
+TABLES: dict[str, Any] = {
+    "run": {"name": "study", "rounds": 1},
+    "peft": {"method": "lora", "r": 2},
+    "data": {"train": "nowhere", "prompt": "{prompt}", "answer": "{answer}"},
+    "training": {"steps": 1, "batch_size": 2},
+    "federation": {"weighting": "uniform"},
+}
+PRIVACY = {
+    "kind": "local",
+    "noise_multiplier": 8.0,
+    "target_delta": 1e-4,
+    "max_epsilon": 9.0,
+    "clip_norm": 1.0,
+}
+
+
+def run_of(**tables: Any) -> RunConfig:
+    return build_run(TABLES | {"privacy": PRIVACY} | tables, source="test")
+
+
+@dataclass
+class HostileServer:
+    """A server that sends whatever it likes for the runs that it holds."""
+
+    running: RunningServer
+    home: Path
+    grids: dict[tuple[str, str], GrpcGrid] = field(default_factory=dict)
+
+    def state(self, run: RunConfig, shift: float = 0.0) -> bytes:
+        """The run's first state, or another one, as it would be sent."""
+        resident = load_serving_resident(run)
+        start: Arrays = resident.initial_state()
+        moved = frozen_arrays({name: (array + shift).astype(array.dtype) for name, array in start.items()})
+        kind = resident.space.kind
+        return encode(Envelope(moved, resident.run_digest, 0, arrays_digest(moved), kind))
+
+    def ask(
+        self, run: RunConfig, kind: str, round_: int, state: bytes = b"", **changes: Any
+    ) -> list[Message]:
+        """The replies to one task; `changes` are to what is said of it.
+
+        Args:
+            named: the server's name for the run.
+            stated_round: what the content says.
+            count: how often it is asked, at once.
+        """
+        digest = run_digest(run)
+        name = changes.get("named", "study-1")
+        if (name, digest) not in self.grids:
+            self.grids[name, digest] = self.running.grid(RunIdentity(name, digest), max_result_bytes=1 << 24)
+        grid = self.grids[name, digest]
+        grid.know([SITE])
+        asked = []
+        for number in range(changes.get("count", 1)):
+            moved = state if not number else self.state(run, number / 8)
+            content = task_content(Task(digest, changes.get("stated_round", round_), moved, run_json(run)))
+            asked.append(Message(content, node_id(SITE), kind, group_id=str(round_)))
+        return collected(grid, list(grid.push_messages(asked)), 60.0)
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """The lines of the agent's ledger."""
+        path = self.home / "privacy" / LEDGER_FILE
+        return [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.exists() else []
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / f"{SITE}.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(8)))
+    return path
+
+
+@pytest.fixture
+def hostile(rows: Path, tmp_path: Path) -> Iterator[HostileServer]:
+    with opened(rows, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def opened(rows: Path, folder: Path, policy: Policy | None = None) -> Iterator[HostileServer]:
+    """An agent with these rows, and a server that it trusts with nothing."""
+    with (
+        server(max_inline_bytes=1 << 20) as running,
+        agents_with_rows(running.address, {SITE: rows}, folder / "homes", policy=policy),
+    ):
+        wait_for(lambda: running.grid(RunIdentity("none", "00" * 32)).connected == [SITE])
+        yield HostileServer(running, folder / "homes" / SITE)
+
+
+@pytest.fixture(autouse=True)
+def dropped() -> Iterator[None]:
+    yield
+    drop_resident(run_digest(run_of()))
+
+
+@pytest.mark.slow
+def test_forty_trainings_for_one_round_are_answered_by_one_update(hostile: HostileServer) -> None:
+    run = run_of()
+    (hello,) = hostile.ask(run, HELLO, 0)
+    assert read_hello(hello).client == SITE
+    replies = hostile.ask(run, TRAIN, 1, hostile.state(run), count=40)
+    updates = {read_update(reply) for reply in replies if not reply.has_error()}
+    assert len(updates) == 1, "two draws of noise over one round were released"
+    charges = [line for line in hostile.ledger() if "charge" in line]
+    assert [line["round"] for line in charges] == [1]
+    shown = read_status(hostile.home)
+    (listed,) = shown["runs"]
+    assert (listed["paid_round"], listed["answered_round"], listed["kind"]) == (1, 1, "local")
+    assert shown["epsilon"] == pytest.approx(charges[0]["epsilon"])
+
+
+@pytest.mark.slow
+def test_rounds_that_the_run_does_not_have_are_refused(hostile: HostileServer) -> None:
+    run = run_of()
+    state = hostile.state(run)
+    for kind, round_, changes in (
+        (TRAIN, 2, {}),
+        (TRAIN, 0, {}),
+        (TRAIN, 1, {"stated_round": 7}),
+        (HELLO, 1, {}),
+        ("query.rows", 0, {}),
+        ("evaluate", 1, {}),
+    ):
+        (reply,) = hostile.ask(run, kind, round_, state, **changes)
+        assert "could not use the task" in reason(reply), (kind, round_)
+    assert hostile.ledger() == []
+    (update,) = hostile.ask(run, TRAIN, 1, state)
+    assert read_update(update), "and the agent goes on"
+
+
+@pytest.mark.slow
+def test_one_run_file_under_two_names_is_one_run_and_six_files_under_one_are_six(
+    hostile: HostileServer,
+) -> None:
+    run = run_of()
+    state = hostile.state(run)
+    hostile.ask(run, TRAIN, 1, state)
+    (again,) = hostile.ask(run, TRAIN, 1, state, named="study-2")
+    assert "a privacy precondition does not hold there" in reason(again)
+    assert "was answered before, as run study-1" in read_status(hostile.home)["last_error"]
+    for seed in range(1, 6):
+        other = run_of(run={"name": "study", "rounds": 1, "seed": seed})
+        (reply,) = hostile.ask(other, TRAIN, 1, hostile.state(other))
+        assert read_update(reply)
+        drop_resident(run_digest(other))
+    assert len({line["charge"] for line in hostile.ledger() if "charge" in line}) == 6
+
+
+@pytest.mark.slow
+def test_a_run_that_the_owners_account_does_not_allow_is_refused_at_the_roll_call(
+    rows: Path, tmp_path: Path
+) -> None:
+    with opened(
+        rows, tmp_path, Policy(max_run_epsilon=9.0, max_total_epsilon=5.0, max_delta=1e-4)
+    ) as hostile:
+        loud = run_of(privacy=PRIVACY | {"noise_multiplier": 1e-2, "max_epsilon": 9.0})
+        (reply,) = hostile.ask(loud, HELLO, 0)
+        assert "a privacy precondition does not hold there" in reason(reply)
+        (reply,) = hostile.ask(loud, TRAIN, 1, hostile.state(loud))
+        assert "one round costs" in read_status(hostile.home)["last_error"]
+        lavish = run_of(privacy=PRIVACY | {"noise_multiplier": 1.5})
+        (reply,) = hostile.ask(lavish, HELLO, 0)
+        assert reason(reply).endswith("refused by the agent's policy: policy.max_total_epsilon")
+        assert hostile.ledger() == []
+
+
+@pytest.mark.slow
+def test_other_rows_in_the_middle_of_a_run_are_refused(rows: Path, tmp_path: Path) -> None:
+    """The roll call's rows are the run's: until its first round they may change, and not later."""
+    run = run_of(run={"name": "study", "rounds": 3}, privacy=None, federation={})
+
+    def started(numbers: int) -> AbstractContextManager[HostileServer]:
+        drop_resident(run_digest(run))
+        lines = (json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(numbers))
+        rows.write_text("".join(lines))
+        return opened(rows, tmp_path)
+
+    with started(8) as hostile:
+        state = hostile.state(run)
+        (first,) = hostile.ask(run, HELLO, 0)
+    with started(20) as hostile:
+        (second,) = hostile.ask(run, HELLO, 0)
+        assert read_hello(first).examples < read_hello(second).examples
+        assert read_update(hostile.ask(run, TRAIN, 1, state)[0])
+    with started(8) as hostile:
+        for kind, round_ in ((TRAIN, 2), (HELLO, 0)):
+            (reply,) = hostile.ask(run, kind, round_, state)
+            assert "its rows are not those that it answered the run's roll call with" in reason(reply)
+    with started(20) as hostile:
+        assert read_update(hostile.ask(run, TRAIN, 3, state)[0])
