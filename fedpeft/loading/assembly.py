@@ -94,7 +94,9 @@ def assemble(
     data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
     if admit is not None:
         admit(run.model_copy(update={"model": section}), data)
-    body = load_body(run, section, run.peft if peft is None else peft, data, device, start_bytes)
+    body = load_body(
+        run, section, run.peft if peft is None else peft, tokenizer, data.num_labels, device, start_bytes
+    )
     names = trainable_parameters(body.model)
     for part in (run, *(run.of_group(group) for group in run.groups)):
         check_layers(part.training, list(names))
@@ -134,13 +136,15 @@ def load_body(
     run: RunConfig,
     section: ModelSection,
     peft: PeftSection,
-    data: FederatedData,
+    tokenizer: Tokenizer,
+    num_labels: int | None,
     device: torch.device,
     start_bytes: bytes = b"",
 ) -> Body:
     """Load the base model and attach the adapter; see `assemble`."""
     seed = run.run.seed
-    base = load_base(section, num_labels=data.num_labels, seed=derive_seed(seed, "head"))
+    head = derive_seed(seed, "head")
+    base = load_base(section, num_labels=num_labels, seed=head, tokenizer=tokenizer)
     own = derive_seed(seed, "adapter")
     model = attach(base, peft, task=run.model.task, seed=own, start_bytes=start_bytes)
     model.eval()

@@ -53,7 +53,10 @@ def _of_groups(whole: Resident) -> dict[int, Resident]:
             part = whole.run.of_group(group)
             key = part.model.model_dump_json() + part.peft.model_dump_json()
             if key not in bodies:
-                bodies[key] = load_body(whole.run, part.model, part.peft, whole.data, whole.device)
+                labels = whole.data.num_labels
+                bodies[key] = load_body(
+                    whole.run, part.model, part.peft, whole.tokenizer, labels, whole.device
+                )
             body = bodies[key]
             own[place] = replace(
                 whole,

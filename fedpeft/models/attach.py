@@ -17,6 +17,7 @@ from fedpeft.models.methods import Method, base_refusal, method_named, with_opti
 from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
 from fedpeft.models.options import build_config, validate_peft
 from fedpeft.models.patterns import check_matches
+from fedpeft.models.probing import try_out
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.starts import decomposition_of, keep_start
@@ -74,6 +75,7 @@ def attach(
         keep_start(model, start_near_full_precision(model, start, known))
         model.quantised_start = start  # an adapter folder says so
     attached: nn.Module = model.eval()
+    try_out(attached, method.name)
     return attached
 
 

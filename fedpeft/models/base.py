@@ -21,6 +21,9 @@ from fedpeft.config import ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import note_source
 from fedpeft.models.generation import first_end_token, settle_end_tokens
+from fedpeft.models.heads import outer_modules
+from fedpeft.models.positions import usable_positions
+from fedpeft.models.probing import refuse_leak
 from fedpeft.models.quantization import (
     DTYPES,
     LEAN_FROM,
@@ -31,18 +34,15 @@ from fedpeft.models.quantization import (
 from fedpeft.models.quiet import one_line, quiet
 
 __all__ = [
-    "HEAD_NAMES",
     "Tokenizer",
     "head_modules",
     "load_base",
     "load_tokenizer",
     "model_path",
     "new_modules",
+    "positions_of",
     "skeleton_of",
 ]
-
-HEAD_NAMES = ("classifier", "score")
-"""Attribute names under which transformers keeps a classification head; `peft` trains and saves these."""
 
 _AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
@@ -123,7 +123,13 @@ def load_tokenizer(section: ModelSection) -> Tokenizer:
     return tokenizer
 
 
-def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int = 0) -> nn.Module:
+def load_base(
+    section: ModelSection,
+    *,
+    num_labels: int | None = None,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> nn.Module:
     """Load the base model on the CPU, in evaluation mode, with every parameter frozen.
 
     Weights that the task needs and the files lack (a new classification head, with BERT's pooler where that
@@ -135,10 +141,12 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
         section: path, task, dtype and quantisation; see `fedpeft.models.quantization`.
         num_labels: number of classes; needed for sequence classification, and only there.
         seed: of the new weights.
+        tokenizer: of the rows that the model is for, if there are any.
 
     Raises:
         ModelError: missing folder, broken files, an architecture without the task's model class, weights
-            missing outside the head, or layers that cannot be quantised as asked.
+            missing outside the head, layers that cannot be quantised as asked, tokens that the model has no
+            embedding for, or a language model whose logits see later tokens.
         MissingExtraError: quantisation without `bitsandbytes`.
     """
     if (section.task == "sequence-classification") != (num_labels is not None):
@@ -152,7 +160,7 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
     if section.quantization != "none":
         lean_heap()
         options["quantization_config"] = quantization_config(
-            section, lambda: skeleton_of(section, num_labels), HEAD_NAMES
+            section, lambda: skeleton_of(section, num_labels)
         )
         options["device_map"] = {"": "cpu"}  # by default a GPU would be taken, and codes not be everybody's
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -173,6 +181,10 @@ def load_base(section: ModelSection, *, num_labels: int | None = None, seed: int
     model.requires_grad_(False)
     _settle_tokens(model, section)
     base: nn.Module = model.eval()
+    if tokenizer is not None:
+        _refuse_unknown_tokens(tokenizer, base, section)
+    if section.task == "causal-lm":
+        refuse_leak(base, section.path)
     return base
 
 
@@ -211,6 +223,15 @@ def skeleton_of(section: ModelSection, num_labels: int | None = None) -> nn.Modu
     return skeleton
 
 
+def positions_of(section: ModelSection) -> int | None:
+    """Return `usable_positions` of the section's model, from its configuration alone; no weights are read.
+
+    Raises:
+        ModelError: there is no configuration, or no such model class.
+    """
+    return usable_positions(skeleton_of(section))
+
+
 def new_modules(base: nn.Module) -> tuple[str, ...]:
     """Return the dotted names of the modules that `load_base` drew because the files lack them, sorted."""
     return tuple(getattr(base, _NEW_MODULES, ()))
@@ -218,8 +239,7 @@ def new_modules(base: nn.Module) -> tuple[str, ...]:
 
 def head_modules(base: nn.Module) -> tuple[str, ...]:
     """Return the names of the classification head and of the other newly drawn modules, sorted."""
-    heads = {name for name in HEAD_NAMES if isinstance(getattr(base, name, None), nn.Module)}
-    return tuple(sorted(heads | set(new_modules(base))))
+    return tuple(sorted({*outer_modules(base), *new_modules(base)}))
 
 
 def _note_new_modules(model: nn.Module, report: dict[str, Any], section: ModelSection) -> None:
@@ -228,8 +248,9 @@ def _note_new_modules(model: nn.Module, report: dict[str, Any], section: ModelSe
     absent += [str(row[0]) for row in report.get("mismatched_keys", ())]
     if not absent:
         return
-    names = sorted({_owner(key) for key in absent})
-    body = [name for name in names if name.rpartition(".")[0] and name.split(".")[0] not in HEAD_NAMES]
+    heads = outer_modules(model)
+    names = sorted({_owner(key, heads) for key in absent})
+    body = [name for name in names if name.rpartition(".")[0] and name.split(".")[0] not in heads]
     strangers = [name for name in body if "pooler" not in name]
     if section.task == "causal-lm" or strangers:
         listed = ", ".join((strangers or names)[:3])
@@ -240,10 +261,28 @@ def _note_new_modules(model: nn.Module, report: dict[str, Any], section: ModelSe
     setattr(model, _NEW_MODULES, tuple(names))
 
 
-def _owner(key: str) -> str:
+def _refuse_unknown_tokens(tokenizer: Tokenizer, base: nn.Module, section: ModelSection) -> None:
+    """Refuse a tokenizer that knows tokens for which the model has no embedding.
+
+    Raises:
+        ModelError: naming the first such token.
+    """
+    model: Any = base
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows}
+    if beyond:
+        first = min(beyond)
+        raise ModelError(
+            f"the tokenizer of model.path '{section.path}' has {len(beyond)} tokens beyond the {rows} rows of"
+            f" the model's embedding (the first is {beyond[first]!r}, {first}); give the tokenizer that"
+            " belongs to the model, or save the model with its embedding resized"
+        )
+
+
+def _owner(key: str, heads: tuple[str, ...]) -> str:
     """Name the module that is drawn as a whole: the head for anything inside it, else the parameter's own."""
     first = key.split(".")[0]
-    return first if first in HEAD_NAMES else key.rpartition(".")[0]
+    return first if first in heads else key.rpartition(".")[0]
 
 
 def _unloadable(what: str, section: ModelSection, path: str, error: BaseException) -> str:

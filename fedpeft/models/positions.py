@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection
-from fedpeft.models.base import skeleton_of
+from fedpeft.config import PeftSection
 from fedpeft.models.methods import METHODS
 
-__all__ = ["positions_of", "usable_positions", "virtual_tokens"]
+__all__ = ["usable_positions", "virtual_tokens"]
 
 _TABLE = re.compile(
     r"wpe|pos_emb|positions?_embed(ding)?s?(_layer)?|positional_embeddings?|embed_positions|pos_encoding"
@@ -34,15 +33,6 @@ def usable_positions(model: nn.Module) -> int | None:
     if getattr(config, "model_type", None) == "mpt":  # its bias by distance is a tensor of this length
         limits.append(int(config.max_seq_len))
     return min(limits, default=None)
-
-
-def positions_of(section: ModelSection) -> int | None:
-    """Return `usable_positions` of the section's model, from its configuration alone; no weights are read.
-
-    Raises:
-        ModelError: there is no configuration, or no such model class.
-    """
-    return usable_positions(skeleton_of(section))
 
 
 def virtual_tokens(section: PeftSection) -> int:

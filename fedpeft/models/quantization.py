@@ -16,6 +16,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 from fedpeft.config import ModelSection
 from fedpeft.errors import MissingExtraError, ModelError
+from fedpeft.models.heads import outer_modules
 from fedpeft.models.rounded_loading import RoundedConfig
 from fedpeft.models.rounding import Levels
 
@@ -38,9 +39,7 @@ _BITS = {"rtn8": 8, "rtn4": 4}
 _OFTEN_NEW = "pooler"  # a layer that many encoders' files lack; what is drawn is trained, so it stays whole
 
 
-def quantization_config(
-    section: ModelSection, skeleton: Callable[[], nn.Module], heads: tuple[str, ...]
-) -> Any:
+def quantization_config(section: ModelSection, skeleton: Callable[[], nn.Module]) -> Any:
     """Return what `from_pretrained` takes for the section's quantisation.
 
     int8, nf4 and fp4 are bitsandbytes'; rtn8 and rtn4 are `fedpeft.models.rounding`. The output head, tied
@@ -48,7 +47,6 @@ def quantization_config(
 
     Args:
         skeleton: makes the model without weights.
-        heads: names that a classifier's head goes by.
 
     Raises:
         ModelError: `keep_modules` names no layer, or one that is never quantised anyway, or all layers stay.
@@ -59,7 +57,7 @@ def quantization_config(
         raise MissingExtraError(
             f"model.quantization '{kind}' needs bitsandbytes; install the extra: pip install 'fedpeft[quant]'"
         )
-    kept = kept_modules(section, skeleton(), heads)
+    kept = kept_modules(section, skeleton())
     dtype = DTYPES[section.compute_dtype or section.dtype]
     if kind in _BITS:
         own = None if section.compute_dtype is None else dtype
@@ -81,7 +79,7 @@ def levels_asked(section: ModelSection) -> Levels | None:
     return None if bits is None else Levels(bits, section.group_size)
 
 
-def kept_modules(section: ModelSection, model: nn.Module, heads: tuple[str, ...]) -> list[str]:
+def kept_modules(section: ModelSection, model: nn.Module) -> list[str]:
     """Full names of the layers that stay.
 
     Raises:
@@ -90,6 +88,7 @@ def kept_modules(section: ModelSection, model: nn.Module, heads: tuple[str, ...]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     kept = {name for name in linear if _under(name, get_keys_to_not_convert(model))}
     if section.task == "sequence-classification":
+        heads = outer_modules(model)
         kept |= {name for name in linear if _under(name, heads) or _OFTEN_NEW in name.split(".")}
     for given in section.keep_modules:
         found = [name for name in linear if _named(name, given)]

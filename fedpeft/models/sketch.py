@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedpeft.config import ModelSection, PeftSection
 from fedpeft.models.attach import attach
-from fedpeft.models.base import HEAD_NAMES, skeleton_of
+from fedpeft.models.base import skeleton_of
 from fedpeft.models.quantization import DTYPES, LEAN_FROM, kept_modules, levels_asked, quantization_of
 from fedpeft.models.rounded_loading import RoundedConfig, replace_layers
 from fedpeft.models.rounding import RoundedLinear
@@ -129,7 +129,7 @@ def _packed_bytes(section: ModelSection, base: nn.Module) -> dict[str, tuple[int
     """
     if section.quantization == "none":
         return {}
-    kept = set(kept_modules(section, base, HEAD_NAMES))
+    kept = set(kept_modules(section, base))
     levels = levels_asked(section)
     if levels is not None:
         with torch.device("meta"):

@@ -26,6 +26,10 @@ _ATTENTION_OUT = ("o_proj", "attention.output.dense", "out_proj", "attn.c_proj",
 _KEYS_VALUES = ("k_proj", "v_proj", "key", "value", "k_lin", "v_lin", "query_key_value", "c_attn")
 
 
+_STATE_SPACE_MODELS = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
+_FUSED = ("out_proj", "dt_proj")  # kernels read these layers' weights, and pass over an adapter on them
+
+
 def default_targets(method: Method, base: nn.Module, task: str) -> dict[str, Any]:
     """Return the target options that the method takes on this model when the run file names none.
 
@@ -103,12 +107,14 @@ def fitted_options(method: Method, base: nn.Module, targets: Any) -> dict[str, A
 def _linear(base: nn.Module) -> list[str]:
     """Name all linear layers but the output head, by their last parts where that is unambiguous."""
     heads = set(head_modules(base)) | {_output_head(base)}
+    fused = _FUSED if getattr(base.config, "model_type", "") in _STATE_SPACE_MODELS else ()
     wanted: set[str] = set()
     others: set[str] = set()
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             inside_head = any(name == head or name.startswith(f"{head}.") for head in heads if head)
-            (others if inside_head else wanted).add(name)
+            left_out = inside_head or name.rpartition(".")[2] in fused
+            (others if left_out else wanted).add(name)
     leaves = {name.rpartition(".")[2] for name in wanted}
     shared = leaves & {name.rpartition(".")[2] for name in others}
     return sorted(leaves - shared) + sorted(name for name in wanted if name.rpartition(".")[2] in shared)
@@ -120,8 +126,8 @@ def _rounded(base: nn.Module) -> list[str]:
 
 def _first_linear(base: nn.Module) -> list[str]:
     heads = head_modules(base)
-    names = (n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] not in heads)
-    return [next(names)]
+    linear = (name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return [name for name in linear if name.split(".")[0] not in heads][:1]
 
 
 def _norm(base: nn.Module) -> list[str]:

@@ -73,7 +73,8 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
     if data is not None and not problems.attempt(lambda: _fits(run, data)):
         return data, None
     labels = raw.num_labels if raw is not None else None
-    base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=derive_seed(seed, "head")))
+    head = derive_seed(seed, "head")
+    base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=head, tokenizer=tokenizer))
     if base is None or peft_problems(run.peft, task):  # which are noted already
         return data, None
     model = problems.attempt(lambda: attach(base, run.peft, task=task, seed=derive_seed(seed, "adapter")))

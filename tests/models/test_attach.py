@@ -172,7 +172,6 @@ def test_an_expression_that_fits_nothing(pattern: str, said: str) -> None:
             "rank_pattern: 'q_porj' no module that is wrapped; did you mean 'q_proj'",
         ),
         ({"alpha_pattern": {"o_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: 'o_proj' no module"),
-        ({"rank_pattern": {"(": 2}}, "cannot be attached"),
         ({"layers_to_transform": [0, 7]}, "names layer 7, in which nothing is wrapped; those wrapped are 0"),
         (
             {"layers_to_transform": 1, "layers_pattern": ["layers", "h"]},

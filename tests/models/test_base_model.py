@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from fedpeft.config import ModelSection
+from fedpeft.config import ModelSection, PeftSection
 from fedpeft.errors import ModelError
+from fedpeft.models.attach import attach
 from fedpeft.models.base import (
     head_modules,
     load_base,
@@ -24,9 +26,11 @@ from fedpeft.models.base import (
     new_modules,
     skeleton_of,
 )
+from fedpeft.models.comparison import made_up_rows, read_logits
+from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.offsite import whole_model
 from fedpeft.models.trainable import frozen_digest, trainable_parameters
-from tests.models.tiny import LABELS, batch, logits, saved, tiny_base
+from tests.models.tiny import LABELS, VOCABULARY, batch, logits, saved, tiny_base, tiny_tokenizer
 
 
 def section(folder: Path, **more: str) -> ModelSection:
@@ -190,3 +194,153 @@ def test_a_real_folder_without_a_padding_token(shared_dir: Path) -> None:
     base: nn.Module = load_base(where)
     assert load_tokenizer(where).pad_token_id is not None
     assert sum(p.numel() for p in base.parameters()) == 260_032
+
+
+CLASSIFIERS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
+    "bart": (
+        lambda: transformers.BartModel(
+            transformers.BartConfig(
+                vocab_size=VOCABULARY,
+                d_model=16,
+                max_position_embeddings=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                bos_token_id=2,
+                eos_token_id=1,
+                pad_token_id=0,
+                decoder_start_token_id=1,
+                forced_eos_token_id=1,
+            )
+        ),
+        ("classification_head",),
+    ),
+    "t5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=VOCABULARY,
+                d_model=16,
+                d_kv=8,
+                d_ff=16,
+                num_layers=1,
+                num_heads=2,
+                decoder_start_token_id=0,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        ),
+        ("classification_head",),
+    ),
+    "xlnet": (
+        lambda: transformers.XLNetModel(
+            transformers.XLNetConfig(
+                vocab_size=VOCABULARY,
+                d_model=16,
+                n_layer=1,
+                n_head=2,
+                d_inner=16,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        ),
+        ("logits_proj", "sequence_summary"),
+    ),
+    "modernbert": (
+        lambda: transformers.ModernBertModel(
+            transformers.ModernBertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+                cls_token_id=3,
+                sep_token_id=4,
+            )
+        ),
+        ("classifier", "head"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_a_classifier_of_any_architecture_gets_a_new_head_that_trains(kind: str, tmp_path: Path) -> None:
+    build, heads = CLASSIFIERS[kind]
+    build().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    where = section(tmp_path / "base", task="sequence-classification")
+    base = load_base(where, num_labels=LABELS, seed=7)
+    assert head_modules(base) == heads
+
+    model = attach(base, PeftSection(method="lora"), task=where.task, seed=0)
+    trained = trainable_parameters(model)
+    assert all(any(f".{head}." in name for name in trained) for head in heads)
+    rows = made_up_rows(model)
+    assert read_logits(model, rows).shape == (len(rows), LABELS)
+    export_adapter(model, tmp_path / "adapter", base_name="base")
+    again = load_adapter(load_base(where, num_labels=LABELS, seed=7), tmp_path / "adapter")
+    assert torch.equal(read_logits(again, rows), read_logits(model, rows))
+
+
+@pytest.mark.parametrize(("is_decoder", "seed"), [(False, 0), (False, 1), (False, 2), (True, 0)])
+def test_an_encoder_is_no_language_model(is_decoder: bool, seed: int, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        is_decoder=is_decoder,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    if is_decoder:
+        assert not load_base(section(tmp_path)).training
+    else:
+        with pytest.raises(ModelError, match=r"is no decoder: its logits see later tokens.*sequence-classif"):
+            load_base(section(tmp_path))
+
+
+def test_a_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    where = section(saved("llama", tmp_path))
+    tokenizer = load_tokenizer(where)
+    load_base(where, tokenizer=tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(ModelError, match=rf"1 tokens beyond the {VOCABULARY} rows .*'<new>', {VOCABULARY}\)"):
+        load_base(where, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "Mamba2", "FalconMamba"])
+def test_lora_without_targets_works_on_state_space_models(kind: str, tmp_path: Path) -> None:
+    more = {"num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8} if kind == "Mamba2" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=1,
+        state_size=4,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+        **more,
+    )
+    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model = attach(load_base(section(tmp_path)), PeftSection(method="lora"), task="causal-lm", seed=0)
+    wrapped = {name.split(".lora_")[0].rpartition(".")[2] for name in trainable_parameters(model)}
+    assert "in_proj" in wrapped
+    assert not wrapped & {"out_proj", "dt_proj"}
+
+
+def test_a_method_that_cannot_compute_on_an_architecture_is_refused(tmp_path: Path) -> None:
+    CLASSIFIERS["bart"][0]().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    base = load_base(section(tmp_path, task="sequence-classification"), num_labels=LABELS)
+    with pytest.raises(ModelError, match="'prompt' cannot compute on this model"):
+        attach(base, PeftSection(method="prompt"), task="sequence-classification", seed=0)

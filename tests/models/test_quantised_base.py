@@ -168,8 +168,9 @@ def test_the_digest_sees_the_scales(folder: Path) -> None:
         base = quantised(folder, kind)
         digest = frozen_digest(base)
         layer: Any = base.get_submodule("model.layers.0.mlp.up_proj")
-        holder = layer if kind.startswith("rtn") else layer.weight
-        holder = holder.quant_state if kind == "nf4" else holder
+        holder = (
+            layer if kind.startswith("rtn") else layer.state if kind == "int8" else layer.weight.quant_state
+        )
         scales = getattr(holder, scale)
         scales[-1] += 1
         assert frozen_digest(base) != digest
