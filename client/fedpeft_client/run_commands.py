@@ -160,6 +160,7 @@ def info_table(info: pb.RunInfo) -> Mapping[str, Any]:
         "adapter_digest": info.adapter_digest or None,
         "submitter": info.submitter,
         "readers": list(info.readers),
+        "incomplete": [{"name": m.name, "counted": m.counted, "asked": m.asked} for m in info.incomplete],
     }
     return table | ({"epsilon": info.epsilon} if info.HasField("epsilon") else {})
 
@@ -183,6 +184,10 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
         *((metric_name(name), metric_value(name, value)) for name, value in sorted(info.metrics.items())),
         ("run file", info.digest[:12]),
     ]
+    facts.extend(
+        ("", f"{printable(member.name)}: {member.counted} of {member.asked} rounds counted")
+        for member in info.incomplete
+    )
     if info.HasField("epsilon"):
         facts.append(("epsilon", f"{info.epsilon:.3g}"))
     if info.adapter_digest:

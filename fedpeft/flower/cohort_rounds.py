@@ -25,6 +25,7 @@ from fedpeft.records import ClientOutcome
 
 _NOBODY = "nobody was sampled; the state stays as it is"
 _SPARE = "not needed: {} others had answered"
+_AWAY = "away, and all who were connected had answered"
 
 
 class CohortRounds:
@@ -88,7 +89,12 @@ class CohortRounds:
         collected = Collected(opening.before.state)
         timeout_s = federation.timeout_s
         silent = dict(names)
-        exchange = Exchange(federation.grid, messages, timeout_s=timeout_s)
+        exchange = Exchange(
+            federation.grid,
+            messages,
+            timeout_s=timeout_s,
+            enough=lambda: collected.folded >= max(1, self._needed(cohort)),
+        )
         for reply in exchange.replies():
             name = silent.pop(reply.metadata.src_node_id)
             layout = aggregator.layout_of(name) if isinstance(aggregator, FactorAggregator) else None
@@ -105,7 +111,11 @@ class CohortRounds:
         if not self._privacy.counts_answers or collected.folded >= self._needed(cohort):
             exchange.release()  # else the round is tried again, and they go on with their work
         whole = collected.folded == cohort.places
-        reason = _SPARE.format(cohort.places) if whole else f"no answer in {timeout_s or 0:g} s"
+        reason = f"no answer in {timeout_s or 0:g} s"
+        if whole:
+            reason = _SPARE.format(cohort.places)
+        elif exchange.left_out:
+            reason = _AWAY
         for name in silent.values():
             late = ClientOutcome(client=name, status="late", reason=reason)
             note(federation, self._privacy, collected, late)

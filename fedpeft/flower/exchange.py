@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
@@ -31,6 +31,15 @@ class Spares(Protocol):
         ...
 
 
+@runtime_checkable
+class Attendance(Protocol):
+    """A grid that knows which nodes are connected; Flower's own do not say."""
+
+    def given_up(self, nodes: Collection[int]) -> bool:
+        """Whether these, of whom alone there is no answer, have all been away for too long to wait for."""
+        ...
+
+
 class Exchange:
     """One message for each of some nodes, pushed as they are made: a grid may start on the first at once.
 
@@ -38,10 +47,21 @@ class Exchange:
 
     Args:
         timeout_s: how long replies are waited for; None: as long as it takes.
+        enough: whether those that are away may be left out; None: they are waited for as all others.
+
+    Attributes:
+        left_out: whether the exchange has ended without those that are away.
     """
 
-    def __init__(self, grid: Grid, messages: Iterable[Message], *, timeout_s: float | None) -> None:
-        self._grid = grid
+    def __init__(
+        self,
+        grid: Grid,
+        messages: Iterable[Message],
+        *,
+        timeout_s: float | None,
+        enough: Callable[[], bool] | None = None,
+    ) -> None:
+        self._grid, self._enough, self.left_out = grid, enough, False
         nodes: list[int] = []
 
         def pushed() -> Iterator[Message]:
@@ -54,9 +74,15 @@ class Exchange:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def replies(self) -> Iterator[Message]:
-        """Each reply as soon as the grid has it, until all have answered or the time is over."""
+        """Each reply as soon as the grid has it, until all have answered or the time is over.
+
+        It is over, too, when all who are connected have answered and that is enough.
+        """
         pause = FIRST_PAUSE_S
         while self._waiting and (self._deadline is None or time.monotonic() < self._deadline):
+            self.left_out = self._may_leave_out()
+            if self.left_out:
+                return
             asked, came = time.monotonic(), False
             for reply in self._grid.pull_messages(list(self._waiting.values())):
                 if self._waiting.pop(reply.metadata.src_node_id, None) is not None:
@@ -67,6 +93,11 @@ class Exchange:
             elif time.monotonic() - asked < WAITING_S:  # a grid that waits by itself needs no pause
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _may_leave_out(self) -> bool:
+        if self._enough is None or not isinstance(self._grid, Attendance):
+            return False
+        return self._grid.given_up(list(self._waiting)) and self._enough()
 
     def release(self) -> None:
         """Take back what has no answer, where the grid can: who is at work on it may stop."""

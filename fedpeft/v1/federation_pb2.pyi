@@ -389,7 +389,7 @@ class CohortRules(_message.Message):
     def __init__(self, min_agents: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., wait_s: _Optional[int] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest", "submitter", "readers")
+    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest", "submitter", "readers", "incomplete")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +412,7 @@ class RunInfo(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SUBMITTER_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
+    INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     digest: str
@@ -427,7 +428,18 @@ class RunInfo(_message.Message):
     adapter_digest: str
     submitter: str
     readers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., submitter: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ...) -> None: ...
+    incomplete: _containers.RepeatedCompositeFieldContainer[MemberRounds]
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., submitter: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ..., incomplete: _Optional[_Iterable[_Union[MemberRounds, _Mapping]]] = ...) -> None: ...
+
+class MemberRounds(_message.Message):
+    __slots__ = ("name", "counted", "asked")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    counted: int
+    asked: int
+    def __init__(self, name: _Optional[str] = ..., counted: _Optional[int] = ..., asked: _Optional[int] = ...) -> None: ...
 
 class RunRequest(_message.Message):
     __slots__ = ("id",)

@@ -22,6 +22,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.admin_messages import (
     agent_info,
+    incomplete_members,
     milliseconds,
     pulled_files,
     result_chunks,
@@ -130,10 +131,15 @@ class Admin(rpc.AdminServicer):
         return await self._answer(context, Role.SUBMITTER, listed)
 
     async def ShowRun(self, request: pb.RunRequest, context: Any) -> pb.RunInfo:  # noqa: N802
-        """One run."""
-        return await self._answer(
-            context, Role.SUBMITTER, lambda who: self._info(self._readable(who, request.id))
-        )
+        """One run, with the members whose answers have not counted."""
+
+        def shown(who: Identity) -> pb.RunInfo:
+            stored = self._readable(who, request.id)
+            info = self._info(stored)
+            info.incomplete.extend(incomplete_members(self._base.store, stored))
+            return info
+
+        return await self._answer(context, Role.SUBMITTER, shown)
 
     async def StopRun(self, request: pb.StopRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802
         """End a run."""

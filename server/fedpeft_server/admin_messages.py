@@ -14,10 +14,12 @@ from fedpeft.ledger.run_place import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROW
 from fedpeft.records import Round, parse_row
 from fedpeft.runfile import run_from_toml
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft_server.members import incomplete
 from fedpeft_server.options import LONGEST_REQUEST
 from fedpeft_server.sessions import AgentStatus, ServerStatus
 from fedpeft_server.store import Store, StoredRun
 
+TALLIED = 50  # of a run's newest rounds, for the members that people are told of
 CHUNK = 256 * 1024
 PULLED = (IDENTITY, RUN_FILE, ROWS, ADAPTER, CHECKPOINTS, REPORT, "summary.json", "tensorboard")
 
@@ -57,6 +59,19 @@ def run_info(store: Store, stored: StoredRun) -> pb.RunInfo:
     if epsilon is not None:
         info.epsilon = epsilon
     return info
+
+
+def incomplete_members(store: Store, stored: StoredRun) -> list[pb.MemberRounds]:
+    """Say which members' answers have not all counted in a run's newest rounds.
+
+    None of a run that asks more than it has places for: there somebody's answer never counts.
+    """
+    if stored.run.federation.over_selection:
+        return []
+    return [
+        pb.MemberRounds(name=member.name, counted=member.counted, asked=member.asked)
+        for member in incomplete(store.rounds(stored).rows(TALLIED))
+    ]
 
 
 def _last_round(store: Store, stored: StoredRun) -> Round | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -192,11 +194,52 @@ class Control:
             self.check()
 
 
-class WatchedGrid(PolledGrid):
-    """A grid whose user leaves when the run's switch says so."""
+@dataclass(frozen=True)
+class Patience:
+    """How long a round waits for its last answers where the run file sets no deadline.
 
-    def __init__(self, inner: Grid, control: Control) -> None:
-        self._inner, self._control = inner, control
+    Attributes:
+        round_s: for members that are connected, or too many to go on without: one that never answers costs so
+            much, and does not stop the run.
+        away_s: how long members have to be away to be left out once all others have answered, and they are
+            the run's quorum.
+    """
+
+    round_s: float = 21_600.0
+    away_s: float = 600.0
+
+
+PATIENCE = Patience()
+
+
+@runtime_checkable
+class Presence(Protocol):
+    """A grid that knows which agents are connected."""
+
+    def away_s(self, node: int) -> tuple[str, float] | None:
+        """An agent's name and for how many seconds it has been away; None: it is here."""
+        ...
+
+
+class WatchedGrid(PolledGrid):
+    """A grid whose user leaves when the run's switch says so.
+
+    Args:
+        away_s: how long an agent has to be away before a round does without it.
+        waits_for: told for whom alone a round waits, by name, and for how many seconds each has been away, as
+            soon as that changes; of nobody when it is over.
+    """
+
+    def __init__(
+        self,
+        inner: Grid,
+        control: Control,
+        *,
+        away_s: float = math.inf,
+        waits_for: Callable[[Mapping[str, float]], None] = lambda away: None,
+    ) -> None:
+        self._inner, self._control, self._away_s, self._waits_for = inner, control, away_s, waits_for
+        self._awaited: frozenset[str] = frozenset()
 
     def get_node_ids(self) -> Iterable[int]:
         """As the inner grid; leaves."""
@@ -206,6 +249,7 @@ class WatchedGrid(PolledGrid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """As the inner grid; leaves."""
         self._control.check()
+        self._tell({})
         return self._inner.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -213,8 +257,24 @@ class WatchedGrid(PolledGrid):
         self._control.check()
         return self._inner.pull_messages(message_ids)
 
+    def given_up(self, nodes: Collection[int]) -> bool:
+        """See `Attendance`: nobody is given up who is here, or was a moment ago."""
+        if not isinstance(self._inner, Presence):
+            return False
+        found = [self._inner.away_s(node) for node in nodes]
+        away = dict(one for one in found if one is not None)
+        only_those = bool(away) and len(away) == len(found)
+        self._tell(away if only_those else {})
+        return only_those and min(away.values()) >= self._away_s
+
+    def _tell(self, away: Mapping[str, float]) -> None:
+        if away.keys() != self._awaited:
+            self._awaited = frozenset(away)
+            self._waits_for(away)
+
     def cancel(self, message_ids: Iterable[str]) -> None:
         """As the inner grid, if it can."""
+        self._tell({})
         if isinstance(self._inner, Cancels):
             self._inner.cancel(message_ids)
 

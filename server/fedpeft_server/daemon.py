@@ -27,6 +27,7 @@ from fedpeft.faults import crash_point
 from fedpeft.flower.flights import overlap_of
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
+from fedpeft_server.control import Patience
 from fedpeft_server.descriptors import allow_connections
 from fedpeft_server.doors import Doors, certificate_doors
 from fedpeft_server.end_watch import end_within
@@ -113,7 +114,7 @@ def standing(
             store,
             line.open_grid,
             parallel=settings.parallel_runs,
-            patience_s=settings.limits.round_s,
+            patience=Patience(settings.limits.round_s, settings.limits.away_s),
             models=stack.enter_context(closing(_model_room(settings))) if settings.model_s else None,
             quota=settings.quota(),
         )

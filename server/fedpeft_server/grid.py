@@ -93,6 +93,12 @@ class GrpcGrid(PolledGrid):
         here = self._hub.connected
         return sorted(here if self._allowed is None else here & self._allowed)
 
+    def away_s(self, node: int) -> tuple[str, float] | None:
+        """An agent's name and how long it has been away, since the server started at most; None: here."""
+        name = self._names.get(node, "")
+        away_s = self._hub.away_s(name)
+        return None if away_s is None else (name, away_s)
+
     def know(self, agents: Iterable[str]) -> None:
         """Make agents addressable by `node_id` that are not connected, such as those of a stored roster."""
         for agent in agents:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedpeft.errors import StateError, UsageError
+from fedpeft.config import ClientLevelPrivacy
+from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Held, Server, check_base, hold_rounds
@@ -24,11 +26,12 @@ from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_place import ROWS
 from fedpeft.runfile import run_json
 from fedpeft.update import layout_of
-from fedpeft_server.control import Control, Stopped, WatchedGrid
+from fedpeft_server.control import PATIENCE, Control, Patience, Stopped, WatchedGrid
 from fedpeft_server.gathering import agents_wanted, gather
 from fedpeft_server.joining import Joining, Strangers
 from fedpeft_server.journal_lines import LoggedProgress, event_line
 from fedpeft_server.keepers import Book, HeldElsewhereError, Hold, Keeper, counts_alone, write_checkpoints
+from fedpeft_server.members import incomplete, waits_for
 from fedpeft_server.model_room import ModelRoom
 from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
 
@@ -59,8 +62,7 @@ class Host:
 
     Attributes:
         control: keeps the run from going on when it shall not.
-        patience_s: how long a round waits for its last answers where the run file sets no deadline: a member
-            that never answers costs so much, and does not stop the run.
+        patience: how long a round waits for its last answers where the run file sets no deadline.
         models: processes that hold models; None: this process does.
         quota: of the run's submitter; a run whose submitter's runs keep too much is stopped.
     """
@@ -69,7 +71,7 @@ class Host:
     stored: StoredRun
     open_grid: OpenGrid
     control: Control
-    patience_s: float = 21_600.0
+    patience: Patience = PATIENCE
     models: ModelRoom | None = None
     quota: Quota | None = None
     _keeper: Keeper | None = field(default=None, init=False)
@@ -99,6 +101,9 @@ class Host:
         with book.open() as folder:
             write_checkpoints(folder, rounds)
             end = folder.finished()
+        if not self.stored.run.federation.over_selection:  # by which somebody's answer never counts
+            for member in incomplete(rounds.rows()):
+                self._say(event_line("trouble", str(member)))
         self.store.runs.finish(self.stored.id, end.adapter_digest if end is not None else "")
 
     def export(self) -> None:
@@ -157,6 +162,14 @@ class Host:
     def _say(self, text: str) -> None:
         self.store.runs.say(self.stored.id, text)
 
+    def _waits_for(self, away: Mapping[str, float]) -> None:
+        """Say for whom alone the round waits; not by name where it is secret who takes part."""
+        why = waits_for(away, time.time())
+        if away and isinstance(self.stored.run.privacy, ClientLevelPrivacy):
+            why = "waits for members that are away"
+        with suppress(StorageError):  # a word for people is no reason to leave the round
+            self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
+
     def _held(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
         """Bring the run to its end where its model is; kept for the next attempt."""
         if self._keeper is None:
@@ -193,10 +206,11 @@ class Host:
         return KeptApart(self.stored, self.models, self.control)
 
     def _holder(self, agents: AgentGrid) -> Hold:
-        grid = WatchedGrid(agents.grid, self.control)
         run = self.stored.run
         stated = run.federation.deadline_s if run.federation.clock is None else None
-        deadline_s = self.patience_s if stated is None else stated
+        deadline_s = self.patience.round_s if stated is None else stated
+        away_s = self.patience.away_s if stated is None else math.inf
+        grid = WatchedGrid(agents.grid, self.control, away_s=away_s, waits_for=self._waits_for)
 
         def hold(server: Server, last: Checkpoint | None) -> Checkpoint:
             agents.bound(largest_update(server.resident))

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     STALLED = "stalled"  # neither read nor sent for too long
     BROKEN_OFF = "broken-off"  # ended in the middle: a lost network, or a message that gRPC itself refused
     RATE = "rate"  # too often
+    TWICE = "twice"  # a second machine with the key of an agent that is connected and answers
     STREAMS = "streams"  # too many at a time
     TURN = "turn-over"  # others waited for the place, and what it was at goes on later
     QUOTA = "quota"  # too many bytes, or too much of the above
@@ -54,6 +55,7 @@ _OURS = frozenset(
         Reason.STALLED,
         Reason.BROKEN_OFF,
         Reason.RATE,
+        Reason.TWICE,
         Reason.STREAMS,
         Reason.TURN,
         Reason.QUOTA,

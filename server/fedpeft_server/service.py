@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from typing import Any
 
 import grpc
@@ -26,6 +28,10 @@ _NONE: tuple[tuple[str, str], ...] = ()
 _LET_DOWN_S = 1.0
 _PARTING_S = 0.05  # in which a call that was cut is cancelled; one whose other side has said its last is not
 _ENROLLING = 2  # at a time, so that threads are left for what people ask
+_LATE_S = 1.0  # what a session says within it may have been on its way when it died
+_BEATS = 1.5  # heartbeats, of which one is heard of a session that is alive
+_LOOK_S = 0.25
+LOG = logging.getLogger("fedpeft.server")
 
 
 class Federation:
@@ -87,15 +93,18 @@ class Federation:
     async def PushBlob(self, _: Any, context: Any) -> None:  # noqa: N802
         """A result too large for its session."""
         await context.send_initial_metadata(_NONE)
-        caller = self._known(context)
+        caller, durable = self._known(context), False
         try:
-            await self._transfers.receive(caller, context)
+            size = await self._transfers.receive(caller, context)
+            durable = True
+            await context.write(pb.BlobProgress(offset=size, complete=True))
             return
         except (Refused, FedPEFTError, TimeoutError) as error:
             code, details = self._shares.ended(caller.name, error)
             stalled = isinstance(error, TimeoutError)  # then a read is still under way; there can be one only
         except asyncio.CancelledError:
-            self._shares.count(caller.name, Reason.BROKEN_OFF, "its upload was cut")
+            if not durable:  # else the other side has hung up on our last word, which ends all the same
+                self._shares.count(caller.name, Reason.BROKEN_OFF, "its upload was cut")
             raise
         if not stalled:  # outside the handlers above: an error's traceback holds the message that it is about
             await _let_down(context, details)
@@ -138,6 +147,7 @@ class Federation:
         here = self._hub.connected
         if len(here) >= self._options.max_sessions and caller.name not in here:
             raise Refused(Reason.FULL, LimitError(f"{len(here)} agents are connected already; try later"))
+        await self._wait_for_older(caller.name, context.peer())
         connection = self._hub.open(caller, context.peer(), hello)
         connection.tell(
             pb.ServerMessage(
@@ -154,6 +164,29 @@ class Federation:
         )
         self._hub.remind(connection)
         return connection
+
+    async def _wait_for_older(self, name: str, address: str) -> None:
+        """Let a session of the same name show whether it is alive: it may be another machine with the key.
+
+        One that has died without a word, as with the power, says nothing for longer than agents' heartbeats
+        are apart, and makes way.
+
+        Raises:
+            Refused: it is alive.
+        """
+        older, began, heartbeat_s = self._hub.connection(name), time.monotonic(), self._options.heartbeat_s
+        while older is not None and older is self._hub.connection(name) and not older.closed:
+            now = time.monotonic()
+            if older.heard_s - began > min(_LATE_S, heartbeat_s / 4):
+                twice = (
+                    f"{name} is connected from {older.address} and answers, and a second machine with its key"
+                    f" came from {address}; end one of them, or give it a name and key of its own"
+                )
+                raise Refused(Reason.TWICE, LimitError(twice))
+            if now - began > _BEATS * heartbeat_s:
+                LOG.warning("%s at %s is silent and makes way for %s", name, older.address, address)
+                return
+            await asyncio.sleep(min(_LOOK_S, heartbeat_s / 4))
 
     async def _held(self, connection: Connection, context: Any) -> None:
         """Read and write until the agent leaves, says nothing, doesn't read, or the connection is closed."""
@@ -185,7 +218,7 @@ class Federation:
                 await asyncio.sleep(_PARTING_S)
                 return
             self._shares.message(connection.caller.name)
-            self._hub.seen(connection.caller.name)
+            self._hub.seen(connection)
             await self._handle(connection, message)
 
     async def _write(self, connection: Connection, context: Any) -> None:

@@ -33,10 +33,12 @@ class Connection:
 
     Attributes:
         session: counts the connections since the server started.
+        heard_s: when the agent said something last, on the monotonic clock.
     """
 
     def __init__(self, caller: Caller, address: str, session: int, max_inline_bytes: int) -> None:
         self.caller, self.address, self.session = caller, address, session
+        self.heard_s = time.monotonic()
         self._max_inline_bytes = max_inline_bytes
         self._waiting: OrderedDict[bytes, Work] = OrderedDict()
         self._notes: deque[pb.ServerMessage] = deque()
@@ -167,6 +169,7 @@ class Hub:
         self.max_inline_bytes, self.shares = max_inline_bytes, shares
         self._agents: dict[str, Agent] = {}
         self._sessions = 0
+        self._began_s, self._left_s = time.monotonic(), dict[str, float]()
         self.connected: frozenset[str] = frozenset()  # replaced, never changed: any thread may read it
         self.freed = 0  # how often a place became free; any thread may read it
 
@@ -199,12 +202,25 @@ class Hub:
         agent.last_seen = time.time()
         if agent.connection is connection:
             agent.connection = None
+            self._left_s[agent.name] = time.monotonic()
             self.connected = self.connected - {agent.name}
             LOG.info("%s left", agent.name, extra=_facts("left", connection))
 
-    def seen(self, name: str) -> None:
+    def connection(self, name: str) -> Connection | None:
+        """An agent's open session; None: it is away."""
+        agent = self._agents.get(name)
+        return None if agent is None else agent.connection
+
+    def seen(self, connection: Connection) -> None:
         """The agent said something."""
-        self._agents[name].last_seen = time.time()
+        connection.heard_s = time.monotonic()
+        self._agents[connection.caller.name].last_seen = time.time()
+
+    def away_s(self, name: str) -> float | None:
+        """How long an agent has been away, at most since the server started; None: it is here. Any thread."""
+        if name in self.connected:
+            return None
+        return time.monotonic() - self._left_s.get(name, self._began_s)
 
     def offer(self, works: Iterable[Work]) -> None:
         """Push work, now or when its agent connects."""

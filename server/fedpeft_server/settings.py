@@ -57,6 +57,7 @@ class LimitsSection(_Section):
     submitter_runs: Count = 16  # of one submitter that have not ended
     submitter_rounds: Count = 50_000  # of these runs together
     submitter_gib: Count = 64  # that all runs of one submitter keep on the disk
+    away_s: Seconds = 600.0  # of members, before such a round does without them
     model_task_s: Seconds = 7200.0  # of a model's process: to load, evaluate or export once
     check_s: Seconds = 300.0  # of a run file that is submitted
     round_s: Seconds = 21_600.0  # for a round's last answers, where the run file sets no deadline

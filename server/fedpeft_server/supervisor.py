@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,16 +17,19 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import (
+    PATIENCE,
     Control,
     Draining,
     Halt,
     Losses,
+    Patience,
     Paused,
     ProcessLostError,
     SteadyClock,
     Stopped,
 )
 from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.run_statuses import RunStatuses, one_line
 from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ class Supervisor:
     Args:
         open_grid: a run's way to its agents.
         parallel: runs that are held at a time; two of the same run file never are.
-        patience_s: of a round of a run whose file sets no deadline.
+        patience: of rounds of runs whose file sets no deadline.
         models: processes that hold models; None: this one does.
         quota: what each submitter may hold; None: there is no bound.
     """
@@ -66,18 +68,18 @@ class Supervisor:
         open_grid: OpenGrid,
         *,
         parallel: int = 1,
-        patience_s: float = 21_600.0,
+        patience: Patience = PATIENCE,
         clock: SteadyClock | None = None,
         models: ModelRoom | None = None,
         quota: Quota | None = None,
     ) -> None:
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
-        self._patience_s, self._models, self._quota = patience_s, models, quota
+        self._patience, self._models, self._quota = patience, models, quota
         self._clock = clock or SteadyClock()
         self._lock = threading.RLock()
         self._active: dict[str, _Active] = {}
         self._draining = False
-        self._unwritten: dict[str, str] = {}  # why a run pauses, while that cannot be written
+        self._statuses = RunStatuses(store, lambda: self._draining)
         self._idle = threading.Condition(self._lock)
 
     def start(self) -> None:
@@ -118,7 +120,7 @@ class Supervisor:
         runs, quota = self._store.runs, self._quota
         known = runs.find_submission(run, submission=submission, submitter=submitter)
         if known is not None:
-            return self._as_it_stands(known)
+            return self._statuses.as_it_stands(known)
         if quota is not None:  # before the checks, which take long; what counts is asked in the transaction
             runs.check_quota(submitter, run, quota)
         self._check(run)
@@ -148,15 +150,14 @@ class Supervisor:
             UsageError: there is none of that id.
             StorageError: the store cannot be read.
         """
-        return self._as_it_stands(self._store.runs.get(run_id))
+        return self._statuses.as_it_stands(self._store.runs.get(run_id))
 
     def list(self, *, reader: str | None = None, limit: int = 0) -> list[StoredRun]:
         """Runs as they stand, the newest first; see `Runs.list`. Raises as `get`."""
-        return [self._as_it_stands(stored) for stored in self._store.runs.list(reader=reader, limit=limit)]
-
-    def _as_it_stands(self, stored: StoredRun) -> StoredRun:
-        reason = self._unwritten.get(stored.id)
-        return stored if reason is None else replace(stored, status=Status.PAUSED, reason=reason)
+        return [
+            self._statuses.as_it_stands(stored)
+            for stored in self._store.runs.list(reader=reader, limit=limit)
+        ]
 
     def stop(self, run_id: str, reason: str) -> StoredRun:
         """End a run for good; what is committed stays. A run that has ended is left as it is.
@@ -201,18 +202,14 @@ class Supervisor:
                 f"run {run_id} is in the middle of something, such as an evaluation; pull it a little later"
             ) from None
         except Halt as why:
-            raise UsageError(f"run {run_id} cannot be copied now ({_line(why)}); pull it again") from why
+            raise UsageError(f"run {run_id} cannot be copied now ({one_line(why)}); pull it again") from why
         return reached[0]
 
     def trouble(self, line: str | None) -> None:
         """What keeps updates from being stored, for people to see; None: nothing any more."""
         with self._lock:
             names = list(self._active)
-        for name in names:
-            if line is not None:
-                self._note(name, Status.PAUSED, line)
-            elif self.get(name).status == Status.PAUSED:
-                self._note(name, Status.RUNNING, "")
+        self._statuses.trouble(names, line)
 
     def drain(self, timeout_s: float) -> bool:
         """Let every run reach a point from which it goes on later; whether all have in time.
@@ -252,9 +249,7 @@ class Supervisor:
         """On the run's thread: attempts until the run has ended or the server does."""
         from fedpeft_server.hosting import Host  # with a first run, as it brings numba
 
-        host = Host(
-            self._store, stored, self._open_grid, control, self._patience_s, self._models, self._quota
-        )
+        host = Host(self._store, stored, self._open_grid, control, self._patience, self._models, self._quota)
         with self._lock:
             self._active[stored.id].host = host
         losses = Losses()
@@ -272,7 +267,7 @@ class Supervisor:
         finally:
             control.leave()
             host.release()
-            self._unwritten.pop(host.stored.id, None)
+            self._statuses.forget(host.stored.id)
             self._leave(host.stored.id)
 
     def _attempt(self, host: Host, losses: Losses) -> bool:
@@ -286,20 +281,20 @@ class Supervisor:
             LOG.info("run %s: put aside, it goes on when the server is back", run_id)
         except ProcessLostError as why:
             if losses.count(self._reached(run_id)) < MOST_LOSSES or self._draining:
-                self._note(run_id, Status.PAUSED, _line(why))
+                self._statuses.pause(run_id, why)
                 return True
-            aside = (
-                f"set aside, as its model's process was lost {MOST_LOSSES} times at one point: {_line(why)}"
-            )
-            self._settle(host, Status.FAILED, aside)
+            aside = f"set aside, as its model's process was lost {MOST_LOSSES} times at one point"
+            self._statuses.settle(host.stored.id, Status.FAILED, f"{aside}: {one_line(why)}")
         except (Paused, StorageError, QuorumError) as why:
-            self._note(run_id, Status.PAUSED, _line(why))
+            self._statuses.pause(run_id, why)
             return True
         except FedPEFTError as error:
-            self._settle(host, Status.FAILED, f"{type(error).__name__}: {_line(error)}")
+            self._statuses.settle(host.stored.id, Status.FAILED, f"{type(error).__name__}: {one_line(error)}")
         except Exception as error:
             LOG.exception("run %s failed", run_id)
-            self._settle(host, Status.FAILED, f"internal error: {type(error).__name__}: {_line(error)}")
+            self._statuses.settle(
+                host.stored.id, Status.FAILED, f"internal error: {type(error).__name__}: {one_line(error)}"
+            )
         return False
 
     def _reached(self, run_id: str) -> int:
@@ -315,27 +310,8 @@ class Supervisor:
         try:
             host.export()
         except (FedPEFTError, Halt) as error:
-            LOG.warning("run %s: its adapter cannot be written: %s", host.stored.id, _line(error))
-        self._settle(host, Status.STOPPED, reason)
-
-    def _settle(self, host: Host, status: Status, reason: str) -> None:
-        """Write a final status for as long as it takes; if the server ends before, the run is tried again."""
-        facts = {"event": "status", "run": host.stored.id, "status": str(status)}
-        LOG.info("run %s: %s %s", host.stored.id, status, reason, extra=facts)
-        _patiently(
-            lambda: self._store.runs.set_status(host.stored.id, status, reason), lambda: self._draining
-        )
-
-    def _note(self, run_id: str, status: Status, reason: str) -> None:
-        """Write a passing status if that is possible; it says why it may not be."""
-        facts = {"event": "status", "run": run_id, "status": str(status)}
-        LOG.warning("run %s: %s: %s", run_id, status, reason, extra=facts)
-        try:
-            self._store.runs.set_status(run_id, status, reason)
-        except StorageError:
-            self._unwritten[run_id] = reason
-        else:
-            self._unwritten.pop(run_id, None)
+            LOG.warning("run %s: its adapter cannot be written: %s", host.stored.id, one_line(error))
+        self._statuses.settle(host.stored.id, Status.STOPPED, reason)
 
     def _leave(self, run_id: str) -> None:
         """A place is free: tidy up, and take the next run before anyone sees the place empty."""
@@ -353,22 +329,4 @@ class Supervisor:
                 unfilled = True
             self._idle.notify_all()
         if unfilled:
-            _patiently(self._fill, lambda: self._draining)
-
-
-def _patiently(work: Callable[[], None], give_up: Callable[[], bool]) -> None:
-    """Do it, again and again while the store cannot be used."""
-    while True:
-        try:
-            work()
-        except StorageError as error:
-            LOG.warning("%s", _line(error))
-            if give_up():
-                return
-            time.sleep(FIRST_RETRY_S)
-        else:
-            return
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+            self._statuses.patiently(self._fill)

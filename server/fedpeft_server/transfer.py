@@ -67,8 +67,8 @@ class Transfers:
         self._down = Turns(options.download_credits, options.turn_s)
         self._flushing = asyncio.Semaphore(_FLUSHES)
 
-    async def receive(self, caller: Caller, stream: Stream) -> None:
-        """One upload, from `BlobOpen` to completion.
+    async def receive(self, caller: Caller, stream: Stream) -> int:
+        """One upload, from `BlobOpen` until it is durable; its bytes.
 
         Raises:
             Refused: nobody waits for it, it is too large, its bytes are wrong or too many, or its turn is
@@ -81,8 +81,7 @@ class Transfers:
         digest = open_.digest.hex()
         async with self._up.turn(caller.name) as turn:
             if await self._off(lambda: self._blobs.has(digest)):
-                await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
-                return
+                return int(open_.size)
             partial = await self.written(lambda: self._blobs.begin(digest, open_.size))
             try:
                 await stream.write(pb.BlobProgress(offset=partial.offset))
@@ -94,7 +93,7 @@ class Transfers:
                 await asyncio.shield(self._off(partial.close))
                 raise
         await self._finish(partial)
-        await stream.write(pb.BlobProgress(offset=open_.size, complete=True))
+        return int(open_.size)
 
     async def _finish(self, partial: Partial) -> None:
         """Verify and flush, without a turn: nothing of the blob is in memory any more, and disks are slow."""

@@ -29,6 +29,7 @@ class StandIn(PolledGrid):
         self.worked: list[tuple[int, int]] = []  # round, node of every update that came
         self.away: set[int] = set()
         self.leaving: set[int] = set()  # away once the roll was called
+        self.gone_s: dict[int, float] = {}  # by node: how long it has been away
         self.at_once = False  # all answers come in one pull: no deadline falls between two of them
         self.hold_after: int | None = None  # so many updates, no further one comes
         self.held = threading.Event()
@@ -44,6 +45,9 @@ class StandIn(PolledGrid):
 
     def here(self) -> Mapping[str, int]:
         return {}
+
+    def away_s(self, node: int) -> tuple[str, float] | None:
+        return (str(node), self.gone_s[node]) if node in self.gone_s else None
 
     def know(self, agents: Iterable[str]) -> None: ...
 

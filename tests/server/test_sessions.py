@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -164,22 +165,56 @@ def test_a_slow_reader_is_let_go(running: RunningServer) -> None:
     grid.stop(FederationError("done"))
 
 
-def test_a_later_connection_takes_the_place_of_the_earlier(running: RunningServer) -> None:
-    async def both() -> tuple[str, list[str]]:
+def test_a_second_machine_with_the_same_key_is_refused_while_the_first_answers(
+    running: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def both() -> tuple[str, bool]:
         async with (
             grpc.aio.insecure_channel(running.address) as one,
             grpc.aio.insecure_channel(running.address, options=ALONE) as two,
         ):
             first = await Link.open(one, "twin", {})
-            second = await Link.open(two, "twin", {})
-            said = [message async for message in first.messages()]
-            here = sorted(running.grid(RUN).connected)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await Link.open(two, "twin", {})
+            task = asyncio.ensure_future(anext(first.messages()))  # a heartbeat: its session goes on
+            kept = (await task).WhichOneof("message") == "heartbeat"
+            await first.leave()
+            second = await Link.open(two, "twin", {})  # nobody answers any more
             second.close()
-            return said[-1].goodbye.reason, here
+            return refused.value.details() or "", kept
 
-    reason, here = played(both())
+    said, kept = played(both())
+    assert kept
+    assert re.fullmatch(
+        r"LimitError: twin is connected from ipv\d:\S+:\d+ and answers, and a second machine with its key"
+        r" came from ipv\d:\S+:\d+; end one .*",
+        said,
+    )
+    assert running.refusals.totals()["twice"] == 1
+    assert any("a second machine with its key" in record.getMessage() for record in caplog.records)
+
+
+def test_a_session_that_died_without_a_word_makes_way(running: RunningServer) -> None:
+    """Its connection is open, and nobody is behind it: as after a power cut."""
+
+    async def both() -> tuple[str, float]:
+        async with (
+            grpc.aio.insecure_channel(running.address) as one,
+            grpc.aio.insecure_channel(running.address, options=ALONE) as two,
+        ):
+            dead = federation(one).Session()
+            await dead.write(hello("twin"))
+            assert (await dead.read()).WhichOneof("message") == "welcome"
+            began = time.monotonic()
+            second = await Link.open(two, "twin", {})
+            took = time.monotonic() - began
+            goodbye = await dead.read()
+            second.close()
+            return goodbye.goodbye.reason, took
+
+    reason, took = played(both())
     assert "took its place" in reason
-    assert "twin" in here
+    assert took < 5.0
 
 
 def test_common_tools_can_ask_what_is_here_and_whether_it_is_well(running: RunningServer) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.runfile import build_run
-from fedpeft_server.control import Control, SteadyClock
+from fedpeft_server.control import PATIENCE, Control, Patience, SteadyClock
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from tests.server.standin import StandIn, standins
@@ -40,12 +40,16 @@ class Daemon:
     """A store, a supervisor and the stand-ins that it opened."""
 
     def __init__(
-        self, store: Store, clock: SteadyClock | None = None, parallel: int = 1, patience_s: float = 600.0
+        self,
+        store: Store,
+        clock: SteadyClock | None = None,
+        parallel: int = 1,
+        patience: Patience = PATIENCE,
     ) -> None:
         self.store = store
         self.grids: list[StandIn] = []
         self.prepared: Callable[[StandIn], None] = lambda grid: None
-        self.supervisor = Supervisor(store, self._open, parallel=parallel, patience_s=patience_s, clock=clock)
+        self.supervisor = Supervisor(store, self._open, parallel=parallel, patience=patience, clock=clock)
 
     @contextmanager
     def _open(self, stored: StoredRun) -> Iterator[StandIn]:
@@ -226,7 +230,7 @@ def test_a_round_without_a_quorum_is_tried_again(daemon: Daemon, adapter: str) -
 
 def test_a_member_that_never_answers_does_not_stop_a_run_without_a_deadline(tmp_path: Path) -> None:
     with Store(tmp_path / "state") as store:
-        daemon = Daemon(store, patience_s=0.3)
+        daemon = Daemon(store, patience=Patience(0.3))
 
         def silent(grid: StandIn) -> None:
             grid.leaving = {2}  # after the roll call

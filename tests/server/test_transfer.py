@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -241,3 +243,47 @@ def test_a_run_may_narrow_what_its_grid_takes(running: RunningServer) -> None:
             return str(details)
 
     assert "15001 bytes was announced, this run takes 15000" in played(play())
+
+
+HANGS_UP = """
+import hashlib, queue, sys, zlib
+import grpc
+from fedpeft.v1 import federation_pb2 as pb, federation_pb2_grpc as rpc
+
+address, task, body = sys.argv[1], bytes.fromhex(sys.argv[2]), bytes(range(256)) * 40
+digest = hashlib.sha256(body).digest()
+for _ in range(40):
+    channel = grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))
+    sent = queue.Queue()
+    sent.put(pb.BlobUpload(open=pb.BlobOpen(digest=digest, size=len(body), task=task)))
+    call = rpc.FederationStub(channel).PushBlob(iter(sent.get, None), metadata=(("fedpeft-agent", "site-a"),))
+    progress = next(call)
+    if not progress.complete:
+        for at in range(0, len(body), 1000):
+            data = body[at : at + 1000]
+            sent.put(pb.BlobUpload(chunk=pb.BlobChunk(offset=at, data=data, crc32=zlib.crc32(data))))
+        progress = next(call)
+    assert progress.complete
+    channel.close()
+"""
+
+
+def test_an_agent_that_hangs_up_on_the_last_word_has_broken_nothing_off(
+    running: RunningServer, grid: GrpcGrid
+) -> None:
+    """It is another process, which hears that its blob is durable before the server is done saying so."""
+
+    async def play() -> int:
+        async with scene(running, grid) as on:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                HANGS_UP,
+                running.address,
+                on.task.id.hex(),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+            return await process.wait()
+
+    assert played(play(), 60.0) == 0
+    assert running.refusals.totals() == {}

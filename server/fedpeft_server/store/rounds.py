@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pydantic import TypeAdapter
 from sqlalchemy import Connection, select, tuple_
@@ -152,6 +152,21 @@ class StoredRounds:
         )
         with self._database.reading() as connection:
             return connection.execute(newest.limit(1)).scalar_one_or_none()
+
+    def rows(self, newest: int | None = None) -> Iterator[str]:
+        """Records of closed rounds as JSON, the newest first.
+
+        Args:
+            newest: so many at most; None: all.
+        """
+        wanted = (
+            select(rounds.c.row)
+            .where(rounds.c.run == self._run, rounds.c.row.is_not(None))
+            .order_by(rounds.c.number.desc())
+            .limit(newest)
+        )
+        with self._database.reading() as connection:
+            yield from connection.execution_options(yield_per=100).execute(wanted).scalars()
 
     def spent(self) -> str | None:
         """The ledger of spent privacy that was committed last; None before the first charge."""
