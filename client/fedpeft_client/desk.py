@@ -42,7 +42,7 @@ from fedpeft_client.egress import contents
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.outbox import Finished, Outbox
-from fedpeft_client.policy import Policy, over_bytes, refuse
+from fedpeft_client.policy import Policy, over_bytes, refuse, unwanted_metrics
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
 from fedpeft_client.usage import UsageBook
@@ -185,7 +185,9 @@ class Desk:
             await self._failed(task, error)
             return "failed"
         body, after = answer.parts["content"], answer.parts["memory"]
+        facts = await asyncio.to_thread(contents, body)
         self._refuse_over_bytes(len(body))
+        refuse(unwanted_metrics(self._trade.policy, facts.get("metrics", {})))
         self._admission.keep_rows(task, str(answer.header.get("rows", "")))
         if before or after or remembered.after:
             self._memory.put(key, Remembered(task.id.hex(), before, after))
@@ -242,6 +244,9 @@ class Desk:
             "base_digests": list(trade.policy.base_digests or ()),
             "max_memory_mib": trade.policy.max_memory_mib,
             "rows": self._admission.rows_of(task),
+            "metrics": trade.policy.metrics,
+            "min_count": trade.policy.min_count,
+            "min_rows": trade.policy.min_rows,
         }
         return Frame(header, {"content": content, "memory": memory})
 

@@ -7,14 +7,15 @@ The owner reads why; a server reads which keys speak against the task, and an ow
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedpeft.config import RunConfig
-from fedpeft.errors import PolicyError
+from fedpeft.config import DataSection, RunConfig
+from fedpeft.data.templates import compile_template
+from fedpeft.errors import DataError, PolicyError
 
 DELTA = 1e-5  # of the ledger's epsilons, where the owner names none
 MOST_EPSILON = 100.0  # of one run: more hides nothing, so it is no answer to an owner who asks for privacy
@@ -42,6 +43,14 @@ class Policy(BaseModel):
         max_bytes_per_day: up and down, by UTC days.
         max_local_steps: of one round.
         allow_download: whether a run file may name a model of the hub, which would be fetched.
+        fields: of rows, that a run may use: in templates and filters, as label, to explode, to tell persons
+            apart.
+        allow_filters: whether a run may choose among the rows by what is in them (`data.filter`).
+        allow_label_maps: whether a run may say which labels there are (`data.labels`); classifiers must.
+        min_rows: a run that would train on fewer is not taken part in, unless it hides rows.
+        metrics: names of the numbers that may accompany an update; others do not leave.
+        min_count: numbers of rows below it do not leave, nor what follows from them; a run that needs them as
+            weights is refused.
         capabilities: what the server's list of agents shows of this device.
         tell_limits: keys of this table whose number a refusal tells the server, for submitters to heed.
     """
@@ -66,6 +75,12 @@ class Policy(BaseModel):
     max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
     max_local_steps: Annotated[int, Field(ge=1)] | None = None
     allow_download: bool = False
+    fields: tuple[str, ...] | None = None
+    allow_filters: bool = False
+    allow_label_maps: bool = True
+    min_rows: Annotated[int, Field(ge=1)] = 1
+    metrics: tuple[str, ...] | None = None
+    min_count: Annotated[int, Field(ge=1)] = 1
     capabilities: tuple[Literal["cores", "memory-mib"], ...] = ()
     tell_limits: tuple[str, ...] = ()
 
@@ -125,7 +140,24 @@ def refuse(against: Sequence[Objection | None]) -> None:
 
 def objections(policy: Policy, run: RunConfig) -> list[Objection]:
     """Why the owner does not want to take part in a run; empty if nothing speaks against it."""
-    return [*_names(policy, run), *_stages(policy, run), *_privacy(policy, run), *_work(policy, run)]
+    return [
+        *_names(policy, run),
+        *_stages(policy, run),
+        *_privacy(policy, run),
+        *_work(policy, run),
+        *_data(policy, run.data),
+    ]
+
+
+def unwanted_metrics(policy: Policy, metrics: Collection[str]) -> list[Objection]:
+    """Why an update must not leave with these metrics, by name; the worker has withheld them already."""
+    if policy.metrics is None:
+        return []
+    return [
+        Objection("metrics", f"metric {name!r} is not in policy.metrics ({', '.join(policy.metrics)})")
+        for name in sorted(metrics)
+        if name not in policy.metrics
+    ]
 
 
 def over_bytes(policy: Policy, used: int, more: int) -> Objection | None:
@@ -197,6 +229,40 @@ def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
         text = f"target_delta {promise.target_delta:g} is above policy.max_delta = {policy.max_delta:g}"
         problems.append(Objection("max_delta", text, policy.max_delta))
     return problems
+
+
+def _data(policy: Policy, data: DataSection) -> list[Objection]:
+    """What a run asks of the rows."""
+    found = []
+    if data.filter and not policy.allow_filters:
+        text = "the run chooses among the rows (data.filter), which policy.allow_filters = true would permit"
+        found.append(Objection("allow_filters", text))
+    if data.labels is not None and not policy.allow_label_maps:
+        text = "the run says which labels there are (data.labels); policy.allow_label_maps is false"
+        found.append(Objection("allow_label_maps", text))
+    if policy.fields is not None:
+        found += [
+            Objection("fields", f"field {name!r} is not in policy.fields ({', '.join(policy.fields)})")
+            for name in fields_used(data)
+            if name not in policy.fields
+        ]
+    return found
+
+
+def fields_used(data: DataSection) -> list[str]:
+    """The fields of a row that a run reads, sorted; of a template that is none, its whole text."""
+    used = {name for name in (data.label, data.user, data.explode) if name is not None} | set(
+        data.filter or ()
+    )
+    for key in ("prompt", "answer", "text"):
+        template = getattr(data, key)
+        if template is None:
+            continue
+        try:
+            used |= {name for _, name in compile_template(template, key).parts if name is not None}
+        except DataError:
+            used.add(template)
+    return sorted(used)
 
 
 def _work(policy: Policy, run: RunConfig) -> list[Objection]:

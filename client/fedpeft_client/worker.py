@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.errors import FedPEFTError, ModelError, PolicyError, RowsChangedError
+from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
 from fedpeft.faults import crash_point
+from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.execute import Outcome, execute, named_app
 from fedpeft.flower.tasks import START
 from fedpeft.frames import Frame, pack, read_frame
@@ -65,6 +66,7 @@ def done(order: Frame) -> Frame:
         memory_of(order.parts["memory"]),
         client=header["client"],
         run=header["run_digest"],
+        disclosure=_disclosure(header),
         replica=replica,
     )
     if shelf is not None and outcome.replica:
@@ -102,7 +104,7 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
             raise ModelError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
         _refuse_problems(run, header)
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
-        admit = _admission(header.get("max_memory_mib"), own.device)
+        admit = _admission(header, own.device)
         install_resident(load_own_resident(run, own, admit=admit, start_bytes=_start(header, content)))
         fresh = True
     resident = resident_for(digest)
@@ -142,19 +144,46 @@ def _start(header: Any, content: bytes) -> bytes:
     return shelf.get(digest)
 
 
-def _admission(most_mib: float | None, device: str) -> Admit:
-    """Refuse what this device, or its owner, has no memory for, before the base model is read."""
+def _disclosure(header: Any) -> Disclosure:
+    metrics = header.get("metrics")
+    return Disclosure(None if metrics is None else frozenset(metrics), header.get("min_count", 1))
+
+
+def _admission(header: Any, device: str) -> Admit:
+    """Refuse, before the base model is read, what there are too few rows or too little memory for."""
     from fedpeft.models.device import available_memory, device_named
     from fedpeft.planning.admission import refuse_oversized
 
+    most_mib = header.get("max_memory_mib")
     owners = float("inf") if most_mib is None else most_mib * 2**20
 
     def admit(run: RunConfig, data: FederatedData) -> None:
+        _refuse_few_rows(run, data, header.get("min_rows", 1), header.get("min_count", 1))
         where = device_named(device)
         limit = int(min(available_memory(where), owners))
         refuse_oversized(run, data, limit=limit, gpu=where.type != "cpu")
 
     return admit
+
+
+def _refuse_few_rows(run: RunConfig, data: FederatedData, least: int, least_told: int) -> None:
+    """Refuse a run that would train on too few of the owner's rows, or tell how few they are.
+
+    A run that hides rows is not refused: who stays away because of its rows tells about them.
+
+    Raises:
+        DataError: too few rows to train on; as for rows that cannot be used, so that nobody can tell these
+            apart.
+        PolicyError: the run weighs updates by rows, and these are too few for their number to be told.
+    """
+    if run.hides_rows:
+        return
+    rows = sum(len(client.train) for client in data.clients)
+    if rows < least:
+        raise DataError(f"the run would train on {rows} rows; policy.min_rows is {least}")
+    if rows < least_told and run.federation.weighting == "examples":
+        text = f"the run weighs updates by rows, and {rows} are fewer than policy.min_count = {least_told}"
+        raise PolicyError(text, {"min_count": float(least_told)})
 
 
 if __name__ == "__main__":

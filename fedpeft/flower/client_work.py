@@ -12,6 +12,7 @@ from flwr.app import Context, Message
 from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.tables import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
+from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
@@ -40,7 +41,8 @@ def greet(message: Message, context: Context, find: Find) -> Message:
         resident = find(read_task(message), context)
         client = resident.data.clients[_partition(context, resident)]
         resident = resident.of_client(client.name)
-        return hello_reply(Hello(client.name, _told_rows(resident, client), resident.base_digest), message)
+        rows = Disclosure.of_node(context.node_config).count(_told_rows(resident, client))
+        return hello_reply(Hello(client.name, rows, resident.base_digest), message)
     except FedPEFTError as error:
         return error_reply(error, message)
 
@@ -83,6 +85,9 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
         held_out_loss=_held_out_loss(resident, index, state, memory),
     )
     update = on_client(resident.stages, update, stage_context)
+    rows, steps = len(resident.data.clients[index].train), resident.run.of_client(name).training.steps
+    counts = ("examples",) if steps is not None else ("examples", "steps")
+    metrics = Disclosure.of_node(context.node_config).select(update.metrics, counts, rows)
     if stage_context.memory:
         context.state[MEMORY] = record_of(stage_context.memory)
     return encode(
@@ -94,7 +99,7 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
             space=resident.space.kind,
             client=name,
             weight=update.weight,
-            metrics=update.metrics,
+            metrics=metrics,
             encoded=update.encoded,
             base_digest=resident.base_digest,
             stages=resident.stage_list,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import FedPEFTError
 from fedpeft.flower.content import content_bytes, content_of
+from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 from fedpeft.wire.failures import to_text
@@ -83,6 +84,7 @@ def execute(
     *,
     client: str,
     run: str = "",
+    disclosure: Disclosure = Disclosure(),  # noqa: B008 - frozen
     replica: Mapping[str, NDArray[Any]] | None = None,
 ) -> Outcome:
     """Call the client function of `app` for a message; whatever goes wrong in it is part of the outcome.
@@ -94,11 +96,12 @@ def execute(
         memory: what the client remembers.
         client: its name in the run.
         run: digest of the run that was let in, for the app of agents.
+        disclosure: which numbers beside an update may leave.
         replica: the global state that it holds, unless this process has held it since.
     """
     held = {MEMORY: memory, REPLICA: replica}
     state = RecordDict({name: record_of(arrays) for name, arrays in held.items() if arrays})
-    config: UserConfig = {"client": client, RUN: run}
+    config: UserConfig = {"client": client, RUN: run, **disclosure.to_config()}
     try:
         call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, config)
         reply = call.answer(app, state)

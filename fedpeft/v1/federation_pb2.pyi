@@ -51,6 +51,12 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_TELL_LIMITS: _ClassVar[PolicyKey]
     POLICY_KEY_CAPABILITIES: _ClassVar[PolicyKey]
     POLICY_KEY_MAX_DELTA: _ClassVar[PolicyKey]
+    POLICY_KEY_FIELDS: _ClassVar[PolicyKey]
+    POLICY_KEY_ALLOW_FILTERS: _ClassVar[PolicyKey]
+    POLICY_KEY_ALLOW_LABEL_MAPS: _ClassVar[PolicyKey]
+    POLICY_KEY_MIN_ROWS: _ClassVar[PolicyKey]
+    POLICY_KEY_METRICS: _ClassVar[PolicyKey]
+    POLICY_KEY_MIN_COUNT: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
 FAILURE_CODE_TASK: FailureCode
@@ -90,6 +96,12 @@ POLICY_KEY_ALLOW_DOWNLOAD: PolicyKey
 POLICY_KEY_TELL_LIMITS: PolicyKey
 POLICY_KEY_CAPABILITIES: PolicyKey
 POLICY_KEY_MAX_DELTA: PolicyKey
+POLICY_KEY_FIELDS: PolicyKey
+POLICY_KEY_ALLOW_FILTERS: PolicyKey
+POLICY_KEY_ALLOW_LABEL_MAPS: PolicyKey
+POLICY_KEY_MIN_ROWS: PolicyKey
+POLICY_KEY_METRICS: PolicyKey
+POLICY_KEY_MIN_COUNT: PolicyKey
 
 class EnrollRequest(_message.Message):
     __slots__ = ("protocol_version", "token", "csr")

@@ -12,7 +12,14 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.runfile import build_run
 from fedpeft.wire.failures import policy_keys
-from fedpeft_client.policy import Policy, objections, over_bytes
+from fedpeft_client.policy import (
+    Policy,
+    _data,
+    fields_used,
+    objections,
+    over_bytes,
+    unwanted_metrics,
+)
 from fedpeft_client.settings import read_settings
 
 LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
@@ -67,13 +74,31 @@ CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
 }
 
 
+CASES |= {
+    "filter": ({}, run(data={"train": "x", "text": "{t}", "filter": {"a": 1}}), "chooses among the rows"),
+    "label map": (
+        {"allow_label_maps": False},
+        run(
+            model={"task": "sequence-classification"},
+            data={"train": "x", "text": "{t}", "label": "l", "labels": ["0", "1"]},
+        ),
+        "says which labels there are",
+    ),
+    "field of a template": (
+        {"fields": ["t"]},
+        run(data={"train": "x", "prompt": "{t}{ssn}", "answer": "{t}"}),
+        "field 'ssn' is not in policy.fields (t)",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_a_run_outside_the_policy_is_told_why(name: str) -> None:
     table, asked, words = CASES[name]
     (objection,) = objections(Policy.model_validate(table), asked)
     assert words in objection.text
     assert objection.key in policy_keys()
-    assert objections(Policy(), asked) == []
+    assert objections(Policy(allow_filters=True), asked) == []
 
 
 def test_a_run_inside_the_policy_is_let_in() -> None:
@@ -109,6 +134,30 @@ def test_bytes_add_up() -> None:
 
 def test_every_key_of_a_policy_can_be_named_in_a_refusal_and_no_other() -> None:
     assert policy_keys() == set(Policy.model_fields)
+
+
+def test_every_way_to_use_a_field_is_seen() -> None:
+    data = run(
+        model={"task": "sequence-classification"},
+        data={
+            "train": "x",
+            "text": "{a} {b}",
+            "label": "c",
+            "labels": ["0", "1"],
+            "filter": {"d": 1},
+            "user": "e",
+            "explode": "f",
+        },
+    ).data
+    assert fields_used(data) == ["a", "b", "c", "d", "e", "f"]
+    policy = Policy(fields=("a", "b", "c", "e", "f"), allow_filters=True)
+    assert [objection.text.split()[1] for objection in _data(policy, data)] == ["'d'"]
+
+
+def test_metrics_are_refused_by_name() -> None:
+    refused = unwanted_metrics(Policy(metrics=("steps",)), {"loss": 0.5, "steps": 3.0, "alpha": 1.0})
+    assert [objection.text.split()[1] for objection in refused] == ["'alpha'", "'loss'"]
+    assert unwanted_metrics(Policy(), {"loss": 0.5}) == []
 
 
 def test_only_keys_of_the_table_are_told() -> None:

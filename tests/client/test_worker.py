@@ -24,6 +24,7 @@ from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.failures import from_record
 from fedpeft.wire.state_message import StateMessage, encode_state
+from fedpeft_client.egress import contents
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.worker import done
 from fedpeft_client.workshop import CLIENT_APP, Bounds, Workshop
@@ -144,6 +145,36 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
     assert {name: array.tobytes() for name, array in kept.items()} == {
         name: array.tobytes() for name, array in step.state.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("told", "names"),
+    [
+        ({}, ["examples", "loss", "steps"]),
+        ({"metrics": ["loss"]}, ["loss"]),
+        ({"metrics": []}, []),
+        ({"min_count": 9}, ["loss"]),
+        ({"min_count": 8}, ["examples", "loss", "steps"]),
+    ],
+)
+def test_numbers_that_the_owner_does_not_tell_are_not_in_an_update(
+    rows: Path, told: dict[str, Any], names: list[str]
+) -> None:
+    """Eight rows are trained on; the weight of this run is uniform."""
+    tables = RUN.model_dump(mode="json") | {"federation": {"weighting": "uniform"}}
+    tables["data"]["heldout"] = 0.0
+    run = build_run(tables, source="test")
+    resident = load_serving_resident(run)
+    digest, first = resident.run_digest, resident.space.initial_state(resident.parameters)
+    state = encode(Envelope(first, digest, 1, arrays_digest(first), resident.space.kind))
+    header = order(rows, run_digest=digest, run=run_json(run), kind=TRAIN, group="1", **told).header
+    content = content_bytes(task_content(Task(digest, 1, state, run_json(run))))
+    answered = done(Frame(header, {"content": content, "memory": b""}))
+    drop_resident(digest)
+    assert answered.header["error"] is None
+    left = contents(answered.parts["content"])
+    assert sorted(left["metrics"]) == names
+    assert left["weight"] == 1
 
 
 def test_replicas_that_are_torn_or_too_many_are_none(tmp_path: Path) -> None:

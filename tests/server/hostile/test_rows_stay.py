@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedpeft.errors import DataError, FedPEFTError
-from fedpeft.flower.tasks import HELLO, Task, read_hello, task_content
+from fedpeft.errors import DataError, FedPEFTError, PolicyError
+from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
 from fedpeft.resident import drop_resident
 from fedpeft.runfile import build_run, run_digest, run_json
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.policy import Policy
 from fedpeft_server.grid import RunIdentity, node_id
 from tests.server.fleet import agents_with_rows, server, wait_for
 
@@ -44,25 +44,34 @@ PROBES: dict[str, dict[str, Any]] = {
 }
 
 
-def ask(home: Path, rows: str, run_tables: Mapping[str, Any]) -> tuple[FedPEFTError, str]:
-    """The error that a server gets for a roll call, and what the owner's status says."""
+def ask(
+    home: Path, rows: str, run_tables: Mapping[str, Any], **policy: Any
+) -> tuple[Hello | FedPEFTError, str]:
+    """What a server gets for a roll call, and what the owner's status says."""
     data = home / "patients.jsonl"
     home.mkdir()
     data.write_text(rows)
     run = build_run({"run": {"name": "probe", "rounds": 1}, **run_tables}, source="test")
     digest = run_digest(run)
     try:
-        with server() as running, agents_with_rows(running.address, {"site-a": data}, home, app=CLIENT_APP):
+        owners = Policy.model_validate({"allow_filters": True, **policy})
+        with (
+            server() as running,
+            agents_with_rows(running.address, {"site-a": data}, home, policy=owners),
+        ):
             grid = running.grid(RunIdentity("probe-1", digest))
             wait_for(lambda: grid.connected)
             grid.know(["site-a"])
             content = task_content(Task(digest, 0, b"", run_json(run)))
             (reply,) = grid.send_and_receive([Message(content, node_id("site-a"), HELLO, group_id="0")])
-            with pytest.raises(FedPEFTError) as raised:
-                read_hello(reply)
+            told: Hello | FedPEFTError
+            try:
+                told = read_hello(reply)
+            except FedPEFTError as error:
+                told = error
     finally:
         drop_resident(digest)
-    return raised.value, str(json.loads((home / "site-a" / "status.json").read_text()))
+    return told, str(json.loads((home / "site-a" / "status.json").read_text()))
 
 
 @pytest.mark.parametrize("probe", sorted(PROBES))
@@ -81,3 +90,41 @@ def test_rows_that_are_broken_in_any_way_look_alike(tmp_path: Path) -> None:
     tables = {"data": PLAIN}
     told = {str(ask(tmp_path / str(at), row + "\n", tables)[0]) for at, row in enumerate(broken)}
     assert len(told) == 1
+
+
+MANY = "".join(
+    json.dumps({"note": f"n{at} and more", "ward": "w" if at < 3 else "v"}) + "\n" for at in range(9)
+)
+FILTERED = {"data": {**PLAIN, "heldout": 0.0, "filter": {"ward": "w"}}}
+
+
+def test_a_filter_is_refused_unless_the_owner_permits_it(tmp_path: Path) -> None:
+    told, _ = ask(tmp_path / "home", MANY, FILTERED, allow_filters=False)
+    assert isinstance(told, PolicyError)
+    assert str(told).endswith("refused by the agent's policy: policy.allow_filters")
+
+
+def test_few_rows_no_rows_and_broken_rows_look_alike(tmp_path: Path) -> None:
+    """At `min_rows` = 4 a filter that finds three rows, or none, says no more than rows that are no JSON."""
+    none = {"data": {**PLAIN, "filter": {"ward": "x"}}}
+    told = {
+        str(ask(tmp_path / "few", MANY, FILTERED, min_rows=4)[0]),
+        str(ask(tmp_path / "none", MANY, none, min_rows=4)[0]),
+        str(ask(tmp_path / "broken", "{", {"data": PLAIN}, min_rows=4)[0]),
+    }
+    assert len(told) == 1
+    assert "('data')" in told.pop()
+
+
+@pytest.mark.slow
+def test_small_counts_are_withheld(tmp_path: Path) -> None:
+    uniform = {**FILTERED, "federation": {"weighting": "uniform"}}
+    told, _ = ask(tmp_path / "told", MANY, uniform, min_count=3)
+    withheld, _ = ask(tmp_path / "withheld", MANY, uniform, min_count=4)
+    refused, _ = ask(tmp_path / "refused", MANY, FILTERED, min_count=4)
+    assert isinstance(told, Hello)
+    assert told.examples == 3
+    assert isinstance(withheld, Hello)
+    assert withheld.examples == 0
+    assert isinstance(refused, PolicyError)
+    assert str(refused).endswith("refused by the agent's policy: policy.min_count")
