@@ -259,7 +259,7 @@ def fields_used(data: DataSection) -> list[str]:
         if template is None:
             continue
         try:
-            used |= {name for _, name in compile_template(template, key).parts if name is not None}
+            used |= compile_template(template, key).fields
         except DataError:
             used.add(template)
     return sorted(used)

@@ -54,6 +54,12 @@ class Template:
     key: str
     pieces: tuple[_Piece, ...]
 
+    @property
+    def fields(self) -> frozenset[str]:
+        """Names of all fields that a rendered text can depend on."""
+        named = {name for piece in self.pieces for name in (piece.field, piece.needs)}
+        return frozenset(name for name in named if name is not None)
+
     def render(self, fields: Mapping[str, object], where: str) -> Rendered:
         """Return the text for one row.
 

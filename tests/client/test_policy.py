@@ -141,7 +141,7 @@ def test_every_way_to_use_a_field_is_seen() -> None:
         model={"task": "sequence-classification"},
         data={
             "train": "x",
-            "text": "{a} {b}",
+            "text": "{a} {b?}{?g}there{/g}",
             "label": "c",
             "labels": ["0", "1"],
             "filter": {"d": 1},
@@ -149,8 +149,8 @@ def test_every_way_to_use_a_field_is_seen() -> None:
             "explode": "f",
         },
     ).data
-    assert fields_used(data) == ["a", "b", "c", "d", "e", "f"]
-    policy = Policy(fields=("a", "b", "c", "e", "f"), allow_filters=True)
+    assert fields_used(data) == ["a", "b", "c", "d", "e", "f", "g"]
+    policy = Policy(fields=("a", "b", "c", "e", "f", "g"), allow_filters=True)
     assert [objection.text.split()[1] for objection in _data(policy, data)] == ["'d'"]
 
 
