@@ -31,7 +31,7 @@ def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
         RunFileError: a device that is not there.
     """
     device = device_for(run)
-    raw = read_tables(run.data, run.model.task, run.run.seed)
+    raw = read_tables(run.data, run.model.task, run.run.seed, hides_rows=run.hides_rows)
     tokenizer = load_tokenizer(run.model)
     data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
     model = _base_with_adapter(run, adapter, data.num_labels)

@@ -32,7 +32,8 @@ class FederatedData:
         num_labels: number of classes; None for language models.
         label_names: by class id, empty for language models.
         cut_rows: rows, test set included, that were longer than `data.max_length` tokens and cut.
-        dropped_rows: rows, test set included, without a single token to learn or score.
+        dropped_rows: rows, test set included, without a single token to learn or score, and training rows
+            that could not be used where rows are hidden.
         unused_rows: training rows that no client holds.
         unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
         rows_digest: fingerprint of the rows as they were read; see `fedpeft.data.row_digest`.
@@ -70,7 +71,7 @@ def encode(
     clients = tuple(_keep(client, useful) for client in raw.clients)
     if not hides_rows:
         clients = tuple(_at_work(client) for client in clients)
-    cut, dropped = tokenized.cut, int(np.sum(~useful))
+    cut, dropped = tokenized.cut, raw.bad_rows + int(np.sum(~useful))
     if raw.test is None:
         held = [client.heldout for client in clients] or [np.zeros(0, dtype=np.int64)]
         test = tokenized.rows.take(np.concatenate(held))

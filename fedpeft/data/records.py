@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -111,6 +111,19 @@ class Collected:
     parts: list[int] = field(default_factory=list)
 
 
+OnBadRow = Callable[[DataError], None]
+"""Told of a row that cannot be used; if it returns, that row alone is left out."""
+
+
+def refuse_row(error: DataError) -> None:
+    """Read nothing where one row cannot be used.
+
+    Raises:
+        DataError: always.
+    """
+    raise error
+
+
 def read_parts(parts: Iterable[Part]) -> Iterator[Record]:
     """The rows of all parts, one part after the other."""
     for index, part in enumerate(parts):
@@ -119,7 +132,11 @@ def read_parts(parts: Iterable[Part]) -> Iterator[Record]:
 
 
 def collect(
-    records: Iterable[Record], layout: Layout, selection: Selection, labels: LabelMap | None
+    records: Iterable[Record],
+    layout: Layout,
+    selection: Selection,
+    labels: LabelMap | None,
+    on_bad: OnBadRow = refuse_row,
 ) -> Collected:
     """Read, select and render.
 
@@ -130,24 +147,44 @@ def collect(
         labels: a known label map turns labels into class ids at once; without one they are kept as they are.
 
     Raises:
-        DataError: a row lacks a field, or its label is outside the map.
+        DataError: a row lacks a field, or its label is outside the map; raised by `on_bad`.
     """
     out = Collected()
-    for record in select(records, selection):
-        out.parts.append(record.part)
-        prompt = layout.prompt.render(record.fields, record.where)
-        out.prompts.add(prompt.text, prompt.cells)
-        if layout.answer is not None:
-            answer = layout.answer.render(record.fields, record.where)
-            out.answers.add(answer.text, answer.cells)
-        if layout.label is not None:
-            label = plain_value(record.fields.get(layout.label), layout.label, record.where)
-            out.labels.append(label if labels is None else labels.class_id(label, layout.label, record.where))
-        if layout.by is not None:
-            out.by.append(plain_value(record.fields.get(layout.by), layout.by, record.where))
-        if layout.user is not None:
-            out.users.append(str(plain_value(record.fields.get(layout.user), layout.user, record.where)))
+    for record in select(records, selection, on_bad):
+        try:
+            _add(out, record, layout, labels)
+        except DataError as error:
+            on_bad(error)
     return out
+
+
+def _add(out: Collected, record: Record, layout: Layout, labels: LabelMap | None) -> None:
+    """Add one row, or nothing of it.
+
+    Raises:
+        DataError: it lacks a field, or its label is outside the map.
+    """
+
+    def value(name: str) -> str | int:
+        return plain_value(record.fields.get(name), name, record.where)
+
+    prompt = layout.prompt.render(record.fields, record.where)
+    answer = None if layout.answer is None else layout.answer.render(record.fields, record.where)
+    label = None if layout.label is None else value(layout.label)
+    if label is not None and labels is not None and layout.label is not None:
+        label = labels.class_id(label, layout.label, record.where)
+    by = None if layout.by is None else value(layout.by)
+    user = None if layout.user is None else str(value(layout.user))
+    out.parts.append(record.part)
+    out.prompts.add(prompt.text, prompt.cells)
+    if answer is not None:
+        out.answers.add(answer.text, answer.cells)
+    if label is not None:
+        out.labels.append(label)
+    if by is not None:
+        out.by.append(by)
+    if user is not None:
+        out.users.append(user)
 
 
 def row_set(collected: Collected, layout: Layout, class_ids: Sequence[int] | None) -> RowSet:
@@ -165,27 +202,36 @@ def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
     return np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
-def select(records: Iterable[Record], selection: Selection) -> Iterator[Record]:
+def select(
+    records: Iterable[Record], selection: Selection, on_bad: OnBadRow = refuse_row
+) -> Iterator[Record]:
     """The records that count.
 
     Raises:
-        DataError: a row lacks a field that the selection needs.
+        DataError: a row lacks a field that the selection needs; raised by `on_bad`.
     """
     wanted = selection.filter or {}
-    matching = (record for record in _exploded(records, selection.explode) if _matches(record, wanted))
-    return islice(matching, selection.limit)
+
+    def counts(record: Record) -> bool:
+        try:
+            return _matches(record, wanted)
+        except DataError as error:
+            on_bad(error)
+            return False
+
+    return islice(filter(counts, _exploded(records, selection.explode, on_bad)), selection.limit)
 
 
-def _exploded(records: Iterable[Record], name: str | None) -> Iterator[Record]:
+def _exploded(records: Iterable[Record], name: str | None, on_bad: OnBadRow) -> Iterator[Record]:
     if name is None:
         yield from records
         return
     for record in records:
         items = record.fields.get(name)
         if not isinstance(items, list):
-            raise DataError(
-                f"{record.where}: field '{name}', which data.explode names, is {shown(items)}; needs a list"
-            )
+            problem = f"field '{name}', which data.explode names, is {shown(items)}; needs a list"
+            on_bad(DataError(f"{record.where}: {problem}"))
+            continue
         for item in items:
             yield Record(record.part, record.source, record.number, {**record.fields, name: item})
 

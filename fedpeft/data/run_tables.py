@@ -21,22 +21,26 @@ from fedpeft.data.tables import ClientRows, RawFederated, refuse_problems, split
 from fedpeft.errors import DataError
 
 
-def read_tables(section: DataSection, task: Task, seed: int) -> RawFederated:
+def read_tables(section: DataSection, task: Task, seed: int, *, hides_rows: bool = False) -> RawFederated:
     """Read all rows, map labels and deal rows to clients.
 
     Args:
         section: the run file's `data`.
         task: of the model.
         seed: the run's; decides who gets which rows and which are held out.
+        hides_rows: rows that cannot be used are left out one by one, as on a device, unless all are such;
+            see `fedpeft.data.tables.read_client_table`.
 
     Raises:
         DataError: anything wrong with the section, a file, a row, a label or the partition.
     """
     refuse_problems(section, task)
     if section.train == EMBEDDED:
-        return _read_embedded(section, task, seed)
+        return _read_embedded(section, task, seed, hides_rows=hides_rows)
     parts = find_parts(section.train)
-    training = training_rows(section, task, read_parts(parts))
+    training = training_rows(section, task, read_parts(parts), hides_rows=hides_rows)
+    if training.bad and len(training.rows) == 0:
+        raise training.bad[0]
     dealt = _deal(section.partitioner, training.collected, parts, seed)
     test = None
     if section.test is not None:
@@ -94,11 +98,12 @@ def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part],
     return deal_evenly(len(collected.parts), spec, seed)
 
 
-def _read_embedded(section: DataSection, task: Task, seed: int) -> RawFederated:
+def _read_embedded(section: DataSection, task: Task, seed: int, *, hides_rows: bool) -> RawFederated:
     """The generator deals its rows itself and says which are held out: two parts per client."""
     parts = embedded_parts(section, seed)
     # The generator has heeded the limit already, evenly for all clients.
-    training = training_rows(section.model_copy(update={"limit": None}), task, read_parts(parts))
+    unlimited = section.model_copy(update={"limit": None})
+    training = training_rows(unlimited, task, read_parts(parts), hides_rows=hides_rows)
     of = np.asarray(training.collected.parts, dtype=np.int64)
     clients = tuple(
         ClientRows(part.name, np.flatnonzero(of == 2 * index), np.flatnonzero(of == 2 * index + 1))

@@ -14,7 +14,16 @@ from fedpeft.data.heldout import Draws, content_draws, split_heldout
 from fedpeft.data.labels import LabelMap, label_map, sorted_label_map
 from fedpeft.data.layout import make_layout, section_problems
 from fedpeft.data.partition import Dealt
-from fedpeft.data.records import Collected, Record, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.records import (
+    Collected,
+    Record,
+    RowSet,
+    Selection,
+    collect,
+    read_parts,
+    refuse_row,
+    row_set,
+)
 from fedpeft.data.sources import find_files
 from fedpeft.errors import DataError
 
@@ -43,6 +52,7 @@ class RawFederated:
         unused_rows: training rows that no client holds (excluded, of small clients, or left by a
             partitioner).
         unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
+        bad_rows: training rows that could not be used; where rows are hidden, they are left out one by one.
     """
 
     rows: RowSet
@@ -51,6 +61,7 @@ class RawFederated:
     label_names: tuple[str, ...]
     unused_rows: int
     unused_clients: int
+    bad_rows: int = 0
 
     @property
     def num_labels(self) -> int | None:
@@ -60,11 +71,12 @@ class RawFederated:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Training rows, the label map they are under, and what tells their clients apart."""
+    """Training rows, the label map they are under, what tells their clients apart, and what was left out."""
 
     rows: RowSet
     labels: LabelMap | None
     collected: Collected
+    bad: tuple[DataError, ...] = ()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -82,7 +94,7 @@ def read_client_table(
 
     Args:
         hides_rows: whether nothing may depend on a single row being there (`RunConfig.hides_rows`); then a
-            client without rows is none the less a client.
+            client without rows is none the less a client, and a row that cannot be used is left out alone.
 
     Raises:
         DataError: anything wrong with the section, the file, a row or a label; also a classifier's run
@@ -109,7 +121,7 @@ def client_table(
             " not allow for; remove it from the run file and lower privacy.sample_rate instead"
         )
     refuse_problems(section, task)
-    training = training_rows(section, task, records)
+    training = training_rows(section, task, records, hides_rows=hides_rows)
     count = len(training.rows)
     if count == 0 and not hides_rows:
         raise DataError(f"client {name} has no rows after data.filter; needs at least one")
@@ -128,16 +140,27 @@ def refuse_problems(section: DataSection, task: Task) -> None:
         raise DataError("; ".join(problems))
 
 
-def training_rows(section: DataSection, task: Task, records: Iterable[Record]) -> Labelled:
-    """Read the training rows; without `data.labels`, a classifier's label map comes from them."""
+def training_rows(
+    section: DataSection, task: Task, records: Iterable[Record], *, hides_rows: bool
+) -> Labelled:
+    """Read the training rows; without `data.labels`, a classifier's label map comes from them.
+
+    Args:
+        hides_rows: a refusal would tell about a row that cannot be used, so it is left out and counted.
+
+    Raises:
+        DataError: a row cannot be used, and rows are not hidden.
+    """
     layout = make_layout(section, task)
     given = None if layout.label is None or section.labels is None else label_map(section.labels)
-    collected = collect(records, layout, Selection.of_training(section), given)
+    bad: list[DataError] = []
+    on_bad = bad.append if hides_rows else refuse_row
+    collected = collect(records, layout, Selection.of_training(section), given, on_bad)
     if layout.label is None:
-        return Labelled(row_set(collected, layout, None), None, collected)
+        return Labelled(row_set(collected, layout, None), None, collected, tuple(bad))
     labels = given or sorted_label_map(collected.labels)
     ids = collected.labels if given else [labels.ids[str(label)] for label in collected.labels]
-    return Labelled(row_set(collected, layout, [int(label) for label in ids]), labels, collected)
+    return Labelled(row_set(collected, layout, [int(label) for label in ids]), labels, collected, tuple(bad))
 
 
 def _draws(training: Labelled, seed: int) -> Draws:
@@ -167,4 +190,5 @@ def split(training: Labelled, dealt: Dealt, test: RowSet | None, share: float, s
         label_names=training.label_names,
         unused_rows=len(rows) - len(held),
         unused_clients=dealt.left_out,
+        bad_rows=len(training.bad),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection, RecordLevelPrivacy, RunConfig
+from fedpeft.config import ModelSection, PeftSection, RunConfig
 from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.tables import RawFederated
 from fedpeft.errors import ModelError, RunFileError
@@ -27,7 +27,7 @@ from fedpeft.spaces.directions import direction_stream
 from fedpeft.stages import build_stages
 from fedpeft.training.layers import check_layers
 from fedpeft.training.lean import device_problems
-from fedpeft.training.row_isolation import verify_isolation
+from fedpeft.training.row_isolation import verify_gradients_apart, verify_losses_apart
 
 Admit = Callable[[RunConfig, FederatedData], None]
 """Asked once the rows are there and before any weight is read; refuses by raising."""
@@ -101,7 +101,7 @@ def assemble(
     for part in (run, *(run.of_group(group) for group in run.groups)):
         check_layers(part.training, list(names))
     refuse_idle(run, names)
-    if isinstance(run.privacy, RecordLevelPrivacy) and run.training.kind == "first-order":
+    if run.hides_rows:
         _verify_rows_apart(run, body.model, tokenizer, data.num_labels)
     resident = Resident(
         run,
@@ -164,14 +164,11 @@ def _verify_rows_apart(run: RunConfig, model: nn.Module, tokenizer: Tokenizer, l
     Raises:
         PrivacyError: it does.
     """
-    verify_isolation(
-        model,
-        trainable_parameters(model),
-        run.training,
-        run.model.task,
-        vocabulary=len(tokenizer),
-        labels=labels or 2,
-    )
+    task, sizes = run.model.task, {"vocabulary": len(tokenizer), "labels": labels or 2}
+    if run.training.kind == "first-order":
+        verify_gradients_apart(model, trainable_parameters(model), run.training, task, **sizes)
+    else:
+        verify_losses_apart(model, task, **sizes)
 
 
 def _with_support(digest: str, directions: Stream) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from fedpeft.loading.assembly import Admit, assemble, refuse_device
 from fedpeft.models.device import device_named
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft.resident import Resident
+
+LOG = logging.getLogger("fedpeft.client")
 
 
 @dataclass(frozen=True)
@@ -51,5 +54,7 @@ def load_own_resident(
     raw = read_client_table(
         run.data, own.data, run.model.task, run.run.seed, own.client, hides_rows=run.hides_rows
     )
+    if raw.bad_rows:  # said here and nowhere else: the server must not know
+        LOG.warning("%d rows cannot be used with the run's fields and labels and are left out", raw.bad_rows)
     section = part.model.model_copy(update={"path": own.model}) if own.model else part.model
     return assemble(run, raw, section, device, admit, part.peft, start_bytes)

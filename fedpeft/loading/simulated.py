@@ -33,7 +33,7 @@ def load_resident(
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
     """
     device = trainable_on(run)
-    raw = read_tables(data or run.data, run.model.task, run.run.seed)
+    raw = read_tables(data or run.data, run.model.task, run.run.seed, hides_rows=run.hides_rows)
     names = {client.name for client in raw.clients}
     refuse_unknown(run, names)
     attackers_of(run, names)

@@ -63,7 +63,7 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
     machine has no memory for.
     """
     task, seed = run.model.task, run.run.seed
-    raw = problems.attempt(lambda: read_tables(run.data, task, seed))
+    raw = problems.attempt(lambda: read_tables(run.data, task, seed, hides_rows=run.hides_rows))
     tokenizer = problems.attempt(lambda: load_tokenizer(run.model))
     data = None
     if raw is not None and tokenizer is not None:
@@ -92,5 +92,5 @@ def read_rows(run: RunConfig) -> FederatedData:
     Raises:
         DataError, ModelError: what cannot be read.
     """
-    raw = read_tables(run.data, run.model.task, run.run.seed)
+    raw = read_tables(run.data, run.model.task, run.run.seed, hides_rows=run.hides_rows)
     return encode(raw, load_tokenizer(run.model), run.data, run.model.task, hides_rows=run.hides_rows)

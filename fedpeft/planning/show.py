@@ -84,7 +84,11 @@ def _data_lines(data: DataPlan) -> Iterator[Line]:
     limit = f"over {data.max_length} tokens; longest row: {data.longest_row:,}"
     yield "cut rows", f"{data.cut_rows:,}", limit
     if data.dropped_rows:
-        yield "dropped rows", f"{data.dropped_rows:,}", "without a token to learn or score"
+        yield (
+            "dropped rows",
+            f"{data.dropped_rows:,}",
+            "that could not be used, or without a token to learn or score",
+        )
     if data.unused_rows or data.unused_clients:
         left = counted(data.unused_clients, "client")
         yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"

@@ -16,7 +16,13 @@ def load_federated(
     section: DataSection, *, task: Task, tokenizer: Tokenizer, seed: int, hides_rows: bool = False
 ) -> FederatedData:
     """All clients of a simulation."""
-    return encode(read_tables(section, task, seed), tokenizer, section, task, hides_rows=hides_rows)
+    return encode(
+        read_tables(section, task, seed, hides_rows=hides_rows),
+        tokenizer,
+        section,
+        task,
+        hides_rows=hides_rows,
+    )
 
 
 def load_client(

@@ -141,3 +141,49 @@ def test_a_limit_is_refused_where_rows_are_hidden(write_rows: Any, tokenizer: An
     with pytest.raises(DataError, match=r"data\.limit.*remove it") as caught:
         load_client(section(path, limit=5), path, hides_rows=True, **options)
     assert "\n" not in str(caught.value)
+
+
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "without a field": ({"a": "x", "who": "w"}, {}),
+    "without the filter's field": ({"q": "x", "a": "y"}, {"filter": {"who": "w3"}}),
+    "without a person": ({"q": "x", "a": "y"}, {"user": "who"}),
+    "not a list": ({"q": "x", "a": 3, "who": "w"}, {"explode": "a", "user": "who"}),
+}
+
+
+@pytest.mark.parametrize("case", sorted(BAD))
+def test_a_row_that_cannot_be_used_is_left_out_alone_where_rows_are_hidden(
+    write_rows: Any, tokenizer: Any, case: str
+) -> None:
+    """A refusal would tell about it; and where rows are no secret it is one."""
+    bad, keys = BAD[case]
+    good: list[Any] = [{**row, "a": [row["a"]]} for row in ROWS] if "explode" in keys else list(ROWS)
+    options: Any = {"task": "causal-lm", "tokenizer": tokenizer, "seed": 0, "name": "c"}
+    read = []
+    for rows in (good, [*good[:7], bad, *good[7:]]):
+        path = write_rows("client.jsonl", rows)
+        data = load_client(section(path, **keys), path, hides_rows=True, **options)
+        read.append((rows_of(data, data.clients[0].train), rows_of(data, data.clients[0].heldout)))
+    assert read[0] == read[1]
+    assert data.dropped_rows == 1
+    with pytest.raises(DataError):
+        load_client(section(path, **keys), path, **options)
+
+
+def test_a_class_outside_the_map_is_left_out_alone(write_rows: Any, tokenizer: Any) -> None:
+    rows = [{"q": f"row {n}", "y": "abz"[n % 3]} for n in range(9)]
+    path = write_rows("client.jsonl", rows)
+    keys: dict[str, Any] = {"prompt": None, "answer": None, "text": "{q}", "label": "y", "labels": ["a", "b"]}
+    options: Any = {"task": "sequence-classification", "tokenizer": tokenizer, "seed": 0, "name": "c"}
+    data = load_client(section(path, **keys), path, hides_rows=True, **options)
+    assert (len(data.rows), data.dropped_rows) == (6, 3)
+    assert data.rows.labels is not None
+    assert data.rows.labels.tolist() == [0, 1] * 3
+
+
+def test_a_simulation_says_what_is_wrong_with_all_rows(write_rows: Any, tokenizer: Any) -> None:
+    """Whoever runs it reads its rows anyway, and a run without any would be a mistake."""
+    path = write_rows("client.jsonl", ROWS)
+    options: Any = {"task": "causal-lm", "tokenizer": tokenizer, "seed": 0, "hides_rows": True}
+    with pytest.raises(DataError, match="field 'nothing'"):
+        load_federated(section(path, prompt="{nothing}"), **options)

@@ -62,13 +62,15 @@ CASES = [
 
 
 def records(count: int, seed: int) -> list[dict[str, Any]]:
-    """Of three persons for each eight records; some twice, some that the filter leaves out."""
+    """Of three persons for each eight records; some twice, some filtered out, some without a field."""
     rng = np.random.default_rng(seed)
     found: list[dict[str, Any]] = []
     for number in range(count):
         words = [" ".join(f"w{w}" for w in rng.integers(2, 96, rng.integers(2, 9))) for _ in range(3)]
         row = {"q": words[0] + " ", "a": words[1], "y": int(rng.integers(LABELS)), "keep": number % 5 != 4}
         row |= {"who": f"p{number * 3 // 8}", "turns": words[1 : 2 + number % 2]}
+        if number % 7 == 3:
+            del row["q"]
         found.append(found[int(rng.integers(number))] if number and number % 6 == 5 else row)
     return found
 
