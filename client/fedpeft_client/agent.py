@@ -19,7 +19,7 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.files import hold_lock, make_private_folder
 from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
-from fedpeft_client.egress import LEDGER_FILE, EgressLedger
+from fedpeft_client.egress import EGRESS_FILE, EgressLedger
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings
@@ -66,7 +66,7 @@ class Agent:
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
-        self._ledger = ledger or EgressLedger(home / LEDGER_FILE)
+        self._ledger = ledger or EgressLedger(home / EGRESS_FILE)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
         trade = Trade(name, settings.data, settings.model, policy, app, settings.device)
         metrics = metrics or Metrics()

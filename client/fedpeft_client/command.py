@@ -20,7 +20,7 @@ from fedpeft.errors import CredentialError, UsageError
 from fedpeft.files import make_private_folder
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
-from fedpeft_client.egress import LEDGER_FILE, EgressLedger, read_ledger
+from fedpeft_client.egress import EGRESS_FILE, EgressLedger, read_ledger
 from fedpeft_client.enrolment import own_material, renewed
 from fedpeft_client.ledger_lines import ledger_lines
 from fedpeft_client.metrics import Metrics
@@ -87,7 +87,7 @@ async def _serve(settings: Settings, token: str) -> None:
     home = settings.home or Path.home() / AGENTS / check_name(settings.name or settings.data.stem)
     keys, patience_s = settings.keys or home / KEYS, settings.connect_s or math.inf
     make_private_folder(home, holds="what left this device")
-    ledger = EgressLedger(home / LEDGER_FILE)
+    ledger = EgressLedger(home / EGRESS_FILE)
     material = (
         None
         if settings.insecure

@@ -28,7 +28,7 @@ from fedpeft.v1 import update_pb2
 from fedpeft.wire.content import decode_content
 from fedpeft.wire.fields import MalformedError, length_delimited, number_of
 
-LEDGER_FILE = "ledger.jsonl"
+EGRESS_FILE = "egress.jsonl"
 Facts = Mapping[str, Any]
 Outgoing = pb.AgentMessage | pb.BlobUpload | pb.PullBlobRequest | pb.EnrollRequest
 _HEADER = number_of(update_pb2.Update, "header")
@@ -98,7 +98,7 @@ def read_ledger(home: Path) -> Iterator[dict[str, Any]]:
     Raises:
         StateError: no agent with that folder has sent anything.
     """
-    path = home / LEDGER_FILE
+    path = home / EGRESS_FILE
     if not path.is_file():
         raise StateError(f"{home}: no agent has run with this folder; give --home or --name as at its start")
     with storage(path), path.open(encoding="utf-8") as lines:

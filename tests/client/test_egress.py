@@ -23,7 +23,7 @@ from fedpeft.update import arrays_digest, frozen_arrays
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_client.egress import LEDGER_FILE, EgressLedger, contents, read_ledger
+from fedpeft_client.egress import EGRESS_FILE, EgressLedger, contents, read_ledger
 from fedpeft_client.policy import Policy
 from fedpeft_server.grid import GrpcGrid, node_id
 from tests.server.fleet import RUN, fleet, server, wait_for
@@ -114,29 +114,29 @@ def test_a_refusal_is_in_the_ledger_with_the_number_that_it_tells(tmp_path: Path
 def test_nothing_leaves_that_cannot_be_written_down(tmp_path: Path) -> None:
     """The ledger's file is a device that is always full."""
     (tmp_path / "site-a").mkdir(mode=0o700)
-    (tmp_path / "site-a" / LEDGER_FILE).symlink_to("/dev/full")
+    (tmp_path / "site-a" / EGRESS_FILE).symlink_to("/dev/full")
     with (
         server() as running,
         relay(running.address) as seen,
         fleet(seen.address, ["site-a"], tmp_path, app=APP) as agents,
     ):
-        wait_for(lambda: "ledger.jsonl: no disk space is left" in agents["site-a"].status.last_error)
+        wait_for(lambda: "egress.jsonl: no disk space is left" in agents["site-a"].status.last_error)
         assert seen.messages() == []
         assert running.agents() == []
 
 
 def test_a_line_that_a_crash_cut_costs_no_other(tmp_path: Path) -> None:
     message = pb.AgentMessage(received=pb.Received(task=b"t"))
-    first = EgressLedger(tmp_path / LEDGER_FILE)
+    first = EgressLedger(tmp_path / EGRESS_FILE)
     first.record(message)
     first.close()
-    with (tmp_path / LEDGER_FILE).open("a") as file:
+    with (tmp_path / EGRESS_FILE).open("a") as file:
         file.write('{"what": "resu')
-    second = EgressLedger(tmp_path / LEDGER_FILE)
+    second = EgressLedger(tmp_path / EGRESS_FILE)
     second.record(message)
     second.close()
     assert [entry["what"] for entry in read_ledger(tmp_path)] == ["received", "received"]
-    assert (tmp_path / LEDGER_FILE).stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / EGRESS_FILE).stat().st_mode & 0o777 == 0o600
 
 
 def test_bodies_of_any_kind_are_described() -> None:
@@ -147,7 +147,7 @@ def test_bodies_of_any_kind_are_described() -> None:
 
 
 def test_the_command_shows_sums_and_lines(tmp_path: Path) -> None:
-    ledger = EgressLedger(tmp_path / LEDGER_FILE)
+    ledger = EgressLedger(tmp_path / EGRESS_FILE)
     result = pb.AgentMessage(result=pb.Result(task=b"t", inline=b"x" * 10))
     ledger.record(
         result, {"run": "a\x1b[2Jb", "round": 3, "metrics": {"loss": 0.5, "steps": 4.0}, "weight": 7}
