@@ -17,12 +17,21 @@ from typing import Any, cast
 from fedpeft import __version__
 from fedpeft.codec import Distortion, Encoded, Expert, compress_named, dense_named, distortion, write_expert
 from fedpeft.codec.expert_file import SUFFIX
-from fedpeft.commands.experts import Adapter, delta_of, moved, read_adapter, write_folder
+from fedpeft.commands.experts import (
+    Adapter,
+    Weights,
+    compare_written,
+    delta_of,
+    moved,
+    read_adapter,
+    write_folder,
+)
 from fedpeft.commands.export import check_out
 from fedpeft.commands.held_out import AdapterScores, held_out_run
-from fedpeft.commands.runs import adapter_and_run
-from fedpeft.errors import StateError, UsageError
+from fedpeft.commands.runs import adapter_and_run, adapter_folder
+from fedpeft.errors import FedPEFTError, ModelError, StateError, UsageError
 from fedpeft.files import folder_atomically, storage
+from fedpeft.ledger.run_place import run_folder_of
 from fedpeft.options import build_option
 from fedpeft.reporting.text import byte_size
 from fedpeft.stages import STAGES, StageContext
@@ -84,6 +93,8 @@ def compress_command(
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     size = write_expert(out, Expert(metadata, tensors))
+    init = run_folder_of(adapter_folder(adapter)) if source.start is not None and adapter.is_dir() else None
+    _read_again(out, init, moved(source.initial, dense_named(tensors)))
     entries = sum(array.size for array in delta.values())
     _print(out, size, entries, distortion(delta, dense_named(tensors)), started=source.start is not None)
 
@@ -107,7 +118,22 @@ def decompress_command(path: Path, out: Path, *, init: Path | None, force: bool)
         out.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomically(out) as fresh:
         write_folder(fresh, source.config, source.weights)
+        compare_written(fresh, source.weights, source.start)
     print(f"adapter  {out}\nweights  {arrays_digest(source.weights)}")
+
+
+def _read_again(out: Path, init: Path | None, weights: Weights) -> None:
+    """Refuse a file whose adapter isn't the one that was written, and take it away.
+
+    Raises:
+        ModelError: its start, drawn again, is another, or its tensors are.
+    """
+    try:
+        if arrays_digest(read_adapter(out, init).weights) != arrays_digest(weights):
+            raise ModelError(f"{out} does not decompress to what was compressed; the adapter is kept")
+    except FedPEFTError:
+        out.unlink()
+        raise
 
 
 def _searched(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedpeft.codec import Expert, read_expert
 from fedpeft.codec.expert_file import SUFFIX
@@ -28,7 +29,14 @@ from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.ledger.run_place import CHECKPOINTS, read_run, run_folder_of, run_with_rows
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
-from fedpeft.models.export import CONFIG_FILE, WEIGHTS_FILE, export_adapter
+from fedpeft.models.comparison import made_up_rows, read_logits, refuse_difference
+from fedpeft.models.export import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    export_adapter,
+    load_adapter,
+    replace_adapter_weights,
+)
 from fedpeft.models.trainable import frozen_digest, trainable_parameters, write_parameters
 from fedpeft.randomness import derive_seed
 from fedpeft.runfile import run_digest
@@ -130,6 +138,27 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Weights) -> N
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
+def compare_written(folder: Path, weights: Weights, start: Start | None) -> None:
+    """Refuse an adapter folder that makes another model of its base than these weights do.
+
+    Args:
+        start: how the base is loaded and the adapter attached; None: nobody knows, and nothing is compared.
+
+    Raises:
+        ModelError: the models differ, or one cannot be loaded.
+    """
+    if start is None:
+        return
+    model = _attached(start)
+    replace_adapter_weights(model, weights)
+    rows = made_up_rows(model)
+    wanted = read_logits(model, rows)
+    del model
+    loaded = load_adapter(_base(start), folder)
+    found = read_logits(loaded, rows)
+    refuse_difference(loaded, wanted, found, what="the adapter", keep="nothing was written")
+
+
 def delta_of(adapter: Adapter) -> Weights:
     """The weights minus the start where it is known; else the weights themselves."""
     if adapter.initial is None:
@@ -183,8 +212,7 @@ def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> tup
 @functools.lru_cache(maxsize=2)  # adapters that are merged began at one place: the base is loaded once
 def _drawn_once(origin: _Origin) -> tuple[Start, Weights]:
     start, state = Start.model_validate_json(origin.start), origin.state
-    base = load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
-    model = attach(base, start.peft, task=start.model.task, seed=derive_seed(start.seed, "adapter"))
+    model = _attached(start)
     if state is not None:
         write_parameters(trainable_parameters(model), state)
     with tempfile.TemporaryDirectory() as folder:
@@ -192,6 +220,16 @@ def _drawn_once(origin: _Origin) -> tuple[Start, Weights]:
         initial = read_folder(Path(folder))[1]
     digests = {"digest": arrays_digest(initial), "base_digest": frozen_digest(model)}
     return start.model_copy(update=digests), initial
+
+
+def _base(start: Start) -> nn.Module:
+    return load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
+
+
+def _attached(start: Start) -> nn.Module:
+    """The model with its untrained adapter."""
+    seed = derive_seed(start.seed, "adapter")
+    return attach(_base(start), start.peft, task=start.model.task, seed=seed)
 
 
 def _from_file(path: Path, init: Path | None) -> Adapter:

@@ -13,13 +13,30 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.commands.experts import Adapter, Weights, delta_of, moved, read_adapter, write_folder
+from fedpeft.commands.experts import (
+    Adapter,
+    Weights,
+    compare_written,
+    delta_of,
+    moved,
+    read_adapter,
+    write_folder,
+)
 from fedpeft.commands.export import check_out
 from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.config import RunConfig
 from fedpeft.errors import ModelError, UsageError
 from fedpeft.files import folder_atomically, storage
-from fedpeft.merging import AdapterStack, Merger, adapter_stack, best_on_held_out, merger_named
+from fedpeft.merging import (
+    AdapterStack,
+    FactorsOnly,
+    Merger,
+    adapter_stack,
+    best_on_held_out,
+    first_difference,
+    merger_named,
+    whole_tensors,
+)
 from fedpeft.runfile import load_run
 
 LAM = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -62,43 +79,62 @@ def merge_command(
         raise UsageError(f"{len(adapters)} adapter came; merging needs at least two")
     if select and run_file is None:
         raise UsageError("--select needs --run RUN.toml: its clients' held-out rows choose the coefficients")
-    given = _options(options)
-    merger = _merger(method, given)
+    rules = _candidates(method, _options(options), select=select)
     for path in adapters:
         check_out(out, path, force=force)
     sources = [read_adapter(path) for path in adapters]
-    check_one_base(sources, adapters)
+    check_one_kind(sources, adapters)
     initial = _common_start(sources)
     deltas = [delta_of(source) if initial is not None else source.weights for source in sources]
     stack = adapter_stack(deltas, _weights(weights))
+    whole = whole_tensors(stack) if initial is None and sources[0].config.get("peft_type") == "LORA" else ()
+    candidates = [FactorsOnly(rule) if whole else rule for rule in rules]
     if select and run_file is not None:
-        chosen, delta = _selected(stack, method, given, load_run(run_file), sources[0], initial)
+        chosen, delta = _selected(stack, candidates, load_run(run_file), sources[0], initial)
     else:
-        chosen, delta = merger, merger.merge(stack)
+        chosen, delta = candidates[0], candidates[0].merge(stack)
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
+    merged = moved(initial, delta)
     with folder_atomically(out) as fresh:
-        write_folder(fresh, sources[0].config, moved(initial, delta))
+        write_folder(fresh, sources[0].config, merged)
+        compare_written(fresh, merged, sources[0].start)
     print(f"adapter  {out}\nmethod   {method} {chosen}")
+    _say_bases(sources)
+    if whole:
+        print(f"averaged {len(whole)} tensors that are no factors (embeddings, heads)")
     if initial is None:
         print("start    not one and the same: whole weights were merged, not what was learned")
 
 
-def check_one_base(sources: Sequence[Adapter], paths: Sequence[Path]) -> None:
-    """Refuse adapters whose configurations differ, the base model's name included.
+def check_one_kind(sources: Sequence[Adapter], paths: Sequence[Path]) -> None:
+    """Refuse adapters of different bases, where that is known, and of configurations that differ for good.
 
     Raises:
         ModelError: naming the first difference.
     """
-    first = sources[0].config
+    first = sources[0]
     for source, path in zip(sources[1:], paths[1:], strict=True):
-        for key in sorted(first.keys() | source.config.keys()):
-            if first.get(key) != source.config.get(key):
-                came = f"{first.get(key)!r} and {source.config.get(key)!r}"
-                raise ModelError(
-                    f"{paths[0]} and {path} differ in {key} ({came}); merge adapters of one base and one"
-                    " configuration"
-                )
+        found = first_difference(first.config, source.config)
+        if found is not None:
+            key, one, other = found
+            raise ModelError(
+                f"{paths[0]} and {path} differ in {key} ({one!r} and {other!r}); merge adapters of one base"
+                " and one configuration"
+            )
+        bases = [each.start.base_digest for each in (first, source) if each.start is not None]
+        if len(bases) == 2 and bases[0] != bases[1]:
+            raise ModelError(
+                f"{paths[0]} and {path} have different bases (digests {bases[0][:12]} and {bases[1][:12]});"
+                " merge adapters of one base"
+            )
+
+
+def _say_bases(sources: Sequence[Adapter]) -> None:
+    """Name the bases that the adapters say they belong to, if they are several."""
+    names = list(dict.fromkeys(str(source.config.get("base_model_name_or_path")) for source in sources))
+    if len(names) > 1:
+        print(f"bases    {', '.join(names)}: taken for one, as the tensors fit; the result names the first")
 
 
 def _common_start(sources: Sequence[Adapter]) -> Weights | None:
@@ -108,18 +144,24 @@ def _common_start(sources: Sequence[Adapter]) -> Weights | None:
 
 def _selected(
     stack: AdapterStack,
-    method: str,
-    given: Mapping[str, float],
+    candidates: Sequence[Merger],
     run: RunConfig,
     like: Adapter,
     initial: Weights | None,
 ) -> tuple[Merger, Mapping[str, NDArray[np.float32]]]:
-    """The coefficients that score best on the clients' held-out rows; what was given stays as it is."""
-    grid = {name: values for name, values in GRIDS[method].items() if name not in given}
-    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-    candidates = [_merger(method, {**given, **point}) for point in points]
+    """The rule that scores best on the clients' held-out rows, and what it makes of the adapters."""
     scores = AdapterScores(held_out_run(run), like.config)
     return best_on_held_out(stack, candidates, lambda delta: scores.gain(moved(initial, delta)))
+
+
+def _candidates(method: str, given: Mapping[str, float], *, select: bool) -> list[Merger]:
+    """The rule as given; to select among, one for each point of its grid, what was given staying as it is."""
+    asked = _merger(method, given)
+    if not select:
+        return [asked]
+    grid = {name: values for name, values in GRIDS[method].items() if name not in given}
+    points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    return [_merger(method, {**given, **point}) for point in points]
 
 
 def _merger(method: str, options: Mapping[str, float]) -> Merger:

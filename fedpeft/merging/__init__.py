@@ -1,7 +1,9 @@
 """Merging adapters of one base: rules over named deltas, and LoRA's factors by their names."""
 
 from fedpeft.merging.breadcrumbs import Breadcrumbs
+from fedpeft.merging.configurations import first_difference
 from fedpeft.merging.dare import Dare
+from fedpeft.merging.factors_only import FactorsOnly, whole_tensors
 from fedpeft.merging.linear import Average, TaskArithmetic
 from fedpeft.merging.lines import Lines, scale_blocks
 from fedpeft.merging.lora_names import LoraArrays, put_together, take_apart
@@ -16,6 +18,7 @@ __all__ = [
     "Average",
     "Breadcrumbs",
     "Dare",
+    "FactorsOnly",
     "Lines",
     "LoraArrays",
     "Merger",
@@ -24,8 +27,10 @@ __all__ = [
     "Ties",
     "adapter_stack",
     "best_on_held_out",
+    "first_difference",
     "merger_named",
     "put_together",
     "scale_blocks",
     "take_apart",
+    "whole_tensors",
 ]

@@ -94,7 +94,7 @@ def load_adapter(
                 start = Start(str(told.get(_START_KEY, "loftq")), int(told[_LOFTQ_KEY]))
                 start_near_full_precision(model, start, known)
             state = load_file(folder / WEIGHTS_FILE)
-            _check_names(_adapter_state(model).keys(), state.keys(), folder)
+            _check_names(_adapter_state(model).keys(), state.keys(), folder, _embeddings(model))
             set_peft_model_state_dict(model, state)
     except ModelError:
         raise
@@ -118,7 +118,7 @@ def replace_adapter_weights(model: nn.Module, weights: Mapping[str, NDArray[np.f
     for name, tensor in held.items():
         if shapes.get(name, tensor.shape) != tuple(tensor.shape):
             raise ModelError(f"tensor '{name}' is {shapes[name]}, {tuple(tensor.shape)} is needed")
-    _check_names(held.keys(), weights.keys(), Path("memory"))
+    _check_names(held.keys(), weights.keys(), Path("memory"), _embeddings(model))
     state = {name: torch.from_numpy(np.array(array)) for name, array in weights.items()}
     with quiet(), torch.no_grad():
         set_peft_model_state_dict(model, state)
@@ -221,9 +221,23 @@ def _adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: t.detach() for name, t in sorted(state.items()) if ".original_module." not in name}
 
 
-def _check_names(needed: AbstractSet[str], found: AbstractSet[str], folder: Path) -> None:
-    """Refuse a file that lacks tensors or has strange ones; `peft` would go on with what it drew."""
-    for name in sorted(needed ^ found):
+def _embeddings(model: nn.Module) -> set[str]:
+    """Names under which `peft` may save the base's embedding and output layer beside an adapter."""
+    base: Any = model.get_base_model()  # type: ignore[operator]  # a PeftModel, which is untyped
+    layers = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}
+    held = (name for name, module in base.named_modules() if id(module) in layers)
+    return {f"{_WRAPPED}{name}{inner}.weight" for name in held for inner in ("", ".base_layer")}
+
+
+def _check_names(
+    needed: AbstractSet[str], found: AbstractSet[str], folder: Path, allowed: AbstractSet[str]
+) -> None:
+    """Refuse a file that lacks tensors or has strange ones; `peft` would go on with what it drew.
+
+    Args:
+        allowed: what may be there beside what is needed.
+    """
+    for name in sorted(needed ^ (found - (allowed - needed))):
         what = "lacks" if name in needed else "has a strange"
         raise ModelError(
             f"the adapter in '{folder}' does not fit this base model: its file {what} tensor '{name}'; "
