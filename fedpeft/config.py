@@ -58,9 +58,16 @@ class OpenSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-def _kind_table(value: object) -> object:
+def kind_table(value: object) -> object:
     """Let a bare name stand for a table with only `kind`: strategy = "fedavg"."""
     return {"kind": value} if isinstance(value, str) else value
+
+
+HUB_MODEL = "hub:"
+"""Before a base model's name: it is looked for on the hub and in its cache, never as a folder."""
+
+OWN_MODEL = "own:"
+"""In place of a base model's path, in what a device is told: its owner says where its copy lies."""
 
 
 class RunSection(Section):
@@ -309,7 +316,7 @@ class BufferSection(Section):
     size: Count  # updates of one round
     concurrency: Count  # clients at work at a time
     max_staleness: Annotated[int, Field(ge=0, le=1000)] = 10  # rounds; work on an older state is given up
-    staleness_weight: Annotated[StalenessSection, BeforeValidator(_kind_table)] = StalenessSection()
+    staleness_weight: Annotated[StalenessSection, BeforeValidator(kind_table)] = StalenessSection()
 
 
 class PruningSection(Section):
@@ -325,8 +332,8 @@ class FederationSection(Section):
     mode: Literal["synchronous", "buffered"] = "synchronous"  # buffered: see [federation.buffer]
     buffer: BufferSection | None = None
 
-    strategy: Annotated[StrategySection, BeforeValidator(_kind_table)] = StrategySection()
-    sampling: Annotated[SamplingSection, BeforeValidator(_kind_table)] = SamplingSection()
+    strategy: Annotated[StrategySection, BeforeValidator(kind_table)] = StrategySection()
+    sampling: Annotated[SamplingSection, BeforeValidator(kind_table)] = SamplingSection()
     weighting: Literal["examples", "uniform"] = "examples"
     quorum: Fraction = 0.5  # share of the asked clients (or buffer) that must answer, else the run stops
     over_selection: NonNegativeFloat = 0.0  # ask (1 + this) times the cohort, keep the first to answer
@@ -479,7 +486,7 @@ class RunConfig(Section):
     peft: PeftSection = PeftSection()
     data: DataSection = DataSection()
     training: TrainingSection = TrainingSection()
-    space: Annotated[SpaceSection, BeforeValidator(_kind_table)] = SpaceSection()
+    space: Annotated[SpaceSection, BeforeValidator(kind_table)] = SpaceSection()
     stages: tuple[StageSection, ...] = ()
     downlink: StageSection | None = (
         None  # one compressing stage for the state's way down; absent: whole states

@@ -416,6 +416,11 @@ def drop_resident(digest: str) -> None:
     release()
 
 
+def held_residents() -> tuple[Resident, ...]:
+    """The runs that are loaded in this process."""
+    return tuple(_RESIDENTS.values())
+
+
 def holds_resident(digest: str) -> bool:
     """Whether the run with this digest is loaded."""
     return digest in _RESIDENTS

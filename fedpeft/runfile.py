@@ -72,7 +72,7 @@ def build_run(
     try:
         return RunConfig.model_validate(merged)
     except ValidationError as error:
-        raise RunFileError(source, [_problem(detail) for detail in error.errors()]) from error
+        raise RunFileError(source, validation_problems(error)) from error
 
 
 def run_digest(run: RunConfig) -> str:
@@ -112,6 +112,11 @@ def flat_keys(tables: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     for key, value in tables.items():
         flat |= flat_keys(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
     return flat
+
+
+def validation_problems(error: ValidationError) -> list[str]:
+    """Return what is wrong with tables, one line each: where, what is wrong, what came."""
+    return [_problem(detail) for detail in error.errors()]
 
 
 def _without_none(value: Any) -> Any:

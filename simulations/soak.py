@@ -193,7 +193,7 @@ class Here:
 
         async def made() -> Agent:
             return Agent(
-                settings, name, self._folder / name, None, "fedpeft.flower.client_app:app", self._turns
+                settings, name, self._folder / name, None, "fedpeft.flower.in_process_app:app", self._turns
             )
 
         loop = transport_loop()

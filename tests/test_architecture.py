@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("update", "config", "records", "options", "settings_file", "randomness", "codec", "seedspace"),
     ("key_hints", "deployment"),
     ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),
-    ("wire", "data", "privacy", "robust", "lora_rules"),
+    ("device_task", "wire", "data", "privacy", "robust", "lora_rules"),
     ("models",),
     ("spaces", "stages", "attacks"),
     ("training",),

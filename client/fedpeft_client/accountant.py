@@ -73,14 +73,14 @@ class Accountant:
         """Of all runs at the owner's delta, those before there was a ledger by what they promised."""
         return self._earlier + self.ledger.total_epsilon
 
-    async def admit(self, digest: str, run: RunConfig, run_json: str) -> None:
+    async def admit(self, digest: str, run: RunConfig, described: str) -> None:
         """Refuse a private run whose next round could not be paid for; nothing is charged.
 
         Raises:
             PolicyError, PrivacyError: with the reason.
         """
         if run.privacy is not None:
-            self._check(await self._costs(digest, run_json), run)
+            self._check(await self._costs(digest, described), run)
 
     def kept_answer(self, digest: str, round_: int, run: str) -> Answer | None:
         """Return the round's one answer; None if there is none yet.
@@ -116,7 +116,7 @@ class Accountant:
         return None
 
     async def charge(
-        self, digest: str, round_: int, run: RunConfig, run_json: str, *, server_run: str
+        self, digest: str, round_: int, run: RunConfig, described: str, *, server_run: str
     ) -> None:
         """Pay for a round, unless that is done; call it before training.
 
@@ -127,7 +127,7 @@ class Accountant:
         account = self.ledger.runs.get(digest)
         if account is not None and account.round == round_:
             return
-        costs = await self._costs(digest, run_json)
+        costs = await self._costs(digest, described)
         self._check(costs, run)
         self.ledger.charge(digest, round_, costs, run=server_run, name=run.run.name)
 
@@ -144,11 +144,11 @@ class Accountant:
         if account.round == round_ > account.answered:
             self.ledger.fail(digest, round_)
 
-    async def _costs(self, digest: str, run_json: str) -> Costs:
+    async def _costs(self, digest: str, described: str) -> Costs:
         account = self.ledger.runs.get(digest)
         others = [(event, count) for other, event, count in self.ledger.events() if other != digest]
         charged = 0 if account is None else account.count
-        order = order_costs(run_json, self._client, charged, others, self._policy.delta)
+        order = order_costs(described, self._client, charged, others, self._policy.delta)
         header = (await self._worker.do(order)).header
         if header["error"]:
             raise from_record(header["error"])

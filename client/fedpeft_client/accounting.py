@@ -11,26 +11,33 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedpeft.device_task import read_device_task
 from fedpeft.errors import FedPEFTError, PrivacyError
 from fedpeft.frames import Frame
-from fedpeft.runfile import run_from_json
 from fedpeft.wire.failures import to_record
 
 ACCOUNT = "account"  # kind of order
 
 
 def order_costs(
-    run_json: str, client: str, charged: int, others: Iterable[tuple[Mapping[str, Any], int]], delta: float
+    described: str, client: str, charged: int, others: Iterable[tuple[Mapping[str, Any], int]], delta: float
 ) -> Frame:
     """Return the order to a worker that `costs_of_round` carries out.
 
     Args:
+        described: text of what the device is told of the run.
         charged: events of the run that are paid for.
         others: events of all other runs, with how many of each are paid for.
         delta: the owner's.
     """
     spent = [[dict(event), count] for event, count in others]
-    header = {"kind": ACCOUNT, "run": run_json, "client": client, "charged": charged, "others": spent}
+    header = {
+        "kind": ACCOUNT,
+        "device_task": described,
+        "client": client,
+        "charged": charged,
+        "others": spent,
+    }
     return Frame({**header, "delta": delta}, {})
 
 
@@ -50,7 +57,7 @@ def _costs(header: Mapping[str, Any]) -> dict[str, Any]:
     from fedpeft.privacy.outlook import affordable_rounds
     from fedpeft.privacy.rules import privacy_problems
 
-    run = run_from_json(header["run"]).of_client(header["client"])
+    run = read_device_task(header["device_task"]).described_run.of_client(header["client"])
     problems = privacy_problems(run)
     if problems or run.privacy is None:
         raise PrivacyError("; ".join(problems) or "the run has no [privacy] section")

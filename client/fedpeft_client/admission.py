@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpeft.config import RunConfig
+from fedpeft.device_task import read_device_task
 from fedpeft.errors import FederationError, UpdateError
-from fedpeft.runfile import run_digest, run_from_json
+from fedpeft.run_identity import identity_digest
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft.wire.content import decode_content
+from fedpeft.wire.task_content import read_task_content
 from fedpeft.wire.task_kinds import TASK_KINDS, TRAIN
 from fedpeft_client.accountant import Accountant
 from fedpeft_client.answers import Answer
-from fedpeft_client.policy import Policy, objections, refuse
+from fedpeft_client.policy import Policy, model_objections, objections, refuse
 from fedpeft_client.usage import RunUsage, UsageBook, run_key
 from fedpeft_client.workshop import Doer
 
@@ -23,7 +24,8 @@ class Admission:
     Args:
         client: the agent's name.
         home: folder of the agent's state.
-        needs_run: whether a task without a run file is refused; apps of tests and benchmarks have none.
+        needs_run: whether a task that tells of no run is refused; apps of tests and benchmarks have none.
+        has_model: whether the owner said where the base model lies.
 
     Raises:
         StateError: the privacy ledger is damaged or was lost.
@@ -31,9 +33,18 @@ class Admission:
     """
 
     def __init__(
-        self, client: str, policy: Policy, home: Path, book: UsageBook, worker: Doer, *, needs_run: bool
+        self,
+        client: str,
+        policy: Policy,
+        home: Path,
+        book: UsageBook,
+        worker: Doer,
+        *,
+        needs_run: bool,
+        has_model: bool,
     ) -> None:
-        self._client, self._policy, self._book, self._needs_run = client, policy, book, needs_run
+        self._client, self._policy, self._book = client, policy, book
+        self._needs_run, self._has_model = needs_run, has_model
         self.accountant = Accountant(
             home / "privacy",
             policy,
@@ -42,53 +53,57 @@ class Admission:
             earlier_epsilon=book.usage.promised_epsilon,
             known_lines=book.usage.ledger_lines,
         )
-        self._approved: dict[str, tuple[str, RunConfig]] = {}  # by digest: run files of runs that were let in
+        self._approved: dict[str, RunConfig] = {}  # by digest: runs that were let in
 
     async def admit(self, task: pb.Task, content: bytes) -> str:
-        """Return the run file of a task against which nothing speaks; empty where there is none.
+        """Return what a task that nothing speaks against tells of its run; empty where there is no run.
+
+        The task's digest is over that text, the content is of the same run and round, and the worker loads
+        that very text: what is checked here is what is used.
 
         Raises:
             PolicyError: the owner's policy speaks against it.
             PrivacyError: the run's promise does, by the device's own account.
-            FederationError, UpdateError: its kind, its round or its run file does.
+            RunFileError, FederationError, UpdateError: its kind, its round or what it tells does.
         """
         if task.kind not in TASK_KINDS:
             known = ", ".join(sorted(TASK_KINDS))
             raise UpdateError(f"a task of the unknown kind {task.kind[:40]!r} came; known: {known}")
-        digest = task.run_digest.hex()
-        stated = decode_content(content, who="the server").get("task", {})
-        if stated.get("run-digest") != digest:
+        digest, asked = task.run_digest.hex(), read_task_content(content)
+        if asked.run_digest != digest:
             raise UpdateError(
                 f"a task of run {digest[:12]} came with the content of another run; nothing was trained"
             )
-        known_json = self._approved[digest][0] if digest in self._approved else ""
-        run_json = str(stated.get("run", "")) or known_json
-        if not run_json:
+        if not asked.device_task:
             if not self._needs_run:
                 return ""
-            raise FederationError(
-                f"a task of run {digest[:12]} came without its run file; nothing was trained"
-            )
-        if known_json != run_json:
-            await self._let_in(task, digest, run_json)
-        _check_round(task, stated.get("round"), self._approved[digest][1])
+            raise FederationError(f"a task of run {digest[:12]} tells nothing of it; nothing was trained")
+        if digest not in self._approved or identity_digest(asked.device_task) != digest:
+            await self._let_in(digest, asked.device_task)
+        _check_round(task, asked.round, self._approved[digest])
         self._book.usage.runs.setdefault(
-            run_key(task.run, digest), RunUsage(name=self._approved[digest][1].run.name, digest=digest)
+            run_key(task.run, digest), RunUsage(name=self._approved[digest].run.name, digest=digest)
         )
-        return run_json
+        return asked.device_task
 
-    async def _let_in(self, task: pb.Task, digest: str, run_json: str) -> None:
-        run = run_from_json(run_json)
-        if run_digest(run) != digest:
-            raise UpdateError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
-        refuse(objections(self._policy, run.of_client(self._client)))
-        await self.accountant.admit(digest, run, run_json)
-        self._approved[digest] = (run_json, run)
+    async def _let_in(self, digest: str, text: str) -> None:
+        described = read_device_task(text)
+        if described.digest != digest:
+            raise UpdateError(f"what came is not what run {digest[:12]} is; nothing was trained")
+        run = described.described_run
+        refuse(
+            [
+                *objections(self._policy, run.of_client(self._client)),
+                *([] if self._has_model else model_objections(self._policy, described.model.name)),
+            ]
+        )
+        await self.accountant.admit(digest, run, text)
+        self._approved[digest] = run
 
     def is_charged(self, task: pb.Task) -> bool:
         """Return whether a task trains a private run."""
         approved = self._approved.get(task.run_digest.hex())
-        return task.kind == TRAIN and approved is not None and approved[1].privacy is not None
+        return task.kind == TRAIN and approved is not None and approved.privacy is not None
 
     def kept_answer(self, task: pb.Task) -> Answer | None:
         """Return the answer that a round of a private run has had; raises as `Accountant.kept_answer`."""
@@ -96,7 +111,7 @@ class Admission:
             return None
         return self.accountant.kept_answer(task.run_digest.hex(), task.round, task.run)
 
-    async def charge(self, task: pb.Task, run_json: str) -> None:
+    async def charge(self, task: pb.Task, described: str) -> None:
         """Pay for a round of a private run, and settle a run's rows, durably and before anything is trained.
 
         Raises:
@@ -104,8 +119,8 @@ class Admission:
         """
         if self.is_charged(task):
             digest = task.run_digest.hex()
-            run = self._approved[digest][1]
-            await self.accountant.charge(digest, task.round, run, run_json, server_run=task.run)
+            run = self._approved[digest]
+            await self.accountant.charge(digest, task.round, run, described, server_run=task.run)
             self._book.usage.ledger_lines = self.accountant.ledger.lines
             self._book.save()
         usage = self.usage_of(task)
@@ -140,7 +155,7 @@ class Admission:
         return self._book.usage.runs.get(run_key(task.run, task.run_digest.hex()))
 
 
-def _check_round(task: pb.Task, stated: object, run: RunConfig) -> None:
+def _check_round(task: pb.Task, stated: int, run: RunConfig) -> None:
     """Refuse a task whose round is none of the run's, or not the one that its content says."""
     last = run.run.rounds if task.kind == TRAIN else 0
     if not min(1, last) <= task.round <= last or stated != task.round:

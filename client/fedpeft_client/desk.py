@@ -80,7 +80,13 @@ class Desk:
         self._starts, self._replicas = home / "starts", home / "replicas"
         self._book = UsageBook(home / "usage.json")
         self._admission = Admission(
-            trade.name, trade.policy, home, self._book, workshop, needs_run=trade.app == CLIENT_APP
+            trade.name,
+            trade.policy,
+            home,
+            self._book,
+            workshop,
+            needs_run=trade.app == CLIENT_APP,
+            has_model=bool(trade.model),
         )
         self._link: Link | None = None
         self._material: Material | None = None
@@ -149,8 +155,8 @@ class Desk:
         began, outcome = time.monotonic(), "ended"
         try:
             content = await self._content(task)
-            run_json = await self._admission.admit(task, content)
-            outcome = self._answer_again(task) or await self._executed(task, content, run_json)
+            described = await self._admission.admit(task, content)
+            outcome = self._answer_again(task) or await self._executed(task, content, described)
         except PolicyError as refusal:
             outcome = "refused"
             await self._refuse(task, refusal)
@@ -161,15 +167,15 @@ class Desk:
             self._metrics.task(outcome, time.monotonic() - began)
             self._status.idle()
 
-    async def _executed(self, task: pb.Task, content: bytes, run_json: str) -> str:
+    async def _executed(self, task: pb.Task, content: bytes, described: str) -> str:
         """Carry a task out; what became of it, in one word."""
         key = _key(task.run)
         remembered = self._memory.get(key)
         before = remembered.for_task(task.id.hex())
-        await self._admission.charge(task, run_json)
+        await self._admission.charge(task, described)
         self._at_work = task.id
         try:
-            answer = await self._carried_out(self._order(task, content, run_json, before))
+            answer = await self._carried_out(self._order(task, content, described, before))
         finally:
             self._at_work = b""
         wanted = self._tasks.get(task.id)
@@ -227,14 +233,14 @@ class Desk:
         except WorkerKilledError as error:
             raise WorkerError(str(error)) from error
 
-    def _order(self, task: pb.Task, content: bytes, run_json: str, memory: bytes) -> Frame:
+    def _order(self, task: pb.Task, content: bytes, described: str, memory: bytes) -> Frame:
         trade = self._trade
         header = {
             "app": trade.app,
             "kind": task.kind,
             "group": str(task.round),
             "run_digest": task.run_digest.hex(),
-            "run": run_json,
+            "device_task": described,
             "client": trade.name,
             "data": str(trade.data),
             "model": trade.model,

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fedpeft.config import DataSection, RunConfig
 from fedpeft.data.templates import compile_template
+from fedpeft.device_task import EMBEDDED
 from fedpeft.errors import DataError, PolicyError
 
 DELTA = 1e-5  # of the ledger's epsilons, where the owner names none
@@ -32,6 +33,8 @@ class Policy(BaseModel):
         tasks, methods, training, spaces: as the run file names them.
         stages: client stages that may be applied; an empty list allows none.
         needs_stages: client stages that must be applied.
+        models: names of base models of the hub that a run may have loaded; one that the owner gave (`model`
+            in client.toml) and the embedded one need no name here.
         privacy: a run must promise one of these kinds, with noise that the server does not know.
         min_noise_multiplier, max_run_epsilon: of that promise; the second also bounds what this device's own
             account of the run comes to.
@@ -65,6 +68,7 @@ class Policy(BaseModel):
     spaces: tuple[str, ...] | None = None
     stages: tuple[str, ...] | None = None
     needs_stages: tuple[str, ...] = ()
+    models: tuple[str, ...] | None = None
     privacy: tuple[PrivacyKind, ...] | None = None
     min_noise_multiplier: Positive | None = None
     max_run_epsilon: Positive | None = None
@@ -158,6 +162,21 @@ def unwanted_metrics(policy: Policy, metrics: Collection[str]) -> list[Objection
         for name in sorted(metrics)
         if name not in policy.metrics
     ]
+
+
+def model_objections(policy: Policy, name: str) -> list[Objection]:
+    """Why the owner does not want a base model loaded by its name; empty if nothing speaks against it.
+
+    Args:
+        name: on the hub, or "embedded"; empty: the run's model is a folder of its server.
+    """
+    if not name:
+        text = "the run's base model is a folder of its server; say where this device's copy lies: --model"
+        return [Objection("models", f"{text} DIR, or model in client.toml")]
+    if name == EMBEDDED or policy.models is None or name in policy.models:
+        return []
+    allowed = ", ".join(policy.models) or "which is empty"
+    return [Objection("models", f"model {name!r} is not in policy.models ({allowed})")]
 
 
 def over_bytes(policy: Policy, used: int, more: int) -> Objection | None:

@@ -13,17 +13,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.device_task import read_device_task
 from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
 from fedpeft.faults import crash_point
 from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.execute import Outcome, execute, named_app
-from fedpeft.flower.tasks import START
 from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.interruption import forget_interrupt, heed_interrupts
 from fedpeft.orphans import end_with
-from fedpeft.runfile import run_digest, run_from_json
-from fedpeft.wire.content import decode_content
 from fedpeft.wire.failures import from_text, to_record
+from fedpeft.wire.task_content import read_task_content
 from fedpeft_client.accounting import ACCOUNT, costs_of_round
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.stage_memory import memory_bytes, memory_of
@@ -99,9 +98,10 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
     if not holds_resident(digest):
-        run = run_from_json(header["run"])
-        if run_digest(run) != digest:
-            raise ModelError(f"the run file that came is not that of run {digest[:12]}; nothing was trained")
+        described = read_device_task(header["device_task"])
+        if described.digest != digest:
+            raise ModelError(f"what came is not what run {digest[:12]} is; nothing was trained")
+        run = described.described_run
         _refuse_problems(run, header)
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
         admit = _admission(header, own.device)
@@ -137,8 +137,8 @@ def _start(header: Any, content: bytes) -> bytes:
     if not header.get("starts"):
         return b""
     shelf, digest = StartShelf(Path(header["starts"])), header["run_digest"]
-    came = decode_content(content, who="the server").get("task", {}).get(START, b"")
-    if isinstance(came, bytes) and came:
+    came = read_task_content(content).start
+    if came:
         shelf.put(digest, came)
         return came
     return shelf.get(digest)

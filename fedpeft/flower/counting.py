@@ -79,10 +79,11 @@ def task_contents(
         if id(payload) not in made:
             made[id(payload)] = task_content(
                 Task(
-                    run_digest=federation.digest,
+                    run_digest=federation.task_digest,
                     round=number,
                     state=payload,
                     run_json=federation.run_json,
+                    device_task=federation.device_task,
                     proximal_mu=proximal_mu(federation.run.federation.strategy),
                 )
             )
@@ -148,7 +149,7 @@ def _checked(federation: Federation, payload: bytes, asked: Asked, aggregator: A
     layout = aggregator.layout if asked.layout is None else asked.layout
     envelope = decode(payload, who=name, layout=layout, expect=promised)
     expected = {
-        "run": (envelope.run_digest, federation.digest),
+        "run": (envelope.run_digest, federation.task_digest),
         "round": (envelope.round, asked.round),
         "client": (envelope.client, name),
         "state": (envelope.state_digest, asked.state_digest),

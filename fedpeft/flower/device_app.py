@@ -11,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedpeft.errors import FederationError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
-from fedpeft.flower.execute import RUN
+from fedpeft.flower.execute import ROUND, RUN
 from fedpeft.flower.tasks import Task
 from fedpeft.resident import Resident, resident_for
 
@@ -38,9 +38,9 @@ def _find(task: Task, context: Context) -> Resident:
     """
     use_one_thread()
     digest = str(context.node_config.get(RUN, ""))
-    if task.run_digest != digest:
+    if task.run_digest != digest or str(task.round) != context.node_config.get(ROUND):
         raise FederationError(
-            f"a message of run {task.run_digest[:12]} came with a task of run {digest[:12]}; nothing was"
-            " trained"
+            f"a message of round {task.round} of run {task.run_digest[:12]} came, let in was round"
+            f" {context.node_config.get(ROUND)} of run {digest[:12]}; nothing was trained"
         )
     return resident_for(digest)

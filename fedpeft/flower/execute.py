@@ -19,7 +19,8 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 from fedpeft.wire.failures import to_text
 
-RUN = "run"  # in a node's configuration: the digest of the only run that messages may be of
+# In a node's configuration: the digest of the only run that messages may be of, and the round.
+RUN, ROUND = "run", "round"
 _NODE_ID = 2  # of an agent, to itself; the server routes by connection
 
 
@@ -101,7 +102,7 @@ def execute(
     """
     held = {MEMORY: memory, REPLICA: replica}
     state = RecordDict({name: record_of(arrays) for name, arrays in held.items() if arrays})
-    config: UserConfig = {"client": client, RUN: run, **disclosure.to_config()}
+    config: UserConfig = {"client": client, RUN: run, ROUND: group, **disclosure.to_config()}
     try:
         call = Call(content_of(content, who="the server"), kind, group, _NODE_ID, config)
         reply = call.answer(app, state)

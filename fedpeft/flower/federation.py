@@ -16,6 +16,7 @@ from fedpeft.flower.roster import Roster
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.lora_rules import Shares
 from fedpeft.records import ClientOutcome, Evaluation, Round
+from fedpeft.run_identity import identity_digest
 from fedpeft.spaces import ServerSpace
 from fedpeft.stages import Stage, stage_list
 from fedpeft.update import Arrays
@@ -87,7 +88,9 @@ class Federation:
 
     Attributes:
         evaluate: the global state's evaluation, called as often as the run file says.
-        run_json: sent along with tasks where clients may not hold the run file; empty where they do.
+        digest: of the run file; checkpoints belong to it.
+        run_json: sent along with tasks where processes of an engine load the run by themselves; else empty.
+        device_task: what agents are told of the run, sent along with tasks; empty where clients are none.
         timeout_s: how long a round waits for answers, in real seconds; None where time is virtual.
         memory: the grid's client memory, where it keeps one.
         downlink: the stage that compresses the state's way down; None: the whole state travels.
@@ -108,6 +111,7 @@ class Federation:
     observer: Observer
     evaluate: Callable[[Arrays], Evaluation | None]
     run_json: str = ""
+    device_task: str = ""
     timeout_s: float | None = None
     memory: ClientMemory | None = None
     downlink: Stage | None = None
@@ -115,6 +119,11 @@ class Federation:
     history: History | None = None
     frozen_factors: Arrays = field(default_factory=dict)
     newcomers: Callable[[int], Roster] | None = None
+
+    @functools.cached_property
+    def task_digest(self) -> str:
+        """The run's name in tasks, states and updates: its digest, or that of what agents are told of it."""
+        return identity_digest(self.device_task) if self.device_task else self.digest
 
     @functools.cached_property
     def shares(self) -> Shares:

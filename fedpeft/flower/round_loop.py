@@ -96,7 +96,7 @@ def _with_newcomers(
 
 
 def _broadcast(federation: Federation, checkpoint: Checkpoint) -> Broadcast | None:
-    steps = steps_of(federation.run, federation.digest, federation.space)
+    steps = steps_of(federation.run, federation.task_digest, federation.space)
     if steps is None:
         return None
     broadcast = Broadcast(steps, federation.roster.names, shared=federation.memory is not None)

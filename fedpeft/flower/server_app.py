@@ -22,6 +22,7 @@ from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of, refuse_unknown
 from fedpeft.ledger import Checkpoint
 from fedpeft.records import Evaluation
+from fedpeft.run_identity import identity_digest
 from fedpeft.runfile import run_json
 from fedpeft.spaces import ServerSpace
 from fedpeft.stages import Stage, build_downlink
@@ -123,25 +124,29 @@ def hold_rounds(
     timeout_s: float | None = None,
     gather: Callable[[Task], Roster] | None = None,
     newcomers: Callable[[int], Roster] | None = None,
+    device_task: str = "",
 ) -> Checkpoint:
     """Call the roll, then hold all rounds after `last` (None: from the start); the final checkpoint.
 
     Args:
-        memory: of a grid whose clients work in this process or forks of it. Without one the run file travels
-            with every task, since other processes than ours must load the run themselves.
+        memory: of a grid whose clients work in this process or forks of it. Without one, other processes
+            load the run from what travels with every task: what agents are told of it, else its file.
         timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
         gather: how the roll is called; None: every client whose rows the server has must answer.
         newcomers: see `Federation`.
+        device_task: text of `fedpeft.device_task.DeviceTask`, where clients are agents.
 
     Raises:
         FederationError: a client is missing, or holds another base model than the server.
         FedPEFTError: what `run_rounds` raises.
     """
     resident = server.resident
-    text = run_json(resident.run) if memory is None else ""
+    text = run_json(resident.run) if memory is None and not device_task else ""
     server.step("roll call")
-    start_bytes = resident.start_bytes if text else b""  # a process of our own was forked with the model
-    task = Task(resident.run_digest, 0, b"", text, start=start_bytes)
+    # A process of our own was forked with the model.
+    start_bytes = resident.start_bytes if text or device_task else b""
+    digest = identity_digest(device_task) if device_task else resident.run_digest
+    task = Task(digest, 0, b"", text, start=start_bytes, device_task=device_task)
     roster = gather(task) if gather is not None else _everyone(resident, grid, task)
     refuse_unknown(resident.run, roster.members)
     server.ready(roster)
@@ -156,6 +161,7 @@ def hold_rounds(
         observer=server.observer,
         evaluate=_evaluation(server, roster, memory),
         run_json=text,
+        device_task=device_task,
         timeout_s=timeout_s,
         memory=memory,
         downlink=build_downlink(resident.run),

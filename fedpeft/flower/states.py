@@ -19,7 +19,7 @@ def state_payload(
     return encode(
         Envelope(
             arrays=state,
-            run_digest=federation.digest,
+            run_digest=federation.task_digest,
             round=number,
             state_digest=digest,
             space=federation.space.kind,

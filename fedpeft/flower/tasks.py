@@ -8,32 +8,26 @@ from flwr.app import ConfigRecord, ConfigRecordValues, Error, Message, RecordDic
 
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.wire.failures import from_text, to_text
+from fedpeft.wire.task_content import RECORD, Task, task_of_record, task_record
 from fedpeft.wire.task_kinds import HELLO, TRAIN
 
-__all__ = ["HELLO", "TRAIN"]
-START = "start"  # entry of a task's record
+__all__ = [
+    "ERROR_CODE",
+    "HELLO",
+    "TRAIN",
+    "Hello",
+    "Task",
+    "client_error",
+    "error_reply",
+    "hello_reply",
+    "read_hello",
+    "read_task",
+    "read_update",
+    "task_content",
+    "update_reply",
+]
+
 ERROR_CODE = 1000  # ours, beyond the codes that Flower's runtimes use
-
-
-@dataclass(frozen=True)
-class Task:
-    """One round's work for one client.
-
-    Attributes:
-        run_digest: which run; the run itself is in `run_json` where the receiver may not hold it yet (else
-            empty).
-        state: the global state as `fedpeft.wire` bytes.
-        proximal_mu: FedProx's pull towards the state.
-        start: at roll call, what spares the receiver to compute the model's start; see
-            `fedpeft.resident.Resident.start_bytes`.
-    """
-
-    run_digest: str
-    round: int
-    state: bytes
-    run_json: str = ""
-    proximal_mu: float = 0.0
-    start: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -47,17 +41,8 @@ class Hello:
 
 def task_content(task: Task) -> RecordDict:
     """A task as message content; one content object serves all clients of a round."""
-    config: dict[str, ConfigRecordValues] = {
-        "run-digest": task.run_digest,
-        "round": task.round,
-        "proximal-mu": task.proximal_mu,
-        "state": task.state,
-    }
-    if task.run_json:
-        config["run"] = task.run_json
-    if task.start:
-        config[START] = task.start
-    return RecordDict({"task": ConfigRecord(config)})
+    entries: dict[str, ConfigRecordValues] = {**task_record(task)}
+    return RecordDict({RECORD: ConfigRecord(entries)})
 
 
 def read_task(message: Message) -> Task:
@@ -65,20 +50,14 @@ def read_task(message: Message) -> Task:
 
     Raises:
         FederationError: the message holds no task.
+        UpdateError: it holds one that is not sound.
     """
-    record = _record(message, "task")
+    record = _record(message, RECORD)
     if record is None:
         raise FederationError(
             "a message without a task came; server and client must run the same version of fedpeft"
         )
-    return Task(
-        run_digest=str(record["run-digest"]),
-        round=int(record["round"]),  # type: ignore[arg-type]
-        state=bytes(record["state"]),  # type: ignore[arg-type]
-        run_json=str(record.get("run", "")),
-        proximal_mu=float(record["proximal-mu"]),  # type: ignore[arg-type]
-        start=bytes(record.get(START, b"")),  # type: ignore[arg-type]
-    )
+    return task_of_record(record)
 
 
 def update_reply(payload: bytes, message: Message) -> Message:

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from fedpeft.config import ModelSection
+from fedpeft.config import HUB_MODEL, OWN_MODEL, ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import note_source
 from fedpeft.models.generation import first_end_token, settle_end_tokens
@@ -56,12 +56,20 @@ _NEW_MODULES = "fedpeft_new_modules"
 def model_path(section: ModelSection) -> str:
     """Return the folder or hub name that the section means.
 
-    "embedded" is the folder inside this package, "package:NAME/FOLDER" one inside an installed package.
+    "embedded" is the folder inside this package, "package:NAME/FOLDER" one inside an installed package, and
+    "hub:NAME" a name of the hub, also where a folder is called so.
 
     Raises:
         ModelError: `path` is neither an existing folder nor written like a hub name, or a package is
             missing.
     """
+    if section.path == OWN_MODEL:
+        raise ModelError(
+            "the run's base model is a folder of its server; say where this device's copy lies: --model DIR,"
+            " or model in client.toml"
+        )
+    if section.path.startswith(HUB_MODEL):
+        return _hub_name(section.path.removeprefix(HUB_MODEL))
     if section.path.startswith(_PACKAGE):
         return _package_folder(section.path)
     if section.path == "embedded":
@@ -78,6 +86,18 @@ def model_path(section: ModelSection) -> str:
             "(owner/name) or 'embedded'"
         )
     return section.path
+
+
+def _hub_name(name: str) -> str:
+    """Return a name for libraries that would take a folder of that name instead, where there is none."""
+    if not _HUB_NAME.fullmatch(name):
+        raise ModelError(f"model.path 'hub:{name}' is no name of the hub; write hub:OWNER/NAME")
+    if Path(name).exists():
+        raise ModelError(
+            f"model.path 'hub:{name}' is of the hub, and '{name}' lies in the working folder too; start in"
+            " another folder, or give the model's own"
+        )
+    return name
 
 
 def _package_folder(path: str) -> str:

@@ -19,7 +19,7 @@ class Arrival:
 
     Attributes:
         run: the server's name for the run.
-        run_digest: of the resolved run file, hex.
+        run_digest: of what agents are told of the run, hex; empty for a result that is recalled.
         round: 0 at roll call.
         kind: the task's kind, "train" or "query.hello".
         agent: who sent it, by its certificate where there is one.

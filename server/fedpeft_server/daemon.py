@@ -22,6 +22,7 @@ from fedpeft.credentials import (
     open_authority,
     read_material,
 )
+from fedpeft.device_task import device_task
 from fedpeft.errors import FedPEFTError, StateError, StorageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.flights import overlap_of
@@ -171,7 +172,7 @@ class _Line:
     def open_grid(self, stored: StoredRun) -> Iterator[_Agents]:
         """A run's grid; its agents' work is withdrawn when the run lets go of it."""
         agents = stored.rules.agents or None
-        identity = RunIdentity(stored.id, stored.digest, overlap_of(stored.run))
+        identity = RunIdentity(stored.id, device_task(stored.run).digest, overlap_of(stored.run))
         grid = self.server().grid(identity, agents=agents)
         greeter = self.server().grid(identity, agents=agents, wait_s=0.0)
         try:

@@ -37,7 +37,7 @@ class RunIdentity:
 
     Attributes:
         id: the server's name for it.
-        digest: of its run file, hex.
+        digest: of what its agents are told of it (`fedpeft.device_task`), hex.
         overlap: rounds whose work goes on when that of a later one is asked for.
     """
 

@@ -16,6 +16,7 @@ import numpy as np
 from flwr.serverapp import Grid
 
 from fedpeft.config import ClientLevelPrivacy
+from fedpeft.device_task import device_task
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
@@ -212,6 +213,8 @@ class Host:
         away_s = self.patience.away_s if stated is None else math.inf
         grid = WatchedGrid(agents.grid, self.control, away_s=away_s, waits_for=self._waits_for)
 
+        task_text = device_task(run).text
+
         def hold(server: Server, last: Checkpoint | None) -> Checkpoint:
             agents.bound(largest_update(server.resident))
 
@@ -232,7 +235,13 @@ class Host:
                 return roster
 
             return hold_rounds(
-                server, grid, last, timeout_s=deadline_s, gather=call, newcomers=joining.before
+                server,
+                grid,
+                last,
+                timeout_s=deadline_s,
+                gather=call,
+                newcomers=joining.before,
+                device_task=task_text,
             )
 
         return hold

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
+from fedpeft.device_task import device_task
 from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import (
@@ -123,6 +124,7 @@ class Supervisor:
             return self._statuses.as_it_stands(known)
         if quota is not None:  # before the checks, which take long; what counts is asked in the transaction
             runs.check_quota(submitter, run, quota)
+        device_task(run)
         self._check(run)
         refuse_seeded(run)
         refuse_attack(run)

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import pytest
 
 from fedpeft.config import RunConfig
+from fedpeft.device_task import device_task
 from fedpeft.errors import PolicyError, PrivacyError, StateError, StorageError
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel, Event, Local, RecordLevel
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.runfile import build_run, run_digest
 from fedpeft_client.accountant import LEDGER_FILE, MAX_FAILURES, Accountant
 from fedpeft_client.answers import Answer, AnswerShelf
 from fedpeft_client.inline import InlineWorkshop
@@ -46,7 +47,7 @@ def accountant(folder: Path, policy: Policy | None = None, **known: Any) -> Acco
 
 
 def charge(book: Accountant, run: RunConfig, round_: int, server_run: str = "study-1") -> None:
-    lived(book.charge(run_digest(run), round_, run, run_json(run), server_run=server_run))
+    lived(book.charge(run_digest(run), round_, run, device_task(run).text, server_run=server_run))
 
 
 def lived(work: Coroutine[Any, Any, Result]) -> Result:
@@ -134,7 +135,7 @@ def test_what_costs_too_much_is_refused_before_anything_is_charged(case: str, tm
     run = private(privacy={**LOCAL, "noise_multiplier": 2.0} | changed)
     book = accountant(tmp_path, Policy.model_validate(allowed))
     with pytest.raises((PolicyError, PrivacyError)) as refused:
-        lived(book.admit(run_digest(run), run, run_json(run)))
+        lived(book.admit(run_digest(run), run, device_task(run).text))
     assert words in str(refused.value)
     with pytest.raises((PolicyError, PrivacyError)):
         charge(book, run, 1)
@@ -239,7 +240,8 @@ from pathlib import Path
 from fedpeft.faults import arm
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import Local
-from fedpeft.runfile import run_digest, run_json
+from fedpeft.device_task import device_task
+from fedpeft.runfile import run_digest
 from fedpeft_client.answers import Answer
 from fedpeft.errors import PrivacyError
 from tests.client.test_privacy_ledger import accountant, private
@@ -253,7 +255,7 @@ async def live(folder):
         except PrivacyError:
             continue
         if answer is None:
-            await book.charge(digest, round_, run, run_json(run), server_run="study-1")
+            await book.charge(digest, round_, run, device_task(run).text, server_run="study-1")
             answer = Answer(round_, os.urandom(8), b"")
             book.keep_answer(digest, answer)
         with (folder / "left").open("a") as left:

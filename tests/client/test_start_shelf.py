@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.device_task import device_task
 from fedpeft.flower.content import content_bytes
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.frames import Frame
 from fedpeft.loading.serving import load_serving_resident
 from fedpeft.models.starts import decomposition_bytes, decomposition_of
 from fedpeft.resident import drop_resident
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.runfile import build_run
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done
 from fedpeft_client.workshop import CLIENT_APP
@@ -27,7 +28,8 @@ RUN = build_run(
     },
     source="test",
 )
-DIGEST = run_digest(RUN)
+TASK = device_task(RUN)
+DIGEST = TASK.digest
 
 
 @pytest.fixture
@@ -45,14 +47,14 @@ def base_held(site: Path, kind: str, start: bytes = b"") -> str:
         "kind": kind,
         "group": "0",
         "run_digest": DIGEST,
-        "run": run_json(RUN),
+        "device_task": TASK.text,
         "client": "site-a",
         "data": str(site / "site-a.jsonl"),
         "model": "",
         "base_digests": [],
         "starts": str(site / "starts"),
     }
-    content = content_bytes(task_content(Task(DIGEST, 0, b"", run_json(RUN), start=start)))
+    content = content_bytes(task_content(Task(DIGEST, 0, b"", device_task=TASK.text, start=start)))
     return str(done(Frame(header, {"content": content, "memory": b""})).header["base_digest"])
 
 

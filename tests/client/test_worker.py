@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpeft.device_task import device_task
 from fedpeft.errors import DataError, PolicyError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.exact_steps import steps_of
@@ -37,6 +38,7 @@ RUN = build_run(
     },
     source="test",
 )
+TASK = device_task(RUN)
 
 
 @pytest.fixture
@@ -44,23 +46,23 @@ def rows(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "site-a.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(8)))
     yield path
-    drop_resident(run_digest(RUN))
+    drop_resident(TASK.digest)
 
 
 def order(rows: Path, **header: Any) -> Frame:
-    digest = run_digest(RUN)
+    digest = TASK.digest
     standard = {
         "app": CLIENT_APP,
         "kind": HELLO,
         "group": "0",
         "run_digest": digest,
-        "run": run_json(RUN),
+        "device_task": TASK.text,
         "client": "site-a",
         "data": str(rows),
         "model": "",
         "base_digests": [],
     }
-    content = content_bytes(task_content(Task(digest, 0, b"", run_json(RUN))))
+    content = content_bytes(task_content(Task(digest, 0, b"", device_task=TASK.text)))
     return Frame(standard | header, {"content": content, "memory": b""})
 
 
@@ -80,10 +82,10 @@ def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
     assert "which policy.base_digests does not name" in str(refused)
 
 
-def test_another_run_file_than_announced(rows: Path) -> None:
-    changed = run_json(RUN).replace('"rounds":1', '"rounds":9')
-    answered = done(order(rows, run=changed))
-    assert answered.header["error"]["text"].startswith("the run file that came is not that of run")
+def test_another_task_than_announced(rows: Path) -> None:
+    changed = TASK.text.replace('"rounds":1', '"rounds":9')
+    answered = done(order(rows, device_task=changed))
+    assert answered.header["error"]["text"].startswith("what came is not what run ")
 
 
 def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_path: Path) -> None:
@@ -93,9 +95,10 @@ def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_p
     other = build_run(
         RUN.model_dump() | {"data": {**RUN.data.model_dump(), "train": str(secret)}}, source="t"
     )
-    content = content_bytes(task_content(Task(run_digest(other), 0, b"", run_json(other))))
+    asked = Task(run_digest(other), 0, b"", run_json(other), device_task=device_task(other).text)
+    content = content_bytes(task_content(asked))
     answered = done(Frame(order(rows).header, {"content": content, "memory": b""}))
-    assert answered.header["error"]["text"].startswith("a message of run ")
+    assert answered.header["error"]["text"].startswith("a message of round 0 of run ")
     assert not holds_resident(run_digest(other))
 
 
@@ -115,8 +118,8 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
         "training": {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 2, "lr": 1e-6},
     }
     run = build_run(tables, source="test")
-    resident = load_serving_resident(run)
-    digest, space = resident.run_digest, resident.space
+    resident, told = load_serving_resident(run), device_task(run)
+    digest, space = told.digest, resident.space
     first, steps = space.initial_state(resident.parameters), steps_of(run, digest, space)
     assert steps is not None
     _, change = space.example(first, 8, np.random.default_rng(0))
@@ -129,8 +132,9 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
     }
 
     def train(number: int) -> Frame:
-        content = content_bytes(task_content(Task(digest, number, encode_state(sent[number]), run_json(run))))
-        header = order(rows, run_digest=digest, run=run_json(run), kind=TRAIN, group=str(number)).header
+        asked = Task(digest, number, encode_state(sent[number]), device_task=told.text)
+        content = content_bytes(task_content(asked))
+        header = order(rows, run_digest=digest, device_task=told.text, kind=TRAIN, group=str(number)).header
         return Frame({**header, "replicas": str(tmp_path / "replicas")}, {"content": content, "memory": b""})
 
     async def live() -> list[Frame]:

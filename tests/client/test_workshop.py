@@ -31,7 +31,7 @@ def order(state: bytes, memory: bytes = b"") -> Frame:
         "kind": TRAIN,
         "group": "1",
         "run_digest": "",
-        "run": "",
+        "device_task": "",
         "client": "site-a",
         "data": "",
         "model": "",

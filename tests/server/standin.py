@@ -19,6 +19,8 @@ from fedpeft.workers import InlineWorkers
 from fedpeft_server.contracts import Arrival
 from fedpeft_server.store import Store, StoredRun
 
+AGENTS = "fedpeft.flower.in_process_app:app"
+
 
 class StandIn(PolledGrid):
     """As the real grid does: replies are given out once they are durable, and recalled after a restart."""
@@ -140,7 +142,7 @@ def standins(
 
     @contextmanager
     def open_grid(stored: StoredRun) -> Iterator[StandIn]:
-        made.append(StandIn(LocalGrid(clients, InlineWorkers()), store, stored))
+        made.append(StandIn(LocalGrid(clients, InlineWorkers(), AGENTS), store, stored))
         made[-1].hold_after = hold_after
         yield made[-1]
 

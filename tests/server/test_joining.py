@@ -37,7 +37,7 @@ LATE = "client-3"
 def idle_run() -> RunConfig:
     """Four clients that compute nothing, two in a round, for as long as it takes."""
     tables: dict[str, Any] = {
-        "run": {"name": "idle", "rounds": 100_000},
+        "run": {"name": "idle", "rounds": 50_000},
         "peft": {"method": "lora", "r": 2},
         "data": {"limit": 32, "max_length": 64, "partitioner": {"kind": "iid", "clients": 4}},
         "training": {"kind": "none"},
@@ -57,7 +57,7 @@ def test_an_agent_that_comes_later_is_drawn_from_the_next_rounds(tmp_path: Path)
         supervisor.start()
 
         def agents(names: list[str]) -> Any:
-            return fleet(running.address, names, tmp_path / "homes", app="fedpeft.flower.client_app:app")
+            return fleet(running.address, names, tmp_path / "homes", app="fedpeft.flower.in_process_app:app")
 
         with agents(AT_ROLL_CALL):
             stored = supervisor.submit(run, Rules(min_agents=3), submission="one", submitter="me")

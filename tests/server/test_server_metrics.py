@@ -108,7 +108,13 @@ def agents(address: str, keys: Path, homes: Path, watched: AgentMetrics) -> Iter
         settings = AgentSettings(server=address, data=Path(__file__))
         metrics = watched if name == NAMES[0] else None
         return Agent(
-            settings, name, homes / name, material, "fedpeft.flower.client_app:app", turns, metrics=metrics
+            settings,
+            name,
+            homes / name,
+            material,
+            "fedpeft.flower.in_process_app:app",
+            turns,
+            metrics=metrics,
         )
 
     async def start() -> list[Agent]:

@@ -97,8 +97,7 @@ class Results:
         if kind != TRAIN:
             return []
         wanted = (
-            select(updates, runs.c.digest.label("run_digest"))
-            .join(runs, runs.c.id == updates.c.run)
+            select(updates)
             .where(updates.c.run == run, updates.c.round == round_, updates.c.counted.is_(False))
             .order_by(updates.c.agent)
         )
@@ -277,7 +276,7 @@ def _count(connection: Connection, arrivals: Sequence[Arrival], verdicts: Sequen
 def _arrival(row: Row[Any]) -> Arrival:
     return Arrival(
         run=row.run,
-        run_digest=row.run_digest,
+        run_digest="",
         round=row.round,
         kind=TRAIN,
         agent=row.agent,

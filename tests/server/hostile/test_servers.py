@@ -13,10 +13,11 @@ import pytest
 from flwr.app import Message
 
 from fedpeft.config import RunConfig
+from fedpeft.device_task import device_task
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, read_hello, read_update, task_content
 from fedpeft.loading.serving import load_serving_resident
 from fedpeft.resident import drop_resident
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.runfile import build_run
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.accountant import LEDGER_FILE
@@ -61,7 +62,7 @@ class HostileServer:
         start: Arrays = resident.initial_state()
         moved = frozen_arrays({name: (array + shift).astype(array.dtype) for name, array in start.items()})
         kind = resident.space.kind
-        return encode(Envelope(moved, resident.run_digest, 0, arrays_digest(moved), kind))
+        return encode(Envelope(moved, device_task(run).digest, 0, arrays_digest(moved), kind))
 
     def ask(
         self, run: RunConfig, kind: str, round_: int, state: bytes = b"", **changes: Any
@@ -73,7 +74,8 @@ class HostileServer:
             stated_round: what the content says.
             count: how often it is asked, at once.
         """
-        digest = run_digest(run)
+        told = device_task(run)
+        digest = told.digest
         name = changes.get("named", "study-1")
         if (name, digest) not in self.grids:
             self.grids[name, digest] = self.running.grid(RunIdentity(name, digest), max_result_bytes=1 << 24)
@@ -82,7 +84,9 @@ class HostileServer:
         asked = []
         for number in range(changes.get("count", 1)):
             moved = state if not number else self.state(run, number / 8)
-            content = task_content(Task(digest, changes.get("stated_round", round_), moved, run_json(run)))
+            content = task_content(
+                Task(digest, changes.get("stated_round", round_), moved, device_task=told.text)
+            )
             asked.append(Message(content, node_id(SITE), kind, group_id=str(round_)))
         return collected(grid, list(grid.push_messages(asked)), 60.0)
 
@@ -119,7 +123,7 @@ def opened(rows: Path, folder: Path, policy: Policy | None = None) -> Iterator[H
 @pytest.fixture(autouse=True)
 def dropped() -> Iterator[None]:
     yield
-    drop_resident(run_digest(run_of()))
+    drop_resident(device_task(run_of()).digest)
 
 
 @pytest.mark.slow
@@ -171,7 +175,7 @@ def test_one_run_file_under_two_names_is_one_run_and_six_files_under_one_are_six
         other = run_of(run={"name": "study", "rounds": 1, "seed": seed})
         (reply,) = hostile.ask(other, TRAIN, 1, hostile.state(other))
         assert read_update(reply)
-        drop_resident(run_digest(other))
+        drop_resident(device_task(other).digest)
     assert len({line["charge"] for line in hostile.ledger() if "charge" in line}) == 6
 
 
@@ -199,7 +203,7 @@ def test_other_rows_in_the_middle_of_a_run_are_refused(rows: Path, tmp_path: Pat
     run = run_of(run={"name": "study", "rounds": 3}, privacy=None, federation={})
 
     def started(numbers: int) -> AbstractContextManager[HostileServer]:
-        drop_resident(run_digest(run))
+        drop_resident(device_task(run).digest)
         lines = (json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(numbers))
         rows.write_text("".join(lines))
         return opened(rows, tmp_path)
