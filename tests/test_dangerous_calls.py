@@ -55,7 +55,7 @@ def _loads(node: ast.Call, name: str, given: dict[str, str]) -> Iterator[str]:
     owner, _, method = name.rpartition(".")
     if given.get("trust_remote_code", "False") != "False":
         yield "code that lies beside a model"
-    elif owner not in ("", "peft.PeftModel") and method in ASK_FOR_CODE and "trust_remote_code" not in given:
+    elif owner not in WITHOUT_CODE and method in ASK_FOR_CODE and "trust_remote_code" not in given:
         yield f"{method} that may ask for code"  # left out, transformers asks on the terminal
     if (
         method == "from_pretrained"
@@ -71,7 +71,8 @@ def _loads(node: ast.Call, name: str, given: dict[str, str]) -> Iterator[str]:
 
 ASK_FOR_CODE = ("from_pretrained", "from_config", "generate")
 # Configurations and tokenizers are JSON; an adapter's folder is checked before peft reads it.
-WITHOUT_WEIGHTS = ("AutoConfig", "AutoTokenizer", "peft.PeftModel")
+WITHOUT_CODE = ("", "GenerationConfig", "peft.PeftModel")
+WITHOUT_WEIGHTS = ("AutoConfig", "AutoTokenizer", "GenerationConfig", "peft.PeftModel")
 NEVER = (
     "pipeline",
     "get_kernel",

@@ -57,6 +57,7 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_MIN_ROWS: _ClassVar[PolicyKey]
     POLICY_KEY_METRICS: _ClassVar[PolicyKey]
     POLICY_KEY_MIN_COUNT: _ClassVar[PolicyKey]
+    POLICY_KEY_MODELS: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
 FAILURE_CODE_TASK: FailureCode
@@ -102,6 +103,7 @@ POLICY_KEY_ALLOW_LABEL_MAPS: PolicyKey
 POLICY_KEY_MIN_ROWS: PolicyKey
 POLICY_KEY_METRICS: PolicyKey
 POLICY_KEY_MIN_COUNT: PolicyKey
+POLICY_KEY_MODELS: PolicyKey
 
 class EnrollRequest(_message.Message):
     __slots__ = ("protocol_version", "token", "csr")
