@@ -85,6 +85,7 @@ class DeviceData(Section):
     explode: FieldName | None = None
     limit: Count | None = None
     max_length: Annotated[int, Field(ge=2)] = 512
+    control_tokens: bool = False
     heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     clients: Count | None = None  # that the run is made for
 
