@@ -168,11 +168,11 @@ def test_numbers_that_the_owner_does_not_tell_are_not_in_an_update(
     tables = RUN.model_dump(mode="json") | {"federation": {"weighting": "uniform"}}
     tables["data"]["heldout"] = 0.0
     run = build_run(tables, source="test")
-    resident = load_serving_resident(run)
-    digest, first = resident.run_digest, resident.space.initial_state(resident.parameters)
+    resident, task = load_serving_resident(run), device_task(run)
+    digest, first = task.digest, resident.space.initial_state(resident.parameters)
     state = encode(Envelope(first, digest, 1, arrays_digest(first), resident.space.kind))
-    header = order(rows, run_digest=digest, run=run_json(run), kind=TRAIN, group="1", **told).header
-    content = content_bytes(task_content(Task(digest, 1, state, run_json(run))))
+    header = order(rows, run_digest=digest, device_task=task.text, kind=TRAIN, group="1", **told).header
+    content = content_bytes(task_content(Task(digest, 1, state, device_task=task.text)))
     answered = done(Frame(header, {"content": content, "memory": b""}))
     drop_resident(digest)
     assert answered.header["error"] is None

@@ -10,20 +10,12 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-<<<<<<< HEAD
+from fedpeft.device_task import device_task
 from fedpeft.errors import DataError, FedPEFTError, PolicyError
 from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
 from fedpeft.resident import drop_resident
-from fedpeft.runfile import build_run, run_digest, run_json
-from fedpeft_client.policy import Policy
-=======
-from fedpeft.device_task import device_task
-from fedpeft.errors import DataError, FedPEFTError
-from fedpeft.flower.tasks import HELLO, Task, read_hello, task_content
-from fedpeft.resident import drop_resident
 from fedpeft.runfile import build_run
-from fedpeft_client.workshop import CLIENT_APP
->>>>>>> 657234d (Name policy.models in refusals; settings of generation are JSON)
+from fedpeft_client.policy import Policy
 from fedpeft_server.grid import RunIdentity, node_id
 from tests.server.fleet import agents_with_rows, server, wait_for
 
@@ -61,8 +53,8 @@ def ask(
     home.mkdir()
     data.write_text(rows)
     run = build_run({"run": {"name": "probe", "rounds": 1}, **run_tables}, source="test")
-    told = device_task(run)
-    digest = told.digest
+    task = device_task(run)
+    digest = task.digest
     try:
         owners = Policy.model_validate({"allow_filters": True, **policy})
         with (
@@ -72,7 +64,7 @@ def ask(
             grid = running.grid(RunIdentity("probe-1", digest))
             wait_for(lambda: grid.connected)
             grid.know(["site-a"])
-            content = task_content(Task(digest, 0, b"", device_task=told.text))
+            content = task_content(Task(digest, 0, b"", device_task=task.text))
             (reply,) = grid.send_and_receive([Message(content, node_id("site-a"), HELLO, group_id="0")])
             told: Hello | FedPEFTError
             try:
