@@ -745,6 +745,13 @@ def _root(
 ) -> None: ...
 
 
+def _say_error(text: str) -> None:
+    """Print one line on standard error; what a file or another machine put into it acts on no terminal."""
+    from fedpeft.reporting.text import printable
+
+    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+
+
 def _terminate(signum: int, frame: object) -> None:
     """End by an exception, so that the terminal is put back and worker processes are ended."""
     sys.exit(128 + signum)
@@ -773,10 +780,10 @@ def _exit_code(arguments: list[str] | None) -> int:
         return code if isinstance(code, int) else 0
     except RunFileError as error:
         for problem in error.problems:
-            typer.echo(f"error: {error.source}: {problem}", err=True)
+            _say_error(f"{error.source}: {problem}")
         return error.exit_code
     except FedPEFTError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        _say_error(str(error))
         return error.exit_code
     except click.exceptions.NoArgsIsHelpError as error:
         typer.echo(error.format_message())

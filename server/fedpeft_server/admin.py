@@ -40,9 +40,8 @@ from fedpeft_server.supervisor import Supervisor
 from fedpeft_server.turns import Turns
 
 FOLLOW_S = 0.3  # between two looks at a log that is followed
-LONG_CALLS = 3  # at a time, of those that a run file or a run may hold up
+LONG_CALLS = 3  # at a time, of those that a run file or a run may hold up; one of each caller
 TOKEN_LIFE = timedelta(days=7)
-_SUBMITS = 2  # run files that are checked at a time, one of each submitter: it takes seconds of a thread
 _READERS = 1000  # of a run
 Answer = TypeVar("Answer")
 
@@ -83,7 +82,7 @@ class Admin(rpc.AdminServicer):
 
     def __init__(self, base: Administration) -> None:
         self._base = base
-        self._turns = Turns(_SUBMITS, math.inf)
+        self._turns = Turns(LONG_CALLS, math.inf)
         self._long = ThreadPoolExecutor(LONG_CALLS, thread_name_prefix="fedpeft-long")
 
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802  # the schema's
@@ -112,13 +111,7 @@ class Admin(rpc.AdminServicer):
                 raise Refused(Reason.QUOTA, error) from error
             return self._info(stored)
 
-        who = self._base.gate.require(context, Role.SUBMITTER)
-        async with self._turns.turn(who.name):
-            work = asyncio.ensure_future(self._answer_long(context, Role.SUBMITTER, submit))
-            try:
-                return await asyncio.shield(work)
-            finally:  # a caller that hangs up keeps its turn for as long as its thread is at work
-                await asyncio.wait([work])
+        return await self._answer_long(context, Role.SUBMITTER, submit)
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Any) -> pb.ListRunsReply:  # noqa: N802
         """Those that the caller may read, the newest first."""
@@ -291,7 +284,12 @@ class Admin(rpc.AdminServicer):
     async def _answer_long(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
         """As `_answer`, for work that a run file or a run may hold up: the other calls' threads stay free."""
         who = self._base.gate.require(context, role)
-        return await asyncio.get_running_loop().run_in_executor(self._long, work, who)
+        async with self._turns.turn(who.name):
+            doing = asyncio.get_running_loop().run_in_executor(self._long, work, who)
+            try:
+                return await asyncio.shield(doing)
+            finally:  # a caller that hangs up keeps its turn for as long as its thread is at work
+                await asyncio.wait([doing])
 
     def _readable(self, who: Identity, run_id: str) -> StoredRun:
         """A run that the caller may read; to others it is as if there were none."""

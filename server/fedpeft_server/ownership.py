@@ -29,8 +29,8 @@ def require_owner(who: Identity, stored: StoredRun) -> StoredRun:
     require_reader(who, stored)
     if not _owns(who, stored):
         raise CredentialError(
-            f"run {stored.id} is {stored.submitter!r}'s, who lets {who.name!r} read it and no more; ask them,"
-            " or an admin"
+            f"run {stored.id} belongs to {stored.submitter!r}, who lets {who.name!r} read it and no more;"
+            " ask them, or an admin"
         )
     return stored
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 
 from fedpeft import errors
+from fedpeft.reporting.text import printable
 from fedpeft.wire.failures import to_text
 from fedpeft_server.refusals import Refused
 
@@ -37,7 +38,8 @@ def status_of(error: BaseException) -> tuple[grpc.StatusCode, str]:
     if isinstance(error, Refused):
         return status_of(error.error)
     if isinstance(error, errors.FedPEFTError):
-        return STATUS[type(error)], to_text(error)
+        # What is said goes to the caller's terminal and to our log, and quotes what came.
+        return STATUS[type(error)], printable(to_text(error))
     if isinstance(error, TimeoutError):
         return grpc.StatusCode.DEADLINE_EXCEEDED, "FederationError: the other side stalled; try again"
     return grpc.StatusCode.INTERNAL, "FederationError: the server failed; its log says why"
