@@ -67,6 +67,7 @@ class DataPlan:
     dropped_rows: int
     unused_rows: int
     unused_clients: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ def _data(run: RunConfig, data: FederatedData) -> DataPlan:
         dropped_rows=data.dropped_rows,
         unused_rows=data.unused_rows,
         unused_clients=data.unused_clients,
+        notes=data.notes,
     )
 
 

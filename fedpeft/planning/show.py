@@ -92,6 +92,8 @@ def _data_lines(data: DataPlan) -> Iterator[Line]:
     if data.unused_rows or data.unused_clients:
         left = counted(data.unused_clients, "client")
         yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"
+    for note in data.notes:
+        yield "note", "", printable(note)
 
 
 def _space_lines(space: SpacePlan) -> Iterator[Line]:

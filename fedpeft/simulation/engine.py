@@ -202,6 +202,8 @@ class _Holding:
         progress.setup("loading rows and model")
         self._resident = venue.load(self._run)
         folder.bind_rows(self._resident.data.rows_digest)
+        for note in self._resident.data.notes:
+            progress.note(note)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
         self._start = self._resident.space.initial_state(self._resident.parameters)
         self._metrics = run_metrics(self._run)
