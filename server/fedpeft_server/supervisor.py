@@ -30,6 +30,7 @@ from fedpeft_server.control import (
     Stopped,
 )
 from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.risks import Risks
 from fedpeft_server.run_statuses import RunStatuses, one_line
 from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
@@ -41,7 +42,7 @@ LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 SNAPSHOT_S = 60.0  # for the run's thread to come to a point at which it waits
 STOP_S = 10.0  # for a stopped run to write what it has reached; it goes on with that if it takes longer
-MOST_LOSSES = 2  # of processes that held a run's model, without a round in between
+MOST_LOSSES = 2  # of processes that held a run's model, this one too, without a round in between
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Supervisor:
         self._draining = False
         self._statuses = RunStatuses(store, lambda: self._draining)
         self._idle = threading.Condition(self._lock)
+        self._risks = Risks(store.folder)
 
     def start(self) -> None:
         """Go on with what was under way when the server ended, then with what is queued.
@@ -89,9 +91,15 @@ class Supervisor:
         Raises:
             StorageError: the store cannot be used.
         """
-        for stored in self._store.runs.unended():
+        unended = self._store.runs.unended()
+        self._risks.take_stock([stored.id for stored in unended])
+        for stored in unended:
+            losses = self._risks.losses(stored.id)
             if stored.status == Status.STOPPING:
                 self._store.runs.set_status(stored.id, Status.STOPPED, stored.reason)
+            elif losses >= MOST_LOSSES:
+                aside = f"set aside, as the server was lost {losses} times while it was at this run's model"
+                self._store.runs.set_status(stored.id, Status.FAILED, aside)
             else:
                 self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
         self._fill()
@@ -251,7 +259,16 @@ class Supervisor:
         """On the run's thread: attempts until the run has ended or the server does."""
         from fedpeft_server.hosting import Host  # with a first run, as it brings numba
 
-        host = Host(self._store, stored, self._open_grid, control, self._patience, self._models, self._quota)
+        host = Host(
+            self._store,
+            stored,
+            self._open_grid,
+            control,
+            self._patience,
+            self._models,
+            self._quota,
+            self._risks,
+        )
         with self._lock:
             self._active[stored.id].host = host
         losses = Losses()
