@@ -120,6 +120,7 @@ def standing(
             patience=Patience(settings.limits.round_s, settings.limits.away_s),
             models=stack.enter_context(closing(_model_room(settings))) if settings.model_s else None,
             quota=settings.quota(),
+            roots=settings.submitter_roots(),
         )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
         line.running = running = serve(

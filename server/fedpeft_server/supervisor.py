@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
+from fedpeft.credentials import Role
 from fedpeft.device_task import device_task
-from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
+from fedpeft.errors import DataError, FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import (
     PATIENCE,
@@ -31,6 +32,7 @@ from fedpeft_server.control import (
 )
 from fedpeft_server.gathering import agents_wanted
 from fedpeft_server.risks import Risks
+from fedpeft_server.roots import Roots
 from fedpeft_server.run_statuses import RunStatuses, one_line
 from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
@@ -62,6 +64,7 @@ class Supervisor:
         patience: of rounds of runs whose file sets no deadline.
         models: processes that hold models; None: this one does.
         quota: what each submitter may hold; None: there is no bound.
+        roots: which of this machine's files submitters may name; None: there is no bound.
     """
 
     def __init__(
@@ -74,7 +77,9 @@ class Supervisor:
         clock: SteadyClock | None = None,
         models: ModelRoom | None = None,
         quota: Quota | None = None,
+        roots: Roots | None = None,
     ) -> None:
+        self._roots = roots
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
         self._patience, self._models, self._quota = patience, models, quota
         self._clock = clock or SteadyClock()
@@ -132,6 +137,8 @@ class Supervisor:
             return self._statuses.as_it_stands(known)
         if quota is not None:  # before the checks, which take long; what counts is asked in the transaction
             runs.check_quota(submitter, run, quota)
+        if self._roots is not None and role != Role.ADMIN:
+            self._roots.refuse(run)
         device_task(run)
         self._check(run)
         refuse_seeded(run)
@@ -308,7 +315,7 @@ class Supervisor:
             self._statuses.pause(run_id, why)
             return True
         except FedPEFTError as error:
-            self._statuses.settle(host.stored.id, Status.FAILED, f"{type(error).__name__}: {one_line(error)}")
+            self._statuses.settle(host.stored.id, Status.FAILED, _told(run_id, error))
         except Exception as error:
             LOG.exception("run %s failed", run_id)
             self._statuses.settle(
@@ -349,3 +356,11 @@ class Supervisor:
             self._idle.notify_all()
         if unfilled:
             self._statuses.patiently(self._fill)
+
+
+def _told(run_id: str, error: FedPEFTError) -> str:
+    """What a run's submitter and readers are told of its failure: of the server's rows, nothing."""
+    if isinstance(error, DataError):
+        LOG.error("run %s: %s", run_id, one_line(error))
+        return "DataError: rows cannot be used, here or at a client; the reason is in the server's own log"
+    return f"{type(error).__name__}: {one_line(error)}"
