@@ -74,6 +74,8 @@ def _model_lines(model: ModelPlan) -> Iterator[Line]:
     yield "method", model.method, "averaging it averages models exactly" if model.linear else ""
     share = f"{100 * model.trained / model.total:.2f}% of {model.total:,}"
     yield "trained parameters", f"{model.trained:,}", share
+    for note in model.notes:
+        yield "note", "", printable(note)
 
 
 def _data_lines(data: DataPlan) -> Iterator[Line]:
