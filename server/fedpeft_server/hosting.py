@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -55,6 +56,7 @@ class AgentGrid(Strangers, Protocol):
         ...
 
 
+LOG = logging.getLogger("fedpeft.server")
 OpenGrid = Callable[[StoredRun], AbstractContextManager[AgentGrid]]
 
 
@@ -171,6 +173,8 @@ class Host:
         why = waits_for(away, time.time())
         if away and isinstance(self.stored.run.privacy, ClientLevelPrivacy):
             why = "waits for members that are away"
+        if why:
+            LOG.info("run %s: %s", self.stored.id, why, extra={"event": "waits", "run": self.stored.id})
         with suppress(StorageError):  # a word for people is no reason to leave the round
             self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
 
