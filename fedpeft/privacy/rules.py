@@ -108,8 +108,6 @@ def _record_level(run: RunConfig) -> Iterator[str]:
                 f"stages.{place}.error_feedback: memory on the client couples rounds that are accounted for"
                 " one by one; remove it"
             )
-    if run.space.options.get("feedback"):
-        yield "space.feedback: memory on the client couples rounds accounted for one by one; remove it"
 
 
 def _local(run: RunConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -24,7 +25,6 @@ from fedpeft.update import Arrays, Layout, frozen_arrays
 LARGEST = 2**30  # quanta of one coefficient
 MOST = 2**53  # of all coefficients of a tensor in magnitude: sums stay exact
 REPLAY_SAMPLE = 2**26  # units of a projection's work
-LEFT_OUT = "left-out/"  # of a client's memory: by tensor, in quanta
 
 
 class Projected:
@@ -46,12 +46,11 @@ class Projected:
         exponent: int,
         rounds: int,
         server_lr: float,
-        feedback: bool,
     ) -> None:
         self.projections = projections
         self.exponent = exponent
         self.count = sum(projection.count for projection in projections.values())
-        self._rounds, self._server_lr, self._feedback = rounds, server_lr, feedback
+        self._rounds, self._server_lr = rounds, server_lr
         self._live = live
         self._base = {name: parameter.detach().clone() for name, parameter in live.items()}
         self._verified = b""
@@ -59,11 +58,19 @@ class Projected:
         self._sums = self._zeros()
 
     def facts(self) -> Mapping[str, str]:
-        """Coefficients, and the quantum of a weight."""
+        """Coefficients, the quantum of a weight, and how far one rebuilt change is off, block by block."""
+        sizes = sorted(
+            {(self._base[name].numel(), projection.count) for name, projection in self.projections.items()},
+            reverse=True,
+        )
+        errors = {
+            f"error, {size:,} weights on {count:,}": f"{math.sqrt(size / count):.2g}" for size, count in sizes
+        }
         return {
             "coefficients per round": f"{self.count:,}",
             "coefficients, all rounds": f"{self.count * self._rounds:,}",
             "quantum": f"2^{self.exponent}",
+            **errors,
         }
 
     def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
@@ -125,9 +132,6 @@ class Projected:
     ) -> Arrays:
         """The change, rounded to quanta and projected tensor by tensor.
 
-        With error feedback, what the client's earlier coefficients left out is added first, and what these
-        leave out is kept.
-
         Raises:
             UpdateError: a change that is not finite, or too large for its quantum.
         """
@@ -137,14 +141,7 @@ class Projected:
         for name, projection in self.projections.items():
             change = self._live[name].detach().double() - self._weights(name).double()
             whole = quantise(change, self.exponent).flatten()
-            left_out = None if memory is None else memory.get(LEFT_OUT + name)
-            if left_out is not None:
-                whole += torch.from_numpy(np.array(left_out)).to(whole.device)
-            coefficients = projection.coefficients(whole, number)
-            if memory is not None and self._feedback:
-                rebuilt = projection.rebuild(coefficients, number)
-                memory[LEFT_OUT + name] = (whole.cpu() - rebuilt.cpu()).numpy()
-            parts.append(coefficients.cpu().numpy())
+            parts.append(projection.coefficients(whole, number).cpu().numpy())
         return {AMOUNTS: np.concatenate(parts)}
 
     def update_layout(self, state: Layout) -> Layout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedpeft.config import Count, PositiveFloat, RunConfig, Section
+from fedpeft.config import Count, PositiveFloat, RunConfig, Section, TrainingSection
 from fedpeft.seedspace.layout import tensor_ids
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fedpeft.spaces.projected import Projected
 
-RESOLUTION = 10  # bits: a change of lr in one weight is 2**10 quanta up to a factor of two
+RESOLUTION = 4  # quanta of a typical coefficient: rounding adds half a percent to the error's square
 FEWEST = 2  # coefficients of a tensor
 
 
@@ -24,11 +24,10 @@ class ProjectedOptions(Section):
     proportion to sqrt(d), as norms go when all weights change alike, so that everybody knows the numbers
     beforehand. The server moves by `server_lr` times the rebuilt mean change.
 
-    With `feedback` each client adds what its earlier coefficients left out to its next change. An unbiased
-    rebuilt change is far longer than the change itself, and what it leaves out would grow from round to
-    round: so coefficients are then those of the nearest rebuilt change, which is shorter and not unbiased. A
-    client keeps eight bytes for each weight. With another `server_lr` than 1 the server moves by more or less
-    than what clients count as sent.
+    The quantum is 2**quantum_exponent; by default it follows from how far `training` is expected to move a
+    weight in a round, the largest tensor's d weights and its K coefficients: a coefficient of a change of
+    delta per weight is delta sqrt(d) / K, and shall be `RESOLUTION` quanta, so that rounding adds 1 / (12
+    RESOLUTION**2) to the square of an error that the projection makes anyway.
     """
 
     kind: ClassVar[str] = "projected"
@@ -36,7 +35,6 @@ class ProjectedOptions(Section):
     projection: Literal["signs", "srht"] = "signs"
     num_seeds: Count = 256
     server_lr: PositiveFloat = 1.0
-    feedback: bool = False
     quantum_exponent: int | None = None
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
@@ -52,12 +50,37 @@ class ProjectedOptions(Section):
             size = live[name].numel()
             count = max(FEWEST, math.floor(self.num_seeds * math.sqrt(size / widest)))
             build = PROJECTIONS[self.projection]
-            projections[name] = build(run.run.seed, number, size, count, shrinks=self.feedback)
+            projections[name] = build(run.run.seed, number, size, count)
         exponent = self.quantum_exponent
         if exponent is None:
-            exponent = math.frexp(run.training.lr)[1] - 1 - RESOLUTION
-            if self.feedback:  # coefficients are smaller by their number over the weights they stand for
-                exponent -= max(
-                    live[name].numel() // part.count for name, part in projections.items()
-                ).bit_length()
-        return Projected(live, projections, exponent, run.run.rounds, self.server_lr, self.feedback)
+            total = sum(parameter.numel() for parameter in live.values())
+            exponent = fitting_exponent(expected_move(run.training, total), widest, self.num_seeds)
+        return Projected(live, projections, exponent, run.run.rounds, self.server_lr)
+
+
+def fitting_exponent(move: float, size: int, count: int) -> int:
+    """Return log2 of a quantum of which typical coefficients and weights have `RESOLUTION` at least.
+
+    Args:
+        move: how far a weight moves.
+        size: weights of the tensor.
+        count: its coefficients.
+    """
+    return math.floor(math.log2(move * min(1.0, math.sqrt(size) / count) / RESOLUTION))
+
+
+def expected_move(section: TrainingSection, parameters: int) -> float:
+    """Return about how far a round of local steps moves a weight, before any step is made.
+
+    Steps are taken to have unrelated directions. An optimiser that divides by the size of gradients moves a
+    weight by lr in each; another moves the whole model by lr times the norm of a gradient, which is taken
+    to be `max_grad_norm`, or 1.
+
+    Args:
+        parameters: how many weights are trained.
+    """
+    steps = section.steps or 1
+    length = section.lr * math.sqrt(steps)
+    if section.optimizer == "sgd":
+        length *= (section.max_grad_norm or 1.0) / math.sqrt(parameters) / (1.0 - section.momentum)
+    return length

@@ -1,9 +1,9 @@
 """From a tensor's change to a few integers and back: on shared sign directions, or by a Hadamard sketch.
 
 Both are linear, so clients' coefficients may be averaged, and unbiased: the mean of what `rebuild` makes of
-`coefficients`, over the seeds, is the change, up to the rounding of coefficients to integers. One that
-*shrinks* is rather the nearest to the change, by a smaller factor: what it leaves out is shorter than the
-change, as error feedback needs (Stich, Cordonnier and Jaggi 2018, definition 2.1).
+`coefficients`, over the seeds, is the change, up to the rounding of coefficients to integers. A rebuilt
+change of d weights on K coefficients is off by sqrt(d / K) times the change's own length, since it is that of
+a few directions among many; the mean over clients and rounds is nearer.
 """
 
 from __future__ import annotations
@@ -49,15 +49,12 @@ class Signs:
 
     Source: Shu et al. 2025, Ferret, equations 4-6. There directions are Gaussian, truncated to nearly uniform
     ones, and the released code's factor is a third of the unbiased one; for signs the factor is 1 / count.
-    For d weights and K directions the least expected error, (1 - K / (d + K - 1)) of the change's square, is
-    that of the factor 1 / (d + K - 1).
     """
 
     seed: int
     tensor_id: int
     size: int
     count: int
-    shrinks: bool = False
 
     @property
     def work(self) -> int:
@@ -67,7 +64,7 @@ class Signs:
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
         """Each dot product times the factor, rounded to the nearest integer."""
         dots = project(Stream(self.seed), self._span, self._directions(round_), change)
-        return divided(dots, self.size + self.count - 1 if self.shrinks else self.count)
+        return divided(dots, self.count)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The directions, each times its coefficient."""
@@ -97,7 +94,6 @@ class Sketch:
     size: int
     block: int
     rows: int
-    shrinks: bool = False
 
     @property
     def count(self) -> int:
@@ -110,12 +106,9 @@ class Sketch:
         return self.size
 
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
-        """Each kept coefficient over the number kept of its block, rounded to the nearest integer.
-
-        One that shrinks divides by the block's length: the orthogonal projection on the kept rows.
-        """
+        """Each kept coefficient over the number kept of its block, rounded to the nearest integer."""
         kept = self._transform(round_).project(change).flatten()
-        return divided(kept, self.block if self.shrinks else self.rows)
+        return divided(kept, self.rows)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The transposed transform of the coefficients."""
@@ -130,16 +123,16 @@ def divided(values: torch.Tensor, by: int) -> torch.Tensor:
     return torch.div(2 * values + by, 2 * by, rounding_mode="floor")
 
 
-def signs(seed: int, tensor_id: int, size: int, count: int, *, shrinks: bool = False) -> Projection:
+def signs(seed: int, tensor_id: int, size: int, count: int) -> Projection:
     """As many directions as asked for."""
-    return Signs(seed, tensor_id, size, count, shrinks)
+    return Signs(seed, tensor_id, size, count)
 
 
-def sketch(seed: int, tensor_id: int, size: int, count: int, *, shrinks: bool = False) -> Projection:
+def sketch(seed: int, tensor_id: int, size: int, count: int) -> Projection:
     """Blocks such that about `count` coefficients are kept, and at least one of each."""
     block = min(_power_of_two(size), max(_BLOCK, _power_of_two(-(-size // count))))
     blocks = -(-size // block)
-    return Sketch(seed, tensor_id, size, block, max(1, min(block, count // blocks)), shrinks)
+    return Sketch(seed, tensor_id, size, block, max(1, min(block, count // blocks)))
 
 
 def _power_of_two(number: int) -> int:

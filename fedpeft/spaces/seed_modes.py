@@ -127,11 +127,14 @@ class WeightedSeeds:
     Source: Qin et al. 2024, FedKSeed-Pro. p = softmax(minmax(amplitude)), where a candidate's amplitude is
     the mean size of its scalars over all visits and one further zero. The published server keeps every
     scalar; here clients send two sums (sizes, visits), which aggregate like the amounts and which secure
-    aggregation can serve. Both are weighted as the updates are, so the means are weighted means.
+    aggregation can serve. Both are means over a round's clients, in which one client's visit is one part in
+    `cohort`: so is the further zero. They are weighted as the updates are; with equal weights the amplitudes
+    are the published ones.
     """
 
     num_seeds: int
     clip: int  # a visit counts for at most so many quanta; the published 1000 in units of the scalar
+    cohort: int = 1  # clients whose updates a round averages
 
     def start(self) -> dict[str, Integers]:
         """A = 0 and nothing seen."""
@@ -152,7 +155,7 @@ class WeightedSeeds:
 
     def probabilities(self, state: Arrays) -> NDArray[np.float64]:
         """float64 [K], sum 1; the largest is at most e times the smallest."""
-        amplitude = state[MAGNITUDES] / (state[VISITS] + _COUNT_UNIT)
+        amplitude = state[MAGNITUDES] / (state[VISITS] + _COUNT_UNIT / self.cohort)
         spread = amplitude.max() - amplitude.min()
         share = (amplitude - amplitude.min()) / spread if spread > 0 else np.zeros(self.num_seeds)
         weight = np.exp(share)

@@ -6,6 +6,9 @@ import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedpeft.config import Count, RunConfig, Section, TrainingSection
+from fedpeft.deployment import clients_named
+from fedpeft.errors import RunFileError
+from fedpeft.sampling import cohort_size
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, Mode, WeightedSeeds
 
 if TYPE_CHECKING:
@@ -64,8 +67,28 @@ class SeedScalarsOptions(Section):
             )
         if self.mode == "fedkseed-pro":
             largest = quanta(PUBLISHED_CLIP * run.training.lr, self.exponent(run.training.lr))
-            return WeightedSeeds(self.num_seeds, largest)
+            return WeightedSeeds(self.num_seeds, largest, expected_cohort(run))
         return FixedSeeds(self.num_seeds)
+
+
+def expected_cohort(run: RunConfig) -> int:
+    """Return how many clients a round is expected to average, from the run file alone.
+
+    Raises:
+        RunFileError: it doesn't say.
+    """
+    sampling, clients = run.federation.sampling, clients_named(run)
+    if sampling.kind == "fixed":
+        return sampling.cohort or 1
+    if not clients:
+        raise RunFileError(
+            "run file",
+            [
+                "space.mode 'fedkseed-pro' has to know how many clients a round averages; set"
+                " federation.sampling = { kind = 'fixed', cohort = N }, or data.partitioner.clients"
+            ],
+        )
+    return cohort_size(sampling, clients)
 
 
 def quanta(length: float, exponent: int) -> int:

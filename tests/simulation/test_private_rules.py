@@ -95,7 +95,6 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
             {"groups": [{"clients": ["client-0"], "training": {"lr": 0.1}}]},
             "are accounted for alike",
         ),
-        ("record-level", {"space": {"kind": "projected", "feedback": True}}, "memory on the client"),
         (
             "record-level",
             {"training": {"kind": "zeroth-order", "rule": "conservative", "steps": 2}},

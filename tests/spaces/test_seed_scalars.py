@@ -240,6 +240,25 @@ class TestModes:
         e = np.e
         assert np.allclose(mode.probabilities(state), [e / (2 * e + 1), 1 / (2 * e + 1), e / (2 * e + 1)])
 
+    @pytest.mark.parametrize("clients", [1, 4, 10])
+    def test_pro_probabilities_are_the_published_ones_of_all_raw_scalars(self, clients: int) -> None:
+        """From every client's scalars one by one, as the published server keeps them."""
+        mode, generator = WeightedSeeds(32, clip=10**6, cohort=clients), np.random.default_rng(7)
+        state, history = mode.start(), {seed: [0.0] for seed in range(32)}
+        for _ in range(3):
+            sums: dict[str, np.ndarray] = {name: np.zeros(32) for name in state}
+            for _ in range(clients):
+                trail = Trail(generator.integers(0, 32, 12), generator.integers(-5000, 5000, 12))
+                for seed, scalar in zip(trail.directions.tolist(), trail.amounts.tolist(), strict=True):
+                    history[seed].append(abs(scalar))
+                for name, array in mode.express(state, trail).items():
+                    sums[name] += array / clients
+            state = mode.apply(state, sums)
+        amplitude = np.array([np.mean(history[seed]) for seed in range(32)])
+        share = (amplitude - amplitude.min()) / (amplitude.max() - amplitude.min())
+        published = np.exp(share) / np.exp(share).sum()
+        assert np.allclose(mode.probabilities(state), published, rtol=5e-3)
+
     def test_pro_starts_uniform(self) -> None:
         mode = WeightedSeeds(5, clip=100)
         assert np.allclose(mode.probabilities(mode.start()), 0.2)
