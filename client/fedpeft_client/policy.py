@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config import MAX_DELTA, DataSection, RunConfig
 from fedpeft.data.templates import compile_template
 from fedpeft.device_task import EMBEDDED
 from fedpeft.errors import DataError, PolicyError
@@ -73,7 +73,7 @@ class Policy(BaseModel):
     min_noise_multiplier: Positive | None = None
     max_run_epsilon: Positive | None = None
     max_total_epsilon: Positive | None = None
-    max_delta: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    max_delta: Annotated[float, Field(gt=0.0, lt=MAX_DELTA)] | None = None
     max_memory_mib: Positive | None = None
     max_task_s: Positive | None = None
     max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None

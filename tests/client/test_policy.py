@@ -182,6 +182,7 @@ BAD: dict[str, tuple[str, str]] = {
     "no data": ('server = "host:1"\ndata = "missing.jsonl"', "there is no such file or folder"),
     "key": ('server = "host:1"\ndata = "."\nserv = 1', "serv: unknown key"),
     "policy": ('server = "host:1"\ndata = "."\n[policy]\nmax_task_s = -1', "policy.max_task_s"),
+    "delta": ('server = "host:1"\ndata = "."\n[policy]\nmax_delta = 0.01', "policy.max_delta"),
     "toml": ("server = ", "cannot be read as TOML"),
 }
 
