@@ -603,6 +603,40 @@ def server_audit(
     audit_command(config, given, known or [], entries=not verify, as_json=json_)
 
 
+MemberName = Annotated[str, typer.Argument(metavar="NAME", help="A device's or a person's name.")]
+
+
+@server_app.command("invite")
+def server_invite(
+    name: MemberName,
+    role: Annotated[str, typer.Option(help="agent, submitter or admin.")] = "agent",
+    days: Annotated[float, typer.Option(min=0.001, max=30.0, help="Days that the token can be used.")] = 7.0,
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    json_: AsJson = False,
+) -> None:
+    """Print a one-time token for a new member of the server's federation; for admins."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.member_commands import invite_command
+
+    invite_command(Desk(server, keys), name, role, max(1, round(days * 86_400)), as_json=json_)
+
+
+@server_app.command("revoke")
+def server_revoke(
+    name: MemberName,
+    reason: Annotated[str, typer.Option(help="Why, for whoever reads the audit log.")] = "",
+    server: ServerAddress = LOCAL_SERVER,
+    keys: OwnKeys = None,
+    json_: AsJson = False,
+) -> None:
+    """End what a name may do, at once, its open session too; for admins."""
+    from fedpeft_client.administration import Desk
+    from fedpeft_client.member_commands import revoke_command
+
+    revoke_command(Desk(server, keys), name, reason, as_json=json_)
+
+
 @server_app.command("status")
 def server_status(server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False) -> None:
     """Say who is connected to a server, what each used, and what was refused and why."""

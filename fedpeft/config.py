@@ -7,6 +7,7 @@ need heavy imports; everything that can be known from the file alone is checked 
 
 from __future__ import annotations
 
+import codecs
 import functools
 import re
 from collections import Counter
@@ -34,6 +35,15 @@ Count = Annotated[int, Field(ge=1)]
 def _device_name(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise ValueError(f"{name!r} came; use 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    return name
+
+
+def _encoding(name: str) -> str:
+    try:
+        codecs.lookup(name)
+        "".encode(name)
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"{name!r} is no encoding; use one such as 'utf-8' or 'windows-1252'") from error
     return name
 
 
@@ -180,6 +190,11 @@ class DataSection(Section):
     limit: Count | None = None  # at most so many training rows, the first ones; refused under privacy
     test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
     test_limit: Count | None = None
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = None  # of text files; none: found out
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = (
+        None  # of csv and tsv; none: found out
+    )
+    quoting: Literal["csv", "none"] | None = None  # of csv and tsv: marks around values, or signs like others
     max_length: Annotated[int, Field(ge=2)] = (
         512  # tokens; longer rows are cut and the number of cut rows reported
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -178,17 +179,16 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
     def resolved(value: Any) -> Any:
         if isinstance(value, list):
             return [resolved(item) for item in value]
-        if not isinstance(value, str) or Path(value).is_absolute():
+        if not isinstance(value, str):
             return value
-        pattern = any(mark in value for mark in "*?[")
+        if value.startswith("~"):
+            return _at_home(value)
+        if Path(value).is_absolute() or not value:
+            return value
+        pattern = any(mark in value for mark in "*?[") and not (folder / value).exists()
         found = any(folder.glob(value)) if pattern else (folder / value).exists()
-        return (
-            str((folder / value).resolve())
-            if found and not pattern
-            else str(folder.resolve() / value)
-            if found
-            else value
-        )
+        # Links stay: their names tell formats and clients, not those of what they lead to.
+        return os.path.normpath(folder.absolute() / value) if found else value
 
     for section, keys in (
         ("model", ("path",)),
@@ -200,6 +200,14 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
             for key in keys:
                 if key in part and part[key] != "embedded":
                     part[key] = resolved(part[key])
+
+
+def _at_home(value: str) -> str:
+    """A path below the user's own folder; as it came where there is no such user."""
+    try:
+        return str(Path(value).expanduser())
+    except RuntimeError:
+        return value
 
 
 def _problem(detail: Mapping[str, Any]) -> str:

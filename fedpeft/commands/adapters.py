@@ -11,6 +11,7 @@ from fedpeft.data.federated import encode
 from fedpeft.data.labels import label_map
 from fedpeft.data.run_tables import read_tables
 from fedpeft.loading.assembly import device_for
+from fedpeft.loading.row_length import refuse_long_rows
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
@@ -35,6 +36,7 @@ def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
     tokenizer = load_tokenizer(run.model)
     data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
     model = _base_with_adapter(run, adapter, data.num_labels)
+    refuse_long_rows(run, run.peft, model.get_base_model())  # type: ignore[operator]  # a PeftModel, untyped
     base_digest = frozen_digest(model)
     move(model, device)
     return Resident(run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), base_digest)

@@ -36,6 +36,7 @@ class FederatedData:
             that could not be used where rows are hidden.
         unused_rows: training rows that no client holds.
         unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
+        notes: what was found out about the files that a person should know.
         rows_digest: fingerprint of the rows as they were read; see `fedpeft.data.row_digest`.
     """
 
@@ -49,6 +50,7 @@ class FederatedData:
     unused_rows: int
     unused_clients: int
     rows_digest: str
+    notes: tuple[str, ...] = ()
 
 
 def encode(
@@ -95,6 +97,7 @@ def encode(
         unused_rows=raw.unused_rows,
         unused_clients=raw.unused_clients,
         rows_digest=rows_digest(raw),
+        notes=raw.notes,
     )
 
 

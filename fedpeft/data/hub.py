@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fedpeft.data.readers import BATCH_ROWS, NumberedRow
+from fedpeft.data.columns import BATCH_ROWS, NumberedRow, class_names, name_classes
 from fedpeft.errors import DataError
 
 PREFIX = "datasets:"
@@ -26,11 +26,13 @@ def read_hub(source: str) -> Iterator[NumberedRow]:
     name, config, split = parse_hub_source(source)
     number = 0
     try:
-        for batch in _load(name, config, split).iter(batch_size=BATCH_ROWS):
+        loaded = _load(name, config, split)
+        classes = class_names(loaded.features.to_dict())
+        for batch in loaded.iter(batch_size=BATCH_ROWS):
             columns = list(batch)
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield number, dict(zip(columns, values, strict=True))
+                yield number, name_classes(dict(zip(columns, values, strict=True)), classes)
     except Exception as error:  # the library's errors share no base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from fedpeft.data.columns import ClassName
 from fedpeft.data.describe import listed, shown
 from fedpeft.errors import DataError
 
@@ -15,7 +16,15 @@ _DIGITS = re.compile(r"(\d+)")
 def natural_key(name: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
     """Sort key under which client2 comes before client10; the name itself tells 1 and 01 apart."""
     pieces = _DIGITS.split(name)
-    return tuple((0, int(piece), "") if piece.isdecimal() else (1, 0, piece) for piece in pieces), name
+    return tuple(_order_of(piece) for piece in pieces), name
+
+
+def _order_of(piece: str) -> tuple[int, int, str]:
+    """Numbers before text, by value; compared as text, since identifiers may have thousands of digits."""
+    if not piece.isdecimal():
+        return 1, 0, piece
+    digits = "".join(str(int(digit)) for digit in piece).lstrip("0")
+    return 0, len(digits), digits
 
 
 def plain_value(value: object, field: str, where: str) -> str | int:
@@ -25,7 +34,7 @@ def plain_value(value: object, field: str, where: str) -> str | int:
         DataError: null, or neither text nor a whole number.
     """
     if isinstance(value, str):
-        return value
+        return value  # as a class by its name and number, if it is one
     if isinstance(value, (bool, int)):
         return int(value)
     if isinstance(value, float) and value.is_integer():
@@ -53,6 +62,8 @@ class LabelMap:
             DataError: the label is outside the map.
         """
         found = self.ids.get(str(value))
+        if found is None and isinstance(value, ClassName):
+            found = self.ids.get(str(value.number))
         if found is None:
             raise DataError(
                 f"{where}: field '{field}' is {shown(value)}, which is outside the label map "
@@ -87,6 +98,10 @@ def label_map(labels: tuple[str | int, ...] | Mapping[str, int]) -> LabelMap:
 
 
 def sorted_label_map(values: Iterable[str | int]) -> LabelMap:
-    """The default map: the distinct labels in natural order."""
-    names = sorted({str(value) for value in values}, key=natural_key)
+    """The default map: the distinct labels in natural order, or in that of a file that names its classes."""
+    distinct = set(values)
+    named = [value for value in distinct if isinstance(value, ClassName)]
+    if named and len(named) == len(distinct):
+        return label_map(tuple(str(value) for value in sorted(named, key=lambda value: value.number)))
+    names = sorted({str(value) for value in distinct}, key=natural_key)
     return label_map(tuple(names))

@@ -67,23 +67,26 @@ def deal_evenly(rows: int, spec: PartitionerSection, seed: int) -> Dealt:
     )
 
 
-def deal_by_file(parts: Sequence[int], names: Sequence[str], spec: PartitionerSection) -> Dealt:
-    """Deal each file's rows to a client of its name.
+def deal_by_file(parts: Sequence[int], owners: Sequence[tuple[str, str]], spec: PartitionerSection) -> Dealt:
+    """Deal each file's rows to a client of its name, or of its folder's.
 
     Args:
         parts: for each row the index of its file.
-        names: the files' names, also of those without rows.
+        owners: (client's name, what tells clients apart) of each file, also of those without rows.
         spec: kind files; `clients` and `min_rows` count.
 
     Raises:
         DataError: two files of one name, or a file without rows.
     """
+    clients = list(dict.fromkeys(owners))
+    names = [name for name, _ in clients]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(
             f"two files would both be client {listed(sorted(twice))}; rename one, a file names its client"
         )
-    of = np.asarray(parts, dtype=np.int64)
+    number = np.array([clients.index(owner) for owner in owners], dtype=np.int64)
+    of = number[np.asarray(parts, dtype=np.int64)]
     return _keep_large([(name, np.flatnonzero(of == index)) for index, name in enumerate(names)], spec)
 
 

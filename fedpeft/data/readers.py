@@ -1,118 +1,204 @@
-"""Files and hub data sets as streams of rows; no reader holds a whole file.
+"""Files as streams of rows; no reader holds a whole file, but for a JSON array.
 
-JSON lines and CSV are read by the standard library: it gives the number of a bad row and leaves values as
-they are written (a columnar reader turns text that looks like a date into one, and "007" into 7).
+JSON lines and separated values are read by the standard library: it gives the number of a bad row and leaves
+values as they are written (a columnar reader turns text that looks like a date into one, and "007" into 7).
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from fedpeft.data.columns import BATCH_ROWS, NumberedRow, read_arrow, read_parquet
+from fedpeft.data.text_files import Reading, open_text, separated_values
 from fedpeft.errors import DataError
 
-NumberedRow = tuple[int, Mapping[str, Any]]
-"""A row's number, from 1, and its fields. JSON lines count as in an editor; CSV without its header."""
+__all__ = [
+    "BATCH_ROWS",
+    "LESSER",
+    "READERS",
+    "NumberedRow",
+    "read_arrow",
+    "read_csv",
+    "read_jsonl",
+    "read_lines",
+    "read_parquet",
+    "read_tsv",
+]
 
 CSV_FIELD_LIMIT = 2**31 - 1
-BATCH_ROWS = 1024
+_MOST_DIGITS = 4000  # of an integer; Python refuses longer ones, which are names and not numbers
+_MARK = "\ufeff"
 
 
-def read_jsonl(path: Path) -> Iterator[NumberedRow]:
-    """One JSON object per line; blank lines are skipped but counted.
+def read_jsonl(path: Path, reading: Reading | None = None) -> Iterator[NumberedRow]:
+    """One JSON object per line, blank lines skipped but counted; or one JSON array of objects.
 
-    Raises:
-        DataError: a line is not a JSON object in UTF-8.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            text = line.strip().removeprefix(b"\xef\xbb\xbf")
-            if not text:
-                continue
-            try:
-                row = json.loads(text.decode("utf-8"))
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}: row {number} is not JSON ({error}); needs one JSON object per line"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}: row {number} is a JSON {type(row).__name__}; needs one JSON object per line"
-                )
-            yield number, row
-
-
-def read_csv(path: Path) -> Iterator[NumberedRow]:
-    """Comma-separated values with a header line; every value stays text.
+    A file whose only value is an object with one list of objects in it is that list.
 
     Raises:
-        DataError: no header, a row with more or fewer values than it, or text that is not UTF-8.
+        DataError: a line or an item is not a JSON object, or not in the file's encoding.
     """
-    return _read_separated(path, ",")
-
-
-def read_tsv(path: Path) -> Iterator[NumberedRow]:
-    """As `read_csv`, with tabs."""
-    return _read_separated(path, "\t")
-
-
-def _read_separated(path: Path, delimiter: str) -> Iterator[NumberedRow]:
-    csv.field_size_limit(CSV_FIELD_LIMIT)  # the library's default of 128 KiB refuses long documents
-    number = 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            lines = csv.reader(file, delimiter=delimiter, strict=True)
-            header = next(lines, None)
-            if header is None or len(set(header)) != len(header):
-                raise DataError(f"{path}: needs a first line that names its columns, each once; got {header}")
-            for values in lines:
-                if not values:
-                    continue
-                number += 1
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{path}: row {number} has {len(values)} values for {len(header)} columns; "
-                        "quote values that hold the separator or a line break"
-                    )
-                yield number, dict(zip(header, values, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}: row {number + 1} cannot be read ({error}); needs UTF-8 text with a header"
-            ) from error
-
-
-def read_parquet(path: Path) -> Iterator[NumberedRow]:
-    """A Parquet file, batch by batch.
-
-    Raises:
-        DataError: the file is no Parquet file or is damaged.
-    """
-    import pyarrow as pa  # costs a second to import, and most runs need none of it
-    import pyarrow.parquet as pq
-
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
+        with open_text(path, reading or Reading()) as text:
+            for number, piece in _pieces(text):
+                yield from _first_rows(path, piece, number, text)
+                break
+            for place, piece in _pieces(text):
+                yield number + place, _object(_parsed(path, piece, number + place), path, number + place)
+    except UnicodeError as error:
         raise DataError(
-            f"{path}: cannot be read as Parquet after row {number} ({reason}); write it anew"
+            f"{path}: row {number + 1} or one behind it is not JSON ({error}); save the file as UTF-8, or set"
+            " data.encoding"
         ) from error
 
 
-READERS: Mapping[str, Callable[[Path], Iterator[NumberedRow]]] = {
+def _pieces(text: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers; a mark may stand in front of any, as in joined files."""
+    for number, line in enumerate(text, start=1):
+        piece = line.strip().removeprefix(_MARK).strip()
+        if piece:
+            yield number, piece
+
+
+def _first_rows(path: Path, piece: str, number: int, rest: TextIO) -> Iterator[NumberedRow]:
+    """The row of the first line, or all rows if that is the beginning of a document."""
+    if piece.startswith("["):
+        yield from _read_document(path, piece + "\n" + rest.read(), number)
+        return
+    try:
+        row = _parsed(path, piece, number)
+    except DataError as error:
+        document = piece + "\n" + rest.read()
+        try:
+            yield from _read_document(path, document, number)
+        except DataError:
+            raise error from None
+        return
+    yield number, _object(row, path, number)
+
+
+def _read_document(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
+    """The items of a JSON document that is no file of lines."""
+    found = _parsed(path, text, line)
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list) and value]
+        found = lists[0] if len(lists) == 1 and isinstance(lists[0][0], dict) else [found]
+    for number, row in enumerate(found, start=1):
+        yield number, _object(row, path, number)
+
+
+def _parsed(path: Path, text: str, number: int) -> Any:
+    try:
+        try:
+            return json.loads(text, object_pairs_hook=_once_each)
+        except ValueError as error:
+            if "integer string conversion" not in str(error):
+                raise
+            return json.loads(text, object_pairs_hook=_once_each, parse_int=_integer)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: row {number} is not JSON ({error}); needs one JSON object per line, or an array of them"
+        ) from error
+
+
+def _integer(digits: str) -> int | str:
+    return int(digits) if len(digits) <= _MOST_DIGITS else digits
+
+
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names the field {twice!r} twice")
+    return found
+
+
+def _object(value: Any, path: Path, number: int) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: row {number} is a JSON {type(value).__name__}; needs a JSON object")
+    return value
+
+
+def read_csv(path: Path, reading: Reading | None = None) -> Iterator[NumberedRow]:
+    """Comma-separated values with a header line; every value stays text.
+
+    Raises:
+        DataError: no header, a row with more or fewer values than it, or text of another encoding.
+    """
+    return _read_separated(path, reading or Reading(), ",")
+
+
+def read_tsv(path: Path, reading: Reading | None = None) -> Iterator[NumberedRow]:
+    """As `read_csv`, with tabs."""
+    return _read_separated(path, reading or Reading(), "\t")
+
+
+def _read_separated(path: Path, reading: Reading, usual: str) -> Iterator[NumberedRow]:
+    csv.field_size_limit(CSV_FIELD_LIMIT)  # the library's default of 128 KiB refuses long documents
+    number = 0
+    try:
+        lines = separated_values(path, reading, usual)
+        header = next(lines, None)
+        if header is not None:
+            header[:1] = [name.removeprefix(_MARK) for name in header[:1]]
+        if header is None or len(set(header)) != len(header):
+            raise DataError(f"{path}: needs a first line that names its columns, each once; got {header}")
+        for values in lines:
+            if not values:
+                continue
+            number += 1
+            if len(values) != len(header):
+                raise DataError(
+                    f"{path}: row {number} has {len(values)} values for {len(header)} columns; "
+                    "quote values that hold the separator or a line break"
+                )
+            yield number, dict(zip(header, values, strict=True))
+    except (csv.Error, UnicodeError) as error:
+        raise DataError(
+            f"{path}: row {number + 1} cannot be read ({error}); needs UTF-8 text with a header, or"
+            " data.encoding, data.separator and data.quoting that say what it is"
+        ) from error
+
+
+def read_lines(path: Path, reading: Reading | None = None) -> Iterator[NumberedRow]:
+    """Plain text: each line that is not blank is a row with the field `text`.
+
+    Raises:
+        DataError: text of another encoding.
+    """
+    number = 0
+    try:
+        with open_text(path, reading or Reading()) as text:
+            for number, line in enumerate(text, start=1):
+                piece = line.rstrip("\r\n").removeprefix(_MARK)
+                if piece.strip():
+                    yield number, {"text": piece}
+    except UnicodeError as error:
+        raise DataError(
+            f"{path}: row {number + 1} or one behind it cannot be read ({error}); save the file as UTF-8, or"
+            " set data.encoding"
+        ) from error
+
+
+Reader = Callable[[Path, Reading], Iterator[NumberedRow]]
+
+READERS: Mapping[str, Reader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_jsonl,
     ".csv": read_csv,
     ".tsv": read_tsv,
+    ".txt": read_lines,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
 """The reader by a file's suffix, in lower case."""
+
+LESSER = (".txt",)
+"""Suffixes that a folder's files have beside its rows: read where it holds no others, or where named."""

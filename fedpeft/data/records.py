@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import DataSection
+from fedpeft.data.columns import ClassName
 from fedpeft.data.describe import listed, shown
 from fedpeft.data.encoded import Indices, Texts, TextsBuilder
 from fedpeft.data.labels import LabelMap, plain_value
@@ -199,7 +200,9 @@ def row_set(collected: Collected, layout: Layout, class_ids: Sequence[int] | Non
 
 def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
     """Equal numbers for equal names, int64[N]."""
-    return np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)[1].reshape(-1).astype(np.int64)
+    # Not by numpy: each of its strings takes as much room as the longest.
+    number = {name: index for index, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names], dtype=np.int64)
 
 
 def select(
@@ -244,7 +247,17 @@ def _matches(record: Record, wanted: Mapping[str, Scalar]) -> bool:
                 f"it has {listed(record.fields)}"
             )
         found = record.fields[name]
-        # Values of CSV files are text; the run file's 3 means their "3".
-        if found != value and not (isinstance(found, str) and found == str(value)):
+        if not _equals(found, value):
             return False
     return True
+
+
+def _equals(found: object, wanted: Scalar) -> bool:
+    """Whether a row's value is the run file's: CSV files write 3 as "3" and true as they like."""
+    if found == wanted:
+        return True
+    if isinstance(found, ClassName) and found.number == wanted:
+        return True
+    if isinstance(found, str) and isinstance(wanted, bool):
+        return found.lower() == str(wanted).lower()
+    return isinstance(found, str) and found == str(wanted)

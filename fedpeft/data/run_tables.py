@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedpeft.config import DataSection, PartitionerSection
-from fedpeft.data.describe import listed
+from fedpeft.data.describe import listed, shown
 from fedpeft.data.embedded_source import embedded_parts
 from fedpeft.data.encoded import Task
 from fedpeft.data.labels import LabelMap, label_map
@@ -17,7 +17,15 @@ from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_eve
 from fedpeft.data.records import Collected, Record, RowSet, Selection, collect, read_parts, row_set
 from fedpeft.data.run_sources import find_parts
 from fedpeft.data.sources import Part
-from fedpeft.data.tables import ClientRows, RawFederated, refuse_problems, split, training_rows
+from fedpeft.data.tables import (
+    ClientRows,
+    Labelled,
+    RawFederated,
+    reading_of,
+    refuse_problems,
+    split,
+    training_rows,
+)
 from fedpeft.errors import DataError
 
 
@@ -37,15 +45,18 @@ def read_tables(section: DataSection, task: Task, seed: int, *, hides_rows: bool
     refuse_problems(section, task)
     if section.train == EMBEDDED:
         return _read_embedded(section, task, seed, hides_rows=hides_rows)
-    parts = find_parts(section.train)
+    reading = reading_of(section, hides_rows=hides_rows)
+    parts = find_parts(section.train, reading)
     training = training_rows(section, task, read_parts(parts), hides_rows=hides_rows)
     if training.bad and len(training.rows) == 0:
         raise training.bad[0]
     dealt = _deal(section.partitioner, training.collected, parts, seed)
     test = None
     if section.test is not None:
-        test = _test_rows(section, task, find_parts(section.test), training.labels)
-    return split(training, dealt, test, section.heldout, seed)
+        test = _test_rows(section, task, find_parts(section.test, reading, split="test"), training.labels)
+    if not hides_rows:  # there a single row must not decide whether the run is held
+        _refuse_one_class(training)
+    return replace(split(training, dealt, test, section.heldout, seed), notes=tuple(reading.notes))
 
 
 def source_records(section: DataSection, seed: int) -> Iterator[Record]:
@@ -74,8 +85,26 @@ def read_test_table(section: DataSection, task: Task) -> RawFederated:
     labels = None if layout.label is None or section.labels is None else label_map(section.labels)
     nobody = row_set(Collected(), layout, None if labels is None else [])
     named = section.test is not None and section.test != EMBEDDED
-    test = _test_rows(section, task, find_parts(section.test), labels) if named and section.test else None
-    return RawFederated(nobody, (), test, labels.names if labels else (), 0, 0)
+    reading = reading_of(section, hides_rows=False)
+    test = None
+    if named and section.test:
+        test = _test_rows(section, task, find_parts(section.test, reading, split="test"), labels)
+    return RawFederated(nobody, (), test, labels.names if labels else (), 0, 0, notes=tuple(reading.notes))
+
+
+def _refuse_one_class(training: Labelled) -> None:
+    """Refuse to train a classifier on rows of one class, which is always right and has learned nothing.
+
+    Raises:
+        DataError: naming the class.
+    """
+    classes = training.rows.labels
+    if classes is not None and len(classes) and len(np.unique(classes)) == 1:
+        name = training.label_names[int(classes[0])]
+        raise DataError(
+            f"all {len(classes)} training rows have one class only, {shown(name)}, which teaches nothing; "
+            "check data.label, data.filter and data.limit (a file may be sorted by class)"
+        )
 
 
 def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: LabelMap | None) -> RowSet:
@@ -92,7 +121,7 @@ def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: 
 
 def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part], seed: int) -> Dealt:
     if spec.kind == "files":
-        return deal_by_file(collected.parts, [part.name for part in parts], spec)
+        return deal_by_file(collected.parts, [(part.name, part.owner or part.source) for part in parts], spec)
     if spec.kind in BY_COLUMN:
         return deal_by_column(collected.by, spec, seed)
     return deal_evenly(len(collected.parts), spec, seed)

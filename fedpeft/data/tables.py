@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from fedpeft.data.records import (
     row_set,
 )
 from fedpeft.data.sources import find_files
+from fedpeft.data.text_files import Reading
 from fedpeft.errors import DataError
 
 
@@ -53,6 +54,7 @@ class RawFederated:
             partitioner).
         unused_clients: clients that were left out as too small or beyond `partitioner.clients`.
         bad_rows: training rows that could not be used; where rows are hidden, they are left out one by one.
+        notes: what was found out about the files that a person should know.
     """
 
     rows: RowSet
@@ -62,6 +64,7 @@ class RawFederated:
     unused_rows: int
     unused_clients: int
     bad_rows: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def num_labels(self) -> int | None:
@@ -102,8 +105,15 @@ def read_client_table(
             limit where rows are hidden.
     """
     own = {"train": str(path), "test": None, "partitioner": PartitionerSection(kind="files")}
-    local, records = section.model_copy(update=own), read_parts(find_files(str(path)))
-    return client_table(local, records, task, seed, name, hides_rows=hides_rows)
+    local, reading = section.model_copy(update=own), reading_of(section, hides_rows=hides_rows)
+    records = read_parts(find_files(str(path), reading))
+    raw = client_table(local, records, task, seed, name, hides_rows=hides_rows)
+    return replace(raw, notes=tuple(reading.notes))
+
+
+def reading_of(section: DataSection, *, hides_rows: bool) -> Reading:
+    """How a section says that text is read, with room for what is found out."""
+    return Reading(section.encoding, section.separator, section.quoting, hides_rows)
 
 
 def client_table(

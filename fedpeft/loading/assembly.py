@@ -14,6 +14,7 @@ from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.tables import RawFederated
 from fedpeft.errors import ModelError, RunFileError
 from fedpeft.groups import refuse_idle
+from fedpeft.loading.row_length import refuse_long_rows
 from fedpeft.models.attach import attach
 from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
 from fedpeft.models.device import device_named, full_memory_refused, move
@@ -145,6 +146,7 @@ def load_body(
     seed = run.run.seed
     head = derive_seed(seed, "head")
     base = load_base(section, num_labels=num_labels, seed=head, tokenizer=tokenizer)
+    refuse_long_rows(run, peft, base)
     own = derive_seed(seed, "adapter")
     model = attach(base, peft, task=run.model.task, seed=own, start_bytes=start_bytes)
     model.eval()

@@ -17,7 +17,7 @@ from torch import nn
 from fedpeft.errors import ModelError
 from fedpeft.name_patterns import NamePattern
 
-__all__ = ["check_matches"]
+__all__ = ["check_matches", "wrapped_parameters"]
 
 _LISTED = 12
 
@@ -46,7 +46,7 @@ def check_matches(model: nn.Module, given: Mapping[str, Any]) -> None:
             "target_modules", given["target_modules"], wrapped, "is wrapped nowhere, as other options say"
         )
     if given.get("target_parameters"):
-        parameters = _wrapped_parameters(model)
+        parameters = wrapped_parameters(model)
         _check_names("target_parameters", given["target_parameters"], parameters, "names no parameter", model)
     _check_layers(given, wrapped)
 
@@ -90,7 +90,8 @@ def _wrapped(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def _wrapped_parameters(model: nn.Module) -> list[str]:
+def wrapped_parameters(model: nn.Module) -> list[str]:
+    """Return the full names of parameters that an adapter lies on without a module of their own."""
     modules = model.named_modules()
     return [
         f"{name.replace('.base_layer', '')}.{module.parameter_name}"

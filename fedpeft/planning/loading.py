@@ -12,6 +12,7 @@ from fedpeft.config import RunConfig
 from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.run_tables import read_tables
 from fedpeft.errors import FedPEFTError, RunFileError
+from fedpeft.loading.row_length import refuse_long_rows
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base, load_tokenizer
 from fedpeft.models.device import available_memory
@@ -75,6 +76,8 @@ def load(run: RunConfig, problems: Problems) -> tuple[FederatedData | None, nn.M
     labels = raw.num_labels if raw is not None else None
     head = derive_seed(seed, "head")
     base = problems.attempt(lambda: load_base(run.model, num_labels=labels, seed=head, tokenizer=tokenizer))
+    if base is not None:
+        problems.attempt(lambda: refuse_long_rows(run, run.peft, base))
     if base is None or peft_problems(run.peft, task):  # which are noted already
         return data, None
     model = problems.attempt(lambda: attach(base, run.peft, task=task, seed=derive_seed(seed, "adapter")))

@@ -15,6 +15,7 @@ from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.rules import strategy_problems
 from fedpeft.groups import refuse_idle, refuse_unknown
 from fedpeft.loading.assembly import trainable_on
+from fedpeft.models.coverage import coverage_notes
 from fedpeft.models.methods import METHODS, with_options
 from fedpeft.models.trainable import count_parameters, trainable_parameters
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
@@ -48,6 +49,7 @@ class ModelPlan:
     trained: int
     total: int
     device: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class DataPlan:
     dropped_rows: int
     unused_rows: int
     unused_clients: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def _model(run: RunConfig, model: nn.Module, device: str) -> ModelPlan:
     section, method = run.model, run.peft.method
     linear = with_options(METHODS[method], run.peft.options).linear_in_trained
     held = (section.path, section.task, section.quantization, section.dtype)
-    return ModelPlan(*held, method, linear, trained, total, device)
+    return ModelPlan(*held, method, linear, trained, total, device, coverage_notes(model, run.peft))
 
 
 def _data(run: RunConfig, data: FederatedData) -> DataPlan:
@@ -199,6 +202,7 @@ def _data(run: RunConfig, data: FederatedData) -> DataPlan:
         dropped_rows=data.dropped_rows,
         unused_rows=data.unused_rows,
         unused_clients=data.unused_clients,
+        notes=data.notes,
     )
 
 

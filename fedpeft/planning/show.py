@@ -74,6 +74,8 @@ def _model_lines(model: ModelPlan) -> Iterator[Line]:
     yield "method", model.method, "averaging it averages models exactly" if model.linear else ""
     share = f"{100 * model.trained / model.total:.2f}% of {model.total:,}"
     yield "trained parameters", f"{model.trained:,}", share
+    for note in model.notes:
+        yield "note", "", printable(note)
 
 
 def _data_lines(data: DataPlan) -> Iterator[Line]:
@@ -92,6 +94,8 @@ def _data_lines(data: DataPlan) -> Iterator[Line]:
     if data.unused_rows or data.unused_clients:
         left = counted(data.unused_clients, "client")
         yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"
+    for note in data.notes:
+        yield "note", "", printable(note)
 
 
 def _space_lines(space: SpacePlan) -> Iterator[Line]:

@@ -33,6 +33,7 @@ from fedpeft.loading.assembly import Admit, device_for
 from fedpeft.loading.simulated import load_resident
 from fedpeft.models.base import load_base, model_path
 from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
+from fedpeft.models.coverage import coverage_notes
 from fedpeft.models.device import available_memory, full_memory_refused, move, peak_memory
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter
 from fedpeft.models.starts import decomposition_of_model
@@ -202,6 +203,8 @@ class _Holding:
         progress.setup("loading rows and model")
         self._resident = venue.load(self._run)
         folder.bind_rows(self._resident.data.rows_digest)
+        for note in self._resident.data.notes:
+            progress.note(note)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
         self._start = self._resident.space.initial_state(self._resident.parameters)
         self._metrics = run_metrics(self._run)
@@ -271,7 +274,8 @@ class _Holding:
         for sink in self._sinks:
             sink.write(row)
         self._progress.started(row)
-        for note in (*promise_notes(row.privacy), *attack_notes(row)):
+        covered = coverage_notes(self._resident.model, self._run.peft)
+        for note in (*promise_notes(row.privacy), *attack_notes(row), *covered):
             self._progress.note(note)
 
     def _baselines(self, scorer: Scorer, rounds: list[Round]) -> None:

@@ -38,6 +38,7 @@ from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.heaps import keep_few_heaps
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.model_room import ModelRoom
+from fedpeft_server.risks import CRASH, Risks
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.settings import Settings
 from fedpeft_server.store import Store, StoredRun
@@ -69,10 +70,11 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
     if few := allow_connections(settings.limits.connections):
         LOG.warning("%s", few)
     with (
-        end_within(settings.drain_s + END_S),
+        end_within(settings.drain_s + END_S, settings.state / CRASH),
         standing(settings, migrate=migrate) as (store, supervisor, running),
     ):
         supervisor.start()
+        Risks(settings.state).trace_crashes()
         LOG.info("listening on %s, state in %s", running.address, settings.state)
         _until(told, store, running)
         LOG.info("ending: runs are put aside, they go on at the next start")
@@ -118,6 +120,7 @@ def standing(
             patience=Patience(settings.limits.round_s, settings.limits.away_s),
             models=stack.enter_context(closing(_model_room(settings))) if settings.model_s else None,
             quota=settings.quota(),
+            roots=settings.submitter_roots(),
         )
         admin = Admin(Administration(store, supervisor, doors.gate, authority, line.server))
         line.running = running = serve(

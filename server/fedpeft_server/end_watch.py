@@ -13,31 +13,40 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _PROGRAM = """
 import os, select, signal, sys
-pipe, daemon, limit_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+pipe, daemon, limit_s, trace = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 if os.read(pipe, 1):  # nothing: it has ended by itself
     while select.select([pipe], [], [], limit_s)[0]:
         if not os.read(pipe, 64):
             sys.exit()
-    print(f"fedpeft server: not at its end {limit_s:g} s after the signal; it is killed, and its runs go on"
-          " from their last commits", file=sys.stderr, flush=True)
+    why = f"not at its end {limit_s:g} s after the signal"
+    print(f"fedpeft server: {why}; it is killed, and its runs go on from their last commits", file=sys.stderr,
+          flush=True)
     if os.getppid() == daemon:
+        if trace:
+            with open(trace, "a") as file:
+                print(why, file=file)
         os.kill(daemon, signal.SIGKILL)
 """
 
 
 @contextmanager
-def end_within(limit_s: float) -> Iterator[None]:
+def end_within(limit_s: float, trace: Path | None = None) -> Iterator[None]:
     """From now on a signal that Python handles ends this process within `limit_s`; on the main thread.
 
     That holds for what comes after the block, too, until the process has ended; an error that leaves the
     block ends it.
+
+    Args:
+        trace: a file that says for the next start that this end had to be forced.
     """
     theirs, ours = os.pipe()
     os.set_blocking(ours, False)
-    words = [sys.executable, "-I", "-S", "-c", _PROGRAM, str(theirs), str(os.getpid()), str(limit_s)]
+    arguments = (theirs, os.getpid(), limit_s, trace or "")
+    words = [sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)]
     watcher = subprocess.Popen(
         words, pass_fds=(theirs,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +35,7 @@ from fedpeft_server.journal_lines import LoggedProgress, event_line
 from fedpeft_server.keepers import Book, HeldElsewhereError, Hold, Keeper, counts_alone, write_checkpoints
 from fedpeft_server.members import incomplete, waits_for
 from fedpeft_server.model_room import ModelRoom
+from fedpeft_server.risks import Risks
 from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
 
 
@@ -54,6 +56,7 @@ class AgentGrid(Strangers, Protocol):
         ...
 
 
+LOG = logging.getLogger("fedpeft.server")
 OpenGrid = Callable[[StoredRun], AbstractContextManager[AgentGrid]]
 
 
@@ -65,6 +68,7 @@ class Host:
         control: keeps the run from going on when it shall not.
         patience: how long a round waits for its last answers where the run file sets no deadline.
         models: processes that hold models; None: this process does.
+        risks: notes of what the daemon itself is at work for.
         quota: of the run's submitter; a run whose submitter's runs keep too much is stopped.
     """
 
@@ -75,6 +79,7 @@ class Host:
     patience: Patience = PATIENCE
     models: ModelRoom | None = None
     quota: Quota | None = None
+    risks: Risks | None = None
     _keeper: Keeper | None = field(default=None, init=False)
     _kept: ExitStack = field(default_factory=ExitStack, init=False)
     _agents: AgentGrid | None = field(default=None, init=False)
@@ -168,6 +173,8 @@ class Host:
         why = waits_for(away, time.time())
         if away and isinstance(self.stored.run.privacy, ClientLevelPrivacy):
             why = "waits for members that are away"
+        if why:
+            LOG.info("run %s: %s", self.stored.id, why, extra={"event": "waits", "run": self.stored.id})
         with suppress(StorageError):  # a word for people is no reason to leave the round
             self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
 
@@ -185,6 +192,12 @@ class Host:
             self._keeper = self._here()
             self._keeper.hold(book, progress, hold)
 
+    def _at_work(self) -> AbstractContextManager[None]:
+        """While this process is at the run's model."""
+        if self.risks is None:
+            return nullcontext()
+        return self.risks.at_work(self.stored.id, self.store.runs.get(self.stored.id).round)
+
     def _try_load(self, models: ModelRoom) -> None:
         """Load the model where it may take a process down, or stand still, before this process loads it."""
         process = models.take()
@@ -197,7 +210,7 @@ class Host:
     def _here(self) -> Keeper:
         from fedpeft_server.kept_here import KeptHere  # as it brings torch
 
-        return KeptHere(self.stored)
+        return KeptHere(self.stored, self._at_work)
 
     def _apart(self) -> Keeper:
         from fedpeft_server.kept_apart import KeptApart

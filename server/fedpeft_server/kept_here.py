@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_place import ROWS
 from fedpeft.loading.serving import load_serving_resident
 from fedpeft.loading.simulated import load_resident
+from fedpeft.records import Evaluation
 from fedpeft.resident import Resident, add_resident, drop_resident
 from fedpeft.simulation.engine import Venue, hold_run, write_adapter, write_summary
 from fedpeft.update import Arrays
@@ -23,22 +27,30 @@ from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.keepers import Book, Hold, write_checkpoints
 from fedpeft_server.store import StoredRun
 
+Evaluate = Callable[[Arrays], Evaluation | None]
+
 
 class KeptHere:
-    """Loads the model when it is needed; see `Keeper`."""
+    """Loads the model when it is needed; see `Keeper`.
 
-    def __init__(self, stored: StoredRun) -> None:
-        self._stored = stored
+    Args:
+        at_work: entered while this process is at the model.
+    """
+
+    def __init__(self, stored: StoredRun, at_work: Callable[[], AbstractContextManager[None]]) -> None:
+        self._stored, self._at_work = stored, at_work
         self._resident: Resident | None = None
         self._start: Arrays = {}
 
     def hold(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
         """All of it in the caller's thread."""
+        with ExitStack() as finishing, book.open() as folder:
 
-        def engine(server: Server, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
-            return hold(server, last)
+            def engine(server: Server, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
+                reached = hold(replace(server, evaluate=self._noted(server.evaluate)), last)
+                finishing.enter_context(self._at_work())
+                return reached
 
-        with book.open() as folder:
             hold_run(folder, Venue("grpc", engine, self._load), progress)
 
     def export(self, book: Book) -> None:
@@ -60,10 +72,18 @@ class KeptHere:
         self._resident = None
         drop_resident(self._stored.digest)
 
+    def _noted(self, evaluate: Evaluate) -> Evaluate:
+        def noted(state: Arrays) -> Evaluation | None:
+            with self._at_work():
+                return evaluate(state)
+
+        return noted
+
     def _load(self, run: RunConfig) -> Resident:
         if self._resident is None:
-            self._resident = load_for_server(run)
-            self._start = self._resident.initial_state()
+            with self._at_work():
+                self._resident = load_for_server(run)
+                self._start = self._resident.initial_state()
         # An attempt before this one may have left the parameters elsewhere; baselines start here.
         self._resident.space.enter(self._resident.parameters, self._start)
         add_resident(self._resident)

@@ -8,10 +8,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedpeft.data.hub import PREFIX
 from fedpeft.errors import UsageError
 from fedpeft.settings_file import beside, checked, read_table
 from fedpeft.telemetry import LogFormat, LogLevel, is_address
 from fedpeft_server.options import TransportOptions
+from fedpeft_server.roots import Roots
 from fedpeft_server.serving import is_loopback
 from fedpeft_server.store import Quota
 
@@ -89,6 +91,8 @@ class Settings(_Section):
         database: an SQLAlchemy URL; empty: an SQLite file in `state`.
         parallel_runs: held at a time; the others are queued.
         insecure: plaintext, for agents on this very machine.
+        roots: folders below which submitters' run files may name files (data.test, model.path,
+            evaluation.plug_into), and data sets as "datasets:OWNER/NAME"; empty: they name none.
         drain_s: what runs get to reach a safe point when the daemon is told to end.
         model_s: how long the process that holds a model stays when nothing is to be evaluated or exported; 0:
             the daemon holds models itself.
@@ -99,6 +103,7 @@ class Settings(_Section):
     database: str = ""
     parallel_runs: Count = 1
     insecure: bool = False
+    roots: tuple[str, ...] = ()
     drain_s: Seconds = 30.0
     model_s: Annotated[float, Field(ge=0.0)] = 60.0
     tls: TlsSection = TlsSection()
@@ -131,6 +136,10 @@ class Settings(_Section):
             bytes_per_hour=self.limits.agent_mib_per_hour << 20,
             refusals_per_hour=self.limits.refusals_per_hour,
         )
+
+    def submitter_roots(self) -> Roots:
+        """What submitters' run files may name on this machine."""
+        return Roots(self.roots)
 
     def quota(self) -> Quota:
         """What each submitter may hold."""
@@ -191,4 +200,10 @@ def _table(config: Path | None) -> dict[str, Any]:
             value = section.get(key)
             if config is not None and isinstance(value, str):
                 section[key] = beside(config, value)
+    roots = table.get("roots")
+    if config is not None and isinstance(roots, list):
+        table["roots"] = [
+            beside(config, root) if isinstance(root, str) and not root.startswith(PREFIX) else root
+            for root in roots
+        ]
     return table

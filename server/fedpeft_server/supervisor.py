@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
+from fedpeft.credentials import Role
 from fedpeft.device_task import device_task
-from fedpeft.errors import FedPEFTError, QuorumError, StorageError, UsageError
+from fedpeft.errors import DataError, FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
 from fedpeft_server.control import (
     PATIENCE,
@@ -30,6 +31,8 @@ from fedpeft_server.control import (
     Stopped,
 )
 from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.risks import Risks
+from fedpeft_server.roots import Roots
 from fedpeft_server.run_statuses import RunStatuses, one_line
 from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
@@ -41,7 +44,7 @@ LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
 SNAPSHOT_S = 60.0  # for the run's thread to come to a point at which it waits
 STOP_S = 10.0  # for a stopped run to write what it has reached; it goes on with that if it takes longer
-MOST_LOSSES = 2  # of processes that held a run's model, without a round in between
+MOST_LOSSES = 2  # of processes that held a run's model, this one too, without a round in between
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Supervisor:
         patience: of rounds of runs whose file sets no deadline.
         models: processes that hold models; None: this one does.
         quota: what each submitter may hold; None: there is no bound.
+        roots: which of this machine's files submitters may name; None: there is no bound.
     """
 
     def __init__(
@@ -73,7 +77,9 @@ class Supervisor:
         clock: SteadyClock | None = None,
         models: ModelRoom | None = None,
         quota: Quota | None = None,
+        roots: Roots | None = None,
     ) -> None:
+        self._roots = roots
         self._store, self._open_grid, self._parallel = store, open_grid, parallel
         self._patience, self._models, self._quota = patience, models, quota
         self._clock = clock or SteadyClock()
@@ -82,6 +88,7 @@ class Supervisor:
         self._draining = False
         self._statuses = RunStatuses(store, lambda: self._draining)
         self._idle = threading.Condition(self._lock)
+        self._risks = Risks(store.folder)
 
     def start(self) -> None:
         """Go on with what was under way when the server ended, then with what is queued.
@@ -89,9 +96,15 @@ class Supervisor:
         Raises:
             StorageError: the store cannot be used.
         """
-        for stored in self._store.runs.unended():
+        unended = self._store.runs.unended()
+        self._risks.take_stock([stored.id for stored in unended])
+        for stored in unended:
+            losses = self._risks.losses(stored.id)
             if stored.status == Status.STOPPING:
                 self._store.runs.set_status(stored.id, Status.STOPPED, stored.reason)
+            elif losses >= MOST_LOSSES:
+                aside = f"set aside, as the server was lost {losses} times while it was at this run's model"
+                self._store.runs.set_status(stored.id, Status.FAILED, aside)
             else:
                 self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
         self._fill()
@@ -124,6 +137,8 @@ class Supervisor:
             return self._statuses.as_it_stands(known)
         if quota is not None:  # before the checks, which take long; what counts is asked in the transaction
             runs.check_quota(submitter, run, quota)
+        if self._roots is not None and role != Role.ADMIN:
+            self._roots.refuse(run)
         device_task(run)
         self._check(run)
         refuse_seeded(run)
@@ -251,7 +266,16 @@ class Supervisor:
         """On the run's thread: attempts until the run has ended or the server does."""
         from fedpeft_server.hosting import Host  # with a first run, as it brings numba
 
-        host = Host(self._store, stored, self._open_grid, control, self._patience, self._models, self._quota)
+        host = Host(
+            self._store,
+            stored,
+            self._open_grid,
+            control,
+            self._patience,
+            self._models,
+            self._quota,
+            self._risks,
+        )
         with self._lock:
             self._active[stored.id].host = host
         losses = Losses()
@@ -291,7 +315,7 @@ class Supervisor:
             self._statuses.pause(run_id, why)
             return True
         except FedPEFTError as error:
-            self._statuses.settle(host.stored.id, Status.FAILED, f"{type(error).__name__}: {one_line(error)}")
+            self._statuses.settle(host.stored.id, Status.FAILED, _told(run_id, error))
         except Exception as error:
             LOG.exception("run %s failed", run_id)
             self._statuses.settle(
@@ -332,3 +356,11 @@ class Supervisor:
             self._idle.notify_all()
         if unfilled:
             self._statuses.patiently(self._fill)
+
+
+def _told(run_id: str, error: FedPEFTError) -> str:
+    """What a run's submitter and readers are told of its failure: of the server's rows, nothing."""
+    if isinstance(error, DataError):
+        LOG.error("run %s: %s", run_id, one_line(error))
+        return "DataError: rows cannot be used, here or at a client; the reason is in the server's own log"
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -154,8 +154,18 @@ def test_excluded_numbers_match_text() -> None:
     assert [name for name, _ in dealt.groups] == ["0", "1"]
 
 
+def owners(*names: str) -> list[tuple[str, str]]:
+    """Files that are a client each."""
+    return [(name, f"{name}.jsonl") for name in names]
+
+
+def test_files_of_one_owner_are_one_client() -> None:
+    dealt = deal_by_file([0, 1, 2, 2], [("a", "a"), ("b", "b"), ("a", "a")], spec("files"))
+    assert [(name, rows.tolist()) for name, rows in dealt.groups] == [("a", [0, 2, 3]), ("b", [1])]
+
+
 def test_files_are_clients() -> None:
-    dealt = deal_by_file([0, 0, 2, 2, 2], ["t10", "empty", "t9"], spec("files", min_rows=2))
+    dealt = deal_by_file([0, 0, 2, 2, 2], owners("t10", "empty", "t9"), spec("files", min_rows=2))
     assert [(name, rows.tolist()) for name, rows in dealt.groups] == [("t9", [2, 3, 4]), ("t10", [0, 1])]
     assert dealt.left_out == 1
 
@@ -170,8 +180,11 @@ def test_progress_bars_and_warnings_of_the_library_stay_silent(capfd: pytest.Cap
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: deal_by_file([0], ["a", "b"], spec("files")), "client b has no rows"),
-        (lambda: deal_by_file([0, 1], ["a", "a"], spec("files")), "two files would both be client a"),
+        (lambda: deal_by_file([0], owners("a", "b"), spec("files")), "client b has no rows"),
+        (
+            lambda: deal_by_file([0, 1], [("a", "1"), ("a", "2")], spec("files")),
+            "two files would both be client a",
+        ),
         (
             lambda: deal_evenly(3, spec("iid", clients=4), 0),
             "3 training rows are too few for 4 clients of at least 1",

@@ -41,7 +41,8 @@ def test_jsonl_keeps_values_and_counts_lines(tmp_path: Path) -> None:
         (b"{'a': 1}", "row 2 is not JSON"),
         (b'{"a": 1', "row 2 is not JSON"),
         (b"[1]", "row 2 is a JSON list"),
-        (b'{"a": "\xff"}', "row 2 is not JSON"),
+        ('{"a": "é日本"}\n{"a": "\udcff"}'.encode("utf-8", "surrogateescape"), "not JSON .*data.encoding"),
+        (b'{"a": 1, "a": 2}', "row 2 .*the field 'a' twice"),
         (b"[" * 200_000, "row 2 is not JSON"),
     ],
 )
@@ -87,9 +88,9 @@ def test_bad_csv_names_file_and_row(tmp_path: Path, content: str, message: str) 
         list(read_csv(path))
 
 
-def test_csv_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_csv_with_a_damaged_letter_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_bytes(b"a\n\xff\n")
+    path.write_bytes("a\né日本\n".encode() + b"\xff\n")
     with pytest.raises(DataError, match="needs UTF-8"):
         list(read_csv(path))
 
@@ -108,13 +109,13 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 
 def test_every_suffix_is_read_through_a_folder_in_natural_order(tmp_path: Path) -> None:
-    for number, suffix in zip([10, 9, 8, 7, 2, 1], READERS, strict=True):
+    for number, suffix in zip([10, 9, 8, 7, 6, 2, 1], set(READERS) - {".txt"}, strict=True):
         (tmp_path / f"client{number}{suffix.upper() if number == 2 else suffix}").touch()
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "._client1.jsonl").touch()
     (tmp_path / "deeper.jsonl").mkdir()
     parts = find_parts(str(tmp_path))
-    assert [part.name for part in parts] == [f"client{n}" for n in (1, 2, 7, 8, 9, 10)]
-    assert len(READERS) == 6
+    assert [part.name for part in parts] == [f"client{n}" for n in (1, 2, 6, 7, 8, 9, 10)]
 
 
 def test_patterns_and_lists(tmp_path: Path) -> None:

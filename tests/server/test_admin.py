@@ -209,6 +209,37 @@ def test_a_name_is_invited_once(tmp_path: Path) -> None:
             running[0].stop()
 
 
+def test_members_are_invited_and_revoked_by_commands_and_it_is_written_down(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = create_authority(tmp_path / "ca", datetime.now(UTC))
+    with Store(tmp_path / "state") as store:
+        doors, running = Doors(), list[RunningServer]()
+        supervisor = Supervisor(store, standins(store, []))
+        base = Administration(store, supervisor, doors.gate, authority, lambda: running[0])
+        running.append(serve(TransportOptions(), store.results, store.blobs, doors=doors, admin=Admin(base)))
+        at = ("--server", running[0].address)
+        try:
+            options = ("--role", "submitter", "--days", "2", *at, "--json")
+            made = said(capsys, "server", "invite", "ada", *options)
+            token = json.loads(made)["token"]
+            assert "'ada' is there already" in said(capsys, "server", "invite", "ada", *at, code=13)
+            assert "no role is called 'king'" in said(
+                capsys, "server", "invite", "bob", "--role", "king", *at, code=2
+            )
+            assert "ada" in said(capsys, "server", "revoke", "ada", "--reason", "left us", *at)
+            assert "has no certificate" in said(capsys, "server", "revoke", "ada", *at, code=13)
+        finally:
+            running[0].stop()
+        audit = ("server", "audit", "--state", str(store.folder))
+        log = [json.loads(line) for line in said(capsys, *audit, "--json").splitlines()[1:-1]]
+        done = [(entry["action"], entry["subject"]) for entry in log]
+        assert done == [("invited", "ada"), ("revoked", "ada")]
+        assert log[0]["detail"] == {"role": "submitter", "seconds": 172_800.0}
+        assert log[1]["detail"] == {"reason": "left us"}
+        assert token not in said(capsys, *audit)
+
+
 def test_a_revoked_agent_is_listed_as_one(tmp_path: Path) -> None:
     now = datetime.now(UTC)
     authority = create_authority(tmp_path / "ca", now)

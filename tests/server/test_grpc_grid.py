@@ -172,3 +172,22 @@ def test_what_was_accepted_before_a_restart_is_not_asked_again(tmp_path: Path) -
         assert [answer(reply) for reply in again] == [answer(reply) for reply in large]
         other = list(grid.send_and_receive(messages(grid, NAMES[:1], b"another task", 1), timeout=0.3))
         assert other == []
+
+
+def test_it_says_how_long_an_agent_has_been_away(tmp_path: Path) -> None:
+    with server() as running:
+        grid = running.grid(RUN)
+        grid.know(["site"])
+        time.sleep(0.1)
+        never = grid.away_s(node_id("site"))
+        assert never is not None
+        assert never[0] == "site"
+        assert never[1] >= 0.1, "since the server started"
+        with fleet(running.address, ["site"], tmp_path):
+            wait_for(lambda: grid.connected == ["site"])
+            assert grid.away_s(node_id("site")) is None
+            here = time.monotonic()
+        wait_for(lambda: grid.connected == [])
+        left = grid.away_s(node_id("site"))
+        assert left is not None
+        assert left[1] <= time.monotonic() - here, "since it left"
