@@ -14,6 +14,7 @@ import typer
 from fedpeft import __version__
 from fedpeft.cli_help import SectionedGroup, build_command
 from fedpeft.errors import FedPEFTError, RunFileError, UsageError
+from fedpeft.safe_text import one_line
 
 # Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
 for _name, _value in {
@@ -781,9 +782,7 @@ def _root(
 
 def _say_error(text: str) -> None:
     """Print one line on standard error; what a file or another machine put into it acts on no terminal."""
-    from fedpeft.reporting.text import printable
-
-    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)
+    typer.echo(f"error: {one_line(text)}", err=True)
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -159,6 +159,7 @@ class Round(Record):
     virtual_s: float | None = None  # length of the round on the virtual clock
     staleness: tuple[int, ...] = ()  # buffered rounds: entry s counts the folded updates of staleness s
     epsilon: float | None = None  # spent so far, this round included, by the account that spent most
+    epsilon_cohort: float | None = None  # the same against whoever sees secret cohorts: the sample rate is 1
     joined: tuple[str, ...] = ()  # who may be asked from this round on and not before; others: from the start
     notes: tuple[str, ...] = ()
     wall_s: float = 0.0

@@ -11,11 +11,12 @@ import logging
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 from prometheus_client import CollectorRegistry, start_http_server
 
 from fedpeft.errors import FederationError
+from fedpeft.safe_text import one_line, replace_unprintable
 
 LogFormat = Literal["text", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -32,12 +33,26 @@ def set_up_log(
         clock: of the lines for people, as `time.strftime`; JSON has ISO 8601 in UTC.
     """
     handler = logging.StreamHandler(out or sys.stderr)
-    lines = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", clock)
+    lines = TextLines("%(asctime)s %(levelname)-7s %(message)s", clock)
     handler.setFormatter(JsonLines() if format_ == "json" else lines)
     logger = logging.getLogger("fedpeft")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+class TextLines(logging.Formatter):
+    """One line per event, whatever names and texts of others are in it; a trace follows indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's
+        """See the class."""
+        record.message = one_line(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's
+        """The trace; no line of it begins where a line of the log does."""
+        trace = super().formatException(ei)
+        return "\n".join("  " + replace_unprintable(line) for line in trace.split("\n"))
 
 
 class JsonLines(logging.Formatter):

@@ -18,6 +18,7 @@ from typing import Any
 from fedpeft.credentials import Material, Role, check_name, identity_of
 from fedpeft.errors import CredentialError, UsageError
 from fedpeft.files import make_private_folder
+from fedpeft.safe_text import one_line, replace_unprintable
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger, read_ledger
@@ -60,7 +61,7 @@ def client_status_command(home: Path | None, name: str, *, as_json: bool) -> Non
         print(json.dumps(table))
         return
     for label, text in _lines(table):
-        print(f"{label:<13} {text}")
+        print(f"{one_line(label):<13} {one_line(text)}")
 
 
 def client_ledger_command(home: Path | None, name: str, *, as_json: bool, last: int) -> None:
@@ -80,7 +81,7 @@ def client_ledger_command(home: Path | None, name: str, *, as_json: bool, last: 
             print(json.dumps(entry))
         return
     for line in ledger_lines(entries, last):
-        print(line)
+        print(replace_unprintable(line))
 
 
 async def _serve(settings: Settings, token: str) -> None:

@@ -56,7 +56,7 @@ def submit_command(
     if as_json:
         print(json.dumps(info_table(info)))
         return
-    print(f"{info.id}  {info.status}")
+    print(printable(f"{info.id}  {info.status}"))
     for line in _expectations(run, rules):
         print(f"  {line}")
 
@@ -115,7 +115,7 @@ def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> Non
             row = json.loads(line.json)
             primary, rounds = row.get("primary_metric", primary), row.get("rounds", rounds)
             at = time.strftime("%H:%M:%S", time.localtime(line.time_ms / 1000))
-            print(f"{at}  {_line_text(line.json, row, primary, rounds)}", flush=True)
+            print(f"{at}  {printable(_line_text(line.json, row, primary, rounds))}", flush=True)
 
     asyncio.run(shown())
 
@@ -162,7 +162,8 @@ def info_table(info: pb.RunInfo) -> Mapping[str, Any]:
         "readers": list(info.readers),
         "incomplete": [{"name": m.name, "counted": m.counted, "asked": m.asked} for m in info.incomplete],
     }
-    return table | ({"epsilon": info.epsilon} if info.HasField("epsilon") else {})
+    spent = {key: getattr(info, key) for key in ("epsilon", "epsilon_cohort") if info.HasField(key)}
+    return table | spent
 
 
 def _show(info: pb.RunInfo, *, as_json: bool) -> None:
@@ -170,7 +171,7 @@ def _show(info: pb.RunInfo, *, as_json: bool) -> None:
         print(json.dumps(info_table(info)))
         return
     for label, text in _facts(info):
-        print(f"{label:<9} {text}")
+        print(f"{label:<9} {printable(text)}")
 
 
 def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
@@ -190,6 +191,8 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
     )
     if info.HasField("epsilon"):
         facts.append(("epsilon", f"{info.epsilon:.3g}"))
+    if info.HasField("epsilon_cohort"):
+        facts.append(("", f"{info.epsilon_cohort:.3g} against who sees whom rounds ask (sampling rate 1)"))
     if info.adapter_digest:
         facts.append(("adapter", info.adapter_digest[:12]))
     return facts

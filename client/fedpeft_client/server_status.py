@@ -34,6 +34,10 @@ def server_status_command(desk: Desk, *, as_json: bool) -> None:
     print(f"agents     {info.connected} connected, at most {info.max_agents}")
     if info.certificate_ends_ms:
         print(f"certified  until {_day(info.certificate_ends_ms)}")
+    if not reply.counted:
+        print("counted    for admins alone: what each agent did tells who took part in a round")
+        _print_outline(reply)
+        return
     print(f"refused    {_counts(info.refused)}")
     if info.refused_nameless:
         print(f"           of these to callers without a name: {_counts(info.refused_nameless)}")
@@ -44,6 +48,7 @@ def status_table(reply: pb.ListAgentsReply) -> Mapping[str, Any]:
     """A server's standing as plain values; times are seconds since 1970."""
     info = reply.server
     return {
+        "counted": reply.counted,
         "server": {
             "version": info.version,
             "started": info.started_ms / 1000,
@@ -75,6 +80,23 @@ def status_table(reply: pb.ListAgentsReply) -> Mapping[str, Any]:
     }
 
 
+def _print_outline(reply: pb.ListAgentsReply) -> None:
+    if not reply.agents:
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("agent", "state", "certified until"):
+        table.add_column(column)
+    for agent in reply.agents:
+        ends = _day(agent.certificate_ends_ms) if agent.certificate_ends_ms else ""
+        table.add_row(printable(agent.name), _state(agent), ends)
+    Console(file=sys.stdout, highlight=False).print(table)
+
+
+def _state(agent: pb.AgentInfo) -> str:
+    seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(agent.last_seen_ms / 1000))
+    return "revoked" if agent.revoked else "connected" if agent.connected else f"away since {seen}"
+
+
 def _print_agents(reply: pb.ListAgentsReply) -> None:
     if not reply.agents:
         return
@@ -82,10 +104,9 @@ def _print_agents(reply: pb.ListAgentsReply) -> None:
     for column in ("agent", "state", "results", "MiB up", "MiB down", "certified until", "refused"):
         table.add_column(column, no_wrap=column != "refused")
     for agent in reply.agents:
-        seen = time.strftime("%Y-%m-%d %H:%M", time.localtime(agent.last_seen_ms / 1000))
         table.add_row(
             printable(agent.name),
-            "revoked" if agent.revoked else "connected" if agent.connected else f"away since {seen}",
+            _state(agent),
             str(agent.results),
             f"{agent.bytes_up / 2**20:.1f}",
             f"{agent.bytes_down / 2**20:.1f}",

@@ -83,11 +83,12 @@ class Broadcast:
         clients: names of all clients of the run.
         shared: clients work in this process or forks of it and are handed the whole state, whatever it would
             cost to send; what it would cost is still counted.
+        secret: nobody but the server is to know whom a round asked.
     """
 
-    def __init__(self, steps: Steps, clients: Sequence[str], *, shared: bool) -> None:
+    def __init__(self, steps: Steps, clients: Sequence[str], *, shared: bool, secret: bool = False) -> None:
         self._steps = steps
-        self._shared = shared
+        self._shared, self._secret = shared, secret
         self._held = dict.fromkeys(sorted(clients), NOTHING)
         self._log: dict[int, bytes] = {}  # round to the step that it made, without gaps up to the last round
         self._memory: Mapping[str, NDArray[Any]] = {}
@@ -135,8 +136,14 @@ class Broadcast:
         return step
 
     def memory(self) -> dict[str, NDArray[Any]]:
-        """Everything that the next round depends on, for a checkpoint."""
-        kept: dict[str, NDArray[Any]] = {_HELD: np.array(list(self._held.values()), dtype=np.int64)}
+        """Everything that the next round depends on, for a checkpoint.
+
+        Who holds what is left out where it would tell whom a secret cohort asked, and is no use: `restore`
+        takes it only where clients share this process.
+        """
+        kept: dict[str, NDArray[Any]] = {}
+        if self._shared or not self._secret:
+            kept[_HELD] = np.array(list(self._held.values()), dtype=np.int64)
         kept |= {f"{_STEP}{number}": np.frombuffer(step, np.uint8) for number, step in self._log.items()}
         return kept | {_MEMORY + name: array for name, array in self._memory.items()}
 

@@ -10,6 +10,7 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from numpy.typing import NDArray
 
+from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.errors import FedPEFTError, UpdateError
 from fedpeft.flower.federation import Federation
 from fedpeft.flower.legs import header_bytes
@@ -162,4 +163,17 @@ def _checked(federation: Federation, payload: bytes, asked: Asked, aggregator: A
             raise UpdateError(
                 f"{name}: an update of {what} {str(came)[:20]!r} came, {str(wanted)[:20]!r} was asked for"
             )
+    _refuse_weight(federation, envelope)
     return envelope
+
+
+def _refuse_weight(federation: Federation, envelope: Envelope) -> None:
+    """Refuse an update that counts for more rows than its client said at the roll call."""
+    name, run = envelope.client, federation.run
+    hidden = isinstance(run.privacy, RecordLevelPrivacy | LocalPrivacy)
+    said = 1 if hidden else federation.roster.members[name].examples
+    if envelope.weight > said:
+        raise UpdateError(
+            f"{name}: an update of weight {envelope.weight} came; its answer to the roll call allows {said}:"
+            " were its rows changed in the middle of the run?"
+        )

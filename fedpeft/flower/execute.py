@@ -65,9 +65,9 @@ class Call:
             state: what the client remembers; changed in place, also by a function that fails half-way.
         """
         ensure_identity()
-        message = Message(self.content, self.node, self.kind, group_id=self.group)
         context = Context(run_id=1, node_id=self.node, node_config=self.config, state=state, run_config={})
         try:
+            message = Message(self.content, self.node, self.kind, group_id=self.group)
             reply = app(message, context)
         except Exception as error:  # whatever a client does, its round and its agent go on
             return to_text(error)

@@ -147,6 +147,11 @@ class _Accounts:
         """Spent so far, by the account that spent most."""
         return self._ledger.epsilon(self._budget.target_delta)
 
+    @property
+    def epsilon_of_cohort(self) -> float:
+        """Spent so far against whoever sees the cohorts."""
+        return self._ledger.epsilon_of_cohort(self._budget.target_delta)
+
     def spend(self, number: int, asked: Sequence[str]) -> bool:
         """See `RoundPrivacy.spend`."""
         after = self._after(number, asked)
@@ -250,6 +255,7 @@ class CohortPrivacy:
             state_norm_change=row.state_norm_change,
             evaluation=row.evaluation,
             epsilon=self._books.epsilon,
+            epsilon_cohort=self._books.epsilon_of_cohort,
         )
 
     def memory(self) -> Mapping[str, NDArray[Any]]:

@@ -29,6 +29,7 @@ from fedpeft.flower.views import Views
 from fedpeft.ledger import Checkpoint
 from fedpeft.lora_rules import is_residual
 from fedpeft.packed import PackedArrays
+from fedpeft.privacy.kinds import is_cohort_secret
 from fedpeft.records import Round
 from fedpeft.sampling import cohort_size
 from fedpeft.stages import check_touched
@@ -99,7 +100,12 @@ def _broadcast(federation: Federation, checkpoint: Checkpoint) -> Broadcast | No
     steps = steps_of(federation.run, federation.task_digest, federation.space)
     if steps is None:
         return None
-    broadcast = Broadcast(steps, federation.roster.names, shared=federation.memory is not None)
+    broadcast = Broadcast(
+        steps,
+        federation.roster.names,
+        shared=federation.memory is not None,
+        secret=is_cohort_secret(federation.run),
+    )
     broadcast.restore(checkpoint.downlink)
     return broadcast
 

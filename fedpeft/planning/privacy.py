@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from fedpeft.config import RunConfig
 from fedpeft.errors import PrivacyError
 from fedpeft.planning.draws import RoundsPlan
-from fedpeft.privacy.accountant import noise_multiplier_for
-from fedpeft.privacy.budget import Budget
+from fedpeft.privacy.accountant import epsilon, noise_multiplier_for
+from fedpeft.privacy.budget import Budget, with_cohort_known
 from fedpeft.privacy.events import Event
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.outlook import MOST_ROUNDS, Outlook, outlook
@@ -26,6 +26,7 @@ class PrivacyPlan:
         target_delta: beside which epsilon is to be read.
         max_epsilon: the budget.
         epsilon: at the end of the run, of the account that spends most.
+        epsilon_cohort: the same against whoever sees secret cohorts; None where there are none.
         charged_rounds: in which that account is charged, if the budget lasts.
         affordable_rounds: of such rounds, how many the budget allows; None: more than anybody will hold.
         noise_multiplier: the run's.
@@ -40,6 +41,7 @@ class PrivacyPlan:
     target_delta: float | None = None
     max_epsilon: float | None = None
     epsilon: float | None = None
+    epsilon_cohort: float | None = None
     charged_rounds: int = 0
     affordable_rounds: int | None = None
     noise_multiplier: float | None = None
@@ -72,6 +74,7 @@ def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
         target_delta=budget.target_delta,
         max_epsilon=budget.max_epsilon,
         epsilon=seen.epsilon,
+        epsilon_cohort=_known_cohort(event, budget, min(charged, seen.affordable)) if kind.joint else None,
         charged_rounds=charged,
         affordable_rounds=seen.affordable if seen.affordable < MOST_ROUNDS else None,
         noise_multiplier=run.privacy.noise_multiplier,
@@ -79,6 +82,10 @@ def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
         stops=seen.stops,
         seeded=run.privacy.seeded,
     )
+
+
+def _known_cohort(event: Event, budget: Budget, rounds: int) -> float:
+    return epsilon(with_cohort_known([event]) * rounds, budget.target_delta)
 
 
 def _needed(event: Event, budget: Budget, charged: int) -> float | None:

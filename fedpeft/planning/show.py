@@ -161,6 +161,9 @@ def _privacy_lines(privacy: PrivacyPlan) -> Iterator[Line]:
         return
     end = "where the budget ends it" if privacy.stops else "at the end"
     yield "  epsilon", f"{privacy.epsilon:.4g}", f"{end}, at delta {privacy.target_delta:g}"
+    if privacy.epsilon_cohort is not None:
+        whom = "against who sees whom each round asks, the network too: sampling rate 1"
+        yield "    cohort seen", f"{privacy.epsilon_cohort:.4g}", whom
     affordable = "over a million" if privacy.affordable_rounds is None else f"{privacy.affordable_rounds:,}"
     detail = f"rounds reach epsilon {privacy.max_epsilon:g}; the run charges {privacy.charged_rounds:,}"
     if privacy.stops:

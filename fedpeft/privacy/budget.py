@@ -93,6 +93,13 @@ class BudgetLedger:
         """Epsilon so far, of the holder who spent most."""
         return self._dearest(target_delta)[0]
 
+    def epsilon_of_cohort(self, target_delta: float) -> float:
+        """Return epsilon so far against whoever sees whom rounds asked, for a client asked in all of them.
+
+        No coin hides who takes part from such an observer, so nothing is amplified: the sample rate is 1.
+        """
+        return epsilon(with_cohort_known(self.events(FEDERATION)), target_delta)
+
     def charge(self, charges: Sequence[Charge]) -> BudgetLedger:
         """The ledger with these charges; a charge that it holds already changes nothing.
 
@@ -194,6 +201,11 @@ class BudgetLedger:
             alike.setdefault(tuple(spent), holder)
         costs = [(epsilon(spent, target_delta), holder) for spent, holder in alike.items()]
         return max(costs, key=lambda cost: cost[0], default=(0.0, None))
+
+
+def with_cohort_known(events: Sequence[Event]) -> list[Event]:
+    """Return the events as they are for whoever sees cohorts; those that sample none unchanged."""
+    return [replace(event, sample_rate=1.0) if isinstance(event, ClientLevel) else event for event in events]
 
 
 def _one_more(before: tuple[Event, ...], event: Event) -> tuple[Event, ...]:

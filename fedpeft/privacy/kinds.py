@@ -85,6 +85,12 @@ def kind_of(run: RunConfig) -> Kind | None:
     return None if run.privacy is None else KINDS[run.privacy.kind]
 
 
+def is_cohort_secret(run: RunConfig) -> bool:
+    """Return whether the promise counts on nobody but the server's operator seeing whom a round asks."""
+    kind = kind_of(run)
+    return kind is not None and kind.joint
+
+
 def event_of(run: RunConfig) -> Event:
     """What one round of a private run releases about each account that it charges.
 

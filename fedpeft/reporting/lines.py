@@ -77,7 +77,8 @@ def round_line(row: Round, rounds: int, primary: str) -> str:
     if ranks := ranks_text(row):
         parts.append(ranks)
     if row.epsilon is not None:
-        parts.append(f"epsilon {row.epsilon:.3f}")
+        seen = "" if row.epsilon_cohort is None else f" ({row.epsilon_cohort:.3f} where cohorts are seen)"
+        parts.append(f"epsilon {row.epsilon:.3f}{seen}")
     if row.outcomes:
         parts.append(clients_text(row.outcomes))
     if row.joined:

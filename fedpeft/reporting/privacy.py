@@ -27,6 +27,7 @@ def privacy_statement(summary: Summary) -> list[str]:
         f" {promise.max_epsilon:g}.",
         f"It bounds how far anything published by this run can tell apart {promise.neighbours}.",
         f"It holds against {promise.against}.",
+        *_against_observers(summary.epsilon_cohort, promise),
         f"Noise multiplier {promise.noise_multiplier:g}, sample rate {promise.sample_rate:g}; discrete"
         " Gaussian noise, Rényi accounting.",
         _hidden(promise),
@@ -36,6 +37,17 @@ def privacy_statement(summary: Summary) -> list[str]:
     if summary.finished is not None and summary.finished.stopped:
         said.append(f"The run was {summary.finished.stopped}.")
     return said
+
+
+def _against_observers(epsilon: float | None, promise: Promise) -> list[str]:
+    """What remains of a promise that counts on nobody seeing the cohorts."""
+    if epsilon is None:
+        return []
+    return [
+        "It counts on nobody seeing whom the rounds asked. Against whoever does, such as one who watches the"
+        f" network, it is epsilon {epsilon:.3f} at delta {promise.target_delta:g} for a client asked in every"
+        " round (sample rate 1)."
+    ]
 
 
 def _hidden(promise: Promise) -> str:

@@ -96,6 +96,7 @@ class Summary:
     wall_s: float
     journeys: tuple[Journey, ...] = ()
     epsilon: float | None = None  # spent so far; None without differential privacy
+    epsilon_cohort: float | None = None  # the same against whoever sees secret cohorts; None: there are none
     staleness: tuple[int, ...] = ()  # of buffered rounds: entry s counts the updates of staleness s
 
     @property
@@ -142,6 +143,9 @@ def build_summary(rows: Iterable[Row]) -> Summary:
         journeys=journeys_of(started, rounds),
         staleness=tuple(sum(ages) for ages in zip_longest(*(row.staleness for row in rounds), fillvalue=0)),
         epsilon=next((row.epsilon for row in reversed(rounds) if row.epsilon is not None), None),
+        epsilon_cohort=next(
+            (row.epsilon_cohort for row in reversed(rounds) if row.epsilon_cohort is not None), None
+        ),
     )
 
 
@@ -198,6 +202,7 @@ def metrics_of(summary: Summary) -> list[str]:
 def summary_json(summary: Summary) -> dict[str, Any]:
     """The summary as plain JSON values; infinities and NaN become null."""
     started = summary.started
+    spent = {"epsilon": summary.epsilon, "epsilon_cohort": summary.epsilon_cohort}
     plain = {
         "run": started.run_name,
         "run_digest": started.run_digest,
@@ -219,7 +224,7 @@ def summary_json(summary: Summary) -> dict[str, Any]:
         "bytes_per_client": dataclasses.asdict(summary.traffic) if summary.traffic else None,
         "transfers": {journey.direction: dataclasses.asdict(journey) for journey in summary.journeys},
         "staleness": _staleness(summary.staleness),
-        "privacy": started.privacy.model_dump() | {"epsilon": summary.epsilon} if started.privacy else None,
+        "privacy": started.privacy.model_dump() | spent if started.privacy else None,
         "stopped": summary.finished.stopped if summary.finished else "",
         "adapter_digest": summary.finished.adapter_digest if summary.finished else None,
         "wall_s": summary.wall_s,

@@ -119,6 +119,8 @@ def _add_cost(table: Table, summary: Summary) -> None:
     if promise is not None:
         label = "epsilon, NOT PRIVATE" if promise.seeded else "epsilon"
         table.add_row(label, f"{summary.epsilon or 0.0:.3f}", f"delta {promise.target_delta:g}")
+        if summary.epsilon_cohort is not None:
+            table.add_row("  where cohorts are seen", f"{summary.epsilon_cohort:.3f}", "sample rate 1")
     if traffic is not None:
         for label, total, each in (
             ("bytes up per client", traffic.up_total, traffic.up_round),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from fedpeft.safe_text import replace_unprintable
+
 # Metrics whose value is a share of one; they are shown in percent. Anything else is shown as it is.
 _SHARES = frozenset({"accuracy", "exact-match", "token-accuracy", "rouge-l", "rougel", "f1"})
 _NAMES = {"rouge-l": "ROUGE-L", "rougel": "ROUGE-L", "f1": "F1"}
@@ -100,7 +102,7 @@ def printable(name: str, width: int | None = None) -> str:
 
     Control characters become "�"; a name longer than `width` is cut and ends with "…".
     """
-    safe = "".join(mark if mark.isprintable() else "\N{REPLACEMENT CHARACTER}" for mark in name)
+    safe = replace_unprintable(name)
     if width is not None and len(safe) > width:
         return safe[: width - 1] + "…"
     return safe

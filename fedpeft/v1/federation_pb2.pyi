@@ -403,7 +403,7 @@ class CohortRules(_message.Message):
     def __init__(self, min_agents: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., wait_s: _Optional[int] = ...) -> None: ...
 
 class RunInfo(_message.Message):
-    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest", "submitter", "readers", "incomplete")
+    __slots__ = ("id", "name", "digest", "status", "detail", "round", "rounds", "agents", "submitted_ms", "updated_ms", "metrics", "epsilon", "adapter_digest", "submitter", "readers", "incomplete", "epsilon_cohort")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -427,6 +427,7 @@ class RunInfo(_message.Message):
     SUBMITTER_FIELD_NUMBER: _ClassVar[int]
     READERS_FIELD_NUMBER: _ClassVar[int]
     INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
+    EPSILON_COHORT_FIELD_NUMBER: _ClassVar[int]
     id: str
     name: str
     digest: str
@@ -443,7 +444,8 @@ class RunInfo(_message.Message):
     submitter: str
     readers: _containers.RepeatedScalarFieldContainer[str]
     incomplete: _containers.RepeatedCompositeFieldContainer[MemberRounds]
-    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., submitter: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ..., incomplete: _Optional[_Iterable[_Union[MemberRounds, _Mapping]]] = ...) -> None: ...
+    epsilon_cohort: float
+    def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., digest: _Optional[str] = ..., status: _Optional[str] = ..., detail: _Optional[str] = ..., round: _Optional[int] = ..., rounds: _Optional[int] = ..., agents: _Optional[_Iterable[str]] = ..., submitted_ms: _Optional[int] = ..., updated_ms: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., epsilon: _Optional[float] = ..., adapter_digest: _Optional[str] = ..., submitter: _Optional[str] = ..., readers: _Optional[_Iterable[str]] = ..., incomplete: _Optional[_Iterable[_Union[MemberRounds, _Mapping]]] = ..., epsilon_cohort: _Optional[float] = ...) -> None: ...
 
 class MemberRounds(_message.Message):
     __slots__ = ("name", "counted", "asked")
@@ -614,12 +616,14 @@ class ListAgentsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListAgentsReply(_message.Message):
-    __slots__ = ("agents", "server")
+    __slots__ = ("agents", "server", "counted")
     AGENTS_FIELD_NUMBER: _ClassVar[int]
     SERVER_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     agents: _containers.RepeatedCompositeFieldContainer[AgentInfo]
     server: ServerInfo
-    def __init__(self, agents: _Optional[_Iterable[_Union[AgentInfo, _Mapping]]] = ..., server: _Optional[_Union[ServerInfo, _Mapping]] = ...) -> None: ...
+    counted: bool
+    def __init__(self, agents: _Optional[_Iterable[_Union[AgentInfo, _Mapping]]] = ..., server: _Optional[_Union[ServerInfo, _Mapping]] = ..., counted: _Optional[bool] = ...) -> None: ...
 
 class IssueTokenRequest(_message.Message):
     __slots__ = ("name", "valid_s", "role")

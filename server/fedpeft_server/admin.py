@@ -24,6 +24,8 @@ from fedpeft_server.admin_messages import (
     agent_info,
     incomplete_members,
     milliseconds,
+    outline_agent,
+    outline_server,
     pulled_files,
     result_chunks,
     run_info,
@@ -222,10 +224,12 @@ class Admin(rpc.AdminServicer):
         return folder, pb.Unfinished(round=reached, rounds=stored.run.run.rounds)
 
     async def ListAgents(self, request: pb.ListAgentsRequest, context: Any) -> pb.ListAgentsReply:  # noqa: N802
-        """Those that are here and those that were."""
+        """Those that are here and those that were; what each did is for admins, as it tells who took part."""
 
-        def listed(_: Identity) -> pb.ListAgentsReply:
-            now = {status.name: agent_info(status) for status in self._base.desk().agents()}
+        def listed(who: Identity) -> pb.ListAgentsReply:
+            counted, standing = who.role is Role.ADMIN, self._base.desk().standing()
+            shown = agent_info if counted else outline_agent
+            now = {status.name: shown(status) for status in self._base.desk().agents()}
             for sighting in self._base.store.agents.list():
                 if sighting.name not in now:
                     now[sighting.name] = pb.AgentInfo(
@@ -236,7 +240,8 @@ class Admin(rpc.AdminServicer):
                 if name in now:
                     now[name].revoked = True
             agents = [now[name] for name in sorted(now)]
-            return pb.ListAgentsReply(agents=agents, server=server_info(self._base.desk().standing()))
+            info = server_info(standing) if counted else outline_server(standing)
+            return pb.ListAgentsReply(agents=agents, server=info, counted=counted)
 
         return await self._answer(context, Role.SUBMITTER, listed)
 

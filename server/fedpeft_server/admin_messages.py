@@ -55,9 +55,10 @@ def run_info(store: Store, stored: StoredRun) -> pb.RunInfo:
         submitter=stored.submitter,
         readers=stored.readers,
     )
-    epsilon = getattr(last, "epsilon", None)
-    if epsilon is not None:
-        info.epsilon = epsilon
+    if last is not None and last.epsilon is not None:
+        info.epsilon = last.epsilon
+    if last is not None and last.epsilon_cohort is not None:
+        info.epsilon_cohort = last.epsilon_cohort
     return info
 
 
@@ -103,6 +104,25 @@ def agent_info(status: AgentStatus) -> pb.AgentInfo:
         bytes_down=status.bytes_down,
         certificate_ends_ms=milliseconds(status.certificate_ends or 0.0),
     )
+
+
+def outline_agent(status: AgentStatus) -> pb.AgentInfo:
+    """Say of an agent what does not tell whether a round asked it: counters and times move as it answers."""
+    return pb.AgentInfo(
+        name=status.name,
+        connected=status.connected,
+        last_seen_ms=0 if status.connected else milliseconds(status.last_seen),
+        capabilities=status.capabilities,
+        certificate_ends_ms=milliseconds(status.certificate_ends or 0.0),
+    )
+
+
+def outline_server(status: ServerStatus) -> pb.ServerInfo:
+    """Say of the transport what does not tell whether a round asked somebody."""
+    info = server_info(status)
+    info.refused.clear()
+    info.refused_nameless.clear()
+    return info
 
 
 def server_info(status: ServerStatus) -> pb.ServerInfo:

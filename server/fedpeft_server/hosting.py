@@ -16,7 +16,6 @@ from typing import Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedpeft.config import ClientLevelPrivacy
 from fedpeft.device_task import device_task
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.faults import crash_point
@@ -26,6 +25,7 @@ from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_place import ROWS
+from fedpeft.privacy.kinds import is_cohort_secret
 from fedpeft.runfile import run_json
 from fedpeft.update import layout_of
 from fedpeft_server.control import PATIENCE, Control, Patience, Stopped, WatchedGrid
@@ -37,6 +37,8 @@ from fedpeft_server.members import incomplete, waits_for
 from fedpeft_server.model_room import ModelRoom
 from fedpeft_server.risks import Risks
 from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
+
+LOG = logging.getLogger("fedpeft.server")
 
 
 class AgentGrid(Strangers, Protocol):
@@ -100,6 +102,7 @@ class Host:
             self._say,
             begun=rounds.latest() is not None,
             refused=self._agents.refused,
+            secret_cohort=is_cohort_secret(self.stored.run),
         )
         crash_point("server.run.begun")
         self._held(book, progress, self._holder(self._agents))
@@ -169,12 +172,12 @@ class Host:
         self.store.runs.say(self.stored.id, text)
 
     def _waits_for(self, away: Mapping[str, float]) -> None:
-        """Say for whom alone the round waits; not by name where it is secret who takes part."""
+        """Say for whom alone the round waits; in the daemon's log alone where it is secret who takes part."""
         why = waits_for(away, time.time())
-        if away and isinstance(self.stored.run.privacy, ClientLevelPrivacy):
-            why = "waits for members that are away"
         if why:
             LOG.info("run %s: %s", self.stored.id, why, extra={"event": "waits", "run": self.stored.id})
+        if is_cohort_secret(self.stored.run):
+            return
         with suppress(StorageError):  # a word for people is no reason to leave the round
             self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
 

@@ -23,12 +23,20 @@ class LoggedProgress:
         say: takes a line, durably.
         begun: the run was begun before and its first row is written already.
         refused: told whose update was refused, and why.
+        secret_cohort: who takes part is secret: what would tell it is in the daemon's own log alone.
     """
 
     def __init__(
-        self, run: str, say: Callable[[str], None], *, begun: bool, refused: Callable[[str, str], None]
+        self,
+        run: str,
+        say: Callable[[str], None],
+        *,
+        begun: bool,
+        refused: Callable[[str, str], None],
+        secret_cohort: bool,
     ) -> None:
         self._run, self._say, self._begun, self._refused = run, say, begun, refused
+        self._secret_cohort = secret_cohort
 
     def __enter__(self) -> Self:
         return self
@@ -47,14 +55,17 @@ class LoggedProgress:
 
     def round_started(self, number: int, asked: int) -> None:
         """Write which round, and how many are asked."""
-        self._event("step", f"round {number}: {asked} agents are asked")
+        told = "" if self._secret_cohort else f": {asked} agents are asked"
+        self._event("step", f"round {number}{told}")
 
     def client_done(self, outcome: ClientOutcome) -> None:
-        """Write a failure with its reason."""
+        """Write a failure with its reason; of a secret cohort into the daemon's log, for its operator."""
         if outcome.status == "refused":
             self._refused(outcome.client, outcome.reason)
         line = trouble_line(outcome)
-        if line is not None:
+        if line is not None and self._secret_cohort:
+            LOG.warning("run %s: %s", self._run, line, extra={"event": "trouble", "run": self._run})
+        elif line is not None:
             self._event("trouble", line)
 
     def round_done(self, row: Round) -> None:

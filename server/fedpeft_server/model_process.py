@@ -27,6 +27,7 @@ from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.ledger import Checkpoint
 from fedpeft.orphans import end_with
 from fedpeft.preflight import refuse_problems
+from fedpeft.privacy.kinds import is_cohort_secret
 from fedpeft.resident import Resident, install_resident
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.seedspace.trainable import trainable_parameters
@@ -137,6 +138,7 @@ class Bench:
                 lambda text: say(database, order.header["id"], text),
                 begun=True,
                 refused=lambda agent, why: None,
+                secret_cohort=is_cohort_secret(book.run),
             )
             venue = Venue("grpc", _no_rounds, lambda run: self._as_loaded(order))
             hold_run(folder, venue, progress, spent_s=order.header["spent_s"])

@@ -88,6 +88,7 @@ MISBEHAVIOUR: dict[str, tuple[Answer, str]] = {
     "other-space": (lambda e, m: honest(replace(e, space="seed-scalars"), m), "refused"),
     "weightless": (lambda e, m: honest(replace(e, weight=0), m), "refused"),
     "overweight": (lambda e, m: honest(replace(e, weight=2**40), m), "refused"),
+    "more rows than it said": (lambda e, m: honest(replace(e, weight=11), m), "refused"),
     "unsound-metrics": (
         lambda e, m: honest(replace(e, metrics=dict.fromkeys(e.metrics, math.inf)), m),
         "folded",

@@ -23,7 +23,7 @@ def make_app(value: Value) -> ClientApp:
 
     @app.query("hello")
     def hello(message: Message, context: Context) -> Message:
-        return hello_reply(Hello(f"client-{_number(context):03d}", 0, "ba5e" * 16), message)
+        return hello_reply(Hello(f"client-{_number(context):03d}", 1, "ba5e" * 16), message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

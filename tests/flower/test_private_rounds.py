@@ -120,8 +120,15 @@ def test_rows_tell_nothing_of_the_cohort() -> None:
     disk = hold(private_run(CLIENT_LEVEL), "ones")
     for checkpoint in disk.checkpoints[1:]:
         row = checkpoint.row
-        kept = Round(round=row.round, state_norm_change=row.state_norm_change, epsilon=row.epsilon)
+        kept = Round(
+            round=row.round,
+            state_norm_change=row.state_norm_change,
+            epsilon=row.epsilon,
+            epsilon_cohort=row.epsilon_cohort,
+        )
         assert row == kept
+        seen = [replace(EVENT, sample_rate=1.0)] * row.round
+        assert row.epsilon_cohort == epsilon(seen, DELTA), "against those who see whom rounds ask"
     assert disk.shown == []
     assert set(disk.asked) == {0}
 

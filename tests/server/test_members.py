@@ -102,7 +102,10 @@ def test_a_deadline_of_the_run_file_is_the_runs_own_word(daemon: Daemon) -> None
     assert time.monotonic() - began > 2 * 2.0
 
 
-def test_a_secret_cohort_is_not_named(tmp_path: Path) -> None:
+def test_of_a_secret_cohort_only_the_daemons_own_log_speaks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     assert waits_for({}, NOON) == ""
     private = tables(sampling={"kind": "poisson", "rate": 1.0}, weighting="uniform")
     del private["data"]["limit"]
@@ -116,8 +119,13 @@ def test_a_secret_cohort_is_not_named(tmp_path: Path) -> None:
     with Store(tmp_path / "state") as store:
         daemon = Daemon(store, patience=Patience(600.0, away_s=60.0))
         gone(daemon, 5.0, 1, 2, 3, 4)
-        stored = waiting(daemon, daemon.submit(private).id)
-        assert stored.reason == "waits for members that are away"
+        stored = daemon.submit(private)
+        deadline = time.monotonic() + 60.0
+        while not [record for record in caplog.records if "waits for" in record.getMessage()]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert daemon.supervisor.get(stored.id).reason == ""
+        assert "waits" not in json.dumps(rows(store, stored.id))
         daemon.supervisor.stop(stored.id, "enough")
 
 
