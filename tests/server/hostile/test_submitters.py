@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -172,6 +173,53 @@ def test_names_that_would_write_on_a_terminal_are_refused(unharmed: House, name:
     error = refusal(submit, unharmed.member("eve"), made_, name, **more)
     assert all(mark.isprintable() or mark == "\n" for mark in str(error)), repr(str(error))
     assert asked(unharmed.member("eve"), "ListRuns", pb.ListRunsRequest()).runs == []
+
+
+def own_files(made: House) -> dict[str, dict[str, Any]]:
+    """Run files that name what lies on the server's disk, by what they are after."""
+    state = made.store.folder
+    adapter = made.store.run_folder(made.finished.id) / "adapter"
+    columns = {"text": "{text}", "label": "label"}
+    return {
+        "another's adapter as rows": {"data": columns | {"test": str(adapter / "adapter_model.safetensors")}},
+        "the state's database": {"data": columns | {"test": str(state / "state.db")}},
+        "a pattern over the state": {"data": columns | {"test": f"{state}/*"}},
+        "a way up": {"data": columns | {"test": "../../etc/passwd"}},
+        "accounts": {"data": columns | {"test": "/etc/passwd"}},
+        "the server's key": {"data": columns | {"test": str(made.folder / "federation/server/key.pem")}},
+        "a loader that unpickles": {"data": columns | {"test": "datasets:pandas"}},
+        "a loader with a file": {"data": columns | {"test": f"datasets:json:{state}/audit.head"}},
+        "another's adapter as a model": {"model": {"path": str(adapter)}},
+        "the state as a model": {"model": {"path": str(state)}},
+        "a way up to a model": {"model": {"path": "../state"}},
+    }
+
+
+def test_no_file_of_the_server_is_read(unharmed: House) -> None:
+    eve = unharmed.member("eve")
+    for after, named in own_files(unharmed).items():
+        wanted = tables()
+        for section, keys in named.items():
+            wanted[section] = {**wanted.get(section, {}), **keys}
+        said = str(refusal(submit, eve, wanted, after))
+        assert SECRET.decode() not in said, after
+        assert "root:" not in said, after
+        assert "BEGIN" not in said, after
+        assert "roots" in said or "hub data set" in said or "OWNER/NAME" in said, f"{after}: {said}"
+    assert asked(eve, "ListRuns", pb.ListRunsRequest()).runs == []
+
+
+def test_an_expression_without_end_holds_nobody_up(unharmed: House) -> None:
+    """Whether it is refused at once or when the model is there, the others are served and a stop counts."""
+    knot = unharmed.member("knot")
+    endless = {"method": "lora", "r": 2, "target_modules": "(.|..|...|....)+[?-]"}
+    began, run = time.monotonic(), ""
+    with suppress(FedPEFTError):
+        run = submit(knot, tables("knot", peft=endless), "knot").id
+    if run:
+        stopped: pb.RunInfo = asked(knot, *RUN_CALLS["stop"](run))
+        assert stopped.status in ("stopped", "failed")
+    assert time.monotonic() - began < 120.0, "`re` alone would be at it for years"
 
 
 def test_files_that_are_none_are_refused_with_a_line(unharmed: House) -> None:
