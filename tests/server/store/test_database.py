@@ -17,7 +17,7 @@ from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.store.database import Database, bring_up
 from fedpeft_server.store.schema import VERSION
 from tests.server.postgres import Cluster
-from tests.server.store.things import checkpoint, cohort, rows, update
+from tests.server.store.things import checkpoint, cohort, recalled, rows, update
 
 
 def set_version(folder: Path, version: int) -> None:
@@ -204,7 +204,7 @@ def test_an_older_database_goes_on_after_its_migration(tmp_path: Path, url: str 
         assert store.runs.list(reader="another") == []
         rounds = store.rounds(stored)
         assert rounds.open_round(1, cohort) == cohort()
-        assert list(store.results.recall("old-1", 1, "train")) == [sent]
+        assert list(store.results.recall("old-1", 1, "train")) == [recalled(sent)]
         store.results.accept([update(stored, 1, "bob")])
         rounds.commit(checkpoint(stored, 1))
         ((kept,),) = rows(store, "SELECT kept_bytes FROM submitters")

@@ -10,7 +10,7 @@ import pytest
 from fedpeft.runfile import build_run
 from fedpeft_server.contracts import ENOUGH
 from fedpeft_server.store import Rules, Store, StoredRun
-from tests.server.store.things import AGENTS, checkpoint, cohort, rows, update
+from tests.server.store.things import AGENTS, checkpoint, cohort, recalled, rows, update
 
 
 def opened(store: Store, stored: StoredRun, round_: int = 1) -> None:
@@ -110,7 +110,7 @@ def test_a_large_update_lies_in_a_blob_until_its_round_is_closed(store: Store, s
     assert "not there" in str(store.results.accept([large])[0])
     assert store.blobs.put(b"x" * 100_000) == whole.digest
     assert store.results.accept([large]) == [None]
-    assert store.results.recall(stored.id, 1, "train") == [large]
+    assert store.results.recall(stored.id, 1, "train") == [recalled(large)]
     store.blobs.collect(set(), older_than_s=3600)
     assert store.blobs.has(whole.digest)
     store.rounds(stored).commit(checkpoint(stored, 1))
@@ -128,7 +128,7 @@ def test_after_a_restart_the_open_rounds_updates_are_handed_back(tmp_path: Path)
         sent = [update(stored, 1, name) for name in ("ann", "bob")]
         store.results.accept(sent)
     with Store(tmp_path) as store:
-        assert list(store.results.recall(stored.id, 1, "train")) == sent
+        assert list(store.results.recall(stored.id, 1, "train")) == list(map(recalled, sent))
         store.rounds(stored).commit(checkpoint(stored, 1))
         assert store.results.recall(stored.id, 1, "train") == []
 
