@@ -30,6 +30,7 @@ from fedpeft.preflight import has_answers, problems_of, simulation_problems
 from fedpeft.runfile import run_digest
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces import Space, build_space
+from fedpeft.spaces.directions import direction_stream
 from fedpeft.stages import build_stages
 
 
@@ -146,6 +147,7 @@ def make_plan(run: RunConfig) -> Plan:
         rule = problems.attempt(lambda: plan_rule(run, {client.name for client in data.clients}))
     if data is not None and model is not None:
         space = problems.attempt(lambda: build_space(run, model))
+        problems.attempt(lambda: direction_stream(run, model))
         sizes = None if space is None else _sizes(run, Loaded(data, model), space, problems)
         memory = _memory(run, model, data)
         if memory is not None and device is not None and device.type != "cpu":

@@ -89,11 +89,17 @@ class Masked:
         return self.masks[tensor_id]
 
 
-def smallest_weights(model: nn.Module, density: float) -> Masked:
+def smallest_weights(
+    model: nn.Module, density: float, magnitudes: Mapping[str, torch.Tensor] | None = None
+) -> Masked:
     """The `density` share of each trainable tensor with the least magnitudes, at least one weight of it.
 
     To be called on theta_0: a mask that followed the weights would make replay depend on the order of steps.
     Of equal magnitudes the earlier ones count as smaller, so the mask is one and the same everywhere.
+
+    Args:
+        magnitudes: what counts in place of a tensor's own magnitudes, by its name; for tensors that begin all
+            alike, whose own ones choose nothing.
 
     Source: Liu et al. 2024, Sparse MeZO, with its threshold per layer as an exact share of each tensor.
     """
@@ -102,7 +108,9 @@ def smallest_weights(model: nn.Module, density: float) -> Masked:
     for name, parameter in parameters.items():
         flat = parameter.detach().reshape(-1)
         kept = max(1, math.floor(density * flat.numel()))
-        order = torch.argsort(flat.abs(), stable=True)
+        own = (magnitudes or {}).get(name)
+        sizes = flat.abs() if own is None else own.reshape(-1).to(flat.device)
+        order = torch.argsort(sizes, stable=True)
         masks[name] = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
         masks[name][order[:kept]] = True
     ids = tensor_ids(parameters)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from fedpeft.config import RunConfig
+from fedpeft.models.start_magnitudes import start_magnitudes
 from fedpeft.seedspace.layout import Stream
 from fedpeft.seedspace.support import Support
 from fedpeft.seedspace.supports import lowest_blocks, one_block, smallest_weights
@@ -14,7 +15,7 @@ from fedpeft.seedspace.supports import lowest_blocks, one_block, smallest_weight
 SUPPORTS: dict[str, Callable[[RunConfig, nn.Module], Support]] = {  # by training.rule; the others move all
     "block-wise": lambda run, model: one_block(model, run.run.seed),
     "hybrid": lambda run, model: lowest_blocks(model, run.training.layers_below or 0),
-    "sparse": lambda run, model: smallest_weights(model, run.training.density),
+    "sparse": lambda run, model: smallest_weights(model, run.training.density, start_magnitudes(model)),
 }
 
 

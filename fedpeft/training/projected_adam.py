@@ -103,11 +103,14 @@ def _subspace(gradient: Tensor, rank: int) -> Tensor:
     """Orthonormal columns (smaller side, r) of the gradient's largest singular values.
 
     From the eigenvectors of the smaller Gram matrix in float64: no factor as large as the gradient is made.
+    Each column's largest entry is positive: moments outlive a subspace, so that a sign that a library is free
+    to choose would otherwise decide which way they point in the next.
     """
     tall = gradient if gradient.shape[0] >= gradient.shape[1] else gradient.t()
     gram = (tall.t() @ tall).double()
     vectors: Tensor = torch.linalg.eigh(gram)[1]  # ascending
-    return vectors[:, -rank:].flip(1).to(gradient.dtype).contiguous()
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return (vectors * largest.sign())[:, -rank:].flip(1).to(gradient.dtype).contiguous()
 
 
 def _into(gradient: Tensor, subspace: Tensor) -> Tensor:

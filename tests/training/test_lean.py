@@ -121,6 +121,7 @@ def adam_in_a_subspace(weight: np.ndarray, gradients: list[np.ndarray], rank: in
     for count, gradient in enumerate(gradients):
         if count % every == 0:
             subspace = np.linalg.svd(gradient)[2][:rank].T
+            subspace = subspace * np.sign([column[np.argmax(np.abs(column))] for column in subspace.T])
         inside = gradient @ subspace
         first, second = 0.9 * first + 0.1 * inside, 0.999 * second + 0.001 * inside**2
         mean, size = first / (1 - 0.9 ** (count + 1)), second / (1 - 0.999 ** (count + 1))
@@ -128,11 +129,14 @@ def adam_in_a_subspace(weight: np.ndarray, gradients: list[np.ndarray], rank: in
     return weight
 
 
+@pytest.mark.parametrize("steps", [3, 8])  # one period, and two renewals of the subspace
 @pytest.mark.parametrize("tall", [True, False])
-def test_projected_adam_follows_its_paper(tall: bool) -> None:
+def test_projected_adam_follows_its_paper(tall: bool, steps: int) -> None:
     draws = np.random.default_rng(0)
-    weight, gradients = draws.normal(size=(12, 7)), [draws.normal(size=(12, 7)) for _ in range(3)]
+    weight, gradients = draws.normal(size=(12, 7)), [draws.normal(size=(12, 7)) for _ in range(steps)]
     expected = adam_in_a_subspace(weight, gradients, rank=3, every=3)
+    if steps > 3:  # the renewal shows
+        assert np.abs(expected - adam_in_a_subspace(weight, gradients, rank=3, every=steps)).max() > 1e-3
 
     def turn(array: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
         return array if tall else array.T
