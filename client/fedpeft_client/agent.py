@@ -24,7 +24,7 @@ from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import STATUS_FILE, Status
-from fedpeft_client.workshop import CLIENT_APP, Bounds, Doer, Workshop
+from fedpeft_client.workshop import CLIENT_APP, Bounds, Doer, WorkerPlace, Workshop
 
 LOG = logging.getLogger("fedpeft.client")
 Renewing = Callable[[], Awaitable[Material]]
@@ -65,7 +65,8 @@ class Agent:
         )
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
-        self.workshop = workshop or Workshop(bounds, download=policy.allow_download)
+        place = WorkerPlace(home, settings.data, settings.model)
+        self.workshop = workshop or Workshop(bounds, download=policy.allow_download, place=place)
         self._ledger = ledger or EgressLedger(home / EGRESS_FILE)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
         trade = Trade(name, settings.data, settings.model, policy, app, settings.device)

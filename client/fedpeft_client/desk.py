@@ -46,7 +46,7 @@ from fedpeft_client.policy import Policy, over_bytes, refuse, unwanted_metrics
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
 from fedpeft_client.usage import UsageBook
-from fedpeft_client.workshop import CLIENT_APP, Doer, WorkerKilledError
+from fedpeft_client.workshop import CLIENT_APP, REPLICAS, STARTS, Doer, WorkerKilledError
 
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
@@ -77,7 +77,7 @@ class Desk:
         self._trade, self._workshop, self._status, self._metrics = trade, workshop, status, metrics
         self._memory = StageMemory(home / "memory")
         self._outbox = Outbox(home / "outbox")
-        self._starts, self._replicas = home / "starts", home / "replicas"
+        self._starts, self._replicas = home / STARTS, home / REPLICAS
         self._book = UsageBook(home / "usage.json")
         self._admission = Admission(
             trade.name,

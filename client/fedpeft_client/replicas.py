@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpeft.files import keep_newest, storage
+from fedpeft_client.starts import refuse_no_digest
 
 _KEPT = 8  # files; each is as large as what its run trains
 _SUFFIX = ".state"
@@ -35,6 +36,7 @@ class ReplicaShelf:
 
     def put(self, run_digest: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Replace what is kept of a run; of other runs only the newest few stay."""
+        refuse_no_digest(run_digest)
         path = self.folder / f"{run_digest}{_SUFFIX}"
         fresh = path.with_name(f".{path.name}")
         with storage(self.folder):
@@ -45,6 +47,7 @@ class ReplicaShelf:
 
     def get(self, run_digest: str) -> Mapping[str, NDArray[Any]]:
         """What is kept of a run; empty if nothing is, or nothing that can be read."""
+        refuse_no_digest(run_digest)
         path = self.folder / f"{run_digest}{_SUFFIX}"
         with storage(self.folder):
             if not path.is_file():

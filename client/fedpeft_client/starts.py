@@ -6,23 +6,27 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.errors import StateError
 from fedpeft.files import keep_newest, storage, write_atomically
+from fedpeft.wire.task_content import is_digest
 
 _KEPT = 8  # files; each is as large as two adapters
 
 
 @dataclass(frozen=True)
 class StartShelf:
-    """One file for each run, named by the run's digest and the content's.
+    """One file for each run, named by the run's digest and the content's; for starts that were loaded.
 
     Raises:
         StorageError: the folder cannot be read or written.
+        StateError: a run's digest is none.
     """
 
     folder: Path
 
     def put(self, run_digest: str, content: bytes) -> None:
         """Keep what came; of other runs only the newest few stay."""
+        refuse_no_digest(run_digest)
         own = self._path(run_digest, content)
         with storage(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -34,6 +38,7 @@ class StartShelf:
 
     def get(self, run_digest: str) -> bytes:
         """What is kept of a run; empty if nothing is, or if it has changed on the disk."""
+        refuse_no_digest(run_digest)
         with storage(self.folder):
             for path in self._of(run_digest):
                 content = path.read_bytes()
@@ -46,3 +51,13 @@ class StartShelf:
 
     def _path(self, run_digest: str, content: bytes) -> Path:
         return self.folder / f"{run_digest}-{hashlib.sha256(content).hexdigest()}.start"
+
+
+def refuse_no_digest(run_digest: str) -> None:
+    """Refuse a name that would be part of a file's and is no digest.
+
+    Raises:
+        StateError: it is none.
+    """
+    if not is_digest(run_digest):
+        raise StateError(f"{run_digest[:20]!r} is no digest of a run; nothing is read or written under it")

@@ -105,7 +105,10 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
         _refuse_problems(run, header)
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
         admit = _admission(header, own.device)
-        install_resident(load_own_resident(run, own, admit=admit, start_bytes=_start(header, content)))
+        start = _start(run.of_client(own.client), header, content)
+        install_resident(load_own_resident(run, own, admit=admit, start_bytes=start))
+        if start and header.get("starts"):  # now it is known to fit this model
+            StartShelf(Path(header["starts"])).put(digest, start)
         fresh = True
     resident = resident_for(digest)
     if pins and resident.base_digest not in pins:
@@ -132,16 +135,25 @@ def _refuse_problems(run: RunConfig, header: Any) -> None:
     refuse_problems(own, source="run file")
 
 
-def _start(header: Any, content: bytes) -> bytes:
-    """What spares this process to compute the model's start, if that came now or before; else empty."""
-    if not header.get("starts"):
+def _start(run: RunConfig, header: Any, content: bytes) -> bytes:
+    """What spares this process to compute the model's start, if that came now or before; else empty.
+
+    A run that starts by its seed has no use for one, whatever a server sends. Nothing is written yet.
+
+    Raises:
+        ModelError: what came is no start.
+    """
+    from fedpeft.models.loftq import start_of
+    from fedpeft.models.starts import decomposition_of
+
+    if start_of(run.peft.options) is None:
         return b""
-    shelf, digest = StartShelf(Path(header["starts"])), header["run_digest"]
     came = read_task_content(content).start
     if came:
-        shelf.put(digest, came)
+        decomposition_of(came)
         return came
-    return shelf.get(digest)
+    shelf = header.get("starts")
+    return StartShelf(Path(shelf)).get(header["run_digest"]) if shelf else b""
 
 
 def _disclosure(header: Any) -> Disclosure:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Protocol
 
 import psutil
 
 from fedpeft.errors import FedPEFTError, MemoryLimitError, TimeLimitError, WorkerError
+from fedpeft.faults import ONCE
+from fedpeft.files import storage
 from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
 from fedpeft.interruption import INTERRUPT
+from fedpeft_client.confinement import Allowed
 
 CLIENT_APP = "fedpeft.flower.device_app:app"
+# Folders of an agent's home that workers write to.
+STARTS, REPLICAS, SCRATCH = "starts", "replicas", "scratch"
+CACHES = {"NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "torch"}
 _WATCH_S = 0.25
 _MIB = 1 << 20
 
@@ -33,6 +41,49 @@ class Bounds:
 
     seconds: float | None = None
     memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """What a worker is left of the machine: its rows, its model and some folders of the agent's home.
+
+    Attributes:
+        model: folder of the base model; empty: it is the embedded one, or in the hub's cache.
+    """
+
+    home: Path
+    data: Path
+    model: str = ""
+
+    def allowed(self, download: bool) -> Allowed:
+        """Return it as what the worker does not give up; folders that it writes to are made.
+
+        Raises:
+            StorageError: they cannot be made.
+        """
+        own = [self.home / name for name in (STARTS, REPLICAS, SCRATCH)]
+        with storage(self.home):
+            for folder in (*own, self.home / SCRATCH / "tmp"):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        writable = [str(folder.resolve()) for folder in own]
+        cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+        readable = [str(self.data.resolve()), *([str(Path(self.model).resolve())] if self.model else [])]
+        writable += [os.environ[name] for name in CACHES if os.environ.get(name)]
+        if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.faults`
+            writable.append(str(Path(marker).parent))
+        (writable if download else readable).append(cache)
+        return Allowed(tuple(readable), tuple(writable), network=download)
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables that tell libraries where they may write."""
+        scratch = self.home.resolve() / SCRATCH
+        caches = {
+            "NUMBA_CACHE_DIR": "numba",
+            "TRITON_CACHE_DIR": "triton",
+            "TORCHINDUCTOR_CACHE_DIR": "torch",
+        }
+        own = {name: str(scratch / folder) for name, folder in caches.items() if name not in os.environ}
+        return own | {"TMPDIR": str(scratch / "tmp")}
 
 
 class Doer(Protocol):
@@ -64,11 +115,12 @@ class Workshop:
 
     Args:
         bounds: a worker that exceeds them is ended.
-        download: whether a worker may fetch what a run file names from the hub.
+        download: whether a worker may fetch what a run names from the hub.
+        place: what a worker is left of the machine; None: everything, for tests of workers alone.
     """
 
-    def __init__(self, bounds: Bounds, *, download: bool = False) -> None:
-        self._bounds, self._download = bounds, download
+    def __init__(self, bounds: Bounds, *, download: bool = False, place: WorkerPlace | None = None) -> None:
+        self._bounds, self._download, self._place = bounds, download, place
         self._process: subprocess.Popen[bytes] | None = None
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._busy = asyncio.Lock()
@@ -131,16 +183,24 @@ class Workshop:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedpeft_client.worker", str(theirs.fileno())],
+                self._words(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(self._download),
+                env=_environment(self._download) | (self._place.environment() if self._place else {}),
                 start_new_session=True,  # a terminal's Ctrl-C is the agent's to handle
             )
         self.started += 1
         self._streams = await asyncio.open_connection(sock=ours)
         return self._streams
+
+    def _words(self, fd: int) -> list[str]:
+        """The worker's command; modules are never looked for in the agent's working folder."""
+        python = [sys.executable, "-P", "-m"]
+        if self._place is None:
+            return [*python, "fedpeft_client.worker", str(fd)]
+        allowed = self._place.allowed(self._download)
+        return [*python, "fedpeft_client.confined", str(fd), json.dumps(asdict(allowed))]
 
     async def _watch(self) -> FedPEFTError:
         """Return, when the worker exceeds a bound, the error that says which."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,10 +41,8 @@ def site(tmp_path: Path) -> Iterator[Path]:
     drop_resident(DIGEST)
 
 
-def base_held(site: Path, kind: str, start: bytes = b"") -> str:
-    """Fingerprint of the base that a worker, which holds nothing, loads for an order."""
-    drop_resident(DIGEST)
-    header = {
+def order(site: Path, kind: str) -> dict[str, Any]:
+    return {
         "app": CLIENT_APP,
         "kind": kind,
         "group": "0",
@@ -54,8 +54,14 @@ def base_held(site: Path, kind: str, start: bytes = b"") -> str:
         "base_digests": [],
         "starts": str(site / "starts"),
     }
+
+
+def base_held(site: Path, kind: str, start: bytes = b"") -> str:
+    """Fingerprint of the base that a worker, which holds nothing, loads for an order."""
+    drop_resident(DIGEST)
+    header = order(site, kind)
     content = content_bytes(task_content(Task(DIGEST, 0, b"", device_task=TASK.text, start=start)))
-    return str(done(Frame(header, {"content": content, "memory": b""})).header["base_digest"])
+    return str(done(Frame(header, {"content": content, "memory": b""})).header.get("base_digest", ""))
 
 
 def test_a_start_that_came_once_serves_every_later_worker(site: Path) -> None:
@@ -73,6 +79,39 @@ def test_a_start_that_came_once_serves_every_later_worker(site: Path) -> None:
     (kept,) = (site / "starts").iterdir()
     kept.write_bytes(kept.read_bytes()[:-1])
     assert base_held(site, TRAIN) == server.base_digest, "spoilt, so computed here"
+
+
+class Evil:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark = mark
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._mark,)
+
+
+def test_what_is_no_start_is_not_written(site: Path) -> None:
+    server = load_serving_resident(RUN)
+    names = list(decomposition_of(server.start_bytes))
+    foreign = decomposition_bytes({name.replace("layers", "x"): one for name, one in
+                                   decomposition_of(server.start_bytes).items()})  # fmt: skip
+    assert names
+    for start in (pickle.dumps(Evil(site / "ran")), b"x", server.start_bytes[:-3], foreign):
+        assert base_held(site, HELLO, start) == ""
+    assert not (site / "starts").exists()
+    assert not (site / "ran").exists()
+
+
+def test_a_run_that_starts_by_its_seed_has_no_use_for_a_start(site: Path) -> None:
+    tables = RUN.model_dump(exclude={"peft"}) | {"peft": {"method": "lora", "r": 2}, "model": {}}
+    plain = device_task(build_run(tables, source="test"))
+    asked = Task(plain.digest, 0, b"", device_task=plain.text, start=b"anything")
+    header = order(site, HELLO) | {"run_digest": plain.digest, "device_task": plain.text}
+    answer = done(Frame(header, {"content": content_bytes(task_content(asked)), "memory": b""}))
+    drop_resident(plain.digest)
+    assert answer.header["error"] is None
+    assert not (site / "starts").exists()
 
 
 def test_a_shelf_keeps_the_newest_runs_and_no_changed_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fedpeft.device_task import device_task
-from fedpeft.errors import DataError, PolicyError
+from fedpeft.errors import DataError, PolicyError, StateError
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
@@ -27,8 +27,9 @@ from fedpeft.wire.failures import from_record
 from fedpeft.wire.state_message import StateMessage, encode_state
 from fedpeft_client.egress import contents
 from fedpeft_client.replicas import ReplicaShelf
+from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done
-from fedpeft_client.workshop import CLIENT_APP, Bounds, Workshop
+from fedpeft_client.workshop import CLIENT_APP, Bounds, WorkerPlace, Workshop
 
 RUN = build_run(
     {
@@ -112,7 +113,8 @@ def test_rows_that_cannot_be_read(rows: Path) -> None:
 def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood(
     rows: Path, tmp_path: Path
 ) -> None:
-    """Two processes; the second one is sent the step alone, which leads on from the first one's state."""
+    """Two confined processes; the second is sent the step alone, which leads on from the first's state."""
+    place = WorkerPlace(tmp_path, rows)
     tables = RUN.model_dump(mode="json") | {
         "space": {"kind": "seed-scalars", "num_seeds": 8},
         "training": {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 2, "lr": 1e-6},
@@ -138,7 +140,7 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
         return Frame({**header, "replicas": str(tmp_path / "replicas")}, {"content": content, "memory": b""})
 
     async def live() -> list[Frame]:
-        workshop, answers = Workshop(Bounds()), []
+        workshop, answers = Workshop(Bounds(), place=place), []
         for number in sent:
             answers.append(await workshop.do(train(number)))
             await workshop.release()
@@ -182,12 +184,21 @@ def test_numbers_that_the_owner_does_not_tell_are_not_in_an_update(
 
 
 def test_replicas_that_are_torn_or_too_many_are_none(tmp_path: Path) -> None:
-    shelf = ReplicaShelf(tmp_path / "replicas")
-    assert shelf.get("ab") == {}
-    for number in range(10):
-        shelf.put(f"{number}", {"a": np.full(3, number)})
-        os.utime(tmp_path / "replicas" / f"{number}.state", (number, number))
-    assert [bool(shelf.get(f"{number}")) for number in range(10)] == [False] * 2 + [True] * 8
-    assert shelf.get("9")["a"].tolist() == [9, 9, 9]
-    (tmp_path / "replicas" / "9.state").write_bytes(b"torn")
-    assert shelf.get("9") == {}
+    shelf, names = ReplicaShelf(tmp_path / "replicas"), [f"{number:064x}" for number in range(10)]
+    assert shelf.get("ab" * 32) == {}
+    for number, name in enumerate(names):
+        shelf.put(name, {"a": np.full(3, number)})
+        os.utime(tmp_path / "replicas" / f"{name}.state", (number, number))
+    assert [bool(shelf.get(name)) for name in names] == [False] * 2 + [True] * 8
+    assert shelf.get(names[9])["a"].tolist() == [9, 9, 9]
+    (tmp_path / "replicas" / f"{names[9]}.state").write_bytes(b"torn")
+    assert shelf.get(names[9]) == {}
+
+
+@pytest.mark.parametrize("name", ["", "ab", "../../keys/agent", "A" * 64, "0" * 63 + "/"])
+def test_a_name_that_is_no_digest_makes_no_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="is no digest of a run"):
+        ReplicaShelf(tmp_path / "replicas").put(name, {"a": np.zeros(1)})
+    with pytest.raises(StateError, match="is no digest of a run"):
+        StartShelf(tmp_path / "starts").put(name, b"x")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def train(message: Message, context: Context) -> Message:
         for _ in range(int(value)):
             go_on()
             time.sleep(0.02)
-    if what == "die" and not Path(value).exists():
-        Path(value).touch()
+    if what == "die" and not (mark := Path(tempfile.gettempdir()) / value).exists():
+        mark.touch()
         os._exit(3)
     if what == "eat":
         held = np.ones(int(value) << 17)  # so many MiB
