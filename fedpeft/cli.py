@@ -13,7 +13,17 @@ import typer
 
 from fedpeft import __version__
 from fedpeft.cli_help import SectionedGroup, build_command
-from fedpeft.errors import FedPEFTError, RunFileError, UsageError
+from fedpeft.console import (
+    INTERRUPTED,
+    clean_interrupts,
+    drop_output,
+    end_at_once_when_interrupted,
+    flush_output,
+    interruption,
+    output_problem,
+    replace_unshown_signs,
+)
+from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
 from fedpeft.safe_text import one_line
 
 # Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
@@ -24,8 +34,6 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
 }.items():
     os.environ.setdefault(_name, _value)
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="fedpeft",
@@ -802,14 +810,40 @@ def main(arguments: list[str] | None = None) -> None:
         SystemExit: always, with the exit code; see `fedpeft.errors`.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_exit_code(arguments))
+    replace_unshown_signs()
+    with clean_interrupts():
+        code = _exit_code_and_output(arguments)
+    if arguments is None:  # a process of its own, which now ends
+        end_at_once_when_interrupted()
+    sys.exit(code)
+
+
+def _exit_code_and_output(arguments: list[str] | None) -> int:
+    """The exit code, once all output is written or said not to be."""
+    try:
+        code = _exit_code(arguments)
+        flush_output()
+    except KeyboardInterrupt:  # outside the command itself
+        return _interrupted()
+    except OSError as error:
+        line, closed = output_problem(error)
+        drop_output()
+        if line:
+            _say_error(line)
+        return StorageError.exit_code if closed is None else closed
+    return code
+
+
+def _interrupted() -> int:
+    typer.echo(interruption(), err=True)
+    return INTERRUPTED
 
 
 def _exit_code(arguments: list[str] | None) -> int:
     try:
         code = build_command(app).main(arguments, prog_name="fedpeft", standalone_mode=False)
         if code == INTERRUPTED:  # typer's own way of ending after Ctrl-C
-            typer.echo("interrupted; a run goes on with: fedpeft simulate --resume DIR", err=True)
+            return _interrupted()
         return code if isinstance(code, int) else 0
     except RunFileError as error:
         for problem in error.problems:

@@ -17,6 +17,9 @@ from fedpeft.errors import RunFileError, UsageError
 from fedpeft.key_hints import suggest_key
 from fedpeft.run_identity import identity_digest, read_identity
 
+_INDEX_DIGITS = 9
+_LONGEST_VALUE = 200  # characters of a value that a message shows
+
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file, lay `--set` overrides over it and check it.
@@ -139,7 +142,7 @@ def _set(table: dict[str, Any], item: str) -> None:
         raise UsageError(f"--set {item!r}: needs KEY=VALUE with a dotted key, such as training.lr=1e-4")
     try:
         value = tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # also integers of more digits than Python reads
         value = raw
     node: Any = table
     for key in keys[:-1]:
@@ -168,7 +171,7 @@ def _child(node: Any, key: str, item: str) -> Any:
 
 
 def _index(node: list[Any], key: str, item: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not key.isdecimal() or len(key) > _INDEX_DIGITS or int(key) >= len(node):
         raise UsageError(f"--set {item!r}: {key!r} is no index of a list of {len(node)}")
     return int(key)
 
@@ -185,8 +188,11 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
             return _at_home(value)
         if Path(value).is_absolute() or not value:
             return value
-        pattern = any(mark in value for mark in "*?[") and not (folder / value).exists()
-        found = any(folder.glob(value)) if pattern else (folder / value).exists()
+        try:
+            there = (folder / value).exists()
+            found = there or (any(mark in value for mark in "*?[") and any(folder.glob(value)))
+        except (OSError, ValueError, NotImplementedError):  # no path: too long, or with signs that none has
+            return value
         # Links stay: their names tell formats and clients, not those of what they lead to.
         return os.path.normpath(folder.absolute() / value) if found else value
 
@@ -224,7 +230,8 @@ def _problem(detail: Mapping[str, Any]) -> str:
         return f"{where}.kind: {detail['ctx']['tag']!r} came; use one of {detail['ctx']['expected_tags']}"
     if detail["type"] == "value_error":
         return f"{where}: {message}"
-    return f"{where}: {message}, got {detail['input']!r}"
+    came = repr(detail["input"])
+    return f"{where}: {message}, got {came if len(came) <= _LONGEST_VALUE else came[:_LONGEST_VALUE] + '...'}"
 
 
 def _locations(loc: Iterable[Any]) -> list[str]:

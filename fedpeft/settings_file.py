@@ -23,8 +23,8 @@ def read_table(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:  # of what is no UTF-8, no TOML, or no number
         raise UsageError(f"{path}: cannot be read as TOML ({error})") from error
 
 

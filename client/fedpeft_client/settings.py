@@ -66,7 +66,7 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
     """
     settings = checked(Settings, {**_table(config), **given}, source=str(config or "fedpeft client"))
     host, colon, port = settings.server.rpartition(":")
-    if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
+    if not (host and colon and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
         raise UsageError(f"server {settings.server!r} is no address; give HOST:PORT")
     if settings.metrics and not is_address(settings.metrics):
         raise UsageError(f"metrics {settings.metrics!r} is no address; give HOST:PORT")

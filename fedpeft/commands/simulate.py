@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedpeft.commands.runs import run_of
 from fedpeft.config import RunConfig
+from fedpeft.console import at_work_on
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.ledger import RunFolder
@@ -60,7 +61,7 @@ def simulate_command(
             raise RunFileError(source, impossible)
         trainable_on(run)
         folder = RunFolder.create(out or Path("runs") / run.run.name, run, force=force)
-    with folder, make_progress(progress) as shown:
+    with at_work_on(folder.path), folder, make_progress(progress) as shown:
         admit = _admission(workers) if memory_check else None
         result = simulate(folder, workers=workers, engine=engine, progress=shown, admit=admit)
         shown.result(result.summary, result.paths, result.snippet)

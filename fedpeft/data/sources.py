@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedpeft.data.columns import saved_set
+from fedpeft.data.describe import shown
 from fedpeft.data.labels import natural_key
 from fedpeft.data.readers import LESSER, READERS, NumberedRow, Reader, read_arrow
 from fedpeft.data.text_files import PACKED, Reading, described, stem_of, suffix_of
@@ -47,7 +48,15 @@ def find_files(source: str, reading: Reading | None = None, *, split: str = "tra
     Raises:
         DataError: nothing is there, or a file's suffix has no reader.
     """
-    path, how = Path(source), reading or Reading()
+    try:
+        return _found(source, reading or Reading(), split)
+    except (OSError, ValueError) as error:  # such as a name of more signs than names have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{shown(source)}: no data can be there ({reason}); give a path") from error
+
+
+def _found(source: str, how: Reading, split: str) -> list[Part]:
+    path = Path(source)
     if path.is_file():
         return [_file(path, how)]
     if path.is_dir():

@@ -64,8 +64,18 @@ def score(
 def generate(
     model: nn.Module, tokenizer: Tokenizer, rows: Rows, indices: NDArray[np.int64], *, max_new_tokens: int
 ) -> list[str]:
-    """Greedy continuations of the rows' prompts, as text without special tokens."""
+    """Greedy continuations of the rows' prompts, as text without special tokens.
+
+    Nothing can go on from nothing: a row without a prompt, where the tokenizer puts no token before it,
+    has an empty text.
+    """
     device = next(model.parameters()).device
+    begun = rows.encoded.answer_start[indices] > 0
+    if not begun.all():
+        texts = iter(generate(model, tokenizer, rows, indices[begun], max_new_tokens=max_new_tokens))
+        return [next(texts) if some else "" for some in begun]
+    if not len(indices):
+        return []
     prompts = prompt_batch(rows.encoded, indices, rows.pad_id)
     new = generate_greedily(
         model,

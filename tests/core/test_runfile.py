@@ -197,3 +197,20 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_run(tmp_path / "none.toml")
     with pytest.raises(RunFileError, match="cannot be read"):
         load_run(tmp_path)
+
+
+@pytest.mark.parametrize("digits", [6000, 300_000])
+def test_numbers_of_thousands_of_digits_are_one_short_line(tmp_path: Path, digits: int) -> None:
+    number = "9" * digits
+    file = tmp_path / "run.toml"
+    file.write_text(f"[run]\nname = 'x'\nrounds = {number}\n")
+    with pytest.raises(RunFileError, match="is not TOML") as caught:
+        load_run(file)
+    assert len(str(caught.value)) < 600
+    file.write_text("[run]\nname = 'x'\nrounds = 1\n")
+    with pytest.raises(RunFileError) as refused:
+        load_run(file, [f"run.rounds={number}"])
+    assert len(str(refused.value)) < 600
+    assert load_run(file, [f"data.train={number}"]).data.train == number  # a name that no file has
+    with pytest.raises(UsageError, match="no index"):
+        load_run(file, ["stages=[]", f"stages.{number}.kind=x"])

@@ -70,3 +70,18 @@ def test_exact_match_without_generating_equals_generating(
         came["rouge_l"][i] == 1.0 for i in range(12) if expected[i] and any(map(str.isalnum, answers[i]))
     )
     assert came["rouge_l"][5] < 1.0
+
+
+def test_a_row_without_a_prompt_scores_by_an_empty_text(
+    model: torch.nn.Module, tokenizer: Tokenizer, rows: Rows
+) -> None:
+    starts = rows.encoded.answer_start.copy()
+    starts[[1, 4]] = 0
+    encoded = Encoded(rows.encoded.input_ids, rows.encoded.offsets, starts, None, rows.encoded.answers)
+    odd = Rows(encoded, rows.indices, rows.task, rows.pad_id)
+    wanted = generate(model, tokenizer, rows, np.array([0, 2, 3, 5]), max_new_tokens=30)
+    found = generate(model, tokenizer, odd, np.arange(6), max_new_tokens=30)
+    assert found == [wanted[0], "", wanted[1], wanted[2], "", wanted[3]]
+    assert generate(model, tokenizer, odd, np.array([1, 4]), max_new_tokens=30) == ["", ""]
+    came = score(model, tokenizer, odd, [np.arange(6)], ("rouge-l",), max_new_tokens=30)
+    assert came["rouge_l"][[1, 4]].tolist() == [0.0, 0.0]
