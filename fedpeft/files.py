@@ -74,8 +74,12 @@ def keep_newest(folder: Path, pattern: str, most: int) -> None:
 
 
 @contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
+def folder_atomically(path: Path, *, file_mode: int | None = 0o644) -> Iterator[Path]:
     """Fill a new folder, then put it in the place of `path` (which is removed if it is there).
+
+    Args:
+        file_mode: of every file, since some libraries write files that only their owner can read; None: as
+            they were written.
 
     Raises:
         StorageError: the disk is full or the parent can't be written.
@@ -86,6 +90,8 @@ def folder_atomically(path: Path) -> Iterator[Path]:
             yield fresh
             for file in fresh.rglob("*"):
                 if file.is_file():
+                    if file_mode is not None:
+                        file.chmod(file_mode)
                     _sync(file)
             fresh.chmod(0o755)
             if path.exists():

@@ -75,7 +75,7 @@ def create_federation(folder: Path, hosts: Sequence[str], now: datetime) -> Auth
                 " --host to add to the federation in it"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_atomically(folder) as fresh:
+    with folder_atomically(folder, file_mode=None) as fresh:
         _new_server(create_authority(fresh / AUTHORITY, now), fresh / SERVER, hosts, now)
     private_folder(folder)
     return open_federation(folder)

@@ -31,7 +31,8 @@ from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.loading.assembly import Admit, device_for
 from fedpeft.loading.simulated import load_resident
-from fedpeft.models.base import load_base, model_path
+from fedpeft.models.base import load_base
+from fedpeft.models.card import public_name, write_card, write_tokenizer
 from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
 from fedpeft.models.coverage import coverage_notes
 from fedpeft.models.device import available_memory, full_memory_refused, move, peak_memory
@@ -55,7 +56,6 @@ from fedpeft.runfile import load_run, run_toml
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.offsite import emulator_to_plug, offsite_scores, write_plugged
 from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
-from fedpeft.update import Arrays
 from fedpeft.workers import Workers, open_workers
 
 Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
@@ -296,7 +296,7 @@ class _Holding:
             return
         self._progress.setup("plugging the adapter into the full model")
         plugged = self._folder.path / PLUGGED
-        write_adapter(self._resident, self._folder, final.state)
+        write_adapter(self._resident, self._folder, final)
         with folder_atomically(plugged) as fresh:
             write_plugged(self._resident, emulator, self._folder.adapter, fresh)
         done = {row.name for row in self._folder.baselines()}
@@ -310,7 +310,7 @@ class _Holding:
         """Adapter, last row, report: in this order, so that the last one there means all are."""
         resident, folder = self._resident, self._folder
         self._progress.setup("writing adapter and report")
-        write_adapter(resident, folder, final.state)
+        write_adapter(resident, folder, final)
         note = compare_adapter(resident, folder.adapter)
         if note:
             self._progress.note(note)
@@ -331,15 +331,24 @@ class _Holding:
         write_summary(folder)
 
 
-def write_adapter(resident: Resident, folder: RunFolder, state: Arrays) -> None:
-    """Write the adapter of a state into the run's folder, whole or not at all.
+def write_adapter(resident: Resident, folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Write the adapter of a round into the run's folder, whole or not at all, with tokenizer and model card.
 
     Raises:
         StorageError: it cannot be written.
     """
-    resident.space.enter(resident.parameters, state)
+    resident.space.enter(resident.parameters, checkpoint.state)
+    run = resident.run
     with folder_atomically(folder.adapter) as fresh:
-        export_adapter(resident.model, fresh, base_name=model_path(resident.run.model))
+        export_adapter(resident.model, fresh, base_name=public_name(run.model))
+        write_tokenizer(resident.tokenizer, fresh)
+        write_card(
+            fresh,
+            run,
+            digest=resident.run_digest,
+            base_digest=resident.base_digest,
+            round_=checkpoint.round,
+        )
 
 
 def compare_adapter(resident: Resident, adapter: Path) -> str:

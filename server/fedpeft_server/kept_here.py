@@ -59,7 +59,7 @@ class KeptHere:
         if self._resident is None or last is None:
             return
         with book.open() as folder:
-            write_adapter(self._resident, folder, last.state)
+            write_adapter(self._resident, folder, last)
 
     def snapshot(self, book: Book, path: Path) -> None:
         """See `Keeper`."""
@@ -104,7 +104,7 @@ def write_snapshot(resident: Resident, book: Book, path: Path) -> None:
         with storage(path):
             shutil.copyfile(book.path / ROWS, path / ROWS)
         folder.realign(last)
-        write_adapter(resident, folder, last.state)
+        write_adapter(resident, folder, last)
         write_checkpoints(folder, book.rounds)
         write_summary(folder)
 

@@ -149,7 +149,7 @@ class Bench:
         with closing(database), book.open() as folder:
             last = book.rounds.latest()
             if last is not None:
-                write_adapter(self._loaded(order), folder, last.state)
+                write_adapter(self._loaded(order), folder, last)
         return Frame({})
 
     def _snapshot(self, order: Frame) -> Frame:
