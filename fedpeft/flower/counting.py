@@ -168,10 +168,14 @@ def _checked(federation: Federation, payload: bytes, asked: Asked, aggregator: A
 
 
 def _refuse_weight(federation: Federation, envelope: Envelope) -> None:
-    """Refuse an update that counts for more rows than its client said at the roll call."""
+    """Refuse an update that counts for more rows than its client said at the roll call.
+
+    Where all weights are one, a device may keep the number to itself, and says 0.
+    """
     name, run = envelope.client, federation.run
     hidden = isinstance(run.privacy, RecordLevelPrivacy | LocalPrivacy)
-    said = 1 if hidden else federation.roster.members[name].examples
+    counts_alike = hidden or run.federation.weighting == "uniform"
+    said = 1 if counts_alike else federation.roster.members[name].examples
     if envelope.weight > said:
         raise UpdateError(
             f"{name}: an update of weight {envelope.weight} came; its answer to the roll call allows {said}:"

@@ -71,7 +71,9 @@ class Site:
         self.stack.callback(end_group, process)
 
     def start_server(self) -> None:
-        keys = ("--keys", "federation/server", "--authority", "federation/ca")
+        config = self.folder / "server.toml"
+        config.write_text(f"roots = [{json.dumps(str(ROOT / 'server'))}]\n")  # of the run file's test rows
+        keys = ("--config", str(config), "--keys", "federation/server", "--authority", "federation/ca")
         self.start("server", "server", "--listen", self.address, "--state", "state", *keys)
 
     def start_agent(self, name: str) -> None:
