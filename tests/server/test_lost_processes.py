@@ -219,6 +219,30 @@ def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_g
 
 
 @pytest.mark.slow
+def test_an_expression_without_end_is_refused_and_in_a_queued_run_holds_up_nobody(tmp_path: Path) -> None:
+    """A submitter's is no name, and agents take names alone; the state of an older version may hold one."""
+    adapter = {"method": "lora", "r": 2, "target_modules": "(.|..|...|....|.....)+[!-]"}
+    hostile = build_run(tables(peft=adapter), source="test")
+    sound = build_run(tables(run={"name": "sound", "rounds": 1}), source="test")
+    with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
+        supervisor = Supervisor(store, standins(store, []), models=room)
+        with pytest.raises(RunFileError, match=r"peft\.target_modules"):
+            supervisor.submit(hostile, Rules(), submission="refused", submitter="me")
+        first = store.runs.submit(hostile, Rules(), submission="one", submitter="me")
+        second = store.runs.submit(sound, Rules(), submission="two", submitter="you")
+        add_resident(load_resident(sound))
+        try:
+            supervisor.start()
+            assert supervisor.wait_idle(2 * LONG_S)
+        finally:
+            drop_resident(run_digest(sound))
+        failed, finished = store.runs.get(first.id), store.runs.get(second.id)
+    assert failed.status == Status.FAILED
+    assert "peft.target_modules" in failed.reason
+    assert finished.status == Status.FINISHED, finished.reason
+
+
+@pytest.mark.slow
 def test_a_run_whose_process_stands_still_can_be_stopped(tmp_path: Path) -> None:
     grids: list[StandIn] = []
     with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
