@@ -6,6 +6,7 @@ The tree::
     ├── UsageError               2   the command line
     ├── RunFileError             3   the run file, every problem at once
     ├── DataError                4   rows, files, labels, templates, partitions
+    │   └── RowsChangedError     4   other rows than those that a roll call was answered with
     ├── ModelError               5   base model, PEFT method, target modules, digests
     │   └── MemoryLimitError     5   there is not enough memory
     ├── TrainingError            6   non-finite loss, an optimiser that cannot run
@@ -22,6 +23,7 @@ The tree::
     ├── StorageError            11   disk full, unreadable or unwritable files
     ├── MissingExtraError       12   an optional package is not installed
     └── CredentialError         13   keys, certificates, tokens and roles that are refused
+        └── ValidityError       13   a certificate is not valid now, by this machine's clock
 
 Every message is one line and says what came, what is needed and what to do. A class's `code` is all that
 leaves a device of an error: `fedpeft.wire.failures` has the list.
@@ -176,3 +178,7 @@ class CredentialError(FedPEFTError):
 
     exit_code = 13
     code = "credential"
+
+
+class ValidityError(CredentialError):
+    """A certificate is not valid at this moment, by this machine's clock: either may change by itself."""

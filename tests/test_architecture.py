@@ -18,7 +18,7 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "v1", "presets", "faults", "orphans", "safe_text", "console"),
+    ("version", "errors", "v1", "presets", "faults", "orphans", "repeats", "safe_text", "console"),
     (
         "files",
         "frames",

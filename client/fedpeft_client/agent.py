@@ -15,8 +15,9 @@ import grpc
 import psutil
 
 from fedpeft.credentials import Material
-from fedpeft.errors import FedPEFTError
+from fedpeft.errors import FedPEFTError, ValidityError
 from fedpeft.files import hold_lock, make_private_folder
+from fedpeft.repeats import Repeats
 from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger
@@ -75,6 +76,7 @@ class Agent:
         metrics.watch(self.status)
         self._stopping = asyncio.Event()
         self._link: Link | None = None
+        self._repeats = Repeats()
         self._known = False  # whether this server has ever let us in
 
     async def run(self) -> None:
@@ -129,15 +131,20 @@ class Agent:
                 waits = pauses(random.Random())
             if error is not None:
                 self.status.failed(str(error))
-                LOG.warning("%s", error)
+                if self._repeats.due(str(error)):
+                    LOG.warning("%s", error)
                 late = self._settings.connect_s and time.monotonic() - began > self._settings.connect_s
-                if not self._known and (is_final(error) or late):
+                waits_for_clock = isinstance(error, ValidityError)
+                if not self._known and (is_final(error) or late) and not waits_for_clock:
                     raise error
             await asyncio.sleep(next(waits))
 
     async def _session(self) -> FedPEFTError | None:
         """One connection from dialling to its end; why it ended, if not in peace."""
-        material = await self._renewing() if self._renewing is not None else None
+        try:
+            material = await self._renewing() if self._renewing is not None else None
+        except FedPEFTError as error:
+            return error
         if material is not None:
             self.status.certificate_ends = material.certificate.not_valid_after_utc.timestamp()
         dial = functools.partial(open_channel, self._settings.server, material)
@@ -149,6 +156,7 @@ class Agent:
             facts = {"event": "connected", "agent": link.welcome.name, "session": link.welcome.session}
             LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
             self._known, self._link = True, link
+            self._repeats.clear()
             self._desk.connected(link, material)
             self.status.now("connected")
             async for message in link.messages():

@@ -157,7 +157,14 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         "last error": "last_error",
         "the server": "notice",
     }
-    return lines + [(label, str(table[key])) for label, key in optional.items() if table.get(key)]
+    return lines + [(label, _dated(table, key)) for label, key in optional.items() if table.get(key)]
+
+
+def _dated(table: Mapping[str, Any], key: str) -> str:
+    """A text with when it was; it may be of long ago."""
+    at = table.get("at", {}).get(key)
+    when = "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S  ", time.localtime(at))
+    return f"{when}{table[key]}"
 
 
 def _run_line(run: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ from fedpeft_client.workshop import CLIENT_APP, REPLICAS, STARTS, Doer, WorkerKi
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
 MAX_BODY_BYTES = 4 << 30
+STORAGE_PATIENCE_S = 300.0  # for which a task waits for room on the disk before the server is told
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Desk:
             id_ = await self._queue.get()
             task = self._tasks.get(id_)
             if task is not None:
-                await self._done(task)
+                await self._done_with_space(task)
                 if id_ in self._outbox or self._tasks.get(id_) is task:  # else it was asked for anew
                     self._tasks.pop(id_, None)
                 self._rested = time.monotonic()
@@ -149,8 +150,24 @@ class Desk:
             self._queue.put_nowait(task.id)
             self._say(pb.AgentMessage(received=pb.Received(task=task.id)))
 
+    async def _done_with_space(self, task: pb.Task) -> None:
+        """One task to its end; while there is no room on the disk it is tried again, and the agent stays."""
+        began = time.monotonic()
+        for pause in pauses(random.Random()):
+            try:
+                return await self._done(task)
+            except StorageError as error:
+                self._status.failed(str(error))
+                if time.monotonic() - began > STORAGE_PATIENCE_S:
+                    return await self._failed(task, error)
+                LOG.warning("%s of round %d waits: %s", task.kind, task.round, error)
+            await asyncio.sleep(pause)
+            if task.id not in self._tasks:
+                return None
+        raise AssertionError("pauses never end")
+
     async def _done(self, task: pb.Task) -> None:
-        """One task to its end, or to the outbox."""
+        """One task to its end, or to the outbox; raises StorageError where that cannot be written."""
         self._status.working(task.kind, task.round)
         began, outcome = time.monotonic(), "ended"
         try:
@@ -160,6 +177,9 @@ class Desk:
         except PolicyError as refusal:
             outcome = "refused"
             await self._refuse(task, refusal)
+        except StorageError:
+            outcome = "waits"
+            raise
         except FedPEFTError as error:
             outcome = "failed"
             await self._failed(task, error)
@@ -186,7 +206,7 @@ class Desk:
         self._status.loads += bool(answer.header.get("loaded", False))
         if failed:
             error = from_record(failed)
-            if isinstance(error, PolicyError):
+            if isinstance(error, PolicyError | StorageError):
                 raise error
             await self._failed(task, error)
             return "failed"
@@ -265,7 +285,7 @@ class Desk:
             "refused %s of round %d: %s", task.kind, task.round, reason, extra=_facts("refused", task)
         )
         self._book.usage.refusals += 1
-        self._book.save()
+        self._save_counts()
         self._status.refused(reason)
         refusal = to_refusal(refused, self._trade.policy.tell_limits)
         refusal.task = task.id
@@ -279,10 +299,20 @@ class Desk:
         line = to_text(error)
         LOG.warning("%s of round %d failed: %s", task.kind, task.round, line, extra=_facts("failed", task))
         self._book.usage.failures += 1
-        self._admission.note_failure(task)
-        self._book.save()
+        try:
+            self._admission.note_failure(task)
+        except StorageError as full:
+            LOG.warning("a failure is not in the privacy ledger: %s", full)
+        self._save_counts()
         self._status.failed(line)
         self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=to_failure(error))))
+
+    def _save_counts(self) -> None:
+        """Write what is counted for people; what cannot be written now is written with the next change."""
+        try:
+            self._book.save()
+        except StorageError as error:
+            LOG.warning("counts are not written: %s", error)
 
     # ---- What travels
 
@@ -394,7 +424,7 @@ class Desk:
         if (run := self._admission.usage_of(finished.task)) is not None and finished.task.round:
             run.rounds += finished.task.round != run.last_round
             run.last_round = finished.task.round
-        self._book.save()
+        self._save_counts()
         self._status.changed(at_once=True)
         LOG.info(
             "%s of round %d: %d bytes accepted",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import grpc
 
 from fedpeft.credentials import Material
-from fedpeft.errors import CredentialError, FederationError, FedPEFTError
+from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ValidityError
 from fedpeft.wire.failures import from_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 60.0
@@ -84,6 +85,8 @@ def error_named(details: str) -> FedPEFTError:
 
 def is_final(error: FedPEFTError) -> bool:
     """Whether trying again cannot help until someone has changed something."""
+    if isinstance(error, ValidityError):
+        return False  # clocks are set, and certificates begin
     return isinstance(error, CredentialError) or "protocol version" in str(error)
 
 
@@ -92,6 +95,11 @@ def _unreachable(details: str, server: str) -> FedPEFTError:
     # Whoever closes in the middle of a handshake without a word on certificates may be a relay whose server
     # is away: that mends itself, unlike a certificate that is refused.
     cut = any(word in lower for word in ("socket closed", "connection reset", "broken pipe"))
+    if "not yet valid" in lower or "has expired" in lower or "certificate expired" in lower:
+        return ValidityError(
+            f"{server}: its certificate is not valid at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, which this"
+            " machine's clock says; set the clock, or tell the server's admin"
+        )
     if "certificate" in lower or (("handshake" in lower or "ssl" in lower) and not cut):
         return CredentialError(
             f"{server}: no trust between the two ends ({details[-120:]}); is this the right server?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 import ssl
@@ -20,9 +21,11 @@ from fedpeft.credentials import (
     read_material,
     visitor_material,
 )
-from fedpeft.credentials.certificates import renewal_due
+from fedpeft.credentials.certificates import check_dates, parse_certificate, renewal_due
 from fedpeft.credentials.material import CERTIFICATE_FILE, adopt, pending_key
-from fedpeft.errors import CredentialError, FederationError, FedPEFTError
+from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ValidityError
+from fedpeft.files import storage, write_atomically
+from fedpeft.repeats import Repeats
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import error_of, open_channel, pauses
@@ -31,6 +34,7 @@ from fedpeft_client.egress import EgressLedger
 LOG = logging.getLogger("fedpeft.client")
 PROTOCOL_VERSION = 1
 _DIAL_S, _ANSWER_S = 20.0, 30.0
+_USED_FILE = "token.sha256"  # of the token that the certificate here came from
 _NO_TOKEN = (
     "ends the handshake: no token waits there. This one has expired or was used or withdrawn, or the server"
     " runs without --authority; ask its admin for a new token"
@@ -43,8 +47,12 @@ async def own_material(
 ) -> Material:
     """The device's key and certificate: those in `keys`, or new ones for a token.
 
+    A token that was not used here before comes first: it is the way back of a device whose certificate has
+    ended or was revoked. Where it is refused and there is a certificate, that one is gone on with.
+
     Args:
-        patience_s: how long a server that does not answer is tried again.
+        patience_s: how long a server that does not answer is tried again. A clock that is wrong is waited for
+            without end: it may be set any time, and a device without a battery begins with a wrong one.
         ledger: told of what is sent, before it is.
 
     Raises:
@@ -52,30 +60,58 @@ async def own_material(
         FederationError: the server cannot be reached.
         StorageError: they cannot be written.
     """
-    if (keys / CERTIFICATE_FILE).is_file():
-        return read_material(keys, datetime.now(UTC))
-    if not token:
+    if not ((keys / CERTIFICATE_FILE).is_file() or token):
         raise CredentialError(
             f"{keys} holds no certificate; give the token that the federation's admin made: --token TOKEN"
         )
-    began = time.monotonic()
+    began, repeats, refused = time.monotonic(), Repeats(), False
     for pause in pauses(random.Random()):
+        has_one = (keys / CERTIFICATE_FILE).is_file()
+        enrols = bool(token) and not (has_one and (refused or _was_used(keys, token)))
         try:
+            if not enrols:
+                return read_material(keys, datetime.now(UTC))
             return await _enrolled(keys, server, token, ledger)
+        except ValidityError as error:
+            if repeats.due(str(error)):
+                LOG.warning("%s; this is looked at again until then", error)
+        except CredentialError as error:
+            if not (has_one and enrols):
+                raise
+            refused = True
+            LOG.warning("the token is not used, and the certificate that is here stays: %s", error)
+            continue
         except FederationError as error:
             if time.monotonic() - began >= patience_s:
                 raise
-            LOG.warning("%s", error)
+            if repeats.due(str(error)):
+                LOG.warning("%s", error)
         await asyncio.sleep(pause)
     raise AssertionError("pauses never end")
 
 
+def _was_used(keys: Path, token: str) -> bool:
+    path = keys / _USED_FILE
+    with storage(path):
+        return path.is_file() and path.read_text().strip() == _digest(token)
+
+
+def _digest(token: str) -> str:
+    """What may be kept of a token: its 256 random bits cannot be guessed from it."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 async def _enrolled(keys: Path, server: str, token: str, ledger: EgressLedger | None) -> Material:
-    authority = pinned_authority(token, await asyncio.to_thread(_shown_certificate, server))
-    visitor = visitor_material(authority, datetime.now(UTC))
+    shown = await asyncio.to_thread(_shown_certificate, server)
+    authority, now = pinned_authority(token, shown), datetime.now(UTC)
+    check_dates(parse_certificate(shown, server), now, f"the server at {server}")
+    visitor = visitor_material(authority)
     certificate = await _asked(server, visitor, keys, token, _NO_TOKEN, ledger)
     LOG.info("enrolled; key and certificate are in %s", keys)
-    return adopt(keys, certificate, authority)
+    material = adopt(keys, certificate, authority)
+    write_atomically(keys / _USED_FILE, (_digest(token) + "\n").encode(), mode=0o600)
+    check_dates(material.certificate, datetime.now(UTC), f"'{keys}'")
+    return material
 
 
 async def renewed(keys: Path, server: str, ledger: EgressLedger | None = None) -> Material:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -35,6 +36,7 @@ class Status:
         self.last_error = ""
         self.last_refusal = ""
         self.notice = ""  # what the server said last
+        self._at: dict[str, float] = {}  # when these three were, by name
         self._since = time.time()
         self._written = 0.0
 
@@ -56,17 +58,17 @@ class Status:
 
     def failed(self, line: str) -> None:
         """Something went wrong."""
-        self.last_error = line
+        self.last_error, self._at["last_error"] = line, time.time()
         self.changed(at_once=True)
 
     def noticed(self, text: str) -> None:
         """The server had something to say."""
-        self.notice = text
+        self.notice, self._at["notice"] = text, time.time()
         self.changed(at_once=True)
 
     def refused(self, reason: str) -> None:
         """A task was refused."""
-        self.last_refusal = reason
+        self.last_refusal, self._at["last_refusal"] = reason, time.time()
         self.changed(at_once=True)
 
     def changed(self, *, at_once: bool = False) -> None:
@@ -74,7 +76,7 @@ class Status:
         if at_once or time.monotonic() - self._written > _EVERY_S:
             self._written = time.monotonic()
             fresh = self._path.with_name(f".{self._path.name}")
-            with storage(self._path):
+            with contextlib.suppress(OSError):  # a full disk shall not end what it only tells of
                 fresh.write_text(json.dumps(self._table(), indent=1) + "\n")
                 os.replace(fresh, self._path)
 
@@ -106,6 +108,7 @@ class Status:
             "last_error": self.last_error,
             "last_refusal": self.last_refusal,
             "notice": self.notice,
+            "at": self._at,
         }
 
     def _run_table(self, run: RunUsage) -> dict[str, Any]:

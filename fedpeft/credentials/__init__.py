@@ -17,7 +17,7 @@ On a server::
 On a device::
 
     authority = pinned_authority(token_text, leaf_pem)  # leaf: what ssl.get_server_certificate gives
-    visitor = visitor_material(authority, now)          # dials the one call that takes a token
+    visitor = visitor_material(authority)               # dials the one call that takes a token
     request_pem = make_request(pending_key(folder))
     material = adopt(folder, certificate_pem, authority)
     material = read_material(folder, now)               # every later start

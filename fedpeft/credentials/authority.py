@@ -132,7 +132,7 @@ class Authority:
         if not issued_by(old, self.certificate):
             raise CredentialError("the caller's certificate is not of this federation; enrol with a token")
         identity = identity_of(old)
-        check_dates(old, now, f"{identity.name!r}")
+        check_dates(old, now, f"{identity.name!r}", whose="the server's")
         with self._locked():
             live = self._live(identity.name, now)
             if old not in live:

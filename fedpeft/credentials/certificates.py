@@ -11,7 +11,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedpeft.errors import CredentialError
+from fedpeft.errors import CredentialError, ValidityError
 from fedpeft.files import storage
 
 MAX_PEM = 16_384  # bytes; ours are under 1,200
@@ -96,21 +96,27 @@ def fingerprint(certificate: x509.Certificate) -> bytes:
     return hashlib.sha256(certificate_der(certificate)).digest()
 
 
-def check_dates(certificate: x509.Certificate, now: datetime, what: str) -> None:
+def check_dates(
+    certificate: x509.Certificate, now: datetime, what: str, *, whose: str = "this machine's"
+) -> None:
     """Refuse a certificate that has expired or has not begun.
 
+    Args:
+        whose: the clock that says `now`; a server's words are read on another machine.
+
     Raises:
-        CredentialError: with the date and the remedy.
+        ValidityError: with the dates and the remedy.
     """
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now > ends:
-        raise CredentialError(
-            f"the certificate of {what} expired on {ends:%Y-%m-%d %H:%M} UTC; renew or enrol again"
+        raise ValidityError(
+            f"the certificate of {what} expired on {ends:%Y-%m-%d %H:%M} UTC, and {whose} clock says"
+            f" {now:%Y-%m-%d %H:%M}; set it if it is wrong, else renew or enrol again"
         )
     if now < begins:
-        raise CredentialError(
-            f"the certificate of {what} begins on {begins:%Y-%m-%d %H:%M} UTC, and here it is"
-            f" {now:%Y-%m-%d %H:%M}; set this machine's clock"
+        raise ValidityError(
+            f"the certificate of {what} begins on {begins:%Y-%m-%d %H:%M} UTC, and {whose} clock says"
+            f" {now:%Y-%m-%d %H:%M}; set it"
         )
 
 

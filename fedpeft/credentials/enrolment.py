@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -39,7 +39,6 @@ CARRIED_AUTHORITY = x509.ObjectIdentifier("2.25.17356283586200304612901671719663
 _VISITORS = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft visitors")])
 _VISITOR = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft visitor")])
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256's group; FIPS 186-4
-_SKEW, _VISIT = timedelta(days=2), timedelta(days=1)
 
 
 def carried_authority(authority: x509.Certificate) -> x509.UnrecognizedExtension:
@@ -75,10 +74,13 @@ def pinned_authority(token: str, server_pem: bytes) -> x509.Certificate:
     return authority
 
 
-def visitor_material(authority: x509.Certificate, now: datetime) -> Material:
-    """What a device without a certificate dials with. It is worth nothing but the chance to show a token."""
+def visitor_material(authority: x509.Certificate) -> Material:
+    """What a device without a certificate dials with. It is worth nothing but the chance to show a token.
+
+    It is valid for as long as the authority is, so that no clock but the server's has to be right for it.
+    """
     key = new_key()
-    begins, ends = now - _SKEW, now + _VISIT
+    begins, ends = authority.not_valid_before_utc, authority.not_valid_after_utc
     builder = _built(_VISITOR, key.public_key(), begins, ends).add_extension(
         x509.BasicConstraints(ca=False, path_length=None), critical=True
     )

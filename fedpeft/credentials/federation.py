@@ -99,12 +99,13 @@ def add_member(folder: Path, identity: Identity, now: datetime) -> Issued:
     """Make a member's folder, key included.
 
     Raises:
-        CredentialError: there is a folder for that name, or the name is held by another or cannot be used.
+        CredentialError: the name is held or cannot be used.
         StorageError: it cannot be written.
     """
     authority = open_federation(folder)
     place = member_folder(folder, identity)
     check_free(folder, identity, now)
+    _remove_folder(place)  # of one whose certificate has ended
     key = new_key()
     certificate = parse_certificate(authority.device(key.public_key(), identity, now), str(place))
     with storage(place.parent):
@@ -131,7 +132,7 @@ def check_free(folder: Path, identity: Identity, now: datetime) -> None:
         CredentialError: the name is taken or cannot be used.
     """
     check_name(identity.name)
-    if is_held(open_federation(folder), identity.name, now) or member_folder(folder, identity).exists():
+    if is_held(open_federation(folder), identity.name, now):
         raise CredentialError(
             f"{identity.name!r} is there already; give another name, or first: fedpeft provision '{folder}'"
             f" --revoke {identity.name}"
@@ -173,17 +174,22 @@ def revoke_member(folder: Path, name: str, now: datetime) -> int:
         StorageError: the list cannot be written.
     """
     authority = open_federation(folder)
-    count = authority.revoke(check_name(name), now)
+    places = [member_folder(folder, Identity(check_name(name), role)) for role in Role]
+    left_over = any(place.is_dir() for place in places) and not is_held(authority, name, now)
+    count = 0 if left_over else authority.revoke(name, now)
     if (folder / SERVER).is_dir():
         _copy_list(authority, folder / SERVER)
-    for role in Role:
-        place = member_folder(folder, Identity(name, role))
-        with storage(place):
-            if place.is_dir():
-                for file in place.iterdir():
-                    file.unlink()
-                place.rmdir()
+    for place in places:
+        _remove_folder(place)
     return count
+
+
+def _remove_folder(place: Path) -> None:
+    with storage(place):
+        if place.is_dir():
+            for file in place.iterdir():
+                file.unlink()
+            place.rmdir()
 
 
 def member_folder(folder: Path, identity: Identity) -> Path:

@@ -59,7 +59,7 @@ class PeerCheck:
         """
         certificate = self._issued(pem)
         who = f"{identity_of(certificate).name!r}"
-        check_dates(certificate, now, who)
+        check_dates(certificate, now, who, whose="the server's")
         self.refresh()
         if certificate in self._revoked:
             raise CredentialError(

@@ -58,7 +58,6 @@ class AgentGrid(Strangers, Protocol):
         ...
 
 
-LOG = logging.getLogger("fedpeft.server")
 OpenGrid = Callable[[StoredRun], AbstractContextManager[AgentGrid]]
 
 

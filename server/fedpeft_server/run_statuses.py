@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from fedpeft.errors import StorageError
-from fedpeft_server.repeats import Repeats
+from fedpeft.repeats import Repeats
 from fedpeft_server.store import Status, Store, StoredRun
 
 LOG = logging.getLogger("fedpeft.server")

@@ -150,7 +150,7 @@ def test_renewal_is_refused_early_late_and_after_revocation(authority: Authority
     stranger = member(create_authority(tmp_path / "other", NOW))
     with pytest.raises(CredentialError, match="not of this federation"):
         authority.renew(stranger.certificate_pem, request, NOW)
-    visitor = visitor_material(authority.certificate, NOW)
+    visitor = visitor_material(authority.certificate)
     with pytest.raises(CredentialError, match="not of this federation"):
         authority.renew(visitor.certificate_pem, request, NOW)
     authority.revoke("hospital-1", NOW)
@@ -216,7 +216,7 @@ def test_an_older_or_missing_list_lets_nobody_in(authority: Authority) -> None:
 def test_peers_that_are_no_members_are_refused(authority: Authority) -> None:
     peers = PeerCheck(authority.certificate, authority.revoked_file)
     server = authority.server(new_key().public_key(), ["x"], NOW)
-    visitor = visitor_material(authority.certificate, NOW).certificate_pem
+    visitor = visitor_material(authority.certificate).certificate_pem
     for pem, complaint in (
         (certificate_pem(authority.certificate), "authority itself|no name and role"),
         (server, "no name and role"),

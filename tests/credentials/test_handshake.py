@@ -160,7 +160,7 @@ def test_first_contact_needs_a_token_and_nothing_else(authority: Authority, tmp_
         shown = await to_thread(ssl.get_server_certificate, address, timeout=10)
         trusted = pinned_authority(token, shown.encode())
         assert trusted == authority.certificate
-        visitor = visitor_material(trusted, NOW)
+        visitor = visitor_material(trusted)
         assert (
             await refusal(served, visitor) == grpc.StatusCode.PERMISSION_DENIED
         )  # it got as far as the check
@@ -172,7 +172,7 @@ def test_first_contact_needs_a_token_and_nothing_else(authority: Authority, tmp_
 
 
 def test_visitors_fail_the_handshake_while_nobody_is_invited(authority: Authority) -> None:
-    visitor = visitor_material(authority.certificate, NOW)
+    visitor = visitor_material(authority.certificate)
 
     async def body(served: Served) -> tuple[grpc.StatusCode, list[str]]:
         return await refusal(served, visitor), served.refused

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from fedpeft.repeats import EVERY_S, Repeats
 from fedpeft.runfile import build_run
 from fedpeft_client.run_commands import info_table
 from fedpeft_server.admin_messages import incomplete_members, run_info
 from fedpeft_server.control import Patience
 from fedpeft_server.members import MemberRounds, incomplete, waits_for
-from fedpeft_server.repeats import EVERY_S, Repeats
 from fedpeft_server.run_statuses import RunStatuses
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from tests.server.standin import StandIn

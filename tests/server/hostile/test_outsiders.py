@@ -280,7 +280,7 @@ async def stolen_token(self: Attacker) -> None:
     """A token that its device has used, brought again with another key, and one that was made up."""
     authority, now = self.scene.authority, datetime.now(UTC)
     token = authority.tokens.invite(Identity(f"dev-{self.name}", Role.AGENT), now, timedelta(hours=1))
-    visitor = visitor_material(authority.certificate, now)
+    visitor = visitor_material(authority.certificate)
     made_up = ".".join((token.split(".")[0], "A" * 43, token.split(".")[2]))
     async with self.channel(visitor) as channel:
         stub = federation(channel)

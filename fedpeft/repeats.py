@@ -1,4 +1,4 @@
-"""Warnings that would come every second while something lasts, such as a database that is away."""
+"""Warnings that would come every second while something lasts, such as a server or database that is away."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class Repeats:
                 return False
             self._said_s[kind] = now
         return True
+
+    def clear(self) -> None:
+        """All that was warned of is over."""
+        with self._lock:
+            self._said_s.clear()
 
     def over(self, kind: str) -> bool:
         """What was warned of is over: the next one is due at once; whether anything was said of it."""
