@@ -9,6 +9,9 @@ from fedpeft.config import RunConfig
 _IGNORED = {
     "data.train": "each agent brings its own rows",
     "data.partitioner": "each agent brings its own rows",
+    "data.encoding": "each agent finds out how its own files are written",
+    "data.separator": "each agent finds out how its own files are written",
+    "data.quoting": "each agent finds out how its own files are written",
     "model.device": "each agent computes on its own device",
     "federation.clock": "real agents are as quick as they are",
     "evaluation.baselines": "nobody has the rows for them",

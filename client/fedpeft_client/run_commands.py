@@ -18,6 +18,7 @@ from rich.text import Text
 from fedpeft.config import RunConfig
 from fedpeft.deployment import clients_named, ignored_keys
 from fedpeft.errors import StateError
+from fedpeft.ledger.run_place import holds_run
 from fedpeft.records import Baseline, Finished, Round, Started, parse_row
 from fedpeft.reporting import lines
 from fedpeft.reporting.text import counted, metric_name, metric_value, printable
@@ -129,6 +130,8 @@ def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bo
     """
     if out.exists() and not force:
         raise StateError(f"--out {out} is there already; replace it with --force, or choose another name")
+    if out.exists() and not (out.is_dir() and (holds_run(out) or not any(out.iterdir()))):
+        raise StateError(f"--out {out} is no run's folder, and --force replaces nothing else; choose another")
     pulled = answered(desk.pull(run_id, out))
     names, unfinished = list(pulled.names), pulled.unfinished
     if as_json:

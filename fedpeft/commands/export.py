@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,21 @@ from fedpeft.models.device import available_memory
 from fedpeft.models.export import CONFIG_FILE, adapter_digest, merge_adapter
 from fedpeft.models.quiet import one_line, quiet
 
+_WRITTEN = (  # names of what a model, a tokenizer or an adapter is saved as
+    "*config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "emulator*.json",
+    "README.md",
+)
 _MARKS = (CONFIG_FILE, "config.json")  # an adapter's and a model's own file: what an export writes
 
 
@@ -76,10 +92,21 @@ def check_out(out: Path, made_from: Path, *, force: bool, what: str = "the adapt
     names = _names(out.iterdir())
     if not names:
         return
-    if not names & set(_MARKS):
-        raise StateError(f"--out {out} holds other files than an export; choose an empty or a new folder")
+    others = sorted(
+        path.name for path in out.iterdir() if path.is_dir() or not _written_by_exports(path.name)
+    )
+    if others or not names & set(_MARKS):
+        named = f" ({', '.join(others[:3])})" if others else ""
+        raise StateError(
+            f"--out {out} holds other files than an export{named}, and --force replaces nothing else; choose"
+            " an empty or a new folder"
+        )
     if not force:
         raise StateError(f"--out {out} already holds a model; replace it with --force, or choose another")
+
+
+def _written_by_exports(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _WRITTEN)
 
 
 def _names(paths: Iterable[Path]) -> set[str]:

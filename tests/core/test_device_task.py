@@ -173,7 +173,16 @@ def test_what_is_no_task_is_one_line(text: str) -> None:
 def test_sections_of_a_device_take_no_key_that_a_run_file_has_not() -> None:
     """And those that they leave out are known: a new key of a run file is told once somebody says so."""
     left_out: dict[tuple[type[BaseModel], type[BaseModel]], set[str]] = {
-        (DeviceData, DataSection): {"train", "test", "test_filter", "test_limit", "partitioner"},
+        (DeviceData, DataSection): {
+            "train",
+            "test",
+            "test_filter",
+            "test_limit",
+            "partitioner",
+            "encoding",
+            "separator",
+            "quoting",
+        },
         (DeviceModel, ModelSection): {"path", "device"},
         (DeviceFederation, FederationSection): {"clock", "attack"},
     }

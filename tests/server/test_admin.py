@@ -96,6 +96,11 @@ def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFi
     ]
     assert "--force" in said(capsys, "run", "pull", run_id, "--out", str(out), *at, code=7)
     said(capsys, "run", "pull", run_id, "--out", str(out), "--force", *at)
+    mine = site.folder / "mine"
+    mine.mkdir()
+    (mine / "diary.txt").write_text("mine")
+    said(capsys, "run", "pull", run_id, "--out", str(mine), "--force", *at, code=7)
+    assert (mine / "diary.txt").read_text() == "mine"
 
 
 def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
