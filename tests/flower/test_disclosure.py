@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from fedpeft.errors import UpdateError
+from fedpeft.flower.counting import _refuse_weight
 from fedpeft.flower.disclosure import Disclosure
+from fedpeft.flower.roster import Member, Roster
+from fedpeft.runfile import build_run
+from fedpeft.wire.codec import Envelope
 
 METRICS = {"loss": 0.5, "steps": 2.0, "examples": 7.0}
 
@@ -35,3 +43,16 @@ def test_what_is_told(
 def test_counts() -> None:
     assert [Disclosure(min_count=5).count(rows) for rows in (0, 4, 5, 6)] == [0, 0, 5, 6]
     assert Disclosure.of_node({}) == Disclosure()
+
+
+@pytest.mark.parametrize(
+    ("weighting", "weight", "taken"), [("uniform", 1, True), ("uniform", 2, False), ("examples", 1, False)]
+)
+def test_who_withholds_its_rows_takes_part_where_weights_are_one(
+    weighting: str, weight: int, taken: bool
+) -> None:
+    run = build_run({"run": {"name": "r", "rounds": 1}, "federation": {"weighting": weighting}}, source="t")
+    federation: Any = SimpleNamespace(run=run, roster=Roster({"ann": Member(1, 0)}, ""))
+    envelope = Envelope({}, "d", 1, "s", "adapter-delta", client="ann", weight=weight)
+    with nullcontext() if taken else pytest.raises(UpdateError, match="allows"):
+        _refuse_weight(federation, envelope)
