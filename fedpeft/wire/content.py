@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft.wire.fields import Field, MalformedError, length_delimited, number_of
+from fedpeft.wire.fields import Field, MalformedError, length_delimited, number_of, read_varint
 
 Value = bool | int | float | str | bytes
 Records = Mapping[str, Mapping[str, Value]]
@@ -37,6 +37,33 @@ def encode_content(records: Records) -> bytes:
         for name in sorted(records[record_name]):
             _write(record.entries.add(name=name), records[record_name][name])
     return content.SerializeToString(deterministic=True)
+
+
+HEAD_BYTES = 32  # of a content, at least, to tell how it begins
+_LONGEST_NAME = 16
+_FIRST = b"\x0a"  # key of the first field of a content, and of a record: one that carries a length
+
+
+def is_head_of_record(head: bytes, size: int) -> bool:
+    """Whether bytes begin as a content that is one record and nothing else, as every result is.
+
+    No pickle, archive or table begins so: what is not a result is not even written.
+
+    Args:
+        head: the first bytes, all of them or at least `HEAD_BYTES`.
+        size: of the whole content.
+    """
+    try:
+        if head[:1] != _FIRST:
+            return False
+        length, place = read_varint(head, 1, len(head))
+        if place + length != size or head[place : place + 1] != _FIRST:
+            return False
+        named, place = read_varint(head, place + 1, len(head))
+    except MalformedError:
+        return False
+    name = head[place : place + named]
+    return 0 < named <= _LONGEST_NAME and len(name) == named and name.isalpha()
 
 
 def decode_content(payload: bytes | memoryview, *, who: str) -> dict[str, dict[str, Value]]:

@@ -55,16 +55,16 @@ def length_delimited(data: bytes | memoryview, start: int, end: int) -> Iterator
     place = start
     while place < end:
         key = place
-        tag, place = _read_varint(data, place, end)
+        tag, place = read_varint(data, place, end)
         wire = tag & 7
         if wire == _LENGTH:
-            length, place = _read_varint(data, place, end)
+            length, place = read_varint(data, place, end)
             if length > end - place:
                 raise MalformedError("a field is longer than its message")
             yield Field(tag >> 3, key, place, place + length)
             place += length
         elif wire == _VARINT:
-            _, place = _read_varint(data, place, end)
+            _, place = read_varint(data, place, end)
         elif wire in (_EIGHT, _FOUR):
             place += 8 if wire == _EIGHT else 4
         else:
@@ -73,7 +73,12 @@ def length_delimited(data: bytes | memoryview, start: int, end: int) -> Iterator
         raise MalformedError("the last field is cut")
 
 
-def _read_varint(data: bytes | memoryview, place: int, end: int) -> tuple[int, int]:
+def read_varint(data: bytes | memoryview, place: int, end: int) -> tuple[int, int]:
+    """The number that begins at `place`, and where the next thing does.
+
+    Raises:
+        MalformedError: it does not end within the range.
+    """
     value = 0
     for position in range(min(_LONGEST_VARINT, end - place)):
         byte = data[place + position]

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from fedpeft.errors import StorageError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.content import HEAD_BYTES, is_head_of_record
 from fedpeft.wire.pace import Pace
 from fedpeft_server.callers import Caller
 from fedpeft_server.contracts import Blobs, Partial
@@ -153,7 +154,7 @@ class Transfers:
 
     async def _fill(self, partial: Partial, size: int, stream: Stream, caller: Caller, turn: Turn) -> None:
         """Read to the end, and write while the next chunks come; what came is written in any case."""
-        pages = _Pages(self, partial)
+        pages = _Pages(self, partial, size)
         try:
             while pages.offset < size:
                 turn.check()
@@ -201,11 +202,13 @@ class Transfers:
 class _Pages:
     """Chunks on their way to a file, several at a time: a thread's work on each costs less than calling it.
 
-    One batch is written while the next one is gathered, so that an upload holds twice `_BATCH_BYTES`.
+    One batch is written while the next one is gathered, so that an upload holds twice `_BATCH_BYTES`. Nothing
+    is written before it is seen that the upload begins as a result does.
     """
 
-    def __init__(self, transfers: Transfers, partial: Partial) -> None:
-        self._transfers, self._partial = transfers, partial
+    def __init__(self, transfers: Transfers, partial: Partial, size: int) -> None:
+        self._transfers, self._partial, self._size = transfers, partial, size
+        self._is_result = partial.offset > 0  # the rest of one that began so
         self.offset = partial.offset
         self._gathered: list[tuple[bytes, int]] = []
         self._held = 0
@@ -231,10 +234,26 @@ class _Pages:
         await self._written()
 
     def _begin(self) -> None:
-        if self._gathered:
+        if self._gathered and not self._is_result:
+            self._is_result = self._begins_well()
+        if self._gathered and self._is_result:
             batch, self._gathered, self._held = self._gathered, [], 0
             write = functools.partial(_append, self._partial, batch)
             self._writing = asyncio.create_task(self._transfers.written(write))
+
+    def _begins_well(self) -> bool:
+        """Whether what has come begins as a result does; False where that cannot be told yet.
+
+        Raises:
+            Refused: it doesn't.
+        """
+        head = b"".join(data for data, _ in self._gathered[:HEAD_BYTES])[:HEAD_BYTES]
+        if len(head) < min(self._size, HEAD_BYTES):
+            return False
+        if not is_head_of_record(head, self._size):
+            self._gathered, self._held = [], 0
+            raise _malformed(f"{self._size} bytes that are no result came; only results are taken")
+        return True
 
     async def _written(self) -> None:
         if self._writing is not None:

@@ -15,6 +15,7 @@ import pytest
 
 from fedpeft.config import RunConfig
 from fedpeft.data.embedded import federated_rows
+from fedpeft.device_task import device_task
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import Server, hold_rounds
@@ -24,7 +25,7 @@ from fedpeft.loading.serving import load_serving_resident
 from fedpeft.loading.simulated import load_resident
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.resident import Resident, install_resident
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.runfile import build_run
 from fedpeft.update import arrays_digest
 from fedpeft.workers import InlineWorkers
 from fedpeft_server.grid import RunIdentity
@@ -99,12 +100,18 @@ def locally(run: RunConfig) -> Notes:
 
 
 @contextmanager
-def agents(address: str, rows: Path, sites: Sequence[str]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """`fedpeft client` for each site, with its own file."""
+def agents(
+    address: str, rows: Path, sites: Sequence[str], model: Path | None = None
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """`fedpeft client` for each site, with its own file, and with its own copy of a model."""
+    own = [] if model is None else ["--model", str(model)]
     command = [sys.executable, "-m", "fedpeft.cli", "client", "--server", address, "--insecure"]
     started = [
         subprocess.Popen(
-            [*command, "--data", str(rows / "train" / f"{site}.jsonl"), "--home", str(rows / "homes" / site)],
+            [
+                *(*command, *own, "--data", str(rows / "train" / f"{site}.jsonl")),
+                *("--home", str(rows / "homes" / site)),
+            ],
             stderr=subprocess.DEVNULL,
         )
         for site in sites
@@ -118,14 +125,15 @@ def agents(address: str, rows: Path, sites: Sequence[str]) -> Iterator[list[subp
 
 
 def over_grpc(run: RunConfig, rows: Path) -> Notes:
-    notes = Notes()
+    notes, told = Notes(), device_task(run)
     with server(max_inline_bytes=8192) as running, agents(running.address, rows, SITES):
-        grid = running.grid(RunIdentity("run-1", run_digest(run)))
+        grid = running.grid(RunIdentity("run-1", told.digest))
 
         def gather(task: Task) -> Roster:
             return roll_call(grid, task, expected=len(SITES), timeout_s=120.0)
 
-        hold_rounds(serving(load_serving_resident(run), notes), grid, None, gather=gather)
+        resident = load_serving_resident(run)
+        hold_rounds(serving(resident, notes), grid, None, gather=gather, device_task=told.text)
     return notes
 
 

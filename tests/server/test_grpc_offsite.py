@@ -12,6 +12,7 @@ import pytest
 from fedpeft.commands.emulator import plug_in_command
 from fedpeft.config import ModelSection, RunConfig
 from fedpeft.data.embedded import federated_rows, model_folder
+from fedpeft.device_task import device_task
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import hold_rounds
 from fedpeft.flower.tasks import Task
@@ -21,7 +22,7 @@ from fedpeft.models.base import load_tokenizer
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.offsite import make_emulator, whole_model
 from fedpeft.resident import Resident
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.runfile import build_run
 from fedpeft.update import Arrays
 from fedpeft_server.grid import RunIdentity
 from tests.server.fleet import server
@@ -77,21 +78,24 @@ def plugged(resident: Resident, state: Arrays, place: Path, name: str) -> str:
 def test_agents_with_an_emulator_give_the_bytes_of_one_machine(place: Path) -> None:
     here = locally(run_of(place, place / "train"))
     run, notes = run_of(place, place / "nowhere"), Notes()
-    holder = load_serving_resident(run)
-    with server(max_inline_bytes=8192) as running, agents(running.address, place, SITES):
-        grid = running.grid(RunIdentity("run-1", run_digest(run)))
+    holder, told = load_serving_resident(run), device_task(run)
+    with (
+        server(max_inline_bytes=8192) as running,
+        agents(running.address, place, SITES, place / "emulator"),
+    ):
+        grid = running.grid(RunIdentity("run-1", told.digest))
 
         def gather(task: Task) -> Roster:
             assert len(task.start) > 8192, "it goes the way of blobs"
             return roll_call(grid, task, expected=len(SITES), timeout_s=120.0)
 
-        hold_rounds(serving(holder, notes), grid, None, gather=gather)
+        hold_rounds(serving(holder, notes), grid, None, gather=gather, device_task=told.text)
     assert notes.states == here.states
     assert len(set(here.states)) == 3
     for site in SITES:
         (kept,) = (place / "homes" / site / "starts").iterdir()
         digest = hashlib.sha256(holder.start_bytes).hexdigest()
-        assert kept.name == f"{run_digest(run)}-{digest}.start"
+        assert kept.name == f"{told.digest}-{digest}.start"
         assert kept.read_bytes() == holder.start_bytes
         status = json.loads((place / "homes" / site / "status.json").read_text())
         assert status["base_digest"] == holder.base_digest, "the emulator's, after its start"

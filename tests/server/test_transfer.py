@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import pickle
 import sys
 import zlib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.content import encode_content
 from fedpeft_client.link import Link
 from fedpeft_server.grid import GrpcGrid
 from fedpeft_server.memory_store import MemoryBlobs
@@ -22,7 +25,7 @@ from fedpeft_server.serving import RunningServer
 from tests.server.fleet import RUN, federation, messages, played, server
 
 CHUNK = 1000
-BODY = bytes(range(256)) * 40  # 10,240 bytes
+BODY = encode_content({"update": {"payload": bytes(range(256)) * 40}})  # somewhat more than 10,240 bytes
 DIGEST = hashlib.sha256(BODY).digest()
 META = (("fedpeft-agent", "site-a"),)
 
@@ -65,10 +68,10 @@ class Scene:
         )
 
 
-def pieces(start: int = 0, end: int = len(BODY), body: bytes = BODY) -> list[pb.BlobChunk]:
+def pieces(start: int = 0, body: bytes = BODY, size: int = CHUNK) -> list[pb.BlobChunk]:
     return [
-        pb.BlobChunk(offset=at, data=body[at : at + CHUNK], crc32=zlib.crc32(body[at : at + CHUNK]))
-        for at in range(start, end, CHUNK)
+        pb.BlobChunk(offset=at, data=body[at : at + size], crc32=zlib.crc32(body[at : at + size]))
+        for at in range(start, len(body), size)
     ]
 
 
@@ -98,14 +101,14 @@ def grid(running: RunningServer) -> GrpcGrid:
 def test_an_upload_that_was_cut_goes_on_from_its_last_byte(running: RunningServer, grid: GrpcGrid) -> None:
     async def play() -> None:
         async with scene(running, grid) as on:
-            came, code, details = await on.upload(pieces(0, 3000))
+            came, code, details = await on.upload(pieces(body=BODY[:3000]))
             assert [progress.offset for progress in came] == [0]
             assert code is grpc.StatusCode.INVALID_ARGUMENT
-            assert "ended after 3000 of 10240 bytes" in details
+            assert f"ended after 3000 of {len(BODY)} bytes" in details
             came, code, _ = await on.upload(pieces(3000))
             assert [(progress.offset, progress.complete) for progress in came] == [
                 (3000, False),
-                (10_240, True),
+                (len(BODY), True),
             ]
             assert code is grpc.StatusCode.OK
             came, code, _ = await on.upload([])  # once more, after a lost answer
@@ -141,7 +144,7 @@ def test_a_blob_comes_over_a_connection_of_its_own_that_is_closed_after_it(
 def test_the_agents_own_upload_resumes(running: RunningServer, grid: GrpcGrid) -> None:
     async def play() -> None:
         async with scene(running, grid) as on:
-            await on.upload(pieces(0, 7000))
+            await on.upload(pieces(body=BODY[:7000]))
             reference = await on.link.push(on.task.id, BODY, hashlib.sha256(BODY).digest())
             assert reference == pb.BlobRef(digest=DIGEST, size=len(BODY))
 
@@ -150,14 +153,31 @@ def test_the_agents_own_upload_resumes(running: RunningServer, grid: GrpcGrid) -
 
 def changed() -> list[pb.BlobChunk]:
     chunk = pieces()[0]
-    return [pb.BlobChunk(offset=0, data=b"y" + chunk.data[1:], crc32=chunk.crc32)]
+    return [pb.BlobChunk(offset=0, data=chunk.data[:-1] + b"y", crc32=chunk.crc32)]
 
+
+def whole_of(body: bytes) -> dict[str, Any]:
+    return {"digest": hashlib.sha256(body).digest(), "size": len(body)}
+
+
+PICKLE = pickle.dumps([Path("x")] * 600)
+TABLE = b'{"a": "b"}\n' * 600
+ARCHIVE = b"PK\x03\x04" * 600
 
 REFUSED: dict[str, tuple[list[pb.BlobChunk], dict[str, Any], str]] = {
     "a chunk changed on its way": (changed(), {}, "was changed on its way"),
+    "a pickle": (pieces(body=PICKLE), whole_of(PICKLE), "that are no result came"),
+    "a pickle in small pieces": (pieces(body=PICKLE, size=7), whole_of(PICKLE), "that are no result came"),
+    "a table": (pieces(body=TABLE), whole_of(TABLE), "that are no result came"),
+    "an archive": (pieces(body=ARCHIVE), whole_of(ARCHIVE), "that are no result came"),
     "a chunk left out": (pieces(CHUNK), {}, "the chunk at 0 was due"),
-    "more than announced": (pieces(), {"size": 500}, "more than the announced 500 bytes"),
-    "other bytes than announced": (pieces(body=BODY[::-1]), {}, "other bytes came than were announced"),
+    "more than announced": (pieces(body=BODY + bytes(99)), {}, f"more than the announced {len(BODY)} bytes"),
+    "another size than its own": (pieces(), {"size": 500}, "500 bytes that are no result came"),
+    "other bytes than announced": (
+        pieces(body=BODY[:-9] + bytes(9)),
+        {},
+        "other bytes came than were announced",
+    ),
     "too large": ([], {"size": 20_001}, "20001 bytes was announced, this run takes 20000"),
     "another task": ([], {"task": b"?" * 16}, "nobody waits for a result of this task"),
     "no digest": ([], {"digest": b"short"}, "was announced"),
@@ -249,8 +269,10 @@ HANGS_UP = """
 import hashlib, queue, sys, zlib
 import grpc
 from fedpeft.v1 import federation_pb2 as pb, federation_pb2_grpc as rpc
+from fedpeft.wire.content import encode_content
 
-address, task, body = sys.argv[1], bytes.fromhex(sys.argv[2]), bytes(range(256)) * 40
+address, task = sys.argv[1], bytes.fromhex(sys.argv[2])
+body = encode_content({"update": {"payload": bytes(range(256)) * 40}})
 digest = hashlib.sha256(body).digest()
 for _ in range(40):
     channel = grpc.insecure_channel(address, options=(("grpc.use_local_subchannel_pool", 1),))

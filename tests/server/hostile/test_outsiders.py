@@ -26,6 +26,7 @@ from fedpeft.credentials import (
 )
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.content import encode_content
 from fedpeft_server.loops import transport_loop
 from fedpeft_server.options import PROTOCOL_VERSION
 from fedpeft_server.refusals import NOBODY, Reason
@@ -41,7 +42,7 @@ CODE = grpc.StatusCode
 
 def body_of(self: Attacker) -> bytes:
     """Sixty kilobytes that nobody else sends."""
-    return hashlib.sha256(self.name.encode()).digest() * 2000
+    return encode_content({"update": {"payload": hashlib.sha256(self.name.encode()).digest() * 2000}})
 
 
 def opened(task: pb.Task, body: bytes, size: int = 0) -> pb.BlobUpload:
@@ -238,7 +239,7 @@ async def litter(self: Attacker) -> None:
     async with self.linked(1) as (_, tasks, stub):
         said = []
         for number in range(5):
-            body = bytes([number]) * 20_000
+            body = encode_content({"update": {"payload": bytes([number]) * 20_000}})
             call = stub.PushBlob()
             await call.write(opened(tasks[0], body))
             progress = await call.read()
