@@ -161,8 +161,7 @@ def separated_values(path: Path, reading: Reading, usual: str) -> Iterator[list[
     separator = reading.separator or _separator_of(path, reading, usual)
     if separator != usual and reading.separator is None:
         reading.note(f"{path}: values are separated by {_NAMES[separator]}; if not, set data.separator")
-    looked_at = separator == "\t" and not reading.hides_rows
-    quoting = reading.quoting or (_quoting_of(path, reading, separator) if looked_at else "csv")
+    quoting = reading.quoting or ("csv" if reading.hides_rows else _quoting_of(path, reading, separator))
     with open_text(path, reading) as text:
         if quoting == "none":
             yield from csv.reader(text, delimiter=separator, quoting=csv.QUOTE_NONE)
@@ -192,10 +191,11 @@ def _width(lines: Sequence[str], separator: str) -> int:
 
 
 def _quoting_of(path: Path, reading: Reading, separator: str) -> Quoting:
-    """Whether quotation marks in a tab-separated file are signs like others, or stand around values.
+    """Whether quotation marks are signs like others, or stand around values.
 
-    They are signs if every line by itself has the header's number of values and one has marks that stand
-    around no value.
+    In tab-separated files they are signs if every line by itself has the header's number of values and one
+    has marks that stand around no value. Elsewhere they stand around values, as is usual there; where the
+    same would speak for signs, so that rows may be glued together, it is said.
     """
     quoted = odd = False
     width = 0
@@ -208,12 +208,18 @@ def _quoting_of(path: Path, reading: Reading, separator: str) -> Quoting:
                 odd = odd or any('"' in value and not _QUOTED.fullmatch(value) for value in values)
             if len(values) != width and line.strip():
                 return "csv"
+    if odd and separator != "\t":
+        reading.note(
+            f"{path}: quotation marks that stand around no value of their line may glue rows; if they"
+            " are signs, set data.quoting"
+        )
+        return "csv"
     if odd:
         reading.note(
             f"{path}: quotation marks are read as they are; if they stand around values, set data.quoting"
         )
         return "none"
-    if quoted:
+    if quoted and separator == "\t":
         reading.note(
             f"{path}: quotation marks around values are taken off; if they belong to them, set data.quoting"
         )

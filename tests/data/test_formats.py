@@ -295,3 +295,16 @@ def test_where_rows_are_hidden_no_row_decides_how_others_are_read(tmp_path: Path
     path.write_bytes("text\tlabel\né\t1\n".encode() + b"\xe9\xe9\xe9\t1\n")
     with pytest.raises(DataError, match="needs UTF-8"):  # not taken for another encoding
         rows_in(path, hides_rows=True)
+
+
+def test_quotation_marks_that_may_glue_rows_of_a_csv_file_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('text,label\n"good film,1\nbad one,0\nthe end",1\n')
+    reading = Reading()
+    assert len([row for part in find_files(str(path), reading) for row in part.rows()]) == 1
+    assert "glue rows" in reading.notes[0]
+    assert len(rows_in(path, quoting="none")) == 3
+    path.write_text('text,label\n"one, two\nthree\n",1\n"four",0\n')
+    reading = Reading()
+    assert len([row for part in find_files(str(path), reading) for row in part.rows()]) == 2
+    assert reading.notes == []
