@@ -22,7 +22,7 @@ from fedpeft.training.dp_losses import EXAMPLE_LOSSES
 from fedpeft.training.dp_sgd import private_mode, row_gradient
 from fedpeft.training.first_order import Rows
 
-TOLERANCE = 1e-6  # of what is measured: for a GPU's sums, whose order differs; on a CPU bits are equal
+TOLERANCE = 1e-4  # of what is measured: a GPU's sums come in any order; on a CPU bits are equal
 LENGTHS = (5, 9, 7)
 
 Measure = Callable[[Rows, int], Mapping[str, Tensor]]

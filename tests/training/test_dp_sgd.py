@@ -143,6 +143,23 @@ def test_a_sum_is_that_of_its_rows_to_the_last_bit(method: str, kind: str) -> No
         assert 0 < length <= mech.sensitivity(sum(p.numel() for p in parameters.values()))
 
 
+@pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}])
+def test_rows_are_apart_with_less_memory_too(change: dict[str, Any]) -> None:
+    """Checkpointing computes activations again under the masks of the first time, so nothing differs."""
+    model, rows = attached("lora", "bert"), rows_for("bert")
+    parameters, mech, options = trainable_parameters(model), mechanism(), section(**change)
+    sums = []
+    for drawn in ([0, 1, 2], [0, 2], [1]):
+        with private_mode(model, options):
+            indices = np.array(drawn, dtype=np.int64)
+            sums.append(clipped_sum(model, parameters, rows, indices, options, mech, step_key=5))
+    assert all(torch.equal(sums[0][name], sums[1][name] + sums[2][name]) for name in parameters)
+    with private_mode(model, section()):
+        plain = clipped_sum(model, parameters, rows, np.array([0, 1, 2]), section(), mech, step_key=5)
+    same = all(torch.equal(sums[0][name], plain[name]) for name in parameters)
+    assert same == ("gradient_checkpointing" in change)
+
+
 def test_dropout_of_a_row_is_seeded_by_the_row_and_the_step() -> None:
     model, rows = attached("head", "bert"), rows_for("bert")
     parameters = trainable_parameters(model)
