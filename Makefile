@@ -82,7 +82,7 @@ soak: $(TESTING)  ## kills, reconnects and delays for MINUTES (30), and neither 
 fuzz: $(TESTING)  ## millions of hostile update messages; COUNT=N SEED=N, a random seed by default
 	$(PY) -m tests.wire.fuzz_update --count $(COUNT) --seed $(SEED)
 
-exhaustive: $(TESTING)  ## what make test samples, in full: every crash point, method and base; 20 minutes
+exhaustive: $(TESTING)  ## what make test samples, in full: every crash point, method and base; 25 minutes
 	@$(MAKE) --no-print-directory pytest-exhaustive
 
 protos: $(TESTING)  ## regenerate fedpeft/v1 from protos/

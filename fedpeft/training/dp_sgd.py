@@ -185,8 +185,8 @@ def row_gradient(
 def clip_factor(gradients: Mapping[str, Tensor], max_grad_norm: float) -> float:
     """Return what a row's gradient is multiplied by: at most 1, and 0 where it is not finite."""
     # float64, since float32 squares of large gradients overflow and would pass for infinite ones
-    squares = [float(gradient.double().square().sum()) for gradient in gradients.values()]
-    norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+    squares = [gradient.double().square().sum() for gradient in gradients.values()]
+    norm = math.sqrt(float(torch.stack(squares).sum())) if squares else 0.0  # read from the device once
     if not math.isfinite(norm):
         return 0.0
     return max_grad_norm * INWARD / norm if norm > max_grad_norm else 1.0
