@@ -103,7 +103,7 @@ def test_an_answer_without_a_place_waits_at_its_agent(tmp_path: Path) -> None:
             fleet(running.address, ["ann", "bob"], tmp_path / "homes"),
         ):
             grid = running.grid(RunIdentity(stored.id, stored.digest))
-            ids = list(grid.push_messages(messages(grid, ["ann", "bob"])))
+            ids = list(grid.push_messages(messages(grid, ["ann", "bob"], run=stored.digest)))
             (first,) = _one(grid, ids)
             wait_for(lambda: store.runs.refusals(stored.id) == {"spare": 1})
             assert list(grid.pull_messages(ids)) == []
