@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +30,15 @@ def read_table(path: Path | None) -> dict[str, Any]:
 
 
 def beside(path: Path, value: str) -> str:
-    """A path as a file means it: relative to the file's own folder, with ``~`` for the user's."""
-    return str((path.parent.resolve() / Path(value).expanduser()).resolve())
+    """A path as a file means it: relative to the file's own folder, with ``~`` for the user's.
+
+    Links stay as they are: the name of one to a file of rows tells its format, and may name the client.
+    """
+    try:
+        own = Path(value).expanduser()
+    except RuntimeError:  # there is no such user
+        own = Path(value)
+    return os.path.abspath(path.parent / own)
 
 
 def checked(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:

@@ -201,3 +201,14 @@ def test_bad_settings_are_one_line(name: str, tmp_path: Path) -> None:
 def test_unknown_policies_are_refused() -> None:
     with pytest.raises(ValidationError):
         Policy.model_validate({"max_epsilonn": 1.0})
+
+
+def test_a_link_to_rows_keeps_its_name_and_a_strange_home_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "0c1fe").write_text('{"text": "x"}\n')
+    (tmp_path / "north.jsonl").symlink_to("0c1fe")
+    config = tmp_path / "client.toml"
+    config.write_text('server = "localhost:9440"\ndata = "north.jsonl"\n')
+    assert read_settings(config, {}).data == tmp_path / "north.jsonl"
+    config.write_text('server = "localhost:9440"\ndata = "~nobody-of-this-name/rows.jsonl"\n')
+    with pytest.raises(UsageError, match="no such file"):
+        read_settings(config, {})
