@@ -531,6 +531,13 @@ def server(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Plaintext, for agents on this very machine.")
     ] = False,
+    root: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DIR",
+            help="A folder whose files submitters' run files may name; may be repeated [default: none].",
+        ),
+    ] = None,
     metrics: MetricsAddress = None,
     migrate: Annotated[
         bool, typer.Option("--migrate", help="Bring the database of an older version up to date first.")
@@ -546,6 +553,7 @@ def server(
         "state": state,
         "database": database,
         "insecure": insecure or None,
+        "roots": root or None,
         "tls": {"keys": keys, "authority": authority},
         "metrics": {"address": metrics},
     }

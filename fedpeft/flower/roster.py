@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -85,7 +85,8 @@ def roll_call(
         own_base: of a client that is in a group with a base of its own, the group's number.
 
     Raises:
-        FederationError: too few nodes in time, two nodes with one name, or base models that differ.
+        FederationError: too few nodes in time, two nodes with one name, or too few with one base model;
+            whoever holds another base than most is left out where enough remain.
         FedPEFTError: what a client replied, if too few could load the run.
     """
     nodes = _wait_for_nodes(grid, expected, timeout_s)
@@ -103,7 +104,7 @@ def roll_call(
     if not greetings:
         raise FederationError(f"none of {len(nodes)} nodes answered the roll call")
     _check_names(greetings)
-    digests = _common_digests(greetings, own_base)
+    greetings, digests = _of_common_base(greetings, own_base, expected)
     common = digests.pop(None, "")
     members = {
         hello.client: Member(node, hello.examples, digests.get(own_base(hello.client), ""))
@@ -136,24 +137,34 @@ def _check_names(greetings: Mapping[int, Hello]) -> None:
         )
 
 
-def _common_digests(
-    greetings: Mapping[int, Hello], own_base: Callable[[str], int | None]
-) -> dict[int | None, str]:
-    """Group (None: the run itself) to the base model that its clients agree on."""
-    held: dict[int | None, list[Hello]] = {}
+def _of_common_base(
+    greetings: Mapping[int, Hello], own_base: Callable[[str], int | None], expected: int
+) -> tuple[dict[int, Hello], dict[int | None, str]]:
+    """Return those who hold the base that most of their group hold, and that base's digest by group.
+
+    Group None is the run itself. One member who says that it holds something else shall not keep the others.
+
+    Raises:
+        FederationError: fewer than `expected` would remain.
+    """
+    counts: dict[int | None, Counter[str]] = {}
     for hello in greetings.values():
-        held.setdefault(own_base(hello.client), []).append(hello)
-    return {place: _common_digest(hellos, place) for place, hellos in held.items()}
-
-
-def _common_digest(hellos: Sequence[Hello], place: int | None) -> str:
-    counts = Counter(hello.base_digest for hello in hellos)
-    digest, _ = counts.most_common(1)[0]
-    others = sorted(hello.client for hello in hellos if hello.base_digest != digest)
-    if others:
+        counts.setdefault(own_base(hello.client), Counter())[hello.base_digest] += 1
+    digests = {place: count.most_common(1)[0][0] for place, count in counts.items()}
+    kept = {
+        node: hello
+        for node, hello in greetings.items()
+        if hello.base_digest == digests[own_base(hello.client)]
+    }
+    if len(kept) < min(expected, len(greetings)):
+        others = [hello for node, hello in greetings.items() if node not in kept]
+        places = {own_base(hello.client) for hello in others}
+        place = min(places, key=lambda each: -1 if each is None else each)
+        names = sorted(hello.client for hello in others if own_base(hello.client) == place)
         where = "" if place is None else f" within groups.{place}"
         raise FederationError(
-            f"base models differ{where}: {len(others)} of {len(hellos)} clients ({', '.join(others[:3])})"
-            f" hold another one than {digest[:12]}; all need the same files, versions and quantisation"
+            f"base models differ{where}: {len(names)} of {counts[place].total()} clients"
+            f" ({', '.join(names[:3])}) hold another one than {digests[place][:12]}; all need the same files,"
+            " versions and quantisation"
         )
-    return digest
+    return kept, digests

@@ -303,6 +303,9 @@ def test_clients_of_a_group_agree_on_its_base_and_a_device_loads_that_alone(tmp_
         roll_call(grid, task, expected=3, own_base=lambda name: 0 if name != "client-2" else None)
     with pytest.raises(FederationError, match="base models differ: 1 of 3"):
         roll_call(grid, task, expected=3)
+    fewer = roll_call(grid, task, expected=2)  # one with another base does not keep the others
+    assert fewer.names == ["client-1", "client-2"]
+    assert fewer.base_digest == held[1]
 
     device = load_own_resident(run, Own("client-0", tmp_path / "rows.jsonl"))
     assert device.of_client("client-0") is device
