@@ -13,6 +13,7 @@ from fedpeft.errors import ModelError
 from fedpeft.key_hints import suggest_option
 from fedpeft.models.explicit_names import pattern_problems
 from fedpeft.models.methods import REFUSED_OPTIONS, Method, init_refusal, method_named
+from fedpeft.models.option_types import MODULE_OPTIONS, annotations_of, fits, is_open
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.tuners import OWN_CONFIGS
 
@@ -44,9 +45,9 @@ def peft_problems(section: PeftSection, task: str) -> tuple[str, ...]:
     """Return every problem that the section alone shows, one line each; no model is loaded."""
     try:
         method = method_named(section.method)
-        fields = {
-            f.name: f for f in dataclasses.fields(config_class(method)) if f.init and f.name not in _OURS
-        }
+        config = config_class(method)
+        fields = {f.name: f for f in dataclasses.fields(config) if f.init and f.name not in _OURS}
+        annotations = annotations_of(config)
     except ModelError as error:
         return (str(error),)
     problems = []
@@ -54,6 +55,8 @@ def peft_problems(section: PeftSection, task: str) -> tuple[str, ...]:
         problems.append(f"peft.method '{method.name}' works for {', '.join(method.tasks)}, not for '{task}'")
     for key, value in section.options.items():
         problem = _option_problem(method, fields, key, value)
+        if problem is None and key in fields:
+            problem = _type_problem(method, key, annotations[key], value)
         if problem:
             problems.append(problem)
     return (*problems, *pattern_problems(section.options))
@@ -102,6 +105,18 @@ def _option_problem(
         kind = "a whole number" if wanted == "int" else "a number"
         return f"peft.{key} is {value!r}; '{method.name}' needs {kind}"
     return None
+
+
+def _type_problem(method: Method, key: str, annotation: Any, value: Any) -> str | None:
+    """What speaks against an option, or against its value, by the annotation that `peft` gives it."""
+    if not is_open(key, annotation):
+        return f"peft.{key} is refused: run files set numbers, choices and names of modules; leave it out"
+    if fits(key, annotation, value):
+        return None
+    if key in MODULE_OPTIONS:
+        return f"peft.{key} is {value!r}; '{method.name}' needs a list of module names or one expression"
+    wanted = str(annotation).replace("typing.", "")
+    return f"peft.{key} is {str(value)[:80]!r}; '{method.name}' takes {wanted[:120]}"
 
 
 def _number_wanted(field: dataclasses.Field[Any]) -> str | None:
