@@ -13,8 +13,10 @@ the batches and the directions; arms of one seed share all of that but the direc
     gaussian-again the same with other draws: how far the directions alone move the result
     signs-loop     the same loop with signs drawn by torch: the estimators with everything else equal
     fedkseed-pro   the run file with mode = "fedkseed-pro"
+    first-order    the steps of ferret_shakespeare.toml with their change sent whole: what no projection can pass
     ferret-signs   ferret_shakespeare.toml: ten first-order steps a round, projected on sign directions
-    ferret-srht    the same with the randomised Hadamard transform
+    ferret-4096    the same with four times as many coefficients
+    ferret-srht    the same as ferret-signs with the randomised Hadamard transform
     lora           first-order LoRA with as many forward passes (a pass with gradients counts as three)
 
 Each arm and seed leaves OUT/ARM-SEED.json; what is there is not run again. Learning rates were chosen on seed
@@ -79,7 +81,9 @@ ARMS: Mapping[str, tuple[str, Mapping[str, str]]] = {  # name to run file and ov
     "fedkseed": FEDKSEED,
     **dict.fromkeys(LOOPS, FEDKSEED),
     "fedkseed-pro": (FEDKSEED[0], {**FEDKSEED[1], "space.mode": "fedkseed-pro"}),
+    "first-order": (FERRET[0], {**FERRET[1], "space": "{kind='adapter-delta'}"}),
     "ferret-signs": FERRET,
+    "ferret-4096": (FERRET[0], {**FERRET[1], "space.num_seeds": "4096"}),
     "ferret-srht": (FERRET[0], {**FERRET[1], "space.projection": "srht"}),
     "lora": (
         "shakespeare_stories260k.toml",
