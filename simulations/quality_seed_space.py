@@ -13,7 +13,7 @@ the batches and the directions; arms of one seed share all of that but the direc
     gaussian-again the same with other draws: how far the directions alone move the result
     signs-loop     the same loop with signs drawn by torch: the estimators with everything else equal
     fedkseed-pro   the run file with mode = "fedkseed-pro"
-    first-order    the steps of ferret_shakespeare.toml with their change sent whole: what no projection can pass
+    first-order    the steps of ferret_shakespeare.toml, their change sent whole: the line to reach
     ferret-signs   ferret_shakespeare.toml: ten first-order steps a round, projected on sign directions
     ferret-4096    the same with four times as many coefficients
     ferret-srht    the same as ferret-signs with the randomised Hadamard transform
