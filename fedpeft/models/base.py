@@ -203,6 +203,7 @@ def load_base(
     base: nn.Module = model.eval()
     if tokenizer is not None:
         _refuse_unknown_tokens(tokenizer, base, section)
+        _refuse_unended_rows(tokenizer, base, section)
     if section.task == "causal-lm":
         refuse_leak(base, section.path)
     return base
@@ -296,6 +297,23 @@ def _refuse_unknown_tokens(tokenizer: Tokenizer, base: nn.Module, section: Model
             f"the tokenizer of model.path '{section.path}' has {len(beyond)} tokens beyond the {rows} rows of"
             f" the model's embedding (the first is {beyond[first]!r}, {first}); give the tokenizer that"
             " belongs to the model, or save the model with its embedding resized"
+        )
+
+
+def _refuse_unended_rows(tokenizer: Tokenizer, base: nn.Module, section: ModelSection) -> None:
+    """Refuse a tokenizer without one end token a row, where a classifier reads off there (BART, T5).
+
+    Raises:
+        ModelError: rows end otherwise, or are padded with the end token.
+    """
+    config: Any = base.config
+    if section.task != "sequence-classification" or not config.is_encoder_decoder:
+        return
+    ids = tokenizer("a")["input_ids"]
+    if not ids or ids[-1] != config.eos_token_id or tokenizer.pad_token_id == config.eos_token_id:
+        raise ModelError(
+            f"a {config.model_type} classifies by the one end token of each row, and the tokenizer of"
+            f" model.path '{section.path}' writes none or pads with it; give the one that belongs to it"
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tokenizers import processors
 from torch import nn
 
 from fedpeft.config import ModelSection, PeftSection
@@ -344,3 +345,19 @@ def test_a_method_that_cannot_compute_on_an_architecture_is_refused(tmp_path: Pa
     base = load_base(section(tmp_path, task="sequence-classification"), num_labels=LABELS)
     with pytest.raises(ModelError, match="'prompt' cannot compute on this model"):
         attach(base, PeftSection(method="prompt"), task="sequence-classification", seed=0)
+
+
+def test_a_classifier_that_reads_off_the_end_token_needs_one(tmp_path: Path) -> None:
+    CLASSIFIERS["bart"][0]().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    where = section(tmp_path, task="sequence-classification")
+    with pytest.raises(ModelError, match="a bart classifies by the one end token of each row"):
+        load_base(where, num_labels=LABELS, tokenizer=load_tokenizer(where))
+
+    ended = tiny_tokenizer()
+    ended.pad_token = "<unk>"
+    ended.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    ended.save_pretrained(tmp_path)
+    load_base(where, num_labels=LABELS, tokenizer=load_tokenizer(where))
