@@ -58,10 +58,11 @@ def special_frame(tokenizer: Tokenizer) -> Frame:
         DataError: no text can be encoded, or a text is encoded otherwise inside the special tokens.
     """
     special = {int(token) for token in getattr(tokenizer, "all_special_ids", ())}
+    special.discard(getattr(tokenizer, "unk_token_id", None))  # it stands where text stands
     for text in _probes(tokenizer):
         bare = _bare(tokenizer, text)
         if not bare or special & set(bare):
-            continue  # an unknown token says nothing about places
+            continue  # it says nothing about places
         framed = [int(token) for token in tokenizer(text)["input_ids"]]
         for start in range(len(framed) - len(bare) + 1):
             if framed[start : start + len(bare)] == bare:

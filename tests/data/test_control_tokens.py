@@ -147,3 +147,16 @@ def test_a_tokenizer_that_cannot_spell_a_control_token_is_refused() -> None:
 
     with pytest.raises(DataError, match=r"control token.*data\.control_tokens"):
         encoded(Deaf(), {"q": "</s>"}, text="{q}")
+
+
+def test_the_frame_is_found_where_every_text_is_unknown() -> None:
+    class Unknowing:
+        eos_token_id = None
+        unk_token_id = 1
+        all_special_ids = (0, 1, 2)
+        all_special_tokens = ("[CLS]", "[UNK]", "[SEP]")
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            return {"input_ids": [0, 1, 2] if options.get("add_special_tokens", True) else [1]}
+
+    assert special_frame(Unknowing()) == Frame((0,), (2,))
