@@ -106,10 +106,11 @@ def tables(folder: Path) -> dict[str, Any]:
             "train": str(folder / "rows.jsonl"),
             "prompt": "{prompt}",
             "answer": "{answer}",
+            "heldout": 0.0,
             "partitioner": {"kind": "iid", "clients": 3},
         },
         "training": {"steps": 3, "batch_size": 4, "lr": 0.5, "optimizer": "sgd"},
-        "federation": {"lora_rule": "hetlora", "self_pruning": {"keep": 0.7, "penalty": 0.1}},
+        "federation": {"lora_rule": "hetlora", "self_pruning": {"keep": 0.7, "penalty": 1.0}},
         "groups": [{"clients": ["client-2"], "peft": {"r": 3, "lora_alpha": 3}}],
         "evaluation": {"bootstrap": 2, "metrics": ["loss"], "every": 9},
     }
