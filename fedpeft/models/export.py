@@ -33,6 +33,7 @@ from fedpeft.models.rounded_loading import dequantise
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _LOFTQ_KEY, _START_KEY = "fedpeft_loftq_iter", "fedpeft_start"
+_ACTED_ON = ("megatron_config", "tokenizer_name_or_path", "tokenizer_kwargs", "arrow_config")
 _WRAPPED = "base_model.model."  # peft's way from its wrapper to the base's own modules
 _UNMERGEABLE = frozenset(method.config for method in METHODS.values() if not method.mergeable)
 
@@ -85,6 +86,7 @@ def load_adapter(
             raise ModelError(
                 f"'{folder}' is no adapter folder: {name} is missing; give the adapter/ folder of a run"
             )
+    _refuse_config(folder)
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             model = peft.PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
@@ -105,6 +107,26 @@ def load_adapter(
     model.requires_grad_(False)
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _refuse_config(folder: Path) -> None:
+    """Refuse a configuration by which `peft` would import a module, or fetch a tokenizer or other adapters.
+
+    Raises:
+        ModelError: it has such an option.
+    """
+    try:
+        told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the adapter in '{folder}' does not fit this base model: {one_line(error)}"
+        ) from error
+    for key in _ACTED_ON:
+        if isinstance(told, dict) and told.get(key):
+            raise ModelError(
+                f"the adapter in '{folder}' sets {key}, by which files or code from elsewhere would be loaded"
+                "; take it out of adapter_config.json if you trust what it names"
+            )
 
 
 def replace_adapter_weights(model: nn.Module, weights: Mapping[str, NDArray[np.float32]]) -> None:

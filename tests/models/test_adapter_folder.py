@@ -139,3 +139,22 @@ def test_loading_leaves_the_generator_alone_and_the_base_frozen(tmp_path: Path) 
     load_adapter(base, folder)
     assert torch.equal(before, torch.get_rng_state())
     assert untouched == frozen_digest(tiny_base("llama"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "antigravity"},
+        {"tokenizer_name_or_path": "/tmp/evil", "tokenizer_kwargs": {"trust_remote_code": True}},
+        {"arrow_config": {"arrow_expert_num": 2}},
+    ],
+)
+def test_a_configuration_that_would_load_something_else_is_refused(
+    more: dict[str, object], tmp_path: Path
+) -> None:
+    """An adapter that was pulled from somebody's server is read before `peft` acts on it."""
+    file = exported(tmp_path) / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    with pytest.raises(ModelError, match="from elsewhere would be loaded"):
+        load_adapter(tiny_base("llama"), tmp_path)
+    assert "antigravity" not in sys.modules
