@@ -25,7 +25,8 @@ class Settings(BaseModel):
             without its suffix.
         keys: folder with the device's key and certificate; default: HOME/keys.
         home: folder of state and status. Default: ~/.fedpeft/NAME.
-        model: where this device's copy of the base model lies; default: where the run file says.
+        model: where this device's copy of the base model lies; default: the embedded one, or
+            the hub's by the run's name for it.
         device: what this machine trains on, whatever a run file says: auto (the first CUDA device, else the
             CPU), cpu, cuda or cuda:N.
         insecure: plaintext, for servers on this very machine.

@@ -24,7 +24,7 @@ class Own:
     Attributes:
         client: its name in the run.
         data: its file or folder of rows; the run's own sources and partitioner play no part.
-        model: where its copy of the base model lies; empty: where the run file says.
+        model: where its copy of the base model lies; empty: the embedded one, or the hub's by its name.
         device: what it computes on, whatever the run file says.
     """
 
