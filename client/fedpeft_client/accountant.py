@@ -127,7 +127,7 @@ class Accountant:
         account = self.ledger.runs.get(digest)
         if account is not None and account.round == round_:
             return
-        costs = await self._costs(digest, described)
+        costs = await self._costs(digest, described, round_)
         self._check(costs, run)
         self.ledger.charge(digest, round_, costs, run=server_run, name=run.run.name)
 
@@ -144,11 +144,11 @@ class Accountant:
         if account.round == round_ > account.answered:
             self.ledger.fail(digest, round_)
 
-    async def _costs(self, digest: str, described: str) -> Costs:
+    async def _costs(self, digest: str, described: str, round_: int = 0) -> Costs:
         account = self.ledger.runs.get(digest)
         others = [(event, count) for other, event, count in self.ledger.events() if other != digest]
         charged = 0 if account is None else account.count
-        order = order_costs(described, self._client, charged, others, self._policy.delta)
+        order = order_costs(described, self._client, charged, others, self._policy.delta, round_=round_)
         header = (await self._worker.do(order)).header
         if header["error"]:
             raise from_record(header["error"])

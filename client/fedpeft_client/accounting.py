@@ -20,7 +20,13 @@ ACCOUNT = "account"  # kind of order
 
 
 def order_costs(
-    described: str, client: str, charged: int, others: Iterable[tuple[Mapping[str, Any], int]], delta: float
+    described: str,
+    client: str,
+    charged: int,
+    others: Iterable[tuple[Mapping[str, Any], int]],
+    delta: float,
+    *,
+    round_: int = 0,
 ) -> Frame:
     """Return the order to a worker that `costs_of_round` carries out.
 
@@ -29,6 +35,7 @@ def order_costs(
         charged: events of the run that are paid for.
         others: events of all other runs, with how many of each are paid for.
         delta: the owner's.
+        round_: that is to be paid for; 0: the run's next, whichever it is.
     """
     spent = [[dict(event), count] for event, count in others]
     header = {
@@ -38,7 +45,7 @@ def order_costs(
         "charged": charged,
         "others": spent,
     }
-    return Frame({**header, "delta": delta}, {})
+    return Frame({**header, "delta": delta, "round": round_}, {})
 
 
 def costs_of_round(order: Frame) -> Frame:
@@ -65,7 +72,8 @@ def _costs(header: Mapping[str, Any]) -> dict[str, Any]:
     charged, delta = int(header["charged"]), float(header["delta"])
     count = 1
     if KINDS[run.privacy.kind].joint:  # rounds without this client cost it as well: see `ClientLevel`
-        count = 0 if charged else max(1, min(run.run.rounds, affordable_rounds(event, budget)))
+        affordable = max(1, min(run.run.rounds, affordable_rounds(event, budget)))
+        count = max(0, max(affordable, int(header["round"])) - charged)  # a later round is over the budget
     events: dict[str, list[Any]] = defaultdict(list)
     events[event.kind] += [event] * (charged + count)
     own = list(events[event.kind])

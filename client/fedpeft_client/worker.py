@@ -164,7 +164,7 @@ def _disclosure(header: Any) -> Disclosure:
 def _admission(header: Any, device: str) -> Admit:
     """Refuse, before the base model is read, what there are too few rows or too little memory for."""
     from fedpeft.models.device import available_memory, device_named
-    from fedpeft.planning.admission import refuse_oversized
+    from fedpeft.planning.admission import refuse_oversized, without_lengths
 
     most_mib = header.get("max_memory_mib")
     owners = float("inf") if most_mib is None else most_mib * 2**20
@@ -173,7 +173,8 @@ def _admission(header: Any, device: str) -> Admit:
         _refuse_few_rows(run, data, header.get("min_rows", 1), header.get("min_count", 1))
         where = device_named(device)
         limit = int(min(available_memory(where), owners))
-        refuse_oversized(run, data, limit=limit, gpu=where.type != "cpu")
+        rows = without_lengths(run, data) if run.hides_rows else data
+        refuse_oversized(run, rows, limit=limit, gpu=where.type != "cpu")
 
     return admit
 

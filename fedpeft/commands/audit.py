@@ -60,6 +60,7 @@ def sensitivity_command(
     torch.set_num_threads(1)  # as in simulations
     records = _records(run, data, rows, seed)
     found = list(measure_sensitivity(run, records, neighbours=neighbours, seed=seed))
+    _refuse_unmoved(run, found)
     report_sensitivity(run, len(records), found, as_json=as_json)
 
 
@@ -90,6 +91,20 @@ def _records(run: RunConfig, data: Path | None, rows: int, seed: int) -> list[Re
     if not drawn:
         raise DataError("there are no records to leave out; name a file with rows")
     return [replace(record, part=0) for record in drawn]
+
+
+def _refuse_unmoved(run: RunConfig, found: Sequence[Measurement]) -> None:
+    """Refuse to say that bounds hold where nothing was measured.
+
+    Raises:
+        DataError: no unit that was left out moved anything.
+    """
+    if not any(each.measured for each in found):
+        raise DataError(
+            f"none of the {len(found)} {_unit(run)}s that were left out moved the sum at all, which says"
+            " nothing of its bound: rows that are held out (data.heldout) or cannot be used are not trained"
+            " on; give more --neighbours, or other --data"
+        )
 
 
 def _unit(run: RunConfig) -> str:

@@ -112,6 +112,23 @@ def test_a_run_of_secret_cohorts_costs_all_its_rounds_at_once(tmp_path: Path) ->
     assert book.total_epsilon == pytest.approx(cost([event] * 4))
 
 
+def test_a_run_of_secret_cohorts_ends_with_its_budget_and_not_with_its_rounds(tmp_path: Path) -> None:
+    """A server that goes on as if its budget were none asks for rounds that nobody has paid for."""
+    run = private(
+        rounds=50,
+        privacy={**CLIENT, "max_epsilon": 3.0},
+        federation={"weighting": "uniform", "sampling": {"kind": "poisson", "rate": 0.5}},
+    )
+    book = accountant(tmp_path)
+    charge(book, run, 1)
+    paid = book.ledger.runs[run_digest(run)].count
+    assert 1 < paid < 50
+    charge(book, run, paid)
+    with pytest.raises(PrivacyError, match="the run's own max_epsilon is 3"):
+        charge(book, run, paid + 1)
+    assert book.ledger.runs[run_digest(run)].round == paid
+
+
 TOO_MUCH: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "the owner's cap on a run": ({"max_run_epsilon": 3.0}, {}, "policy.max_run_epsilon is 3"),
     "the owner's cap on all": ({"max_total_epsilon": 0.1}, {}, "policy.max_total_epsilon is 0.1"),

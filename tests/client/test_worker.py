@@ -109,6 +109,45 @@ def test_rows_that_cannot_be_read(rows: Path) -> None:
     assert isinstance(from_record(answered.header["error"]), DataError)
 
 
+HIDING = build_run(
+    RUN.model_dump(mode="json")
+    | {
+        "federation": {"weighting": "uniform"},
+        "training": {"steps": 1},
+        "data": {"train": "nowhere", "prompt": "{prompt}", "answer": "{answer}", "max_length": 200},
+        "privacy": {
+            "kind": "record-level",
+            "noise_multiplier": 4.0,
+            "target_delta": 1e-5,
+            "max_epsilon": 9.0,
+            "max_grad_norm": 1.0,
+            "sample_rate": 0.01,
+            "expected_batch_size": 4.0,
+        },
+    },
+    source="test",
+)
+
+
+@pytest.mark.parametrize("mib", [12, 4000])
+def test_what_memory_a_run_that_hides_rows_needs_does_not_tell_how_long_one_is(mib: int, rows: Path) -> None:
+    """A server could set its run's sizes so that the code 'memory' comes if the longest row is there."""
+    task = device_task(HIDING)
+    content = content_bytes(task_content(Task(task.digest, 0, b"", device_task=task.text)))
+    header = {"run_digest": task.digest, "device_task": task.text, "max_memory_mib": mib}
+
+    def error() -> Any:
+        answered = done(Frame(order(rows, **header).header, {"content": content, "memory": b""}))
+        drop_resident(task.digest)
+        return answered.header["error"]
+
+    without = error()
+    with rows.open("a") as file:
+        file.write(json.dumps({"prompt": "word " * 500, "answer": "x " * 90}) + "\n")
+    assert error() == without
+    assert (without is None) == (mib == 4000)
+
+
 @pytest.mark.slow
 def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood(
     rows: Path, tmp_path: Path

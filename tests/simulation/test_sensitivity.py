@@ -13,7 +13,7 @@ from fedpeft.commands.audit import report_sensitivity, sensitivity_command
 from fedpeft.config import RunConfig
 from fedpeft.data.records import Record
 from fedpeft.data.run_tables import source_records
-from fedpeft.errors import PrivacyError, RunFileError, UsageError
+from fedpeft.errors import DataError, PrivacyError, RunFileError, UsageError
 from fedpeft.runfile import build_run
 from fedpeft.simulation.sensitivity import Measurement, draw_records, measure_sensitivity
 
@@ -106,6 +106,20 @@ def test_beyond_the_bound_it_ends_with_10(capsys: pytest.CaptureFixture[str]) ->
         assert ended.value.code == 10
         out = capsys.readouterr().out
         assert json.loads(out)["exceeded"] == 2 if as_json else out.count("EXCEEDED") == 2
+
+
+def test_where_nothing_was_measured_no_bound_is_said_to_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows that are all held out move nothing, whatever the training does with rows."""
+    run_file = tmp_path / "run.toml"
+    run_file.write_text("[run]\nname = 'p'\nrounds = 2\n[training]\nsteps = 1\n[peft]\nmethod = 'lora'\n")
+    items = ["federation.weighting='uniform'", "data.heldout=0.999", "data.max_length=24"]
+    items += [f"privacy.{key}={json.dumps(value)}" for key, value in PRIVACY.items()]
+    options: dict[str, Any] = {"data": None, "rows": 6, "neighbours": 2, "seed": 0, "as_json": True}
+    with pytest.raises(DataError, match="none of the 2 records that were left out moved the sum"):
+        sensitivity_command(run_file, items, **options)
+    assert not capsys.readouterr().out
 
 
 def test_other_privacy_and_unsound_runs_are_refused(tmp_path: Path) -> None:
