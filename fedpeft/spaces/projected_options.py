@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fedpeft.spaces.projected import Projected
 
-RESOLUTION = 4  # quanta of a typical coefficient: rounding adds half a percent to the error's square
+RESOLUTION = 2  # quanta of a typical coefficient: rounding adds two percent to the error's square
 FEWEST = 2  # coefficients of a tensor
 
 
