@@ -100,6 +100,11 @@ def _unreachable(details: str, server: str) -> FedPEFTError:
             f"{server}: its certificate is not valid at {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, which this"
             " machine's clock says; set the clock, or tell the server's admin"
         )
+    if "wrong_version_number" in lower:
+        return CredentialError(
+            f"{server} answers without TLS, as fedpeft server --insecure does; is this the right server?"
+            " If so, ask it without certificates: no --keys, no FEDPEFT_KEYS, and for an agent --insecure"
+        )
     if "certificate" in lower or (("handshake" in lower or "ssl" in lower) and not cut):
         return CredentialError(
             f"{server}: no trust between the two ends ({details[-120:]}); is this the right server?"
@@ -107,4 +112,9 @@ def _unreachable(details: str, server: str) -> FedPEFTError:
         )
     if "dns" in lower or "name resolution" in lower or "resolve" in lower:
         return FederationError(f"{server}: there is no such host; check the address")
+    if cut:
+        return FederationError(
+            f"{server} does not answer: it closed the connection; check the address, and whether that server"
+            " has certificates, so that it needs --keys"
+        )
     return FederationError(f"{server} does not answer; check the address, and that fedpeft server runs there")

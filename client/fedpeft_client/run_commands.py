@@ -67,7 +67,10 @@ def _expectations(run: RunConfig, rules: Rules) -> Iterator[str]:
     wanted = rules.min_agents or len(rules.agents) or clients_named(run)
     said = rules.min_agents or rules.agents
     source = "" if said else ", as many as the run file has clients; --min-agents N begins with fewer"
-    yield f"begins when {counted(wanted, 'agent')} are connected{source}"
+    verb = "is" if wanted == 1 else "are"
+    yield f"begins when {counted(wanted, 'agent')} {verb} connected{source}"
+    if rules.agents:
+        yield printable(f"only these are asked: {', '.join(rules.agents)}")
     yield from (f"{key} plays no part: {why}" for key, why in ignored_keys(run).items())
 
 

@@ -45,7 +45,7 @@ def run_info(store: Store, stored: StoredRun) -> pb.RunInfo:
         digest=stored.digest,
         status=stored.status,
         detail=stored.reason,
-        round=max(0, stored.round),
+        round=max(0, stored.round, 0 if last is None else last.round),  # rows outlive removed checkpoints
         rounds=stored.run.run.rounds,
         agents=[] if roster is None else roster.names,
         submitted_ms=milliseconds(stored.submitted_at),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flwr.serverapp import Grid
 
@@ -15,9 +15,11 @@ from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.tasks import Task
 from fedpeft.sampling import cohort_size
 from fedpeft_server.control import Control
+from fedpeft_server.grid import node_id
 from fedpeft_server.store import Rules
 
 POLL_S, ASK_AGAIN_S = 0.1, 5.0
+_AWAY_NAMED = 8
 
 
 def agents_wanted(run: RunConfig, rules: Rules) -> int:
@@ -44,6 +46,7 @@ def gather(
     task: Task,
     *,
     wanted: int,
+    named: Sequence[str] = (),
     wait_s: float,
     control: Control,
     check: Callable[[Roster], None],
@@ -55,6 +58,7 @@ def gather(
     Agents that refuse the run or cannot load it don't end the wait: owners may mend that, or others come.
 
     Args:
+        named: the only agents that are asked, where the submitter named some; those away are said by name.
         wait_s: for how long at most; 0: as long as it takes.
         check: refuses a roster.
         waiting: told what is waited for, in one line, whenever that changes.
@@ -76,9 +80,11 @@ def gather(
         control.sleep(seconds)
 
     while True:
-        here = len(list(grid.get_node_ids()))
-        if here < wanted:
-            wait(f"{here} of {wanted} agents are connected", POLL_S)
+        here = set(grid.get_node_ids())
+        if len(here) < wanted:
+            away = [name for name in named if node_id(name) not in here]
+            missing = f"; away: {', '.join(away[:_AWAY_NAMED])}" if away else ""
+            wait(f"{len(here)} of {wanted} agents are connected{missing}", POLL_S)
             continue
         try:
             roster = roll_call(grid, task, expected=wanted, own_base=own_base)

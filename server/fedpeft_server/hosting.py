@@ -270,6 +270,7 @@ class Host:
             grid,
             task,
             wanted=agents_wanted(self.stored.run, self.stored.rules),
+            named=self.stored.rules.agents,
             wait_s=self.stored.rules.wait_s,
             control=self.control,
             check=lambda came: check_base(came, server.resident),

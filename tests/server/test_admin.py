@@ -15,13 +15,23 @@ import tomli_w
 from safetensors.numpy import load_file
 
 from fedpeft.cli import main
-from fedpeft.credentials import Identity, Role, create_authority, make_request, new_key
+from fedpeft.credentials import (
+    Identity,
+    PeerCheck,
+    Role,
+    create_authority,
+    make_request,
+    new_key,
+    read_material,
+)
+from fedpeft.credentials.federation import create_federation
 from fedpeft.errors import CredentialError
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.administration import Desk
 from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.doors import Doors
+from fedpeft_server.doors import Doors, certificate_doors
+from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Status, Store
@@ -101,6 +111,7 @@ def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFi
     (mine / "diary.txt").write_text("mine")
     said(capsys, "run", "pull", run_id, "--out", str(mine), "--force", *at, code=7)
     assert (mine / "diary.txt").read_text() == "mine"
+    assert "round     2 of 2" in said(capsys, "run", "remove", run_id, *at)
 
 
 def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +173,9 @@ def test_a_waiting_run_is_shown_and_stopped(site: Site, capsys: pytest.CaptureFi
     said(capsys, "run", "submit", site.run_file(tables()), "--min-agents", "3", *at)
     site.daemon.reaches("tiny-1", Status.WAITING)
     assert "waiting-for-agents: 0 of 3 agents are connected" in said(capsys, "run", "show", "tiny-1", *at)
+    answer = said(capsys, "run", "submit", site.run_file(tables()), "--agent", "nobody", *at)
+    assert "begins when 1 agent is connected\n" in answer
+    assert "only these are asked: nobody" in answer
     assert "not come to its first commit" in said(
         capsys, "run", "pull", "tiny-1", "--out", str(site.folder / "x"), *at, code=2
     )
@@ -190,6 +204,26 @@ def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     line = said(capsys, "run", "list", "--server", f"127.0.0.1:{port}", code=9)
     assert line.count("\n") == 1
     assert "does not answer" in line
+
+
+def test_certificates_at_one_end_alone_are_named(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = datetime.now(UTC)
+    created = create_federation(tmp_path / "federation", ["127.0.0.1"], now)
+    keys = tmp_path / "federation" / "server"
+    with_keys = ("--keys", str(keys))
+    line = said(capsys, "run", "list", "--server", site.address, *with_keys, code=13)
+    assert "answers without TLS" in line
+    doors = certificate_doors(
+        read_material(keys, now), PeerCheck(created.certificate, created.revoked_file), created, keys=keys
+    )
+    running = serve(TransportOptions(), MemoryAcceptor(), MemoryBlobs(), doors=doors)
+    try:
+        line = said(capsys, "run", "list", "--server", f"127.0.0.1:{running.port}", code=9)
+    finally:
+        running.stop()
+    assert "it needs --keys" in line
 
 
 def test_a_name_is_invited_once(tmp_path: Path) -> None:

@@ -205,6 +205,12 @@ def test_a_run_waits_for_its_agents_and_says_so(daemon: Daemon, adapter: str) ->
     assert daemon.ended(stored.id).adapter_digest == adapter
 
 
+def test_a_run_says_which_of_the_agents_that_it_asks_are_away(daemon: Daemon) -> None:
+    daemon.prepared = lambda grid: grid.away.update(range(1, 5))
+    stored = daemon.submit(tables(), agents=("site-a", "nobody"), wait_s=0.2)
+    assert "0 of 2 agents are connected; away: site-a, nobody; waited" in daemon.ended(stored.id).reason
+
+
 def test_a_run_gives_up_when_its_agents_do_not_come(daemon: Daemon) -> None:
     daemon.prepared = lambda grid: grid.away.update(range(1, 5))
     stored = daemon.ended(daemon.submit(tables(), wait_s=0.2).id)
