@@ -94,10 +94,11 @@ def _record_level(run: RunConfig) -> Iterator[str]:
             "training.steps: is needed, since epochs would make the number of releases depend on how many"
             " rows a client has"
         )
-    if run.data.explode is not None and run.data.user is None:
+    if run.data.explode is not None and run.data.user in (None, run.data.explode):
         yield (
             "data.explode: several rows of one record would each be hidden alone, not the person behind"
-            " them; name the field that tells persons apart with data.user"
+            " them; name the field that tells persons apart with data.user, another than the one that is"
+            " exploded"
         )
     if run.groups:
         yield "groups: all clients' steps are accounted for alike, as [training] says them; remove the groups"

@@ -90,6 +90,7 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
         ("record-level", {"federation.weighting": "examples"}, "is private"),
         ("record-level", {"stages": [COMPEFT]}, "memory on the client"),
         ("record-level", {"data.explode": "turns"}, "data.user"),
+        ("record-level", {"data.explode": "turns", "data.user": "turns"}, "another than the one"),
         (
             "record-level",
             {"groups": [{"clients": ["client-0"], "training": {"lr": 0.1}}]},
