@@ -16,7 +16,7 @@ from fedpeft.models.loftq import loftq_problem, start_near_full_precision, start
 from fedpeft.models.methods import Method, base_refusal, method_named, with_options
 from fedpeft.models.offsite import Emulator, emulator_of, on_outer_layers
 from fedpeft.models.options import build_config, validate_peft
-from fedpeft.models.patterns import check_matches
+from fedpeft.models.patterns import check_layer_numbers, check_matches
 from fedpeft.models.probing import try_out
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
@@ -62,6 +62,7 @@ def attach(
             key: value for key, value in given.items() if key not in ("init_lora_weights", "loftq_config")
         }
     config = build_config(method, _options(method, given, base, task), task)
+    check_layer_numbers(base, section.options)
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         try:
@@ -69,6 +70,7 @@ def attach(
         except Exception as error:  # peft's tuners raise every kind for values they cannot use
             raise ModelError(f"peft.method '{method.name}' cannot be attached: {one_line(error)}") from error
     check_matches(model, section.options)
+    _check_scaling(model)
     settle(model, method)
     if start is not None:
         known = decomposition_of(start_bytes) if start_bytes else None
@@ -77,6 +79,17 @@ def attach(
     attached: nn.Module = model.eval()
     try_out(attached, method.name)
     return attached
+
+
+def _check_scaling(model: nn.Module) -> None:
+    """Refuse an adapter that is multiplied by zero: it has no gradients, and a run would change nothing."""
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and any(factor == 0 for factor in scaling.values()):
+            raise ModelError(
+                f"the adapter on {name.removeprefix('base_model.model.')} is scaled by 0, so that nothing"
+                " would be learned; give peft.lora_alpha (and peft.alpha_pattern) values other than 0"
+            )
 
 
 def settle(model: nn.Module, method: Method) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from fedpeft.errors import ModelError
 from fedpeft.name_patterns import NamePattern
 
-__all__ = ["check_matches", "wrapped_parameters"]
+__all__ = ["check_layer_numbers", "check_matches", "wrapped_parameters"]
 
 _LISTED = 12
 
@@ -61,16 +61,27 @@ def _check_names(
             raise ModelError(_unmatched(key, name, what, known))
 
 
-def _check_layers(given: Mapping[str, Any], wrapped: Sequence[str]) -> None:
-    """Layer numbers, and names of lists of layers."""
+def check_layer_numbers(base: nn.Module, given: Mapping[str, Any]) -> None:
+    """Refuse layer numbers that the base model lacks; where it lacks all, `peft` names the target modules.
+
+    Raises:
+        ModelError: a number that no layer has; says which there are.
+    """
+    _check_numbers(given, [name for name, _ in base.named_modules()], "which the model lacks; there are")
+
+
+def _check_numbers(given: Mapping[str, Any], names: Iterable[str], what: str) -> None:
     numbers = given.get("layers_to_transform")
-    held = {int(part) for name in wrapped for part in name.split(".") if part.isdigit()}
+    held = {int(part) for name in names for part in name.split(".") if part.isdigit()}
     for number in [numbers] if isinstance(numbers, int) else numbers or ():
         if number not in held:
-            raise ModelError(
-                f"peft.layers_to_transform names layer {number!r}, in which nothing is wrapped; those wrapped"
-                f" are {', '.join(map(str, sorted(held)))}"
-            )
+            there = ", ".join(map(str, sorted(held)))
+            raise ModelError(f"peft.layers_to_transform names layer {number!r}, {what} {there}")
+
+
+def _check_layers(given: Mapping[str, Any], wrapped: Sequence[str]) -> None:
+    """Layer numbers, and names of lists of layers."""
+    _check_numbers(given, wrapped, "in which nothing is wrapped; those wrapped are")
     patterns = given.get("layers_pattern")
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         if not any(re.search(rf"(?:^|\.){re.escape(pattern)}\.\d+\.", f"{name}.") for name in wrapped):

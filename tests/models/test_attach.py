@@ -172,7 +172,10 @@ def test_an_expression_that_fits_nothing(pattern: str, said: str) -> None:
             "rank_pattern: 'q_porj' no module that is wrapped; did you mean 'q_proj'",
         ),
         ({"alpha_pattern": {"o_proj": 2}, "target_modules": ["q_proj"]}, "alpha_pattern: 'o_proj' no module"),
-        ({"layers_to_transform": [0, 7]}, "names layer 7, in which nothing is wrapped; those wrapped are 0"),
+        ({"layers_to_transform": [0, 7]}, "names layer 7, which the model lacks; there are 0, 1"),
+        ({"layers_to_transform": [99]}, "names layer 99, which the model lacks; there are 0, 1"),
+        ({"lora_alpha": 0}, "q_proj is scaled by 0, so that nothing would be learned"),
+        ({"alpha_pattern": {"q_proj": 0}}, "q_proj is scaled by 0, so that nothing would be learned"),
         (
             {"layers_to_transform": 1, "layers_pattern": ["layers", "h"]},
             "layers_pattern: 'h' no list of layers",
