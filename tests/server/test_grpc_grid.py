@@ -149,7 +149,7 @@ def test_work_waits_for_an_agent_that_is_away(running: RunningServer, grid: Grpc
 
 
 def test_stopping_a_run_wakes_whoever_waits(running: RunningServer, grid: GrpcGrid) -> None:
-    other = running.grid(RunIdentity("run-3", "cd" * 32))
+    other = running.grid(RunIdentity("run-3", RUN.digest))
     ids = list(other.push_messages(messages(other, NAMES, b"sleep:0.5", 1)))
     threading.Timer(0.05, other.stop, [FederationError("stopped by its submitter")]).start()
     with pytest.raises(FederationError, match="stopped by its submitter"):
