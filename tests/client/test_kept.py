@@ -155,8 +155,8 @@ def test_what_an_agent_keeps_is_in_private_folders(tmp_path: Path) -> None:
         StageMemory(tmp_path / "memory").put(
             "run", Remembered("task-1", b"", memory_bytes({"a": np.ones(1)}))
         )
-        StartShelf(tmp_path / "starts").put("ab", b"start")
-        ReplicaShelf(tmp_path / "replicas").put("ab", {"a": np.ones(1)})
+        StartShelf(tmp_path / "starts").put("ab" * 32, b"start")
+        ReplicaShelf(tmp_path / "replicas").put("ab" * 32, {"a": np.ones(1)})
     finally:
         os.umask(before)
     for folder in tmp_path.iterdir():
