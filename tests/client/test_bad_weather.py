@@ -55,7 +55,7 @@ def test_a_certificate_that_has_not_begun_is_waited_for(
 ) -> None:
     """As of a device whose clock is a little slow: both ways of starting, and an agent that is running."""
     keys, name = tmp_path / "keys", "slow"
-    begins = datetime.now(UTC) + timedelta(seconds=3)
+    begins = datetime.now(UTC) + timedelta(seconds=6)
     material = issued(ours, keys, name, begins + DAY)
     with pytest.raises(ValidityError, match="this machine's clock says"):
         read_material(keys, datetime.now(UTC))
