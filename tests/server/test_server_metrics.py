@@ -20,8 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedpeft.cli import main
 from fedpeft.credentials import read_material
 from fedpeft.errors import FederationError
+from fedpeft.loading.simulated import load_resident
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
+from fedpeft.resident import install_resident
 from fedpeft.runfile import build_run
 from fedpeft.telemetry import JsonLines, expose
 from fedpeft_client.agent import Agent
@@ -159,6 +161,7 @@ def test_a_real_runs_numbers_are_the_ledgers(
         with agents(running.address, keys, tmp_path / "homes", own):
             supervisor.start()
             run = build_run(private_run(), source="test")
+            install_resident(load_resident(run))  # what the agents of this process work with
             stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
             assert supervisor.wait_idle(60.0)
             assert supervisor.get(stored.id).status == Status.FINISHED, supervisor.get(stored.id).reason
