@@ -249,7 +249,8 @@ class Site:
         keys = (
             ["--keys", "federation/server", "--authority", "federation/ca"] if self.secure else ["--insecure"]
         )
-        words = command("server", "--listen", f"127.0.0.1:{self.port}", "--state", "state", *keys)
+        roots = ["--root", str(ROOT / "server")]  # of the run's test rows
+        words = command("server", "--listen", f"127.0.0.1:{self.port}", "--state", "state", *roots, *keys)
         self.server = started(
             words, self.folder, self.folder / "server.log", environment(MALLOC_ARENA_MAX="2")
         )
