@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from fedpeft.console import (
     interruption,
     output_problem,
     replace_unshown_signs,
+    was_interrupted,
 )
 from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
 from fedpeft.safe_text import one_line
@@ -820,16 +822,16 @@ def main(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _terminate)
     replace_unshown_signs()
     with clean_interrupts():
-        code = _exit_code_and_output(arguments)
+        code = end_cleanly(lambda: _exit_code(arguments))
     if arguments is None:  # a process of its own, which now ends
         end_at_once_when_interrupted()
     sys.exit(code)
 
 
-def _exit_code_and_output(arguments: list[str] | None) -> int:
-    """The exit code, once all output is written or said not to be."""
+def end_cleanly(run: Callable[[], int]) -> int:
+    """Return the exit code of a command, once all output is written or said not to be."""
     try:
-        code = _exit_code(arguments)
+        code = run()
         flush_output()
     except KeyboardInterrupt:  # outside the command itself
         return _interrupted()
@@ -839,6 +841,10 @@ def _exit_code_and_output(arguments: list[str] | None) -> int:
         if line:
             _say_error(line)
         return StorageError.exit_code if closed is None else closed
+    except Exception:
+        if not was_interrupted():  # an import that is interrupted can end in a RuntimeError of Python's own
+            raise
+        return _interrupted()
     return code
 
 

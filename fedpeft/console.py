@@ -40,6 +40,11 @@ def at_work_on(run: Path) -> Iterator[None]:
     _STATE.run = None
 
 
+def was_interrupted() -> bool:
+    """Return whether Ctrl-C has come: what fails afterwards may be its exception, changed on the way."""
+    return _STATE.count > 0
+
+
 def interruption() -> str:
     """Return what is said after Ctrl-C: that, and how the run at work goes on, if there is one."""
     if _STATE.run is None:
