@@ -10,7 +10,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fedpeft.safe_text import one_line, replace_unprintable
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger, read_ledger
-from fedpeft_client.enrolment import own_material, renewed
+from fedpeft_client.enrolment import has_unused_token, own_material, renewed
 from fedpeft_client.ledger_lines import ledger_lines
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings, read_settings
@@ -46,7 +46,7 @@ def client_command(config: Path | None, given: Mapping[str, Any], token: str) ->
         raise UsageError(
             f"--insecure is plaintext and {settings.host} is another machine; enrol with --token instead"
         )
-    asyncio.run(_serve(settings, token))
+    asyncio.run(serve_agent(settings, token, _heed_signals))
 
 
 def client_status_command(home: Path | None, name: str, *, as_json: bool) -> None:
@@ -84,30 +84,68 @@ def client_ledger_command(home: Path | None, name: str, *, as_json: bool, last: 
         print(replace_unprintable(line))
 
 
-async def _serve(settings: Settings, token: str) -> None:
+async def serve_agent(settings: Settings, token: str, made: Callable[[Agent], None]) -> None:
+    """Be an agent until it is stopped.
+
+    One whose certificate the server refuses enrols anew, where a token is left for that.
+
+    Args:
+        made: told of the agent before it dials.
+
+    Raises:
+        FedPEFTError: the first contact failed.
+    """
     home = settings.home or Path.home() / AGENTS / check_name(settings.name or settings.data.stem)
-    keys, patience_s = settings.keys or home / KEYS, settings.connect_s or math.inf
+    keys, refused = settings.keys or home / KEYS, False
     make_private_folder(home, holds="what left this device")
-    ledger = EgressLedger(home / EGRESS_FILE)
-    material = (
-        None
-        if settings.insecure
-        else await own_material(keys, settings.server, token, patience_s=patience_s, ledger=ledger)
+    while True:
+        ledger = EgressLedger(home / EGRESS_FILE)
+        material = None if settings.insecure else await _own_material(settings, keys, token, ledger, refused)
+        name = settings.name or settings.data.stem if material is None else _certified(material, settings)
+        try:
+            return await _work(settings, name, home, None if material is None else keys, ledger, made)
+        except CredentialError as error:
+            if refused or settings.insecure or not has_unused_token(keys, token):
+                raise
+            LOG.warning("%s; the token is used for a new certificate", error)
+            refused = True
+
+
+async def _own_material(
+    settings: Settings, keys: Path, token: str, ledger: EgressLedger, refused: bool
+) -> Material:
+    patience_s = settings.connect_s or math.inf
+    return await own_material(
+        keys, settings.server, token, patience_s=patience_s, ledger=ledger, refused=refused
     )
-    name = settings.name or settings.data.stem if material is None else _certified(material, settings)
-    renewing = None if material is None else lambda: renewed(keys, settings.server, ledger)
+
+
+async def _work(
+    settings: Settings,
+    name: str,
+    home: Path,
+    keys: Path | None,
+    ledger: EgressLedger,
+    made: Callable[[Agent], None],
+) -> None:
+    """Be an agent, with the certificate in `keys`, or in plaintext without one, until told to stop."""
+    renewing = None if keys is None else lambda: renewed(keys, settings.server, ledger)
     metrics = Metrics()
     agent = Agent(settings, check_name(name), home, renewing, metrics=metrics, ledger=ledger)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, agent.stop)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
+    made(agent)
     with ExitStack() as stack:
         if settings.metrics:
             address, end = expose(metrics.registry, settings.metrics)
             stack.callback(end)
             LOG.info("metrics on http://%s/metrics", address)
         await agent.run()
+
+
+def _heed_signals(agent: Agent) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, agent.stop)
+    loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
 
 
 def _certified(material: Material, settings: Settings) -> str:

@@ -21,7 +21,7 @@ from fedpeft.credentials import (
     read_material,
     visitor_material,
 )
-from fedpeft.credentials.certificates import check_dates, parse_certificate, renewal_due
+from fedpeft.credentials.certificates import check_dates, parse_certificate, renewal_due, valid_until
 from fedpeft.credentials.material import CERTIFICATE_FILE, adopt, pending_key
 from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ValidityError
 from fedpeft.files import storage, write_atomically
@@ -43,17 +43,24 @@ _NOT_KNOWN = "ends the handshake: it does not trust this device's certificate; a
 
 
 async def own_material(
-    keys: Path, server: str, token: str, *, patience_s: float = 0.0, ledger: EgressLedger | None = None
+    keys: Path,
+    server: str,
+    token: str,
+    *,
+    patience_s: float = 0.0,
+    ledger: EgressLedger | None = None,
+    refused: bool = False,
 ) -> Material:
-    """The device's key and certificate: those in `keys`, or new ones for a token.
+    """Return the device's key and certificate: those in `keys`, or new ones for a token.
 
-    A token that was not used here before comes first: it is the way back of a device whose certificate has
-    ended or was revoked. Where it is refused and there is a certificate, that one is gone on with.
+    A token is used where there is no certificate, where it has ended, or where the server refused it, and
+    only once. A certificate that is valid stays, whatever token is given, and a line of the log says so.
 
     Args:
         patience_s: how long a server that does not answer is tried again. A clock that is wrong is waited for
             without end: it may be set any time, and a device without a battery begins with a wrong one.
         ledger: told of what is sent, before it is.
+        refused: whether the server refused the certificate that is in `keys`.
 
     Raises:
         CredentialError: neither there nor to be had.
@@ -64,21 +71,27 @@ async def own_material(
         raise CredentialError(
             f"{keys} holds no certificate; give the token that the federation's admin made: --token TOKEN"
         )
-    began, repeats, refused = time.monotonic(), Repeats(), False
+    began, repeats, usable = time.monotonic(), Repeats(), has_unused_token(keys, token)
+    if usable and not refused and (end := valid_until(keys / CERTIFICATE_FILE, datetime.now(UTC))):
+        LOG.info(
+            "the token is not used: the certificate in %s is valid until %s; it is used once that has ended or"
+            " the server refuses it",
+            keys,
+            f"{end:%Y-%m-%d}",
+        )
+        usable = False
     for pause in pauses(random.Random()):
-        has_one = (keys / CERTIFICATE_FILE).is_file()
-        enrols = bool(token) and not (has_one and (refused or _was_used(keys, token)))
         try:
-            if not enrols:
+            if not usable:
                 return read_material(keys, datetime.now(UTC))
             return await _enrolled(keys, server, token, ledger)
         except ValidityError as error:
             if repeats.due(str(error)):
                 LOG.warning("%s; this is looked at again until then", error)
         except CredentialError as error:
-            if not (has_one and enrols):
+            if refused or not (usable and (keys / CERTIFICATE_FILE).is_file()):
                 raise
-            refused = True
+            usable = False
             LOG.warning("the token is not used, and the certificate that is here stays: %s", error)
             continue
         except FederationError as error:
@@ -88,6 +101,15 @@ async def own_material(
                 LOG.warning("%s", error)
         await asyncio.sleep(pause)
     raise AssertionError("pauses never end")
+
+
+def has_unused_token(keys: Path, token: str) -> bool:
+    """Return whether a token was given that the folder's certificate, if there is one, did not come from.
+
+    Raises:
+        StorageError: the folder cannot be read.
+    """
+    return bool(token) and not ((keys / CERTIFICATE_FILE).is_file() and _was_used(keys, token))
 
 
 def _was_used(keys: Path, token: str) -> bool:

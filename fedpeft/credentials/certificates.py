@@ -76,6 +76,19 @@ def read_certificate(path: Path) -> x509.Certificate:
     return parse_certificate(content, str(path))
 
 
+def valid_until(path: Path, now: datetime) -> datetime | None:
+    """Return when the certificate of a file ends; None: none is there, it cannot be read, or it has ended.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    try:
+        end = read_certificate(path).not_valid_after_utc
+    except CredentialError:
+        return None
+    return end if now <= end else None
+
+
 def public_p256(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
     """The certificate's key.
 

@@ -17,7 +17,7 @@ from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.credentials.federation import add_member, create_federation, invite_member, revoke_member
 from fedpeft.errors import CredentialError, FederationError, ValidityError
 from fedpeft_client.agent import Agent
-from fedpeft_client.command import client_status_command
+from fedpeft_client.command import client_status_command, serve_agent
 from fedpeft_client.dialing import is_final
 from fedpeft_client.enrolment import own_material, renewed
 from fedpeft_client.inline import InlineWorkshop
@@ -102,23 +102,78 @@ def test_what_ends_by_itself_is_not_final() -> None:
     assert is_final(CredentialError("revoked"))
 
 
-def test_a_new_token_is_the_way_back(ours: House, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Of an ended certificate and of a revoked one; an old token changes nothing."""
+def test_a_new_token_is_the_way_back_of_an_ended_certificate(
+    ours: House, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old token changes nothing."""
     address, now = ours.running.address, datetime.now(UTC)
-    issued(ours, tmp_path / "ended", "ended", now - 400 * DAY)
-    issued(ours, tmp_path / "revoked", "revoked", now - 100 * DAY)
-    ours.authority.revoke("revoked", now)
-    for name in ("ended", "revoked"):
-        token = invited(ours, name)
-        back = played(own_material(tmp_path / name, address, token))
-        assert back.certificate.not_valid_after_utc > now + 300 * DAY
-        assert played(own_material(tmp_path / name, address, token)).certificate == back.certificate
-        assert played(own_material(tmp_path / name, address, "")).certificate == back.certificate
+    keys = tmp_path / "ended"
+    issued(ours, keys, "ended", now - 400 * DAY)
+    token = invited(ours, "ended")
+    back = played(own_material(keys, address, token))
+    assert back.certificate.not_valid_after_utc > now + 300 * DAY
+    for later in (token, ""):
+        assert played(own_material(keys, address, later)).certificate == back.certificate
     assert caplog.messages == []
+
+
+def test_a_token_that_is_refused_leaves_an_ended_certificate_to_the_clock(
+    ours: House, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = tmp_path / "ended"
+    issued(ours, keys, "ended", datetime.now(UTC) - 400 * DAY)
+    spent = invited(ours, "ended")[:-3] + "AAA"
+    with caplog.at_level(logging.WARNING, "fedpeft.client"), pytest.raises(TimeoutError):
+        played(asyncio.wait_for(own_material(keys, ours.running.address, spent), 2.0))
+    assert "the token is not used, and the certificate that is here stays" in caplog.messages[0]
+    assert "expired on" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("name", ["valid", "another"])
+def test_a_token_replaces_no_certificate_that_is_valid(
+    ours: House, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Under no name, its own neither: the token is left for when it is needed."""
+    keys = tmp_path / "keys"
+    mine = issued(ours, keys, "valid", datetime.now(UTC))
+    token = invited(ours, name)
+    with caplog.at_level(logging.INFO, "fedpeft.client"):
+        assert played(own_material(keys, ours.running.address, token)).certificate == mine.certificate
+    (line,) = caplog.messages
+    assert line.startswith(f"the token is not used: the certificate in {keys} is valid until ")
+    assert played(own_material(tmp_path / "later", ours.running.address, token))
+
+
+def test_an_agent_whose_certificate_is_revoked_uses_its_token(
+    ours: House, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not before the server has said so, and once."""
+    keys, now = tmp_path / "keys", datetime.now(UTC)
+    mine = issued(ours, keys, "revoked", now - 100 * DAY)
+    ours.authority.revoke("revoked", now)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    settings = Settings(server=ours.running.address, data=rows, keys=keys, home=tmp_path / "home")
+    made: list[Agent] = []
+    with pytest.raises(CredentialError, match="revoked"):
+        played(serve_agent(settings, "", made.append), 60.0)
+    token = invited(ours, "revoked")
+
+    async def live() -> None:
+        serving = asyncio.create_task(serve_agent(settings, token, made.append))
+        while made[-1].status.state != "connected":
+            assert not serving.done(), serving.exception()
+            await asyncio.sleep(0.02)
+        made[-1].stop()
+        await serving
+
     with caplog.at_level(logging.WARNING, "fedpeft.client"):
-        spent = token[:-3] + "AAA"
-        assert played(own_material(tmp_path / "revoked", address, spent)).certificate == back.certificate
-    assert "the token is not used, and the certificate that is here stays" in caplog.messages[-1]
+        played(live(), 60.0)
+    assert read_material(keys, datetime.now(UTC)).certificate != mine.certificate
+    assert [line for line in caplog.messages if "the token is used for a new certificate" in line]
+    ours.authority.revoke("revoked", datetime.now(UTC))
+    with pytest.raises(CredentialError, match="revoked"):  # a token that was used is not tried again
+        played(serve_agent(settings, token, made.append), 60.0)
 
 
 def test_the_folder_of_a_member_whose_certificate_has_ended_is_in_nobodys_way(tmp_path: Path) -> None:

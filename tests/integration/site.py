@@ -50,7 +50,9 @@ class Site:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(FEDPEFT_SERVER=self.address, FEDPEFT_KEYS="federation/submitters/ada")
+        return environment(
+            FEDPEFT_SERVER=self.address, FEDPEFT_KEYS="federation/submitters/ada", FEDPEFT_TOKEN=self.token
+        )
 
     def words(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "fedpeft.cli", *arguments]
@@ -64,8 +66,7 @@ class Site:
         return done.stdout
 
     def start(self, name: str, *arguments: str) -> None:
-        own = self.environment | ({"FEDPEFT_TOKEN": self.token} if name == AGENTS[-1] else {})
-        process = started(self.words(*arguments), self.folder, self.folder / f"{name}.log", own)
+        process = started(self.words(*arguments), self.folder, self.folder / f"{name}.log", self.environment)
         self.processes[name] = process
         self.stack.callback(end_group, process)
 
