@@ -74,8 +74,8 @@ async def own_material(
     began, repeats, usable = time.monotonic(), Repeats(), has_unused_token(keys, token)
     if usable and not refused and (end := valid_until(keys / CERTIFICATE_FILE, datetime.now(UTC))):
         LOG.info(
-            "the token is not used: the certificate in %s is valid until %s; it is used once that has ended or"
-            " the server refuses it",
+            "the token is not used: the certificate in %s is valid until %s; it is used once that has ended"
+            " or the server refuses it",
             keys,
             f"{end:%Y-%m-%d}",
         )

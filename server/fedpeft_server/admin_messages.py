@@ -6,9 +6,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fedpeft import __version__
 from fedpeft.config import RunConfig
-from fedpeft.errors import UsageError
+from fedpeft.errors import StateError, UsageError
 from fedpeft.files import storage
 from fedpeft.ledger.run_place import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
 from fedpeft.records import Round, parse_row
@@ -38,16 +40,16 @@ def run_of(text: str) -> RunConfig:
 
 def run_info(store: Store, stored: StoredRun) -> pb.RunInfo:
     """Say how a run stands."""
-    last, roster = _last_round(store, stored), store.runs.roster(stored.id)
+    last, agents = (None, []) if stored.problem else (_last_round(store, stored), _agents(store, stored))
     info = pb.RunInfo(
         id=stored.id,
-        name=stored.run.run.name,
+        name=stored.name,
         digest=stored.digest,
         status=stored.status,
-        detail=stored.reason,
+        detail=stored.reason or stored.problem,
         round=max(0, stored.round, 0 if last is None else last.round),  # rows outlive removed checkpoints
-        rounds=stored.run.run.rounds,
-        agents=[] if roster is None else roster.names,
+        rounds=0 if stored.problem else stored.run.run.rounds,
+        agents=agents,
         submitted_ms=milliseconds(stored.submitted_at),
         updated_ms=milliseconds(stored.changed_at),
         metrics=_metrics(last),
@@ -65,9 +67,10 @@ def run_info(store: Store, stored: StoredRun) -> pb.RunInfo:
 def incomplete_members(store: Store, stored: StoredRun) -> list[pb.MemberRounds]:
     """Say which members' answers have not all counted in a run's newest rounds.
 
-    None of a run that asks more than it has places for: there somebody's answer never counts.
+    None of a run that asks more than it has places for, where somebody's answer never counts, nor of one that
+    this version cannot read.
     """
-    if stored.run.federation.over_selection:
+    if stored.problem or stored.run.federation.over_selection:
         return []
     return [
         pb.MemberRounds(name=member.name, counted=member.counted, asked=member.asked)
@@ -77,8 +80,19 @@ def incomplete_members(store: Store, stored: StoredRun) -> list[pb.MemberRounds]
 
 def _last_round(store: Store, stored: StoredRun) -> Round | None:
     text = store.rounds(stored).last_row()
-    row = None if text is None else parse_row(text)
+    try:
+        row = None if text is None else parse_row(text)
+    except ValidationError:  # of another version
+        row = None
     return row if isinstance(row, Round) else None
+
+
+def _agents(store: Store, stored: StoredRun) -> list[str]:
+    try:
+        roster = store.runs.roster(stored.id)
+    except StateError:  # of another version
+        roster = None
+    return [] if roster is None else roster.names
 
 
 def _metrics(last: Round | None) -> dict[str, float]:

@@ -306,5 +306,5 @@ def _stop_private(store: Store, taken: str) -> None:
     """End what may have spent more than the backup knows."""
     why = f"restored from a backup of {taken}: what it has spent since then is not known; submit it again"
     for stored in store.runs.unended():
-        if stored.run.privacy is not None:
+        if stored.problem or stored.run.privacy is not None:  # one that cannot be read may be private
             store.runs.set_status(stored.id, Status.STOPPED, why)

@@ -105,6 +105,8 @@ class Supervisor:
             elif losses >= MOST_LOSSES:
                 aside = f"set aside, as the server was lost {losses} times while it was at this run's model"
                 self._store.runs.set_status(stored.id, Status.FAILED, aside)
+            elif stored.problem:
+                self._set_aside(stored)
             else:
                 self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
         self._fill()
@@ -252,7 +254,15 @@ class Supervisor:
                 stored = self._store.runs.next_queued(without=list(self._active), digests=held)
                 if stored is None:
                     return
-                self._start(stored)
+                if stored.problem:
+                    self._set_aside(stored)
+                else:
+                    self._start(stored)
+
+    def _set_aside(self, stored: StoredRun) -> None:
+        """Pause a run that this version cannot read: until it is stopped, or a version comes that can."""
+        LOG.error("run %s: set aside: %s", stored.id, stored.problem)
+        self._store.runs.set_status(stored.id, Status.PAUSED, f"set aside: {stored.problem}")
 
     def _start(self, stored: StoredRun) -> None:
         control = Control(self._clock)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, tuple_
 
+from fedpeft.errors import RunFileError
 from fedpeft.faults import crash_point
 from fedpeft.flower.flights import overlap_of
 from fedpeft.flower.tasks import TRAIN
@@ -212,7 +213,10 @@ class Results:
     def _learn(self, connection: Connection, names: Sequence[str]) -> None:
         described = select(runs.c.id, runs.c.run_json).where(runs.c.id.in_(names)) if names else None
         for run, text in connection.execute(described) if described is not None else ():
-            self._overlaps[run] = overlap_of(run_from_json(text))
+            try:
+                self._overlaps[run] = overlap_of(run_from_json(text))
+            except RunFileError:  # this version cannot read it, and opens no round of it
+                self._overlaps[run] = 0
 
 
 def _standing_of(overlap: int, last: int | None, under_way: tuple[int, float, int | None] | None) -> Standing:

@@ -7,11 +7,11 @@ import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, func, or_, select
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import UsageError
+from fedpeft.errors import StateError, UsageError
 from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
 from fedpeft.runfile import run_digest, run_json
@@ -194,7 +194,7 @@ class Runs:
         with self._database.writing() as connection:
             stands = select(runs.c.status, runs.c.reason).where(runs.c.id == run_id)
             now, why = connection.execute(stands).one()
-            if (now, why) == (status, reason) or not Status(now).may_become(status):
+            if (now, why) == (status, reason) or not _may_become(now, status):
                 return
             changed = {"status": status, "reason": reason, "changed_at": time.time()}
             connection.execute(runs.update().where(runs.c.id == run_id).values(changed))
@@ -226,10 +226,20 @@ class Runs:
             return read_lines(connection, run_id, after, limit)
 
     def roster(self, run_id: str) -> Roster | None:
-        """Who answered the roll call; None before it."""
+        """Return who answered the roll call; None before it.
+
+        Raises:
+            StateError: this version cannot read it.
+        """
         with self._database.reading() as connection:
             text = connection.execute(select(runs.c.roster).where(runs.c.id == run_id)).scalar_one()
-        return None if text is None else _ROSTER.validate_json(text)
+        try:
+            return None if text is None else _ROSTER.validate_json(text)
+        except ValidationError as error:
+            raise StateError(
+                f"this version cannot read the roster of run {run_id}; go on with it in the version that it"
+                " was submitted to, or submit it anew"
+            ) from error
 
     def keep_roster(self, run_id: str, roster: Roster) -> Roster:
         """Make the roll call's outcome, or a larger roster, the run's for good; nobody leaves it again.
@@ -269,6 +279,12 @@ class Runs:
             private = connection.execute(select(budget.c.run).where(budget.c.run.in_(names))).scalars()
             spent = {run: _epsilon(connection, run, reached.get(run)) for run in private}
         return standing, [RunGauges(run, reached.get(run, 0), spent.get(run)) for run in names]
+
+
+def _may_become(now: str, status: Status) -> bool:
+    """Whether a run may come to stand otherwise; one whose status this version does not know may end."""
+    known = now in set(Status)
+    return Status(now).may_become(status) if known else status.final
 
 
 def _epsilon(connection: Connection, run_id: str, round_: int | None) -> float | None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Connection, Row, func, select
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import StateError, UsageError
+from fedpeft.errors import RunFileError, StateError, UsageError
 from fedpeft.runfile import run_from_json
 from fedpeft_server.store.schema import checkpoints, run_readers, runs
 
@@ -57,16 +58,23 @@ class Rules(BaseModel):
 class StoredRun:
     """A submitted run as the store has it.
 
+    One that was stored by another version may be none that this version can read; it is there all the same,
+    with its `problem`, so that the others go on and people can see and stop it.
+
     Attributes:
         place: in the order of submission, from 1.
+        name: the run file's own.
+        text: of the run file; see `fedpeft.runfile.run_json`.
         submitter: whose run it is, by certificate.
         round: last committed; -1 before the start is.
         readers: submitters who may read it too; `EVERYONE`: all of them.
+        fault: what else of the row this version cannot read; empty: nothing.
     """
 
     id: str
     place: int
-    run: RunConfig
+    name: str
+    text: str
     digest: str
     rules: Rules
     status: Status
@@ -77,6 +85,33 @@ class StoredRun:
     round: int
     adapter_digest: str
     readers: tuple[str, ...] = ()
+    fault: str = ""
+
+    @functools.cached_property
+    def run(self) -> RunConfig:
+        """The run file.
+
+        Raises:
+            StateError: this version cannot read it.
+        """
+        try:
+            return run_from_json(self.text)
+        except RunFileError as error:
+            raise StateError(
+                f"this version cannot read run {self.id} ({' '.join(str(error).split())[:500]}); go on with"
+                " it in the version that it was submitted to, or stop it and submit it anew"
+            ) from error
+
+    @functools.cached_property
+    def problem(self) -> str:
+        """Why this version cannot go on with the run; empty: it can."""
+        if self.fault:
+            return self.fault
+        try:
+            _ = self.run
+        except StateError as error:
+            return str(error)
+        return ""
 
 
 def read_runs(connection: Connection, found: Sequence[Row[Any]]) -> list[StoredRun]:
@@ -94,16 +129,20 @@ def read_runs(connection: Connection, found: Sequence[Row[Any]]) -> list[StoredR
 
 
 def _run_of(row: Row[Any], round_: int, readers: Collection[str]) -> StoredRun:
+    status, rules, fault = Status.FAILED, Rules(), ""
     try:
-        status = Status(row.status)
-    except ValueError as error:
-        raise StateError(f"run {row.id} has the unknown status {row.status!r}; restore a backup") from error
+        status, rules = Status(row.status), Rules.model_validate_json(row.rules)
+    except ValidationError:
+        status, fault = Status(row.status), f"this version cannot read the rules of run {row.id}"
+    except ValueError:
+        fault = f"this version does not know the status {row.status!r} of run {row.id}"
     return StoredRun(
         id=row.id,
         place=row.place,
-        run=run_from_json(row.run_json),
+        name=row.name,
+        text=row.run_json,
         digest=row.digest,
-        rules=Rules.model_validate_json(row.rules),
+        rules=rules,
         status=status,
         reason=row.reason,
         submitter=row.submitter,
@@ -112,6 +151,7 @@ def _run_of(row: Row[Any], round_: int, readers: Collection[str]) -> StoredRun:
         round=round_,
         adapter_digest=row.adapter_digest,
         readers=tuple(readers),
+        fault=fault,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, func, select
 
 from fedpeft.config import RunConfig
-from fedpeft.errors import LimitError
+from fedpeft.errors import LimitError, RunFileError
 from fedpeft.runfile import run_from_json
 from fedpeft_server.store.schema import checkpoints, runs, submitters, updates
 from fedpeft_server.store.stored_run import UNENDED
@@ -41,7 +41,7 @@ def check_quota(connection: Connection, submitter: str, run: RunConfig, quota: Q
             f"{len(under_way)} runs of {submitter!r} have not ended, which is the most; wait for one, or stop"
             " one: fedpeft run stop RUN"
         )
-    rounds = sum(run_from_json(text).run.rounds for text in under_way)
+    rounds = sum(map(_rounds_of, under_way))
     if rounds + run.run.rounds > quota.rounds:
         raise LimitError(
             f"the run has {run.run.rounds} rounds and those of {submitter!r} that have not ended {rounds};"
@@ -50,6 +50,14 @@ def check_quota(connection: Connection, submitter: str, run: RunConfig, quota: Q
     line = over_quota(connection, submitter, quota)
     if line is not None:
         raise LimitError(line)
+
+
+def _rounds_of(text: str) -> int:
+    """Return how many rounds a stored run has; one that this version cannot read takes none of its time."""
+    try:
+        return run_from_json(text).run.rounds
+    except RunFileError:
+        return 0
 
 
 def over_quota(connection: Connection, submitter: str, quota: Quota) -> str | None:

@@ -159,7 +159,9 @@ def test_an_older_database_goes_on_after_its_migration(tmp_path: Path, url: str 
     """Its run, its open round and the update that was accepted are there, and the round can be closed."""
     where = url or f"sqlite:///{tmp_path / 'state.db'}"
     run = build_run({"run": {"name": "old", "rounds": 3}}, source="test")
-    old = StoredRun("old-1", 1, run, run_digest(run), Rules(), Status.RUNNING, "", "me", 1.0, 1.0, -1, "")
+    old = StoredRun(
+        "old-1", 1, "old", run_json(run), run_digest(run), Rules(), Status.RUNNING, "", "me", 1.0, 1.0, -1, ""
+    )
     engine = create_engine(where)
     script = VERSION_1.format(blob="BLOB" if url is None else "BYTEA")
     with engine.begin() as connection:
