@@ -177,12 +177,13 @@ def compress(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder, or a run folder with one.")],
     out: Annotated[Path, typer.Option(help="File to write, NAME.fpz.")],
     density: Annotated[float, typer.Option(help="Share of weights whose sign is kept.")] = 0.1,
-    scale: Annotated[
-        str, typer.Option(help="least-squares, or std for alpha times the standard deviation.")
-    ] = "least-squares",
+    method: Annotated[
+        str,
+        typer.Option(help="ternary: each tensor, its mean kept size; compeft: all as one, alpha deviations."),
+    ] = "ternary",
     alpha: Annotated[
         str | None,
-        typer.Option(help="Multiple for --scale std; search: the best one on the clients' held-out rows."),
+        typer.Option(help="For --method compeft; search: the best one on the clients' held-out rows."),
     ] = None,
     run_file: Annotated[
         Path | None, typer.Option("--run", help="Run file for --alpha search [default: the adapter's run].")
@@ -192,11 +193,11 @@ def compress(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
-    """Write an adapter as a file some twenty times smaller: signs of the largest changes, one scale each."""
+    """Write an adapter as a file some twenty times smaller: signs of the largest changes, and scales."""
     from fedpeft.commands.compress import compress_command
 
     compress_command(
-        adapter, out, density=density, scale=scale, alpha=alpha, raw=raw, force=force, run_file=run_file
+        adapter, out, density=density, method=method, alpha=alpha, raw=raw, force=force, run_file=run_file
     )
 
 

@@ -1,11 +1,33 @@
-"""What scripts that compare arms over seeds share: their options, and cells that show several seeds."""
+"""What scripts that compare arms over seeds share: options, a rate of each arm's own, cells of tables."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+TUNING_SEED = 100
+"""Rates are chosen on this seed, which no table reports."""
+RATE_FACTORS = (1 / 3, 1.0, 3.0)
+"""Each arm tries its run file's rate times these."""
+
+
+def best_rate(rate: float, loss_of: Callable[[float], float]) -> float:
+    """Return the rate with the lowest loss of `rate` times each of `RATE_FACTORS`.
+
+    Args:
+        loss_of: the loss of a run on `TUNING_SEED` with a rate; NaN or infinity where it diverged.
+
+    Raises:
+        SystemExit: no rate of the three has a loss that is a number.
+    """
+    losses = {rate * factor: loss_of(rate * factor) for factor in RATE_FACTORS}
+    numbers = {tried: loss for tried, loss in losses.items() if math.isfinite(loss)}
+    if not numbers:
+        raise SystemExit(f"no rate of {', '.join(f'{tried:.2g}' for tried in losses)} has a finite loss")
+    return min(numbers, key=lambda tried: numbers[tried])
 
 
 def options(description: str | None, *, quick: str, arms: bool = True) -> argparse.ArgumentParser:

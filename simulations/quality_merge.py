@@ -6,8 +6,8 @@
 Data, model and start are those of `quality_compression.py`: TREC on MiniLM with LoRA, ten clients, one
 start for all. The skew is milder, Dirichlet(1): under Dirichlet(0.1) most experts know one to three classes
 of six, and every rule falls to the share of one class. Each client trains `STEPS` AdamW steps of eight rows
-on its own rows; nothing is exchanged before the end. What it learned is merged plain, and from ComPEFT
-files of one fifth of the signs (least-squares scale). A rule's coefficients are those of its grid with the
+on its own rows; nothing is exchanged before the end. What it learned is merged plain, and from files
+of one fifth of the signs (least-squares ternary). A rule's coefficients are those of its grid with the
 best accuracy on held-out rows, at most `HELD_OUT` of each client; the test set is looked at once per table
 cell. Experts that are there are not trained again.
 
@@ -86,7 +86,7 @@ def experts(run: RunConfig, out: Path, steps: int) -> list[Adapter]:
 
 
 def compressed(delta: Weights) -> Weights:
-    """What is left of an expert in a ComPEFT file."""
+    """What is left of an expert in a ternary file."""
     rule = LeastSquaresScale()
     return {
         name: ternarise(array, DENSITY, rule).dense() if array.size else array

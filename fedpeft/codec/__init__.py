@@ -24,7 +24,15 @@ from fedpeft.codec.tensors import (
     TernaryTensor,
     identical,
 )
-from fedpeft.codec.ternary import FixedScale, LeastSquaresScale, ScaleRule, StdScale, rescaled, ternarise
+from fedpeft.codec.ternary import (
+    FixedScale,
+    LeastSquaresScale,
+    ScaleRule,
+    StdScale,
+    rescaled,
+    ternarise,
+    ternarise_together,
+)
 
 __all__ = [
     "CODERS",
@@ -64,6 +72,7 @@ __all__ = [
     "sign_with_scale",
     "tensor_stream",
     "ternarise",
+    "ternarise_together",
     "ternary_entropy_bits",
     "top_k",
     "unbiased_random_k",

@@ -10,8 +10,8 @@ from fedpeft.codec.arrays import Float32Array
 from fedpeft.codec.tensors import DenseTensor, Encoded
 from fedpeft.errors import UpdateError
 
-Compressor = Callable[[str, Float32Array], Encoded]
-"""Compresses one tensor, given its canonical name."""
+Compressor = Callable[[Mapping[str, Float32Array]], Mapping[str, Encoded]]
+"""Compresses tensors by their canonical names."""
 
 
 def compress_named(
@@ -21,8 +21,7 @@ def compress_named(
 
     Raises:
         UpdateError: no tensor with at least one entry was selected: a compressor that touches nothing is a
-            mistake
-            in the names it was given, not a success.
+            mistake in the names it was given, not a success.
     """
     touched = [name for name, delta in deltas.items() if selects(name) and delta.size]
     if not touched:
@@ -30,11 +29,8 @@ def compress_named(
         raise UpdateError(
             f"the compressor matches none of {len(deltas)} tensors (names such as {sample}): mend its filter"
         )
-    chosen = set(touched)
-    return {
-        name: compressor(name, delta) if name in chosen else DenseTensor(delta)
-        for name, delta in deltas.items()
-    }
+    chosen = compressor({name: deltas[name] for name in touched})
+    return {name: chosen[name] if name in chosen else DenseTensor(delta) for name, delta in deltas.items()}
 
 
 def dense_named(encoded: Mapping[str, Encoded]) -> dict[str, Float32Array]:

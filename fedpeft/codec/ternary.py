@@ -1,11 +1,12 @@
-"""Ternary deltas: the signs of the k largest magnitudes, and one scale for the whole tensor.
+"""Ternary deltas: the signs of the k largest magnitudes of a tensor or of a whole update, and one scale.
 
-Source: Yadav, Choshen and Raffel (2023), "ComPEFT", Algorithm 1: keep sgn of the top-k fraction by magnitude,
-set the rest to zero, multiply by alpha times the standard deviation of the unsparsified task vector.
-Differences: per tensor, because LoRA's A and B have different scales and one cut over both can erase either;
-ties have a fixed order; the standard deviation divides by d.
+Sources: Sattler, Wiedemann, Mueller and Samek (2019), sparse ternary compression, algorithm 1: each tensor by
+itself, its scale the mean kept magnitude. Yadav, Choshen and Raffel (2023), ComPEFT, algorithm 1: one cut
+over the whole task vector, its scale alpha times the standard deviation of the unsparsified vector. In both,
+ties have a fixed order here; the standard deviation divides by d.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,6 +91,34 @@ def ternarise(delta: npt.NDArray[np.floating], density: float, rule: ScaleRule) 
     flat = flat_float32(delta)
     trits = top_k_signs(flat, find_cut(flat, kept_count(flat.size, density)))
     return TernaryTensor(trits.reshape(delta.shape), rule.scale(flat, trits))
+
+
+def ternarise_together(
+    deltas: Mapping[str, Float32Array], density: float, rule: ScaleRule
+) -> dict[str, TernaryTensor]:
+    """Compress all float32 deltas as one vector: one cut and one scale for all of them.
+
+    Tensors without a non-zero entry are left out of the vector: they never moved.
+
+    Args:
+        deltas: by name; their order in the vector is that of the sorted names.
+        density: fraction of the vector's entries whose sign is kept; entries equal to zero are never kept.
+        rule: gives the scale, from the whole vector.
+
+    Raises:
+        UpdateError: as for `ternarise`.
+    """
+    moved = [name for name in sorted(deltas) if deltas[name].any()]
+    vector = np.concatenate([flat_float32(deltas[name]) for name in moved] or [np.zeros(0, np.float32)])
+    whole = ternarise(vector, density, rule)
+    ends = np.cumsum([deltas[name].size for name in moved], dtype=np.int64)
+    parts = dict(zip(moved, np.split(whole.trits, ends[:-1]), strict=True)) if moved else {}
+    return {
+        name: TernaryTensor(parts[name].reshape(delta.shape), whole.scale)
+        if name in parts
+        else TernaryTensor(np.zeros(delta.shape, np.int8), 0.0)
+        for name, delta in deltas.items()
+    }
 
 
 def rescaled(tensor: TernaryTensor, factor: float) -> TernaryTensor:

@@ -37,8 +37,10 @@ from fedpeft.reporting.text import byte_size
 from fedpeft.stages import STAGES, StageContext
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.compeft import Compeft
+from fedpeft.stages.ternary import Ternary
 from fedpeft.update import Arrays, Update, arrays_digest
 
+METHODS: dict[str, Any] = {kind: STAGES[kind] for kind in ("ternary", "compeft")}
 _HERE = StageContext(seed=0, round=1, client="expert")
 
 
@@ -47,7 +49,7 @@ def compress_command(
     out: Path,
     *,
     density: float,
-    scale: str,
+    method: str,
     alpha: str | None,
     raw: bool,
     force: bool,
@@ -56,7 +58,9 @@ def compress_command(
     """Write an adapter's change as signs and scales to a `.fpz` file, and print what that costs.
 
     Args:
-        alpha: a number, or "search" for the one that serves the held-out rows of the adapter's run best.
+        method: "ternary" or "compeft", with the options of the stage of that name.
+        alpha: of ComPEFT: a number, or "search" for the one that serves the held-out rows of the adapter's
+            run best.
         run_file: that run, where it is not beside the adapter.
 
     Raises:
@@ -65,18 +69,16 @@ def compress_command(
         FedPEFTError: the adapter or its run cannot be read.
     """
     _check_file(out, force=force)
-    options: dict[str, Any] = {"density": density, "scale": scale} | (
-        {} if alpha is None else {"alpha": _number(alpha)}
-    )
-    stage: Compeft = build_option("compress", STAGES, "compeft", options)
+    options: dict[str, Any] = {"density": density} | ({} if alpha is None else {"alpha": _number(alpha)})
+    stage: Ternary | Compeft = build_option("compress", METHODS, method, options)
     source = read_adapter(adapter)
     if raw:
         source = Adapter(source.config, source.weights)
     delta = delta_of(source)
     tensors = compress_named(
-        delta, lambda name, array: stage.compress(name, array, _HERE), lambda name: delta[name].size > 0
+        delta, lambda deltas: stage.compress(deltas, _HERE), lambda name: delta[name].size > 0
     )
-    if stage.alpha == SEARCH:
+    if isinstance(stage, Compeft) and stage.alpha == SEARCH:
         found = _searched(adapter, run_file, source, tensors)
         tensors = cast(dict[str, Encoded], dict(found.encoded))
         options |= {"alpha": found.metrics["alpha"]}
@@ -85,7 +87,7 @@ def compress_command(
         "fedpeft": __version__,
         "base_digest": _base_of(source),
         "adapter_config": dict(source.config),
-        "method": {"kind": "compeft", **options},
+        "method": {"kind": method, **options},
         "start": None
         if source.start is None
         else source.start.model_dump(mode="json", exclude_defaults=True),

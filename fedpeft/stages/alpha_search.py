@@ -35,7 +35,7 @@ def searched(sent: Update, given: Update, context: StageContext) -> Update:
     if context.held_out_loss is None:
         raise UpdateError(
             f"{context.client}: alpha = '{SEARCH}' needs held-out rows and there are none; raise"
-            " data.heldout, or use scale = 'least-squares'"
+            " data.heldout, or use stage 'ternary'"
         )
     losses = {alpha: context.held_out_loss(_dense(_scaled(sent, alpha))) for alpha in ALPHA_GRID}
     numbers = {alpha: loss for alpha, loss in losses.items() if np.isfinite(loss)}

@@ -1,24 +1,18 @@
-"""Signs of the largest entries and one scale per tensor."""
+"""ComPEFT as published: the signs of the largest entries of the whole update, and one scale for all of it."""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ValidationInfo, field_validator
 
-from fedpeft.codec import (
-    Encoded,
-    FixedScale,
-    LeastSquaresScale,
-    ScaleRule,
-    StdScale,
-    TernaryTensor,
-    ternarise,
-)
+from fedpeft.codec import Encoded, StdScale, TernaryTensor, ternarise_together
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import PositiveFloat, Section
+from fedpeft.config import Section
+from fedpeft.errors import UpdateError
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, Float32Array, Patterns, compressed, restored
@@ -33,53 +27,32 @@ def _number_or_search(alpha: float | str) -> float | str:
 
 
 class Compeft(Section):
-    """Keep the signs of the largest entries of each tensor, times one scale.
+    """Keep the signs of the largest entries of the whole update, times alpha standard deviations of it.
 
-    Source: Yadav, Choshen and Raffel 2023, ComPEFT, algorithm 1; see `fedpeft.codec.ternary` for the
-    differences.
+    Source: Yadav, Choshen and Raffel 2023, ComPEFT, algorithm 1. Ties have a fixed order; tensors that never
+    moved are left out of the cut and of the deviation, as they are no part of what was trained.
 
-    `scale` is "least-squares" (the mean kept magnitude: it can't overshoot, which error feedback needs),
-    "std" (`alpha` times the standard deviation of the whole tensor, as published) or "fixed" (`value`, one
-    public number for all). With alpha "search" each client takes the alpha of the published grid that has the
-    lowest loss on its own held-out rows, every round.
+    With alpha "search" each client takes the alpha of the published grid that has the lowest loss on its own
+    held-out rows, every round. Error feedback is no part of the paper. LoRA's two factors differ in size, so
+    that one cut can leave one of them out; stage "ternary" cuts each tensor by itself.
     """
 
     kind: ClassVar[str] = "compeft"
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "ternary"
     density: Density = 0.1
-    scale: Literal["least-squares", "std", "fixed"] = "least-squares"
     alpha: Annotated[float | str, AfterValidator(_number_or_search)] = 1.0
-    value: Annotated[PositiveFloat | None, Field(validate_default=True)] = None
     tensors: Patterns = EVERY
     error_feedback: bool = False
-
-    @field_validator("alpha")
-    @classmethod
-    def _alpha_is_used(cls, alpha: float | str, info: ValidationInfo) -> float | str:
-        if info.data.get("scale") not in (None, "std"):
-            raise ValueError("alpha goes with scale = 'std' only")
-        return alpha
 
     @field_validator("error_feedback")
     @classmethod
     def _contracts(cls, error_feedback: bool, info: ValidationInfo) -> bool:
         if error_feedback and info.data.get("alpha") == SEARCH:
             raise ValueError(
-                f"alpha = '{SEARCH}' may overshoot, and what is fed back would grow;"
-                " use scale = 'least-squares'"
+                f"alpha = '{SEARCH}' may overshoot, and what is fed back would grow; use stage 'ternary'"
             )
         return error_feedback
-
-    @field_validator("value")
-    @classmethod
-    def _value_is_used(cls, value: float | None, info: ValidationInfo) -> float | None:
-        scale = info.data.get("scale")
-        if scale == "fixed" and value is None:
-            raise ValueError("scale = 'fixed' needs a value")
-        if scale not in (None, "fixed") and value is not None:
-            raise ValueError("value goes with scale = 'fixed' only")
-        return value
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress; under alpha "search" with the alpha that serves this client's held-out rows best."""
@@ -87,25 +60,33 @@ class Compeft(Section):
         return searched(sent, update, context) if self.alpha == SEARCH else sent
 
     def on_server(self, update: Update, context: StageContext) -> Update:
-        """Back to float32."""
-        return restored(self, update, context)
+        """Back to float32.
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
-        """Top-k signs; ties go to the smaller index."""
-        return ternarise(delta, self.density, self._rule())
+        Raises:
+            UpdateError: a tensor in another form, more signs than the density keeps of all, or two scales.
+        """
+        result = restored(self, update, context)
+        tensors = {name: sent for name, sent in update.encoded.items() if isinstance(sent, TernaryTensor)}
+        most, came = kept_count(sum(sent.trits.size for sent in tensors.values()), self.density), 0
+        scales: set[float] = set()
+        for name, sent in tensors.items():
+            kept = int(np.count_nonzero(sent.trits))
+            came += kept
+            scales |= {sent.scale} if kept else set()
+            problem = ""
+            if came > most:
+                problem = f"{came} signs came up to it, density {self.density:g} keeps {most} of the update"
+            elif len(scales) > 1:
+                problem = f"scale {sent.scale:g} came, all tensors of an update have one"
+            if problem:
+                raise UpdateError(f"{context.client}: array {name!r} breaks stage '{self.kind}': {problem}")
+        return result
+
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
+        """Top-k signs of all entries together; ties go to the earlier name and the smaller index."""
+        alpha = 1.0 if isinstance(self.alpha, str) else self.alpha
+        return {**ternarise_together(deltas, self.density, StdScale(alpha))}
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
-        """At most the promised number of signs, and the public scale where it is fixed."""
-        if not isinstance(tensor, TernaryTensor):
-            return f"a {type(tensor).__name__} came"
-        most, came = kept_count(math.prod(tensor.shape), self.density), int(np.count_nonzero(tensor.trits))
-        if came > most:
-            return f"{came} signs came, density {self.density:g} keeps {most}"
-        if self.scale == "fixed" and tensor.scale != float(np.float32(self.value or 0.0)):
-            return f"scale {tensor.scale:g} came, {self.value:g} is the run's"
-        return None
-
-    def _rule(self) -> ScaleRule:
-        if self.scale == "std":
-            return StdScale(1.0 if isinstance(self.alpha, str) else self.alpha)
-        return LeastSquaresScale() if self.value is None else FixedScale(self.value)
+        """The promised form; what all tensors promise together is checked in `on_server`."""
+        return None if isinstance(tensor, TernaryTensor) else f"a {type(tensor).__name__} came"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
@@ -50,9 +51,12 @@ class Dare(Section):
         """Back to float32."""
         return restored(self, update, context)
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """What this client's coins of this round keep."""
-        return dare(delta, self.drop_rate, public_source(self, name, context))
+        return {
+            name: dare(delta, self.drop_rate, public_source(self, name, context))
+            for name, delta in deltas.items()
+        }
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """The run's own coins and factor: a client may not choose them."""

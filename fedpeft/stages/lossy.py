@@ -35,7 +35,7 @@ _RESIDUAL = "residual/"
 
 
 class Lossy(Protocol):
-    """A stage that compresses tensor by tensor.
+    """A stage that compresses tensors.
 
     Attributes:
         tensors: shell-style patterns of the names it touches; the others travel as they are.
@@ -54,8 +54,8 @@ class Lossy(Protocol):
         """See the class."""
         ...
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
-        """One tensor's compressed form."""
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> Mapping[str, Encoded]:
+        """The compressed form of each tensor."""
         ...
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
@@ -102,7 +102,7 @@ def compressed(stage: Lossy, update: Update, context: StageContext) -> Update:
     if stage.error_feedback:
         whole |= with_residual(touched, _residuals(context))
     encoded = compress_named(
-        whole, lambda name, delta: stage.compress(name, delta, context), lambda name: name in touched
+        whole, lambda deltas: stage.compress(deltas, context), lambda name: name in touched
     )
     if stage.error_feedback:
         left = residual_after(

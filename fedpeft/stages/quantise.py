@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator
@@ -35,7 +36,7 @@ class Quantise(Section):
     @classmethod
     def _contracts(cls, error_feedback: bool, info: ValidationInfo) -> bool:
         if error_feedback and info.data.get("bits") == 2:
-            raise ValueError("rounding to 2 bits overshoots; use 4 or 8 bits, or 'compeft' instead")
+            raise ValueError("rounding to 2 bits overshoots; use 4 or 8 bits, or 'ternary' instead")
         return error_feedback
 
     def on_client(self, update: Update, context: StageContext) -> Update:
@@ -46,10 +47,14 @@ class Quantise(Section):
         """Back to float32."""
         return restored(self, update, context)
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """Rounded by the client's coins of this round and tensor."""
-        rng = context.rng(f"{self.kind}/{name}")
-        return quantise(delta, self.bits, rng, default_channel_axis(delta.shape))
+        return {
+            name: quantise(
+                delta, self.bits, context.rng(f"{self.kind}/{name}"), default_channel_axis(delta.shape)
+            )
+            for name, delta in deltas.items()
+        }
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """The promised width and channels."""

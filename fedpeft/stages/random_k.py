@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fedpeft.codec import Encoded, MaskedTensor, RandomKMask, random_k, unbiased_random_k
@@ -47,10 +48,13 @@ class RandomK(Section):
         """Back to float32."""
         return restored(self, update, context)
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """The `density` fraction at this client's positions of this round."""
         method = random_k if self.error_feedback else unbiased_random_k
-        return method(delta, self.density, public_source(self, name, context))
+        return {
+            name: method(delta, self.density, public_source(self, name, context))
+            for name, delta in deltas.items()
+        }
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """The run's own positions and factor: a client may not choose them."""

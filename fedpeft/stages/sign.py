@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fedpeft.codec import Encoded, SignTensor, sign_with_scale
@@ -34,9 +35,9 @@ class Sign(Section):
         """Back to float32."""
         return restored(self, update, context)
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """Signs times ||delta||_1 / d."""
-        return sign_with_scale(delta)
+        return {name: sign_with_scale(delta) for name, delta in deltas.items()}
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """The promised form."""

@@ -19,6 +19,7 @@ from fedpeft.stages.noise import Noise
 from fedpeft.stages.quantise import Quantise
 from fedpeft.stages.random_k import RandomK
 from fedpeft.stages.sign import Sign
+from fedpeft.stages.ternary import Ternary
 from fedpeft.stages.top_k import TopK
 from fedpeft.stages.weigh import Weigh
 
@@ -30,6 +31,7 @@ STAGES: dict[str, Any] = {  # a class that is a Stage and takes its options by n
     "quantise": Quantise,
     "random-k": RandomK,
     "sign": Sign,
+    "ternary": Ternary,
     "top-k": TopK,
     "weigh": Weigh,
 }
@@ -79,7 +81,7 @@ def _search_problems(run: RunConfig, where: str, stage: Stage) -> list[str]:
     """What stands against a scale that each client searches on its held-out rows."""
     if not isinstance(stage, Compeft) or stage.alpha != SEARCH:
         return []
-    what, instead = f"{where}.alpha ({stage.kind}): '{SEARCH}'", "use scale = 'least-squares'"
+    what, instead = f"{where}.alpha ({stage.kind}): '{SEARCH}'", "use stage 'ternary'"
     if run.data.heldout == 0:
         return [f"{what} needs held-out rows; set data.heldout above 0, or {instead}"]
     if isinstance(run.privacy, LocalPrivacy | RecordLevelPrivacy):
@@ -124,7 +126,7 @@ def build_downlink(run: RunConfig) -> Stage | None:
 
 def _downlink_problem(kind: str, stage: Stage, space: str) -> str | None:
     if isinstance(stage, Compeft) and stage.alpha == SEARCH:
-        return f"alpha = '{SEARCH}' needs a client's held-out rows; use scale = 'least-squares'"
+        return f"alpha = '{SEARCH}' needs a client's held-out rows; use 'ternary'"
     if stage.role != "lossy":
         compressing = ", ".join(name for name, known in STAGES.items() if known.role == "lossy")
         return f"it compresses nothing, and only compressing serves on the way down; use one of {compressing}"

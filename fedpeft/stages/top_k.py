@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from fedpeft.codec import Encoded, SparseTensor, top_k
@@ -35,9 +36,9 @@ class TopK(Section):
         """Back to float32."""
         return restored(self, update, context)
 
-    def compress(self, name: str, delta: Float32Array, context: StageContext) -> Encoded:
+    def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """The `density` fraction with the largest magnitudes."""
-        return top_k(delta, self.density)
+        return {name: top_k(delta, self.density) for name, delta in deltas.items()}
 
     def check(self, name: str, tensor: Encoded, context: StageContext) -> str | None:
         """At most the promised number of entries."""

@@ -37,8 +37,8 @@ CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
     "space": ({"spaces": ["seed-scalars"]}, run(), "'adapter-delta' is not in policy.spaces"),
     "stage": (
         {"stages": ["clip"]},
-        run(stages=[{"kind": "compeft"}]),
-        "stage 'compeft' is not in policy.stages",
+        run(stages=[{"kind": "ternary"}]),
+        "stage 'ternary' is not in policy.stages",
     ),
     "no stage": (
         {"needs_stages": ["clip"]},
@@ -108,15 +108,15 @@ def test_a_run_inside_the_policy_is_let_in() -> None:
         methods=("lora",),
         training=("first-order",),
         spaces=("adapter-delta",),
-        stages=("clip", "compeft"),
-        needs_stages=("compeft",),
+        stages=("clip", "ternary"),
+        needs_stages=("ternary",),
         privacy=("local",),
         min_noise_multiplier=2.0,
         max_run_epsilon=4.0,
         max_total_epsilon=4.0,
         max_local_steps=10,
     )
-    asked = run(privacy=LOCAL, training={"steps": 10}, stages=[{"kind": "compeft"}])
+    asked = run(privacy=LOCAL, training={"steps": 10}, stages=[{"kind": "ternary"}])
     assert objections(policy, asked) == []
 
 

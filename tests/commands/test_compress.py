@@ -94,7 +94,7 @@ def test_the_file_says_what_it_belongs_to(call: Call, runs: list[Path], tmp_path
     metadata = read_expert(file).metadata
     assert len(metadata["base_digest"]) == 64
     assert metadata["adapter_config"]["r"] == 4
-    assert metadata["method"] == {"kind": "compeft", "density": 0.1, "scale": "least-squares"}
+    assert metadata["method"] == {"kind": "ternary", "density": 0.1}
     assert str(tmp_path) not in json.dumps(dict(metadata))
 
 
@@ -229,7 +229,7 @@ def test_compress_refuses_what_it_cannot_do(call: Call, runs: list[Path], tmp_pa
     run, file = str(runs[0]), tmp_path / "one.fpz"
     assert call("compress", run, "--out", str(tmp_path / "one.zip"))[0] == 2
     assert call("compress", str(tmp_path / "none"), "--out", str(file))[0] == 2
-    for bad in (["--density", "0"], ["--scale", "cubic"], ["--alpha", "2"]):
+    for bad in (["--density", "0"], ["--method", "cubic"], ["--alpha", "2"]):
         code, _, err = call("compress", run, "--out", str(file), *bad)
         assert code == 3
         assert bad[0].strip("-") in err

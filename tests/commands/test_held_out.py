@@ -98,7 +98,7 @@ def test_merge_selects_what_trying_everything_finds(
 def test_compress_searches_what_trying_everything_finds(
     call: Call, tiny_run: Path, by_loss: Path, tmp_path: Path
 ) -> None:
-    options = ["--density", "0.2", "--scale", "std"]
+    options = ["--density", "0.2", "--method", "compeft"]
     losses = {}
     for alpha in ALPHA_GRID:
         file, out = tmp_path / f"{alpha}.fpz", tmp_path / f"{alpha}"

@@ -22,6 +22,7 @@ from tests.core.strategies import FLOAT, several
 OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"clip_norm": 1.0},
     "compeft": {},
+    "ternary": {},
     "dare": {},
     "identity": {},
     "quantise": {},
@@ -52,7 +53,7 @@ UPDATE = normal((4, 3), (5,), ())
 
 def test_every_stage_is_under_the_contract() -> None:
     assert set(OPTIONS) == set(STAGES)
-    assert len(STAGES) == 9
+    assert len(STAGES) == 10
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))

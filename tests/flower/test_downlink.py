@@ -41,7 +41,7 @@ from tests.simulation.runs import fingerprint, resumed, simulated
 DIGEST = "ab" * 32
 SHAPES = {"block.0.lora_A": (8, 40), "block.0.lora_B": (40, 8), "head": (6,)}
 CLIENTS = [f"ward-{number}" for number in range(5)]
-STAGE = {"kind": "compeft", "density": 0.1, "error_feedback": True}
+STAGE = {"kind": "ternary", "density": 0.1, "error_feedback": True}
 EVERY_LOSSY = [kind for kind, stage in STAGES.items() if stage.role == "lossy"]
 
 
@@ -234,7 +234,7 @@ def test_wrong_states_and_steps_are_refused() -> None:
     with pytest.raises(FederationError, match="fingerprint"):
         caught_up(message, Replica(arrays_digest(elsewhere), elsewhere), steps())
     with pytest.raises(UpdateError, match="another run or downlink stage"):
-        steps(kind="compeft", density=0.2).take(state, step.payload, who="a")
+        steps(kind="ternary", density=0.2).take(state, step.payload, who="a")
     with pytest.raises(UpdateError, match="no whole update message"):
         steps().take(state, step.payload[:-9], who="a")
     small = {name: array[:2] for name, array in state.items()}
@@ -298,7 +298,7 @@ def test_a_run_counts_what_each_client_would_be_sent(undisturbed: Path) -> None:
         assert 0.1 < row.down.cosine < 1
         assert row.down.message == pytest.approx(sum(o.bytes_down for o in row.outcomes) / 2)
         (plain, dense), (kind, coded) = row.down.stages
-        assert (plain, kind) == ("plain", "compeft")
+        assert (plain, kind) == ("plain", "ternary")
         for item in row.outcomes:
             assert (item.bytes_down > dense) == (item.client not in seen)
             assert item.bytes_down > dense or item.bytes_down < 4 * coded

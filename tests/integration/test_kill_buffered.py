@@ -34,7 +34,7 @@ SIZE = 2
 def test_buffered_rounds_count_each_update_once_whoever_is_killed(tmp_path: Path) -> None:
     run = tables(tmp_path)
     run["run"]["rounds"] = rounds = 4 * len(SERVER)
-    run["stages"] = [{"kind": "compeft", "density": 0.2}]
+    run["stages"] = [{"kind": "ternary", "density": 0.2}]
     run["federation"] = {
         "mode": "buffered",
         "buffer": {"size": SIZE, "concurrency": 3, "max_staleness": rounds},

@@ -49,7 +49,7 @@ def tables(folder: Path) -> dict[str, Any]:
             "partitioner": {"kind": "files"},
         },
         "training": {"steps": 1, "batch_size": 4},
-        "stages": [{"kind": "compeft", "density": 0.2, "error_feedback": True}],
+        "stages": [{"kind": "ternary", "density": 0.2, "error_feedback": True}],
         "federation": {"quorum": 1.0},
         "evaluation": {"bootstrap": 2, "metrics": ["token-accuracy"], "every": 1000},
     }

@@ -37,7 +37,7 @@ def problems(rule: str | None, **sections: Any) -> list[str]:
 def test_every_rule_goes_by_itself_and_with_stages() -> None:
     for rule in LORA_RULES:
         assert problems(rule) == []
-        assert problems(rule, stages=[{"kind": "compeft", "density": 0.1}]) == []
+        assert problems(rule, stages=[{"kind": "ternary", "density": 0.1}]) == []
         assert problems(rule, federation={"strategy": {"kind": "fedprox", "proximal_mu": 0.1}}) == []
 
 
@@ -67,7 +67,7 @@ RANKS = [{**GROUP, "peft": {"r": 2}}]
             "releases a noised sum only",
         ),
         ("fedsa", {"privacy": LOCAL, "federation": {"weighting": "uniform"}}, "that no noise was added to"),
-        ("flexlora", {"downlink": {"kind": "compeft"}}, "remove .downlink."),
+        ("flexlora", {"downlink": {"kind": "ternary"}}, "remove .downlink."),
         (
             "flora",
             {"federation": {"mode": "buffered", "buffer": {"size": 2, "concurrency": 2}}},

@@ -34,7 +34,7 @@ def compressed_run() -> list[Row]:
     for row in whole_run(rounds=4):
         if isinstance(row, Round) and row.round:
             size, cosine = 4000.0 + 100 * row.round, 0.7 + row.round / 100
-            up = leg("compeft", size - 200, size, (0.6, cosine))
+            up = leg("ternary", size - 200, size, (0.6, cosine))
             row = row.model_copy(update={"up": up, "down": leg("quantise", 66_000.0, 262_144.0, None)})
         rows.append(row)
     return rows
@@ -44,7 +44,7 @@ def test_the_summary_holds_means_over_the_rounds() -> None:
     told = json.loads(json.dumps(summary_json(build_summary(compressed_run()))))["transfers"]
     assert told["up"] == {
         "direction": "up",
-        "stages": [["plain", 262_144.0], ["weigh", 262_144.0], ["compeft", 4050.0]],
+        "stages": [["plain", 262_144.0], ["weigh", 262_144.0], ["ternary", 4050.0]],
         "message": 4250.0,
         "fp32": 262_144.0,
         "bf16": 131_072.0,
@@ -76,7 +76,7 @@ def test_the_report_shows_every_stage_and_every_rounds_distortion() -> None:
     cells = [re.sub(r"<[^>]+>", "", cell).strip() for cell in re.findall(r"<t[dh][^>]*>.*?</t[dh]>", part)]
     for stage, size, share in (
         ("plain", "256 KiB", "200.0%"),
-        ("compeft", "3.96 KiB", "3.1%"),
+        ("ternary", "3.96 KiB", "3.1%"),
         ("message", "4.15 KiB", "3.2%"),
         ("quantise", "64.5 KiB", "50.4%"),
         ("bf16, all trained parameters", "128 KiB", "100.0%"),

@@ -54,7 +54,7 @@ def test_a_sound_file_is_not_refused(kind: str) -> None:
 
 
 FIXED = {"kind": "fixed", "cohort": 2}
-COMPEFT = {"kind": "compeft", "error_feedback": True}
+TERNARY = {"kind": "ternary", "error_feedback": True}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
         ("record-level", {"training.steps": None}, "how many rows a client has"),
         ("record-level", {"training.kind": "none"}, "no records to protect"),
         ("record-level", {"federation.weighting": "examples"}, "is private"),
-        ("record-level", {"stages": [COMPEFT]}, "memory on the client"),
+        ("record-level", {"stages": [TERNARY]}, "memory on the client"),
         ("record-level", {"data.explode": "turns"}, "data.user"),
         ("record-level", {"data.explode": "turns", "data.user": "turns"}, "another than the one"),
         (
@@ -104,7 +104,7 @@ COMPEFT = {"kind": "compeft", "error_feedback": True}
         ("record-level", {"training.fused_update": True}, "each row's own gradient"),
         ("record-level", {"training.gradient_accumulation": 2}, "one Poisson batch"),
         ("record-level", {"federation.strategy": "qfedavg"}, "losses"),
-        ("local", {"stages": [{"kind": "compeft"}, {"kind": "noise"}]}, "add the noise first"),
+        ("local", {"stages": [{"kind": "ternary"}, {"kind": "noise"}]}, "add the noise first"),
         ("local", {"stages": [{"kind": "clip", "clip_norm": 1.0}]}, "clip first"),
         ("local", {"stages": [{"kind": "noise"}, {"kind": "noise"}]}, "one draw of noise"),
         ("local", {"stages": [{"kind": "noise", "clip_norm": 1.0}]}, "its options are those of [privacy]"),
@@ -121,7 +121,7 @@ def test_refusals(kind: str, changes: dict[str, Any], says: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("client-level", {"stages": [COMPEFT]}),  # the server clips what it decodes
+        ("client-level", {"stages": [TERNARY]}),  # the server clips what it decodes
         ("client-level", {"federation.sampling": {"kind": "all"}}),  # a coin that always shows heads
         ("client-level", {"federation.weighting": "examples", "privacy.max_weight": 4}),
         ("client-level", {"federation.strategy": {"kind": "fedadam", "eta": 0.01}}),
@@ -131,8 +131,8 @@ def test_refusals(kind: str, changes: dict[str, Any], says: str) -> None:
         ("record-level", {"data.limit": 9}),  # so many embedded rows are made
         ("client-level", {"data.partitioner.clients": 499, "privacy.target_delta": 2e-3}),
         ("record-level", {"privacy.expected_batch_size": 20, "privacy.target_delta": 4.9e-3}),
-        ("record-level", {"stages": [{"kind": "compeft"}]}),
-        ("local", {"stages": [{"kind": "clip", "clip_norm": 1.0}, {"kind": "noise"}, {"kind": "compeft"}]}),
+        ("record-level", {"stages": [{"kind": "ternary"}]}),
+        ("local", {"stages": [{"kind": "clip", "clip_norm": 1.0}, {"kind": "noise"}, {"kind": "ternary"}]}),
     ],
 )
 def test_what_is_free_is_allowed(kind: str, changes: dict[str, Any]) -> None:

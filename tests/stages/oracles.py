@@ -34,19 +34,11 @@ def check_top_k(x: Array, out: Array, options: Mapping[str, Any]) -> None:
     assert np.array_equal(out.ravel(), wanted)
 
 
-def check_compeft(x: Array, out: Array, options: Mapping[str, Any]) -> None:
+def check_ternary(x: Array, out: Array, options: Mapping[str, Any]) -> None:
     flat, places = x.ravel(), largest(x, options["density"])
     if not places:
         return
-    rule = options.get("scale", "least-squares")
-    if rule == "fixed":
-        scale = options["value"]
-    elif rule == "std":
-        mean = sum(flat) / flat.size
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in flat) / flat.size)
-        scale = options["alpha"] * (deviation if flat.size > 1 else abs(mean))
-    else:
-        scale = sum(abs(flat[i]) for i in places) / len(places)
+    scale = options.get("value", sum(abs(flat[i]) for i in places) / len(places))
     wanted = np.zeros(x.size)
     for i in places:
         wanted[i] = math.copysign(scale, flat[i])
@@ -89,12 +81,12 @@ def check_sign(x: Array, out: Array, options: Mapping[str, Any]) -> None:
 
 Check = Callable[[Array, Array, Mapping[str, Any]], None]
 CHECKS: Mapping[str, Check] = {
-    "compeft": check_compeft,
     "dare": check_dare,
     "identity": check_equal,
     "quantise": check_quantise,
     "random-k": check_random_k,
     "sign": check_sign,
+    "ternary": check_ternary,
     "top-k": check_top_k,
     "weigh": check_equal,
 }

@@ -20,20 +20,19 @@ from tests.simulation.conftest import tiny_tables
 from tests.simulation.runs import simulated
 from tests.stages.passing import built, context, drawn, passed, wide
 
-SEARCHED = {"density": 0.1, "scale": "std", "alpha": "search"}
-NAME = "layer.0.lora_A"
+SEARCHED = {"density": 0.1, "alpha": "search"}
 
 
 def brute(update: Update, alpha: float) -> dict[str, np.ndarray]:
-    """Signs of the largest tenth times alpha times the standard deviation, in float64."""
-    made: dict[str, np.ndarray] = {}
-    for name, array in wide(update).items():
-        flat, signs = array.ravel(), np.zeros(array.size)
-        if flat.size:
-            kept = np.argsort(-np.abs(flat), kind="stable")[: max(1, round(0.1 * flat.size))]
-            signs[kept] = alpha * (flat.std() or math.sqrt(np.mean(flat**2))) * np.sign(flat[kept])
-        made[name] = signs.reshape(array.shape)
-    return made
+    """Signs of the largest tenth of all entries times alpha times their standard deviation, in float64."""
+    arrays = wide(update)
+    names = sorted(arrays)
+    flat = np.concatenate([arrays[name].ravel() for name in names])
+    signs = np.zeros(flat.size)
+    kept = np.argsort(-np.abs(flat), kind="stable")[: round(0.1 * flat.size)]
+    signs[kept] = alpha * flat.std() * np.sign(flat[kept])
+    parts = np.split(signs, np.cumsum([arrays[name].size for name in names])[:-1])
+    return {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def distance_to(target: Arrays) -> Callable[[Arrays], float]:
@@ -61,8 +60,12 @@ def test_of_equal_ones_the_smallest_and_broken_losses_are_passed_over() -> None:
     stage, update = built("compeft", SEARCHED), drawn()
     flat = passed([stage], update, context(held_out_loss=lambda arrays: 1.0))
     assert flat.metrics["alpha"] == min(ALPHA_GRID)
-    bound = 3.5 * wide(update)[NAME].std()
-    loss = lambda arrays: math.nan if np.abs(arrays[NAME]).max() < bound else 1.0  # noqa: E731 - a one-liner
+    bound = 3.5 * np.concatenate([array.ravel() for array in wide(update).values()]).std()
+
+    def loss(arrays: Arrays) -> float:
+        largest = max(float(np.abs(array).max()) for array in arrays.values() if array.size)
+        return math.nan if largest < bound else 1.0
+
     assert passed([stage], update, context(held_out_loss=loss)).metrics["alpha"] == 4.0
     with pytest.raises(UpdateError, match="ward-7: no alpha of 9 has a held-out loss that is a number"):
         stage.on_client(update, context(held_out_loss=lambda arrays: math.inf))
@@ -84,7 +87,6 @@ def run(stage: dict[str, Any], **more: Any) -> RunConfig:
         ({"error_feedback": True}, {}, "may overshoot"),
         ({"alpha": "best"}, {}, "a number above 0, or 'search', is needed"),
         ({"alpha": 0.0}, {}, "a number above 0, or 'search', is needed"),
-        ({"scale": "least-squares"}, {}, "alpha goes with scale = 'std' only"),
         (
             {},
             {

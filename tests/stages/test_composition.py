@@ -18,17 +18,17 @@ def run_with(*stages: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate({"run": {"name": "r", "rounds": 1}, "stages": list(stages)})
 
 
-CLIP, COMPEFT = {"kind": "clip", "clip_norm": 1.0}, {"kind": "compeft", "density": 0.05}
+CLIP, TERNARY = {"kind": "clip", "clip_norm": 1.0}, {"kind": "ternary", "density": 0.05}
 
 
 def test_clip_then_compress_is_allowed() -> None:
-    stages = build_stages(run_with(CLIP, {"kind": "identity"}, COMPEFT))
+    stages = build_stages(run_with(CLIP, {"kind": "identity"}, TERNARY))
     assert promised_payload(stages) == "ternary"
     assert stage_list(stages) == (
         ("weigh", "{}"),
         ("clip", '{"clip_norm":1.0}'),
         ("identity", "{}"),
-        ("compeft", '{"density":0.05}'),
+        ("ternary", '{"density":0.05}'),
     )
     assert promised_payload(build_stages(run_with(CLIP))) == "dense"
 
@@ -36,14 +36,15 @@ def test_clip_then_compress_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("stages", "needles"),
     [
-        ([COMPEFT, {"kind": "sign"}], ["stages.1 (sign)", "stages.0 (compeft)", "only one stage"]),
-        ([COMPEFT, CLIP], ["stages.1 (clip)", "clip before"]),
+        ([TERNARY, {"kind": "sign"}], ["stages.1 (sign)", "stages.0 (ternary)", "only one stage"]),
+        ([TERNARY, CLIP], ["stages.1 (clip)", "clip before"]),
         ([{"kind": "dare", "error_feedback": True}], ["stages.0.error_feedback", "random-k"]),
         ([{"kind": "quantise", "bits": 2, "error_feedback": True}], ["stages.0.error_feedback", "4 or 8"]),
         ([{"kind": "quantise", "bits": 3}], ["stages.0.bits"]),
-        ([{"kind": "compeft", "scale": "fixed"}], ["stages.0.value", "needs a value"]),
-        ([{"kind": "compeft", "value": 1.0}], ["stages.0.value", "'fixed' only"]),
-        ([{"kind": "compeft", "alpha": 2.0}], ["stages.0.alpha", "'std' only"]),
+        ([{"kind": "ternary", "scale": "fixed"}], ["stages.0.value", "needs a value"]),
+        ([{"kind": "ternary", "value": 1.0}], ["stages.0.value", "'fixed' only"]),
+        ([{"kind": "ternary", "alpha": 2.0}], ["stages.0.alpha"]),
+        ([{"kind": "compeft", "alpha": -1.0}], ["stages.0.alpha", "a number above 0"]),
         ([{"kind": "top-k", "density": 0.0}], ["stages.0.density"]),
     ],
 )

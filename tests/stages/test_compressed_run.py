@@ -18,7 +18,7 @@ from tests.simulation.runs import fingerprint, resumed, simulated
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Any]:
-    stage = {"kind": "compeft", "density": 0.1, "error_feedback": True}
+    stage = {"kind": "ternary", "density": 0.1, "error_feedback": True}
     tables = tiny_tables() | {"stages": [{"kind": "clip", "clip_norm": 10.0}, stage]}
     return tables | {"peft": {"method": "lora", "r": 8, "lora_dropout": 0.1}}
 
@@ -84,7 +84,7 @@ def test_every_round_says_what_each_stage_made_of_an_update(whole: Path) -> None
     for row in rounds(whole):
         assert row.up is not None
         assert row.down is not None
-        assert [name for name, _ in row.up.stages] == ["plain", "weigh", "clip", "compeft"]
+        assert [name for name, _ in row.up.stages] == ["plain", "weigh", "clip", "ternary"]
         sizes = [size for _, size in row.up.stages]
         assert sizes[:3] == [4 * 78_848] * 3
         counted = [outcome.bytes_up for outcome in row.outcomes]

@@ -13,22 +13,22 @@ from fedpeft.errors import UpdateError
 from fedpeft.stages import STAGES, on_client, promised_payload
 from fedpeft.stages.composition import REFUSED
 from fedpeft.update import Update, arrays_digest, layout_of
-from tests.stages.oracles import CHECKS
+from tests.stages.oracles import CHECKS, largest
 from tests.stages.passing import SHAPES, built, context, drawn, passed, received, sent, wide, zeros
 
 CASES: Mapping[str, list[dict[str, Any]]] = {
     "clip": [{"clip_norm": 0.01}, {"clip_norm": 100.0}],
-    "compeft": [
-        {"density": 0.1},
-        {"density": 0.3, "scale": "std", "alpha": 2.0},
-        {"density": 0.05, "scale": "fixed", "value": 0.002},
-        {"density": 1.0, "error_feedback": True},
-    ],
+    "compeft": [{"density": 0.1}, {"density": 0.3, "alpha": 2.0}, {"density": 0.3, "error_feedback": True}],
     "dare": [{"drop_rate": 0.5}, {"drop_rate": 0.0}],
     "identity": [{}],
     "quantise": [{"bits": 8}, {"bits": 4, "error_feedback": True}, {"bits": 2}],
     "random-k": [{"density": 0.2}, {"density": 0.2, "error_feedback": True}],
     "sign": [{}, {"error_feedback": True}],
+    "ternary": [
+        {"density": 0.1},
+        {"density": 0.05, "scale": "fixed", "value": 0.002},
+        {"density": 1.0, "error_feedback": True},
+    ],
     "top-k": [{"density": 0.1}, {"density": 1.0}, {"density": 0.1, "error_feedback": True}],
     "weigh": [{"by": "examples"}, {"by": "uniform"}],
 }
@@ -36,19 +36,21 @@ EVERY = [(kind, options) for kind, cases in CASES.items() for options in cases]
 LOSSY = [(kind, options) for kind, options in EVERY if STAGES[kind].role == "lossy"]
 FED_BACK = [(kind, options) for kind, options in LOSSY if options.get("error_feedback")]
 
+TOGETHER = ("clip", "compeft")  # what they do to a tensor depends on the others: tests of their own
+
 every = pytest.mark.parametrize(("kind", "options"), EVERY, ids=str)
 lossy = pytest.mark.parametrize(("kind", "options"), LOSSY, ids=str)
 fed_back = pytest.mark.parametrize(("kind", "options"), FED_BACK, ids=str)
 
 
 def test_the_suite_knows_every_stage() -> None:
-    assert len(STAGES) == 9
+    assert len(STAGES) == 10
     assert set(CASES) == set(STAGES)
     roles = {role for pair in REFUSED for role in pair} | {"weigh", "neutral"}
     for kind, stage in STAGES.items():
         assert stage.kind == kind
         assert stage.role in roles
-    assert set(CHECKS) | {"clip"} == set(STAGES)
+    assert set(CHECKS) | set(TOGETHER) == set(STAGES)
 
 
 @every
@@ -77,7 +79,7 @@ def test_an_all_zero_update_stays_zero(kind: str, options: dict[str, Any]) -> No
     assert all(not array.any() for array in result.arrays.values())
 
 
-@pytest.mark.parametrize(("kind", "options"), [case for case in EVERY if case[0] != "clip"], ids=str)
+@pytest.mark.parametrize(("kind", "options"), [case for case in EVERY if case[0] not in TOGETHER], ids=str)
 def test_values_are_those_of_the_oracle(kind: str, options: dict[str, Any]) -> None:
     update = drawn()
     given, result = wide(update), wide(passed([built(kind, options)], update, context()))
@@ -94,6 +96,29 @@ def test_clip_scales_to_the_norm() -> None:
         assert np.allclose(clipped.arrays[name], array * 0.01 / norm, rtol=1e-6)
     untouched = passed([built("clip", {"clip_norm": 100.0})], update, context())
     assert arrays_digest(untouched.arrays) == arrays_digest(update.arrays)
+
+
+@pytest.mark.parametrize("options", [{"density": 0.1}, {"density": 0.3, "alpha": 2.0}], ids=str)
+def test_compeft_cuts_the_whole_update_at_once(options: dict[str, Any]) -> None:
+    update = drawn()
+    x = np.concatenate([wide(update)[name].ravel() for name in sorted(SHAPES)])
+    came = wide(passed([built("compeft", options)], update, context()))
+    wanted, scale = np.zeros(x.size), options.get("alpha", 1.0) * x.std()
+    for i in largest(x, options["density"]):
+        wanted[i] = math.copysign(scale, x[i])
+    assert np.allclose(np.concatenate([came[name].ravel() for name in sorted(SHAPES)]), wanted, rtol=1e-5)
+    shares = {
+        name: np.count_nonzero(came[name]) / came[name].size for name in ("layer.0.lora_A", "layer.1.bias")
+    }
+    assert shares["layer.0.lora_A"] < options["density"] < shares["layer.1.bias"]
+
+
+def test_compeft_leaves_out_what_never_moved() -> None:
+    update = Update({"a": np.array([3, -4, 0, 1], np.float32), "frozen": np.zeros(1000, np.float32)})
+    came = passed([built("compeft", {"density": 0.5})], update, context())
+    scale = np.std(update.arrays["a"])
+    assert np.allclose(came.arrays["a"], scale * np.array([1, -1, 0, 0]))
+    assert not came.arrays["frozen"].any()
 
 
 @lossy
@@ -150,13 +175,16 @@ def test_integers_and_numbers_that_are_not_finite_are_refused(kind: str, options
 
 @lossy
 def test_the_server_refuses_what_another_stage_sends(kind: str, options: dict[str, Any]) -> None:
-    """Whatever compressed form comes under this stage's promise, it is this stage's own or it is refused."""
+    """Whatever compressed form comes under this stage's promise, it is this stage's own or it is refused.
+
+    Signs and scales of the two ternary stages can agree, so these two are told apart in a test of their own.
+    """
     stage, update = built(kind, options), drawn()
     with pytest.raises(UpdateError, match="ward-7"):
         stage.on_server(update, context())
     for other, others in LOSSY:
         foreign = on_client([built(other, others)], update, context())
-        if other != kind:
+        if other != kind and {kind, other} != {"compeft", "ternary"}:
             with pytest.raises(UpdateError, match=r"ward-7: array .* breaks stage"):
                 stage.on_server(foreign, context())
             if STAGES[other].payload != STAGES[kind].payload:
@@ -164,11 +192,20 @@ def test_the_server_refuses_what_another_stage_sends(kind: str, options: dict[st
                     received([stage], sent([built(other, others)], update, context()), update, context())
 
 
+def test_compeft_and_ternary_refuse_each_others_scales_and_counts() -> None:
+    update, compeft, ternary = drawn(), built("compeft", {}), built("ternary", {})
+    with pytest.raises(UpdateError, match=r"ward-7: array .* breaks stage 'compeft': scale .* have one"):
+        received([compeft], sent([ternary], update, context()), update, context())
+    with pytest.raises(UpdateError, match=r"ward-7: array .* breaks stage 'ternary': \d+ signs came"):
+        received([ternary], sent([compeft], update, context()), update, context())
+
+
 @pytest.mark.parametrize(
     ("kind", "lax", "strict"),
     [
         ("compeft", {"density": 0.3}, {"density": 0.1}),
-        ("compeft", {"scale": "fixed", "value": 9.0}, {"scale": "fixed", "value": 0.5}),
+        ("ternary", {"density": 0.3}, {"density": 0.1}),
+        ("ternary", {"scale": "fixed", "value": 9.0}, {"scale": "fixed", "value": 0.5}),
         ("top-k", {"density": 0.3}, {"density": 0.1}),
         ("random-k", {"density": 0.3}, {"density": 0.1}),
         ("random-k", {"error_feedback": False}, {"error_feedback": True}),

@@ -131,7 +131,7 @@ COMPOSED: dict[str, dict[str, Any]] = {
     "peqa-rtn8": PEQA | {"model": {"quantization": "rtn8"}},
     "peqa-seeds": PEQA | {"training": ZEROTH | {"lr": 1e-2}, "space": SEEDS},
     "peqa-private": PEQA | PRIVATE,
-    "peqa-compressed": PEQA | {"stages": [{"kind": "compeft", "density": 0.25}]},
+    "peqa-compressed": PEQA | {"stages": [{"kind": "ternary", "density": 0.25}]},
     "nf4-loftq": {"peft": {"method": "lora", "r": 4, "init_lora_weights": "loftq"}},
     "nf4-lora-seeds": {"training": ZEROTH | {"lr": 3e-3}, "space": SEEDS},
     "nf4-norms-seeds": {

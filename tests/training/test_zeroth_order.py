@@ -258,7 +258,7 @@ def test_a_sound_run_has_no_problem() -> None:
         ({"federation": {"strategy": "fedadam"}}, "eta"),
         ({"federation": {"strategy": "fedavgm"}, "space": {"mode": "fedkseed-pro"}}, "visit counts"),
         ({"stages": [{"kind": "clip", "clip_norm": 1.0}]}, "max_scalar"),
-        ({"stages": [{"kind": "compeft", "density": 0.1}]}, "exact integers"),
+        ({"stages": [{"kind": "ternary", "density": 0.1}]}, "exact integers"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(tables: dict[str, Any], reason: str) -> None:

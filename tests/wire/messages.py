@@ -53,7 +53,7 @@ def envelope(payload: Payload, arrays: Arrays | None = None) -> Envelope:
         metrics={"loss": 0.25, "steps": 7.0},
         encoded={} if dense else encoded(payload, arrays),
         base_digest=DIGEST,
-        stages=(("weigh", "{}"), ("compeft", '{"density":0.2}')),
+        stages=(("weigh", "{}"), ("ternary", '{"density":0.2}')),
     )
 
 

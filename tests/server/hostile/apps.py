@@ -20,7 +20,7 @@ BASE = "ba5e" * 16
 WEIGHTS = {"ada": 1, "bob": 1, "cyd": 2}  # a power of two in all, so that the mean is exact
 TABLES: dict[str, dict[str, Any]] = {
     "plain": {"run": {"name": "plain", "rounds": 2}},
-    "ternary": {"run": {"name": "ternary", "rounds": 2}, "stages": [{"kind": "compeft", "density": 0.2}]},
+    "ternary": {"run": {"name": "ternary", "rounds": 2}, "stages": [{"kind": "ternary", "density": 0.2}]},
 }
 RUNS = {kind: build_run(tables, source="test") for kind, tables in TABLES.items()}
 
