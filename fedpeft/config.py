@@ -26,6 +26,12 @@ from pydantic import (
 
 from fedpeft.run_identity import identity_text
 
+
+def unit(name: str) -> Any:
+    """Return an annotation that says a number's unit, for the reference and the JSON schema."""
+    return Field(json_schema_extra={"unit": name})
+
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
@@ -68,8 +74,12 @@ class OpenSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-def kind_table(value: object) -> object:
-    """Let a bare name stand for a table with only `kind`: strategy = "fedavg"."""
+def kind_or(section: type[BaseModel]) -> BeforeValidator:
+    """Let a bare name stand for a table of a section with only `kind`: strategy = "fedavg"."""
+    return BeforeValidator(_kind_table, json_schema_input_type=str | section)
+
+
+def _kind_table(value: object) -> object:
     return {"kind": value} if isinstance(value, str) else value
 
 
@@ -83,25 +93,55 @@ OWN_MODEL = "own:"
 class RunSection(Section):
     """Who the run is: its name, its seed and how many rounds it lasts."""
 
-    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    rounds: Count
+    name: Annotated[str, Field(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="Name of the run, its folder and its line in lists."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="Seed that everything random follows from, except the noise and coins of private runs."
+    )
+    rounds: Annotated[Count, unit("rounds")] = Field(description="How many rounds the run lasts.")
 
 
 class ModelSection(Section):
     """The frozen base model that every client holds."""
 
-    path: Annotated[str, Field(min_length=1)] = (
-        "embedded"  # a folder, a hub name, or the model that ships with us
+    path: Annotated[str, Field(min_length=1)] = Field(
+        "embedded",
+        description=(
+            "The base model: a folder (relative to the run file), a name on the hub,"
+            " 'package:NAME/FOLDER', or 'embedded' for the small model that ships with fedpeft."
+        ),
     )
-    task: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    quantization: Literal["none", "int8", "nf4", "fp4", "rtn8", "rtn4"] = "none"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the frozen weights; trained parameters are float32
-    double_quantization: bool | None = None  # nf4, fp4: the scales are quantised too; default true
-    compute_dtype: Literal["float32", "bfloat16"] | None = None  # of products with quantised weights
-    group_size: Annotated[int, Field(ge=2)] | None = None  # rtn: columns per scale; default a whole row
-    keep_modules: tuple[str, ...] = ()  # modules left as they are, by name or its end; the head always is
-    device: DeviceName = "auto"  # of a simulation, and of a server's evaluation; agents choose their own
+    task: Literal["causal-lm", "sequence-classification"] = Field(
+        "causal-lm", description="What is learned; the base model gets a head for it where it has none."
+    )
+    quantization: Literal["none", "int8", "nf4", "fp4", "rtn8", "rtn4"] = Field(
+        "none", description="How the frozen weights are held."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Type of the frozen weights; trained parameters are always float32."
+    )
+    double_quantization: bool | None = Field(
+        None, description="For nf4 and fp4: quantise the scales too. Default: true."
+    )
+    compute_dtype: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="Type in which products with quantised weights are computed. Default: that of dtype.",
+    )
+    group_size: Annotated[int, Field(ge=2), unit("columns")] | None = Field(
+        None, description="For rtn8 and rtn4: columns that share one scale. Default: a whole row."
+    )
+    keep_modules: tuple[str, ...] = Field(
+        (),
+        description="Modules whose weights are not quantised, by name or the end of it; the head never is.",
+    )
+    device: DeviceName = Field(
+        "auto",
+        description=(
+            "What a simulation computes on, and a server's evaluation: 'auto' (the first CUDA device,"
+            " else the CPU), 'cpu', 'cuda' or 'cuda:N'. Agents choose their own."
+        ),
+    )
 
     @model_validator(mode="after")
     def _quantised(self) -> ModelSection:
@@ -124,7 +164,13 @@ class ModelSection(Section):
 class PeftSection(OpenSection):
     """The PEFT method and its own options, by the names `peft` gives them."""
 
-    method: str = "lora"
+    method: str = Field(
+        "lora",
+        description=(
+            "The PEFT method. Further keys of this table are its options, by the names that peft gives"
+            " them (r, lora_alpha, target_modules ...)."
+        ),
+    )
 
 
 class PartitionerSection(Section):
@@ -137,14 +183,41 @@ class PartitionerSection(Section):
 
     kind: Literal[
         "iid", "linear", "square", "exponential", "dirichlet", "pathological", "shard", "natural", "files"
-    ] = "iid"
-    clients: Count | None = None  # natural and files: at most so many, the largest first; default all
-    by: str | None = None
-    alpha: PositiveFloat | None = None
-    classes_per_client: Count | None = None
-    shards_per_client: Count | None = None
-    min_rows: Count = 1  # fewest rows a client may hold
-    exclude: tuple[str | int, ...] = ()  # values of `by` that are no client (a published test split, say)
+    ] = Field("iid", description="How rows are dealt to clients.")
+    clients: Annotated[Count, unit("clients")] | None = Field(
+        None,
+        description=(
+            "How many clients there are; for natural and files the largest so many. Default: every value"
+            " or file; other kinds need it."
+        ),
+    )
+    by: str | None = Field(
+        None,
+        description=(
+            "Field of a row that dirichlet, pathological, shard and natural go by. Default: none; they"
+            " need it."
+        ),
+    )
+    alpha: Annotated[PositiveFloat, unit("concentration")] | None = Field(
+        None,
+        description=(
+            "For dirichlet: the smaller, the more clients differ. Default: none; it is needed there."
+        ),
+    )
+    classes_per_client: Annotated[Count, unit("values of by")] | None = Field(
+        None,
+        description=(
+            "For pathological: how many values of the field each client holds. Default: none; it is"
+            " needed there."
+        ),
+    )
+    shards_per_client: Annotated[Count, unit("shards")] | None = Field(
+        None, description="For shard: how many shards each client holds. Default: none; it is needed there."
+    )
+    min_rows: Annotated[Count, unit("rows")] = Field(1, description="Fewest rows that a client may hold.")
+    exclude: tuple[str | int, ...] = Field(
+        (), description="Values of the field in by that are no client, such as a published test split."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> PartitionerSection:
@@ -173,92 +246,240 @@ class DataSection(Section):
     "{instruction}\\n".
     """
 
-    train: str | tuple[str, ...] = (
-        "embedded"  # file, folder/glob, "datasets:OWNER/NAME[/CONFIG][:SPLIT]", or "embedded"
+    train: str | tuple[str, ...] = Field(
+        "embedded",
+        description=(
+            "Training rows: a file, a folder, a glob, a list of these,"
+            " 'datasets:OWNER/NAME[/CONFIG][:SPLIT]', or 'embedded'. Agents have their own rows instead."
+        ),
     )
-    test: str | tuple[str, ...] | None = None  # global test set, same forms; none: the clients' held-out rows
-    prompt: str | None = None
-    answer: str | None = None
-    text: str | None = None
-    label: str | None = None  # name of the label field
-    labels: tuple[str | int, ...] | dict[str, int] | None = (
-        None  # label map; default: the sorted distinct values
+    test: str | tuple[str, ...] | None = Field(
+        None,
+        description=(
+            "Rows that every evaluation of the global model is on, in the same forms. Default: the"
+            " clients' held-out rows together."
+        ),
     )
-    filter: dict[str, str | int | float | bool] | None = None  # keep rows whose fields equal these
-    user: str | None = None  # name of the field that says whose row it is, for record-level privacy
-    explode: str | None = None  # a field that holds a list: one row per item; before `filter` and `limit`
-    limit: Count | None = None  # at most so many training rows, the first ones; refused under privacy
-    test_filter: dict[str, str | int | float | bool] | None = None  # rows of `test` whose fields equal these
-    test_limit: Count | None = None
-    encoding: Annotated[str, AfterValidator(_encoding)] | None = None  # of text files; none: found out
-    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = (
-        None  # of csv and tsv; none: found out
+    prompt: str | None = Field(
+        None,
+        description=(
+            "Template of what a causal language model reads, with {field} for a row's fields; no loss on"
+            " it. Default: none."
+        ),
     )
-    quoting: Literal["csv", "none"] | None = None  # of csv and tsv: marks around values, or signs like others
-    max_length: Annotated[int, Field(ge=2)] = (
-        512  # tokens; longer rows are cut and the number of cut rows reported
+    answer: str | None = Field(
+        None, description="Template of what it is to write; the loss is on this part. Default: none."
     )
-    control_tokens: bool = False  # true: control tokens written in a row's fields become real ones
-    heldout: Annotated[float, Field(ge=0.0, lt=1.0)] = (
-        0.1  # share of rows kept for their client's own evaluation, each by the seed and what it says
+    text: str | None = Field(
+        None,
+        description=(
+            "Template of a whole text: causal language models learn all of it, classifiers read it."
+            " Default: none."
+        ),
     )
-    partitioner: PartitionerSection = PartitionerSection(kind="iid", clients=8)
+    label: str | None = Field(
+        None, description="For classifiers: the field that holds the class. Default: none; they need it."
+    )
+    labels: tuple[str | int, ...] | dict[str, int] | None = Field(
+        None,
+        description=(
+            "Classes in order, or a table from a field's value to the class's number. Default: the sorted"
+            " distinct values."
+        ),
+    )
+    filter: dict[str, str | int | float | bool] | None = Field(
+        None, description="Keep the rows whose fields equal these. Default: all rows."
+    )
+    user: str | None = Field(
+        None,
+        description=(
+            "Field that says whose row it is: record-level privacy then protects persons. Default: each"
+            " row by itself."
+        ),
+    )
+    explode: str | None = Field(
+        None,
+        description=(
+            "Field that holds a list, of which each item becomes a row, before filter and limit. Default:"
+            " none."
+        ),
+    )
+    limit: Annotated[Count, unit("rows")] | None = Field(
+        None,
+        description="At most so many training rows, the first ones; refused under privacy. Default: all.",
+    )
+    test_filter: dict[str, str | int | float | bool] | None = Field(
+        None, description="As filter, for the rows of test. Default: all rows."
+    )
+    test_limit: Annotated[Count, unit("rows")] | None = Field(
+        None, description="As limit, for the rows of test. Default: all."
+    )
+    encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
+        None,
+        description=(
+            "Encoding of text files, such as 'utf-8' or 'windows-1252'. Default: found out from each file."
+        ),
+    )
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        None, description="Sign between the columns of CSV and TSV files. Default: found out from each file."
+    )
+    quoting: Literal["csv", "none"] | None = Field(
+        None,
+        description=(
+            "For CSV and TSV files: 'csv' reads quotation marks as marks around values, 'none' as signs"
+            " like others. Default: found out from each file."
+        ),
+    )
+    max_length: Annotated[int, Field(ge=2), unit("tokens")] = Field(
+        512, description="Longest row; longer ones are cut, and the run says how many."
+    )
+    control_tokens: bool = Field(
+        False,
+        description=(
+            "Turn control tokens that are written in a row's fields into real ones; otherwise they stay text."
+        ),
+    )
+    heldout: Annotated[float, Field(ge=0.0, lt=1.0), unit("share")] = Field(
+        0.1,
+        description=(
+            "Share of each client's rows that is kept for its own evaluation, each row by the seed and"
+            " what it says."
+        ),
+    )
+    partitioner: PartitionerSection = Field(
+        PartitionerSection(kind="iid", clients=8),
+        description="How the rows are dealt to clients; agents hold their own rows.",
+    )
 
 
 class TrainingSection(Section):
     """What a client does with its rows between two messages."""
 
-    kind: Literal["first-order", "zeroth-order", "none"] = "first-order"  # none: send back what came
-    optimizer: str = "adamw"
-    lr: PositiveFloat = 1e-3
-    schedule: str = "constant"  # constant, linear, cosine, over the round's local steps
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegativeFloat = 0.0
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # sgd only
-    steps: Count | None = None  # local steps per round; takes precedence over epochs
-    epochs: PositiveFloat = 1.0
-    batch_size: Count = 16
-    gradient_accumulation: Count = 1
-    gradient_checkpointing: bool = False
-    activation_offload: bool = False  # on a GPU: activations wait for the backward pass in main memory
-    fused_update: bool = False  # a parameter moves once its gradient is there: no two gradients are held
-    sampled_layers: Count | None = None  # so many layers train at a time, drawn by the run's seed and round
-    sample_every: Count | None = None  # local steps between two draws of layers; default: one draw a round
-    projection_rank: Count = 8  # optimizer galore: size of the subspace of each matrix's gradient
-    projection_every: Count = 50  # optimizer galore: local steps between two subspaces
-    projection_scale: PositiveFloat = 0.25  # optimizer galore: of a projected step
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the forward and backward pass
-    max_grad_norm: PositiveFloat | None = None  # per step, over the whole batch's gradient
-    rule: str = "zo-sgd"  # zeroth order: how a step measures and moves; `fedpeft methods` lists the rules
-    radius: PositiveFloat = 1e-3  # zeroth order: each weight is moved by so much to measure the loss
-    queries: Count = 1  # zeroth order: directions per step, averaged
-    max_scalar: PositiveFloat | None = None  # zeroth order: directional derivatives are cut to this size
-    density: Annotated[float, Field(gt=0.0, le=1.0)] = (
-        0.25  # rule sparse: share of each tensor's weights that move, the smallest of theta_0
+    kind: Literal["first-order", "zeroth-order", "none"] = Field(
+        "first-order",
+        description=(
+            "Train by gradients, by measured losses alone, or not at all (clients send back what came)."
+        ),
     )
-    layers_below: Annotated[int, Field(ge=0)] | None = None  # rule hybrid: layers that are zeroth order
-    lr_above: PositiveFloat | None = None  # rule hybrid: of the first-order layers; default lr
+    optimizer: str = Field("adamw", description="Optimiser of first-order training.")
+    lr: Annotated[PositiveFloat, unit("factor")] = Field(1e-3, description="Learning rate.")
+    schedule: str = Field(
+        "constant", description="How the learning rate goes over the local steps of a round."
+    )
+    warmup_steps: Annotated[int, Field(ge=0), unit("local steps")] = Field(
+        0, description="Local steps over which the learning rate rises to lr in each round."
+    )
+    weight_decay: Annotated[NonNegativeFloat, unit("factor")] = Field(
+        0.0, description="Weight decay of the optimiser."
+    )
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0), unit("factor")] = Field(
+        0.0, description="Momentum, for optimizer sgd only."
+    )
+    steps: Annotated[Count, unit("local steps")] | None = Field(
+        None,
+        description="Local steps per round; takes precedence over epochs. Default: as many as epochs makes.",
+    )
+    epochs: Annotated[PositiveFloat, unit("epochs")] = Field(
+        1.0, description="Passes over a client's rows per round; parts of one count as well."
+    )
+    batch_size: Annotated[Count, unit("rows")] = Field(
+        16, description="Rows of one forward and backward pass."
+    )
+    gradient_accumulation: Annotated[Count, unit("batches")] = Field(
+        1, description="Batches whose gradients make one step."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, more time."
+    )
+    activation_offload: bool = Field(
+        False, description="On a GPU: let activations wait for the backward pass in main memory."
+    )
+    fused_update: bool = Field(
+        False,
+        description="Move each parameter once its gradient is there, so that no two gradients are held.",
+    )
+    sampled_layers: Annotated[Count, unit("layers")] | None = Field(
+        None, description="Layers that train at a time, drawn by the run's seed and round. Default: all."
+    )
+    sample_every: Annotated[Count, unit("local steps")] | None = Field(
+        None, description="Local steps between two draws of layers. Default: one draw a round."
+    )
+    projection_rank: Annotated[Count, unit("rank")] = Field(
+        8, description="For optimizer galore: size of the subspace of each matrix's gradient."
+    )
+    projection_every: Annotated[Count, unit("local steps")] = Field(
+        50, description="For optimizer galore: local steps between two subspaces."
+    )
+    projection_scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        0.25, description="For optimizer galore: factor of a projected step."
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Type of the forward and backward pass.")
+    max_grad_norm: Annotated[PositiveFloat, unit("L2 norm")] | None = Field(
+        None, description="Clip the gradient of each step's batch to this. Default: no clipping."
+    )
+    rule: str = Field("zo-sgd", description="For zeroth order: how a step measures and moves.")
+    radius: Annotated[PositiveFloat, unit("weight")] = Field(
+        1e-3, description="For zeroth order: how far each weight is moved to measure the loss."
+    )
+    queries: Annotated[Count, unit("directions")] = Field(
+        1, description="For zeroth order: directions per step, averaged."
+    )
+    max_scalar: Annotated[PositiveFloat, unit("directional derivative")] | None = Field(
+        None, description="For zeroth order: cut directional derivatives to this size. Default: no bound."
+    )
+    density: Annotated[float, Field(gt=0.0, le=1.0), unit("share")] = Field(
+        0.25,
+        description=(
+            "For rule sparse: share of each tensor's weights that move, those that are smallest at the start."
+        ),
+    )
+    layers_below: Annotated[int, Field(ge=0), unit("layers")] | None = Field(
+        None,
+        description=(
+            "For rule hybrid: how many of the first layers train by zeroth order. Default: none; the rule"
+            " needs it."
+        ),
+    )
+    lr_above: Annotated[PositiveFloat, unit("factor")] | None = Field(
+        None, description="For rule hybrid: learning rate of the first-order layers. Default: lr."
+    )
 
 
 class SpaceSection(OpenSection):
     """How a local change is expressed."""
 
-    kind: str = "adapter-delta"
+    kind: str = Field(
+        "adapter-delta",
+        description=(
+            "How a local change is expressed as named arrays. Further keys of this table are the space's"
+            " options."
+        ),
+    )
 
 
 class StageSection(OpenSection):
     """One step on the way from client to server."""
 
-    kind: str
+    kind: str = Field(
+        description="What the stage does with an update. Further keys of this table are its options."
+    )
 
 
 class SamplingSection(Section):
     """Who is asked each round: a fixed share, a fixed number, or each client by its own coin (Poisson)."""
 
-    kind: Literal["all", "fraction", "fixed", "poisson"] = "all"
-    fraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    cohort: Count | None = None
-    rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    kind: Literal["all", "fraction", "fixed", "poisson"] = Field(
+        "all", description="Who is asked in a round."
+    )
+    fraction: Annotated[float, Field(gt=0.0, le=1.0), unit("share")] | None = Field(
+        None, description="For fraction: share of the clients. Default: none; it is needed there."
+    )
+    cohort: Annotated[Count, unit("clients")] | None = Field(
+        None, description="For fixed: how many clients. Default: none; it is needed there."
+    )
+    rate: Annotated[float, Field(gt=0.0, le=1.0), unit("probability")] | None = Field(
+        None, description="For poisson: each client's chance to be asked. Default: none; it is needed there."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> SamplingSection:
@@ -281,16 +502,36 @@ class StrategySection(OpenSection):
     factors and the rule measures distances; entries for rules that look at single entries.
     """
 
-    kind: str = "fedavg"
-    geometry: Literal["entries", "product"] | None = None
+    kind: str = Field(
+        "fedavg",
+        description=(
+            "How updates become one change of the global state. Further keys of this table are the"
+            " strategy's options (eta, beta_1, num_malicious_nodes, clip_norm ...)."
+        ),
+    )
+    geometry: Literal["entries", "product"] | None = Field(
+        None,
+        description=(
+            "For robust strategies: measure and combine the entries of updates, or the products B A of"
+            " LoRA's factors. Default: products where LoRA trains both factors and the strategy measures"
+            " distances, else entries."
+        ),
+    )
 
 
 class AttackSection(OpenSection):
     """Hostile clients, in a simulation: who they are, what they do (`kind`), and their attack's options."""
 
-    kind: str
-    fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # so many, drawn from the run's seed
-    clients: tuple[str, ...] = ()  # or these, by name
+    kind: str = Field(
+        description="What hostile clients do. Further keys of this table are the attack's options."
+    )
+    fraction: Annotated[float, Field(gt=0.0, lt=1.0), unit("share")] | None = Field(
+        None,
+        description=(
+            "Share of the clients that is hostile, drawn from the run's seed. Default: those in clients."
+        ),
+    )
+    clients: tuple[str, ...] = Field((), description="The hostile clients by name, in place of fraction.")
 
     @model_validator(mode="after")
     def _who(self) -> AttackSection:
@@ -308,18 +549,35 @@ class ClockSection(Section):
     availability` and vanishes after being asked with `dropout`.
     """
 
-    examples_per_s: PositiveFloat = 100.0
-    speed_sigma: NonNegativeFloat = 0.0
-    bytes_per_s: PositiveFloat = 1e6
-    latency_s: NonNegativeFloat = 0.1
-    availability: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    examples_per_s: Annotated[PositiveFloat, unit("rows/s")] = Field(
+        100.0, description="Median speed of the clients' training."
+    )
+    speed_sigma: Annotated[NonNegativeFloat, unit("log")] = Field(
+        0.0, description="Spread of the speeds, which are lognormal and drawn once per run; 0: all equal."
+    )
+    bytes_per_s: Annotated[PositiveFloat, unit("bytes/s")] = Field(
+        1e6, description="Speed of transfers, down and up."
+    )
+    latency_s: Annotated[NonNegativeFloat, unit("s")] = Field(
+        0.1, description="Time that passes beside training and upload."
+    )
+    availability: Annotated[float, Field(gt=0.0, le=1.0), unit("probability")] = Field(
+        1.0, description="Each client's chance to be there in a round."
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0), unit("probability")] = Field(
+        0.0, description="Each client's chance to vanish after it was asked."
+    )
 
 
 class StalenessSection(OpenSection):
     """How much less an update counts the older the state it started from; options belong to the kind."""
 
-    kind: str = "polynomial"  # polynomial (exponent), hinge (slope, after), constant
+    kind: str = Field(
+        "polynomial",
+        description=(
+            "How an update's weight falls with its staleness. Further keys of this table are its options."
+        ),
+    )
 
 
 class BufferSection(Section):
@@ -328,37 +586,90 @@ class BufferSection(Section):
     An update's staleness is the number of rounds that ended between the state it started from and itself.
     """
 
-    size: Count  # updates of one round
-    concurrency: Count  # clients at work at a time
-    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 10  # rounds; work on an older state is given up
-    staleness_weight: Annotated[StalenessSection, BeforeValidator(kind_table)] = StalenessSection()
+    size: Annotated[Count, unit("updates")] = Field(description="Updates of one round.")
+    concurrency: Annotated[Count, unit("clients")] = Field(description="Clients at work at a time.")
+    max_staleness: Annotated[int, Field(ge=0, le=1000), unit("rounds")] = Field(
+        10, description="Work that started from a state older than this is given up."
+    )
+    staleness_weight: Annotated[StalenessSection, kind_or(StalenessSection)] = Field(
+        StalenessSection(), description="How much less an update counts the older the state it started from."
+    )
 
 
 class PruningSection(Section):
     """HetLoRA's self-pruning: a client gives up its last ranks once they shrink while it trains."""
 
-    keep: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # share of a client's ranks that then stays
-    penalty: NonNegativeFloat = 0.01  # on the norms of the last ranks, in the training loss
+    keep: Annotated[float, Field(gt=0.0, lt=1.0), unit("share")] = Field(
+        0.9, description="Share of a client's ranks that stays once its last ranks shrink."
+    )
+    penalty: Annotated[NonNegativeFloat, unit("factor")] = Field(
+        0.01, description="Factor, in the training loss, of the norms of the last ranks."
+    )
 
 
 class FederationSection(Section):
     """Cohort, deadline and how replies become one change."""
 
-    mode: Literal["synchronous", "buffered"] = "synchronous"  # buffered: see [federation.buffer]
-    buffer: BufferSection | None = None
+    mode: Literal["synchronous", "buffered"] = Field(
+        "synchronous",
+        description=(
+            "Rounds with a cohort each, or buffered rounds in which clients work all the time (FedBuff)."
+        ),
+    )
+    buffer: BufferSection | None = Field(None, description="Of mode buffered, which needs it. Default: none.")
 
-    strategy: Annotated[StrategySection, BeforeValidator(kind_table)] = StrategySection()
-    sampling: Annotated[SamplingSection, BeforeValidator(kind_table)] = SamplingSection()
-    weighting: Literal["examples", "uniform"] = "examples"
-    quorum: Fraction = 0.5  # share of the asked clients (or buffer) that must answer, else the run stops
-    over_selection: NonNegativeFloat = 0.0  # ask (1 + this) times the cohort, keep the first to answer
-    # Of one round, or in mode 'buffered' of one client's work; the clock's seconds, without one real ones.
-    deadline_s: PositiveFloat | None = None
-    clock: ClockSection | None = None
-    quantum_exponent: Annotated[int, Field(ge=-60, le=0)] = -36  # float sums are exact in units of 2**this
-    lora_rule: str | None = None  # how LoRA factors are averaged; absent: entry by entry, unmeasured
-    residual_rank: Count | None = None  # flora, exact-residual: most ranks kept; default: all it takes
-    self_pruning: PruningSection | None = None  # hetlora: clients give up ranks by themselves; absent: none
+    strategy: Annotated[StrategySection, kind_or(StrategySection)] = Field(
+        StrategySection(), description="How updates become one change of the global state."
+    )
+    sampling: Annotated[SamplingSection, kind_or(SamplingSection)] = Field(
+        SamplingSection(), description="Who is asked in a round."
+    )
+    weighting: Literal["examples", "uniform"] = Field(
+        "examples", description="Let an update count by its client's number of rows, or each the same."
+    )
+    quorum: Annotated[Fraction, unit("share")] = Field(
+        0.5, description="Share of the asked clients (or of the buffer) that must answer, else the run stops."
+    )
+    over_selection: Annotated[NonNegativeFloat, unit("share")] = Field(
+        0.0, description="Ask (1 + this) times the cohort and keep the first to answer."
+    )
+    deadline_s: Annotated[PositiveFloat, unit("s")] | None = Field(
+        None,
+        description=(
+            "Longest time of a round, or in mode buffered of one client's work; the clock's seconds,"
+            " without a clock real ones. Default: none."
+        ),
+    )
+    clock: ClockSection | None = Field(
+        None,
+        description=(
+            "The virtual clock of a simulation. Default: none; every client is as quick as it is and"
+            " always there."
+        ),
+    )
+    quantum_exponent: Annotated[int, Field(ge=-60, le=0), unit("power of 2")] = Field(
+        -36, description="Sums of floats are exact in units of 2 to this power."
+    )
+    lora_rule: str | None = Field(
+        None,
+        description=(
+            "How clients' LoRA factors become the next ones. Default: averaged entry by entry, and the"
+            " error of that is not measured."
+        ),
+    )
+    residual_rank: Annotated[Count, unit("rank")] | None = Field(
+        None,
+        description=(
+            "For lora_rule flora and exact-residual: most ranks kept of what the factors cannot hold."
+            " Default: as many as it takes."
+        ),
+    )
+    self_pruning: PruningSection | None = Field(
+        None,
+        description=(
+            "For lora_rule hetlora: let clients give up ranks by themselves. Default: they keep them."
+        ),
+    )
 
     @model_validator(mode="after")
     def _buffered(self) -> FederationSection:
@@ -367,7 +678,9 @@ class FederationSection(Section):
             raise ValueError(f"mode '{self.mode}' and [federation.buffer] don't go together; {wanted}")
         return self
 
-    attack: AttackSection | None = None  # simulations only; absent: all clients are honest
+    attack: AttackSection | None = Field(
+        None, description="Hostile clients, in simulations only. Default: all clients are honest."
+    )
 
 
 MAX_DELTA = 1e-2
@@ -381,12 +694,22 @@ class PrivacyPromise(Section):
     Whoever knows the seed can subtract that noise: it protects nobody, and deployed runs refuse it.
     """
 
-    noise_multiplier: PositiveFloat  # the noise's standard deviation over the clipping bound
-    target_delta: Annotated[
-        float, Field(gt=0.0, lt=MAX_DELTA)
-    ]  # below one over the number of protected units
-    max_epsilon: PositiveFloat  # the run ends before the round that would exceed it
-    seeded: bool = False
+    noise_multiplier: Annotated[PositiveFloat, unit("ratio")] = Field(
+        description="Standard deviation of the noise over the clipping bound."
+    )
+    target_delta: Annotated[float, Field(gt=0.0, lt=MAX_DELTA), unit("probability")] = Field(
+        description="Delta of the promise; below one over the number of protected units.."
+    )
+    max_epsilon: Annotated[PositiveFloat, unit("epsilon")] = Field(
+        description="The run ends before the round that would exceed it."
+    )
+    seeded: bool = Field(
+        False,
+        description=(
+            "Draw noise and secret coins from the run's seed: repeatable experiments that protect nobody,"
+            " refused outside of simulations."
+        ),
+    )
 
 
 class ClientLevelPrivacy(PrivacyPromise):
@@ -398,12 +721,36 @@ class ClientLevelPrivacy(PrivacyPromise):
     expected cohort, at least `noise_multiplier`).
     """
 
-    kind: Literal["client-level"]
-    clip_norm: PositiveFloat
-    target_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    clip_learning_rate: PositiveFloat | None = None  # of the adaptive bound; default 0.2
-    count_std: PositiveFloat | None = None
-    max_weight: Count | None = None  # with weighting 'examples': larger weights are cut to it
+    kind: Literal["client-level"] = Field(
+        description="Which promise is made: noise at the server hides whether a client took part."
+    )
+    clip_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(
+        description=(
+            "Bound of an update, in the space's own unit (parameters, or quanta of integer spaces); the"
+            " first bound where target_quantile is given.."
+        )
+    )
+    target_quantile: Annotated[float, Field(gt=0.0, lt=1.0), unit("share")] | None = Field(
+        None,
+        description="Let the bound follow this quantile of the clients' norms. Default: the bound is fixed.",
+    )
+    clip_learning_rate: Annotated[PositiveFloat, unit("factor")] | None = Field(
+        None, description="How quickly the bound follows. Default: 0.2."
+    )
+    count_std: Annotated[PositiveFloat, unit("clients")] | None = Field(
+        None,
+        description=(
+            "Standard deviation of the noise on the count that an adaptive bound takes. Default: a"
+            " twentieth of the expected cohort, at least noise_multiplier."
+        ),
+    )
+    max_weight: Annotated[Count, unit("rows")] | None = Field(
+        None,
+        description=(
+            "With federation.weighting examples: larger weights are cut to it. Default: none; that"
+            " weighting needs it."
+        ),
+    )
 
     @model_validator(mode="after")
     def _adaptive(self) -> ClientLevelPrivacy:
@@ -428,10 +775,25 @@ class RecordLevelPrivacy(PrivacyPromise):
     of a client's rows is not.
     """
 
-    kind: Literal["record-level"]
-    max_grad_norm: PositiveFloat
-    sample_rate: Annotated[float, Field(gt=0.0, le=1.0)]  # each record's chance to enter a local step
-    expected_batch_size: PositiveFloat
+    kind: Literal["record-level"] = Field(
+        description=(
+            "Which promise is made: noise in every local step hides any one row, or with data.user any"
+            " one person."
+        )
+    )
+    max_grad_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(
+        description=(
+            "Bound of what one record adds to a step: its gradient, or its directional derivatives.."
+        )
+    )
+    sample_rate: Annotated[float, Field(gt=0.0, le=1.0), unit("probability")] = Field(
+        description="Each record's chance to enter a local step."
+    )
+    expected_batch_size: Annotated[PositiveFloat, unit("records")] = Field(
+        description=(
+            "Public number that noised sums are divided by, in place of the private number of rows in a step."
+        )
+    )
 
 
 class LocalPrivacy(PrivacyPromise):
@@ -440,8 +802,14 @@ class LocalPrivacy(PrivacyPromise):
     `clip_norm` bounds an update's L2 norm, in the space's own unit.
     """
 
-    kind: Literal["local"]
-    clip_norm: PositiveFloat
+    kind: Literal["local"] = Field(
+        description=(
+            "Which promise is made: noise on the client hides what its update says, from the server too."
+        )
+    )
+    clip_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(
+        description="Bound of an update, in the space's own unit."
+    )
 
 
 PrivacySection = ClientLevelPrivacy | RecordLevelPrivacy | LocalPrivacy
@@ -450,23 +818,50 @@ PrivacySection = ClientLevelPrivacy | RecordLevelPrivacy | LocalPrivacy
 class EvaluationSection(Section):
     """What is measured, on what and how often."""
 
-    metrics: tuple[
-        str, ...
-    ] = ()  # default by task: exact-match for prompts with answers, accuracy for classifiers
-    every: Count = 1  # rounds
-    batch_size: Count = 32
-    max_new_tokens: Count = 64  # for metrics that need generated text
-    max_examples: Count | None = None  # of the test set, and of each client's held-out rows; the first ones
-    plug_into: str | None = None  # the full model of an emulator, for whoever holds the run; others lack it
-    baselines: bool = False  # zero-shot, each client alone, pooled data, each with the same budget
-    bootstrap: Count = 1000  # resamples for the 95% intervals
+    metrics: tuple[str, ...] = Field(
+        (),
+        description=(
+            "What is measured. Default: exact-match for prompts with answers, accuracy for classifiers."
+        ),
+    )
+    every: Annotated[Count, unit("rounds")] = Field(1, description="Rounds between two evaluations.")
+    batch_size: Annotated[Count, unit("rows")] = Field(32, description="Rows of one forward pass.")
+    max_new_tokens: Annotated[Count, unit("tokens")] = Field(
+        64, description="Longest text that is generated for metrics that need one."
+    )
+    max_examples: Annotated[Count, unit("rows")] | None = Field(
+        None,
+        description=(
+            "At most so many rows of the test set, and of each client's held-out rows, the first ones."
+            " Default: all."
+        ),
+    )
+    plug_into: str | None = Field(
+        None,
+        description=(
+            "Folder of the full model of an emulator, for whoever holds the run; others lack it. Default:"
+            " none."
+        ),
+    )
+    baselines: bool = Field(
+        False,
+        description=(
+            "Measure also the base model, each client alone, and a model of the pooled data with the same"
+            " budget."
+        ),
+    )
+    bootstrap: Annotated[Count, unit("resamples")] = Field(
+        1000, description="Resamples for the 95% intervals."
+    )
 
 
 class OutputSection(Section):
     """Beside the standard files: extra sinks."""
 
-    tensorboard: bool = False
-    keep_checkpoints: Count | None = None  # default: one per round
+    tensorboard: bool = Field(False, description="Write TensorBoard events too; takes the extra tensorboard.")
+    keep_checkpoints: Annotated[Count, unit("checkpoints")] | None = Field(
+        None, description="The newest so many checkpoints stay. Default: one per round."
+    )
 
 
 class GroupSection(Section):
@@ -476,11 +871,20 @@ class GroupSection(Section):
     defaults instead, since other kinds take other keys; so do the keys that belong to a quantisation.
     """
 
-    clients: Annotated[tuple[str, ...], Field(min_length=1)]
-    training: dict[str, Any] = {}
-    model: dict[str, Any] = {}  # how the base is held: quantization and its keys, dtype
-    peft: dict[str, Any] = {}  # r, lora_alpha
-    trains: tuple[str, ...] = ()  # modules that its clients train, by name or a part of it; default all
+    clients: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="Names of the group's clients."
+    )
+    training: dict[str, Any] = Field({}, description="Keys that differ from [training].")
+    model: dict[str, Any] = Field(
+        {}, description="Keys that differ from [model]: quantization and its keys, dtype."
+    )
+    peft: dict[str, Any] = Field({}, description="Keys that differ from [peft]: r, lora_alpha.")
+    trains: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Modules that its clients train, by name or a part of it. Default: all that the method trains."
+        ),
+    )
 
     @property
     def overrides(self) -> dict[str, dict[str, Any]]:
@@ -496,21 +900,43 @@ class GroupSection(Section):
 class RunConfig(Section):
     """A whole run file."""
 
-    run: RunSection
-    model: ModelSection = ModelSection()
-    peft: PeftSection = PeftSection()
-    data: DataSection = DataSection()
-    training: TrainingSection = TrainingSection()
-    space: Annotated[SpaceSection, BeforeValidator(kind_table)] = SpaceSection()
-    stages: tuple[StageSection, ...] = ()
-    downlink: StageSection | None = (
-        None  # one compressing stage for the state's way down; absent: whole states
+    run: RunSection = Field(description="Who the run is.")
+    model: ModelSection = Field(ModelSection(), description="The frozen base model that every client holds.")
+    peft: PeftSection = Field(
+        PeftSection(), description="What is trained of it: a PEFT method and its options."
     )
-    federation: FederationSection = FederationSection()
-    privacy: Annotated[PrivacySection, Field(discriminator="kind")] | None = None  # absent: none
-    evaluation: EvaluationSection = EvaluationSection()
-    output: OutputSection = OutputSection()
-    groups: tuple[GroupSection, ...] = ()  # clients not named in any train as the sections above say
+    data: DataSection = Field(
+        DataSection(),
+        description="Where the rows come from, how a row becomes text, and who holds which rows.",
+    )
+    training: TrainingSection = Field(
+        TrainingSection(), description="What a client does with its rows between two messages."
+    )
+    space: Annotated[SpaceSection, kind_or(SpaceSection)] = Field(
+        SpaceSection(), description="How a local change is expressed."
+    )
+    stages: tuple[StageSection, ...] = Field(
+        (),
+        description=(
+            "What happens to an update on its way from client to server, in this order. Default: nothing."
+        ),
+    )
+    downlink: StageSection | None = Field(
+        None, description="One compressing stage for the state's way down. Default: whole states."
+    )
+    federation: FederationSection = Field(
+        FederationSection(), description="Cohort, deadline and how replies become one change."
+    )
+    privacy: Annotated[PrivacySection, Field(discriminator="kind")] | None = Field(
+        None, description="Differential privacy, with a budget. Default: none."
+    )
+    evaluation: EvaluationSection = Field(
+        EvaluationSection(), description="What is measured, on what and how often."
+    )
+    output: OutputSection = Field(OutputSection(), description="Beside the standard files.")
+    groups: tuple[GroupSection, ...] = Field(
+        (), description="Clients that differ from the rest of the run. Default: all are alike."
+    )
 
     @model_validator(mode="after")
     def _sound_groups(self) -> RunConfig:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fedpeft.config import (
     HUB_MODEL,
@@ -39,7 +39,7 @@ from fedpeft.config import (
     StageSection,
     StrategySection,
     TrainingSection,
-    kind_table,
+    kind_or,
 )
 from fedpeft.errors import RunFileError
 from fedpeft.run_identity import identity_digest, identity_text, read_identity
@@ -95,8 +95,8 @@ class DeviceFederation(Section):
 
     mode: Literal["synchronous", "buffered"] = "synchronous"
     buffer: BufferSection | None = None
-    strategy: Annotated[StrategySection, BeforeValidator(kind_table)] = StrategySection()
-    sampling: Annotated[SamplingSection, BeforeValidator(kind_table)] = SamplingSection()
+    strategy: Annotated[StrategySection, kind_or(StrategySection)] = StrategySection()
+    sampling: Annotated[SamplingSection, kind_or(SamplingSection)] = SamplingSection()
     weighting: Literal["examples", "uniform"] = "examples"
     quorum: Fraction = 0.5
     over_selection: NonNegativeFloat = 0.0

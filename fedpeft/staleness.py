@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
-from fedpeft.config import BufferSection, NonNegativeFloat, PositiveFloat, Section, StalenessSection
+from fedpeft.config import BufferSection, NonNegativeFloat, PositiveFloat, Section, StalenessSection, unit
 from fedpeft.errors import RunFileError
 from fedpeft.options import build_option
 
@@ -51,7 +51,9 @@ class Polynomial(Section):
 
     kind: ClassVar[str] = "polynomial"
 
-    exponent: NonNegativeFloat = 0.5
+    exponent: Annotated[NonNegativeFloat, unit("power")] = Field(
+        0.5, description="How steeply the weight falls; 0: not at all."
+    )
 
     def weight(self, staleness: int) -> float:
         """See the class."""
@@ -66,8 +68,12 @@ class Hinge(Section):
 
     kind: ClassVar[str] = "hinge"
 
-    slope: PositiveFloat = 10.0
-    after: Annotated[int, Field(ge=0)] = 4
+    slope: Annotated[PositiveFloat, unit("factor per round")] = Field(
+        10.0, description="How steeply the weight falls."
+    )
+    after: Annotated[int, Field(ge=0), unit("rounds")] = Field(
+        4, description="Staleness up to which an update counts in full."
+    )
 
     def weight(self, staleness: int) -> float:
         """See the class."""

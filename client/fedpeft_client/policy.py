@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
-from fedpeft.config import MAX_DELTA, DataSection, RunConfig
+from fedpeft.config import MAX_DELTA, DataSection, RunConfig, Section, unit
 from fedpeft.data.templates import compile_template
 from fedpeft.device_task import EMBEDDED
 from fedpeft.errors import DataError, PolicyError
@@ -24,69 +24,112 @@ Positive = Annotated[float, Field(gt=0.0)]
 PrivacyKind = Literal["client-level", "record-level", "local"]
 
 
-class Policy(BaseModel):
-    """The table `[policy]` of client.toml; what is left out is not restricted.
+class Policy(Section):
+    """The table `[policy]` of client.toml; what is left out is not restricted."""
 
-    Attributes:
-        base_digests: fingerprints (hex) of base models; `fedpeft client status` shows that of the one loaded.
-        runs: names of runs.
-        tasks, methods, training, spaces: as the run file names them.
-        stages: client stages that may be applied; an empty list allows none.
-        needs_stages: client stages that must be applied.
-        models: names of base models of the hub that a run may have loaded; one that the owner gave (`model`
-            in client.toml) and the embedded one need no name here.
-        privacy: a run must promise one of these kinds, with noise that the server does not know.
-        min_noise_multiplier, max_run_epsilon: of that promise; the second also bounds what this device's own
-            account of the run comes to.
-        max_total_epsilon: what all runs on these rows may come to together, by this device's own account; a
-            run without a promise is refused then.
-        max_delta: the delta of that account, and the largest that a run's promise may have. Default: the
-            account's is 1e-5, and a run's is bounded by the run file's own rules.
-        max_memory_mib, max_task_s: of the worker; a task that exceeds them is ended.
-        max_bytes_per_day: up and down, by UTC days.
-        max_local_steps: of one round.
-        allow_download: whether a run file may name a model of the hub, which would be fetched.
-        fields: of rows, that a run may use: in templates and filters, as label, to explode, to tell persons
-            apart.
-        allow_filters: whether a run may choose among the rows by what is in them (`data.filter`).
-        allow_label_maps: whether a run may say which labels there are (`data.labels`); classifiers must.
-        min_rows: a run that would train on fewer is not taken part in, unless it hides rows.
-        metrics: names of the numbers that may accompany an update; others do not leave.
-        min_count: numbers of rows below it do not leave, nor what follows from them; a run that needs them as
-            weights is refused.
-        capabilities: what the server's list of agents shows of this device.
-        tell_limits: keys of this table whose number a refusal tells the server, for submitters to heed.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    base_digests: tuple[str, ...] | None = None
-    runs: tuple[str, ...] | None = None
-    tasks: tuple[str, ...] | None = None
-    methods: tuple[str, ...] | None = None
-    training: tuple[str, ...] | None = None
-    spaces: tuple[str, ...] | None = None
-    stages: tuple[str, ...] | None = None
-    needs_stages: tuple[str, ...] = ()
-    models: tuple[str, ...] | None = None
-    privacy: tuple[PrivacyKind, ...] | None = None
-    min_noise_multiplier: Positive | None = None
-    max_run_epsilon: Positive | None = None
-    max_total_epsilon: Positive | None = None
-    max_delta: Annotated[float, Field(gt=0.0, lt=MAX_DELTA)] | None = None
-    max_memory_mib: Positive | None = None
-    max_task_s: Positive | None = None
-    max_bytes_per_day: Annotated[int, Field(ge=0)] | None = None
-    max_local_steps: Annotated[int, Field(ge=1)] | None = None
-    allow_download: bool = False
-    fields: tuple[str, ...] | None = None
-    allow_filters: bool = False
-    allow_label_maps: bool = True
-    min_rows: Annotated[int, Field(ge=1)] = 1
-    metrics: tuple[str, ...] | None = None
-    min_count: Annotated[int, Field(ge=1)] = 1
-    capabilities: tuple[Literal["cores", "memory-mib"], ...] = ()
-    tell_limits: tuple[str, ...] = ()
+    base_digests: tuple[str, ...] | None = Field(
+        None,
+        description=(
+            "Fingerprints (hex) of base models; `fedpeft client status` shows that of the one loaded."
+            " Default: any."
+        ),
+    )
+    runs: tuple[str, ...] | None = Field(None, description="Names of runs. Default: any.")
+    tasks: tuple[str, ...] | None = Field(None, description="Values of model.task. Default: any.")
+    methods: tuple[str, ...] | None = Field(None, description="Values of peft.method. Default: any.")
+    training: tuple[str, ...] | None = Field(None, description="Values of training.kind. Default: any.")
+    spaces: tuple[str, ...] | None = Field(None, description="Values of space.kind. Default: any.")
+    stages: tuple[str, ...] | None = Field(
+        None, description="Client stages that may be applied; an empty list allows none. Default: any."
+    )
+    needs_stages: tuple[str, ...] = Field((), description="Client stages that must be applied.")
+    models: tuple[str, ...] | None = Field(
+        None,
+        description=(
+            "Names of base models of the hub that a run may have loaded; one that the owner gave (model) and"
+            " the embedded one need no name here. Default: any."
+        ),
+    )
+    privacy: tuple[PrivacyKind, ...] | None = Field(
+        None,
+        description=(
+            "A run must promise one of these kinds, with noise that the server does not know."
+            " Default: no promise is asked for."
+        ),
+    )
+    min_noise_multiplier: Annotated[Positive, unit("ratio")] | None = Field(
+        None, description="Least noise multiplier of that promise. Default: any."
+    )
+    max_run_epsilon: Annotated[Positive, unit("epsilon")] | None = Field(
+        None,
+        description=(
+            "Largest epsilon of that promise, and of this device's own account of the run. Default: any,"
+            " and 100 where another key asks for privacy."
+        ),
+    )
+    max_total_epsilon: Annotated[Positive, unit("epsilon")] | None = Field(
+        None,
+        description=(
+            "What all runs on these rows may come to together, by this device's own account; a run without a"
+            " promise is refused then. Default: any."
+        ),
+    )
+    max_delta: Annotated[float, Field(gt=0.0, lt=MAX_DELTA), unit("probability")] | None = Field(
+        None,
+        description=(
+            "Delta of that account, and the largest that a run's promise may have. Default: 1e-5 for the"
+            " account, and the run file's own rules for a promise."
+        ),
+    )
+    max_memory_mib: Annotated[Positive, unit("MiB")] | None = Field(
+        None, description="Memory of the worker; a task that exceeds it is ended. Default: no bound."
+    )
+    max_task_s: Annotated[Positive, unit("s")] | None = Field(
+        None, description="Time of a task; one that exceeds it is ended. Default: no bound."
+    )
+    max_bytes_per_day: Annotated[int, Field(ge=0), unit("bytes/day")] | None = Field(
+        None, description="Traffic up and down together, by UTC days. Default: no bound."
+    )
+    max_local_steps: Annotated[int, Field(ge=1), unit("local steps")] | None = Field(
+        None, description="Local steps of one round. Default: no bound."
+    )
+    allow_download: bool = Field(
+        False, description="Whether a run file may name a model of the hub, which would be fetched."
+    )
+    fields: tuple[str, ...] | None = Field(
+        None,
+        description=(
+            "Fields of rows that a run may use: in templates and filters, as label, to explode, to tell"
+            " persons apart. Default: any."
+        ),
+    )
+    allow_filters: bool = Field(
+        False, description="Whether a run may choose among the rows by what is in them (data.filter)."
+    )
+    allow_label_maps: bool = Field(
+        True, description="Whether a run may say which labels there are (data.labels); classifiers must."
+    )
+    min_rows: Annotated[int, Field(ge=1), unit("rows")] = Field(
+        1, description="A run that would train on fewer is not taken part in, unless it hides rows."
+    )
+    metrics: tuple[str, ...] | None = Field(
+        None,
+        description=("Names of the numbers that may accompany an update; others do not leave. Default: any."),
+    )
+    min_count: Annotated[int, Field(ge=1), unit("rows")] = Field(
+        1,
+        description=(
+            "Numbers of rows below it do not leave, nor what follows from them; a run that needs them as"
+            " weights is refused."
+        ),
+    )
+    capabilities: tuple[Literal["cores", "memory-mib"], ...] = Field(
+        (), description="What the server's list of agents shows of this device."
+    )
+    tell_limits: tuple[str, ...] = Field(
+        (),
+        description=("Keys of this table whose number a refusal tells the server, for submitters to heed."),
+    )
 
     @field_validator("tell_limits")
     @classmethod

@@ -6,52 +6,68 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from fedpeft.config import DeviceName
+from fedpeft.config import DeviceName, Section, unit
 from fedpeft.errors import UsageError
 from fedpeft.settings_file import beside, checked, read_table
 from fedpeft.telemetry import LogFormat, is_address
 from fedpeft_client.policy import Policy
 
 
-class Settings(BaseModel):
-    """What an agent is started with.
+class Settings(Section):
+    """What an agent is started with."""
 
-    Attributes:
-        server: host and port to dial.
-        data: the agent's rows, a file or a folder; they never leave the device.
-        name: in the federation; with certificates it is the certificate's. Default: the data file's name
-            without its suffix.
-        keys: folder with the device's key and certificate; default: HOME/keys.
-        home: folder of state and status. Default: ~/.fedpeft/NAME.
-        model: where this device's copy of the base model lies; default: the embedded one, or
-            the hub's by the run's name for it.
-        device: what this machine trains on, whatever a run file says: auto (the first CUDA device, else the
-            CPU), cpu, cuda or cuda:N.
-        insecure: plaintext, for servers on this very machine.
-        connect_s: how long a first contact is tried before the agent gives up; 0: for ever. An agent that
-            was connected once always goes on trying.
-        idle_release_s: the worker, and with it the model, goes after so long without work; 0: never.
-        metrics: host and port where Prometheus may ask, over plain HTTP and without a login; empty: nowhere.
-        log: how the log on standard error is written: lines for people, or one JSON object each.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    server: str
-    data: Path
-    name: str = ""
-    keys: Path | None = None
-    home: Path | None = None
-    model: str = ""
-    device: DeviceName = "auto"
-    insecure: bool = False
-    connect_s: Annotated[float, Field(ge=0.0)] = 60.0
-    idle_release_s: Annotated[float, Field(ge=0.0)] = 0.0
-    metrics: str = ""
-    log: LogFormat = "text"
-    policy: Policy = Policy()
+    server: str = Field(description="HOST:PORT to dial.")
+    data: Path = Field(description="The agent's rows, a file or a folder; they never leave the device.")
+    name: str = Field(
+        "",
+        description=(
+            "The agent's name; with certificates it is the certificate's. Default: the data file's name"
+            " without its suffix."
+        ),
+    )
+    keys: Path | None = Field(
+        None, description="Folder with the device's key and certificate. Default: keys in home."
+    )
+    home: Path | None = Field(
+        None, description="Folder of state and status. Default: .fedpeft/NAME in the user's home."
+    )
+    model: str = Field(
+        "",
+        description=(
+            "This device's copy of the base model. Default: the embedded one, or the hub's by the run's name"
+            " for it."
+        ),
+    )
+    device: DeviceName = Field(
+        "auto",
+        description=(
+            "What this machine trains on, whatever a run file says: 'auto' (the first CUDA device, else the"
+            " CPU), 'cpu', 'cuda' or 'cuda:N'."
+        ),
+    )
+    insecure: bool = Field(False, description="Plaintext, for servers on this very machine.")
+    connect_s: Annotated[float, Field(ge=0.0), unit("s")] = Field(
+        60.0,
+        description=(
+            "How long a first contact is tried before the agent gives up; 0: for ever. An agent that was"
+            " connected once always goes on trying."
+        ),
+    )
+    idle_release_s: Annotated[float, Field(ge=0.0), unit("s")] = Field(
+        0.0, description="The worker, and with it the model, goes after so long without work; 0: never."
+    )
+    metrics: str = Field(
+        "",
+        description=(
+            "HOST:PORT where Prometheus may ask, over plain HTTP and without a login; empty: nowhere."
+        ),
+    )
+    log: LogFormat = Field(
+        "text", description="The log on standard error: lines for people, or one JSON object a line."
+    )
+    policy: Policy = Field(Policy(), description="What the owner allows; a task outside it is refused.")
 
     @property
     def host(self) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, Wide, sent
-from fedpeft.config import PositiveFloat, Section
+from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.update import Update
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
@@ -33,7 +34,9 @@ class LittleIsEnough(Section):
     kind: ClassVar[str] = "alie"
     colludes: ClassVar[bool] = True
 
-    z: PositiveFloat | None = None
+    z: Annotated[PositiveFloat, unit("standard deviations")] | None = Field(
+        None, description="How far from the mean. Default: follows from the numbers of clients and attackers."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""
@@ -58,7 +61,9 @@ class InnerProduct(Section):
     kind: ClassVar[str] = "inner-product"
     colludes: ClassVar[bool] = True
 
-    scale: PositiveFloat = 0.5
+    scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        0.5, description="The mean is sent times minus this."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""

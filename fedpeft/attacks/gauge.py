@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
-from fedpeft.config import PeftSection, PositiveFloat, Section
+from fedpeft.config import PeftSection, PositiveFloat, Section, unit
 from fedpeft.robust import lora_pairs
 from fedpeft.update import Update, layout_of
 
@@ -24,7 +25,9 @@ class Gauge(Section):
     kind: ClassVar[str] = "gauge"
     colludes: ClassVar[bool] = False
 
-    scale: PositiveFloat = 10.0
+    scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        10.0, description="How much larger one factor is sent, and how much smaller the other."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
-from fedpeft.config import PositiveFloat, Section
+from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.update import Update
 
 
@@ -21,7 +22,9 @@ class SignFlip(Section):
     kind: ClassVar[str] = "sign-flip"
     colludes: ClassVar[bool] = False
 
-    scale: PositiveFloat = 1.0
+    scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        1.0, description="The update is sent times minus this."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""
@@ -41,7 +44,9 @@ class Scaled(Section):
     kind: ClassVar[str] = "scaled"
     colludes: ClassVar[bool] = False
 
-    scale: PositiveFloat = 10.0
+    scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        10.0, description="The update is sent times this."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""
@@ -62,7 +67,9 @@ class Noise(Section):
     kind: ClassVar[str] = "noise"
     colludes: ClassVar[bool] = False
 
-    scale: PositiveFloat = 10.0
+    scale: Annotated[PositiveFloat, unit("factor")] = Field(
+        10.0, description="Size of the noise, as a multiple of the root mean square of what it replaces."
+    )
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """As they are."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from fedpeft.config import Count, PositiveFloat, RunConfig, Section, TrainingSection
+from pydantic import Field
+
+from fedpeft.config import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
 from fedpeft.seedspace.layout import tensor_ids
 
 if TYPE_CHECKING:
@@ -32,10 +34,26 @@ class ProjectedOptions(Section):
 
     kind: ClassVar[str] = "projected"
 
-    projection: Literal["signs", "srht"] = "signs"
-    num_seeds: Count = 256
-    server_lr: PositiveFloat = 1.0
-    quantum_exponent: int | None = None
+    projection: Literal["signs", "srht"] = Field(
+        "signs", description="Random signs, or a subsampled randomised Hadamard transform."
+    )
+    num_seeds: Annotated[Count, unit("coefficients")] = Field(
+        256,
+        description=(
+            "Coefficients of the largest tensor; a smaller one of d weights gets them in proportion"
+            " to sqrt(d)."
+        ),
+    )
+    server_lr: Annotated[PositiveFloat, unit("factor")] = Field(
+        1.0, description="The server moves by this times the rebuilt mean change."
+    )
+    quantum_exponent: Annotated[int, unit("power of 2")] | None = Field(
+        None,
+        description=(
+            "Coefficients are whole multiples of 2 to this power. Default: follows from how far"
+            " [training] is expected to move a weight."
+        ),
+    )
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
         """Take theta_0 from the model."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from fedpeft.config import Count, RunConfig, Section, TrainingSection
+from pydantic import Field
+
+from fedpeft.config import Count, RunConfig, Section, TrainingSection, unit
 from fedpeft.deployment import clients_named
 from fedpeft.errors import RunFileError
 from fedpeft.sampling import cohort_size
@@ -33,9 +35,23 @@ class SeedScalarsOptions(Section):
 
     kind: ClassVar[str] = "seed-scalars"
 
-    mode: Literal["fedkseed", "fedkseed-pro", "common"] = "fedkseed"
-    num_seeds: Count = 4096
-    quantum_exponent: int | None = None
+    mode: Literal["fedkseed", "fedkseed-pro", "common"] = Field(
+        "fedkseed",
+        description=(
+            "Directions fixed for the run, the same drawn by how much they moved, or directions of each"
+            " round, the same for all its clients."
+        ),
+    )
+    num_seeds: Annotated[Count, unit("directions")] = Field(
+        4096, description="Directions of the run, or with mode common of one round."
+    )
+    quantum_exponent: Annotated[int, unit("power of 2")] | None = Field(
+        None,
+        description=(
+            "Scalars are whole multiples of 2 to this power. Default: the power at or below"
+            " training.lr / 256."
+        ),
+    )
 
     def open(self, run: RunConfig, model: nn.Module) -> SeedScalars:
         """Take theta_0 from the model.

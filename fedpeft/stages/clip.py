@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from fedpeft.config import PositiveFloat, Section
+from pydantic import Field
+
+from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.update import Update
@@ -26,7 +28,9 @@ class Clip(Section):
     role: ClassVar[Role] = "bound"
     payload: ClassVar[Payload] = "dense"
 
-    clip_norm: PositiveFloat
+    clip_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(
+        description="Bound of an update, in the space's own unit."
+    )
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Clip to `clip_norm`."""

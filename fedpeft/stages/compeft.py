@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import AfterValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, StdScale, TernaryTensor, ternarise_together
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import Section
+from fedpeft.config import Section, unit
 from fedpeft.errors import UpdateError
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -41,9 +41,15 @@ class Compeft(Section):
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "ternary"
     density: Density = 0.1
-    alpha: Annotated[float | str, AfterValidator(_number_or_search)] = 1.0
+    alpha: Annotated[float | str, AfterValidator(_number_or_search), unit("standard deviations")] = Field(
+        1.0,
+        description=(
+            "Size of the sent entries, as a multiple of the update's standard deviation; 'search': the best"
+            " one on each client's held-out rows."
+        ),
+    )
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     @field_validator("error_feedback")
     @classmethod

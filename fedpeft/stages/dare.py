@@ -10,9 +10,17 @@ from pydantic import Field, field_validator
 
 from fedpeft.codec import BernoulliMask, Encoded, MaskedTensor, dare
 from fedpeft.codec.masks import keep_threshold
-from fedpeft.config import Section
+from fedpeft.config import Section, unit
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Float32Array, Patterns, compressed, public_source, restored
+from fedpeft.stages.lossy import (
+    EVERY,
+    ErrorFeedback,
+    Float32Array,
+    Patterns,
+    compressed,
+    public_source,
+    restored,
+)
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -30,9 +38,11 @@ class Dare(Section):
     kind: ClassVar[str] = "dare"
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "sparse"
-    drop_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    drop_rate: Annotated[float, Field(ge=0.0, lt=1.0), unit("probability")] = Field(
+        0.9, description="Each entry's chance to be dropped."
+    )
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     @field_validator("error_feedback")
     @classmethod

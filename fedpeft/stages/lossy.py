@@ -21,14 +21,27 @@ from fedpeft.codec import (
     with_residual,
 )
 from fedpeft.codec.masks import PublicSource
+from fedpeft.config import unit
 from fedpeft.errors import UpdateError
 from fedpeft.randomness import derive_seed
 from fedpeft.stages.base import Stage, StageContext
 from fedpeft.update import Layout, Update
 
 Float32Array = NDArray[np.float32]
-Density = Annotated[float, Field(gt=0.0, le=1.0)]
-Patterns = tuple[Annotated[str, Field(min_length=1)], ...]
+Density = Annotated[
+    float,
+    Field(gt=0.0, le=1.0, description="Share of each tensor's entries that is kept."),
+    unit("share"),
+]
+Patterns = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...],
+    Field(
+        description="Shell-style patterns of the tensors that are compressed; the others travel as they are."
+    ),
+]
+ErrorFeedback = Annotated[
+    bool, Field(description="Keep what was lost on the client and add it to its next update.")
+]
 EVERY: Patterns = ("*",)
 
 _RESIDUAL = "residual/"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from fedpeft.config import PositiveFloat, Section
+from pydantic import Field
+
+from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.privacy.local import LocalMechanism
 from fedpeft.privacy.noise import NoiseSource, SeededNoise, SystemNoise
 from fedpeft.stages.base import Role, StageContext
@@ -24,9 +26,9 @@ class Noise(Section):
     role: ClassVar[Role] = "noise"
     payload: ClassVar[Payload] = "dense"
 
-    clip_norm: PositiveFloat
-    noise_multiplier: PositiveFloat
-    seeded: bool = False
+    clip_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(description="As in [privacy].")
+    noise_multiplier: Annotated[PositiveFloat, unit("ratio")] = Field(description="As in [privacy].")
+    seeded: bool = Field(False, description="As in [privacy].")
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Clip and add noise; an update that isn't finite becomes zero and is noised all the same."""

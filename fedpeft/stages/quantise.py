@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, QuantisedTensor, default_channel_axis, quantise
-from fedpeft.config import Section
+from fedpeft.config import Section, unit
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -28,9 +28,9 @@ class Quantise(Section):
     kind: ClassVar[str] = "quantise"
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "quantised"
-    bits: Literal[8, 4, 2] = 8
+    bits: Annotated[Literal[8, 4, 2], unit("bits")] = Field(8, description="Size of an entry.")
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     @field_validator("error_feedback")
     @classmethod

@@ -13,6 +13,7 @@ from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import (
     EVERY,
     Density,
+    ErrorFeedback,
     Float32Array,
     Patterns,
     compressed,
@@ -38,7 +39,7 @@ class RandomK(Section):
     payload: ClassVar[Payload] = "sparse"
     density: Density = 0.1
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fedpeft.codec import Encoded, SignTensor, sign_with_scale
 from fedpeft.config import Section
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -25,7 +25,7 @@ class Sign(Section):
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "sign"
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""

@@ -11,9 +11,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, FixedScale, LeastSquaresScale, TernaryTensor, ternarise
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import PositiveFloat, Section
+from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -31,10 +31,16 @@ class Ternary(Section):
     role: ClassVar[Role] = "lossy"
     payload: ClassVar[Payload] = "ternary"
     density: Density = 0.1
-    scale: Literal["least-squares", "fixed"] = "least-squares"
-    value: Annotated[PositiveFloat | None, Field(validate_default=True)] = None
+    scale: Literal["least-squares", "fixed"] = Field(
+        "least-squares", description="The mean kept magnitude, or the number in value."
+    )
+    value: Annotated[PositiveFloat, unit("parameter")] | None = Field(
+        None,
+        validate_default=True,
+        description="For scale fixed: the scale of every tensor. Default: none; it is needed there.",
+    )
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     @field_validator("value")
     @classmethod

@@ -10,7 +10,7 @@ from fedpeft.codec import Encoded, SparseTensor, top_k
 from fedpeft.codec.topk import kept_count
 from fedpeft.config import Section
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -26,7 +26,7 @@ class TopK(Section):
     payload: ClassVar[Payload] = "sparse"
     density: Density = 0.1
     tensors: Patterns = EVERY
-    error_feedback: bool = False
+    error_feedback: ErrorFeedback = False
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from fedpeft.config import Section
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import Role, StageContext
@@ -25,7 +27,9 @@ class Weigh(Section):
     role: ClassVar[Role] = "weigh"
     payload: ClassVar[Payload] = "dense"
 
-    by: Literal["examples", "uniform"] = "examples"
+    by: Literal["examples", "uniform"] = Field(
+        "examples", description="Number of training rows, or 1 for every client."
+    )
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Replace the weight under `uniform`."""

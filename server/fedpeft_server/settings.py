@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from fedpeft.config import Count, Section, unit
 from fedpeft.data.hub import PREFIX
 from fedpeft.errors import UsageError
 from fedpeft.settings_file import beside, checked, read_table
@@ -17,99 +18,154 @@ from fedpeft_server.roots import Roots
 from fedpeft_server.serving import is_loopback
 from fedpeft_server.store import Quota
 
-Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0.0)]
 Rate = Annotated[float, Field(gt=0.0)]
 DEFAULT_PORT = 9440
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class TlsSection(Section):
+    """Certificates, as `fedpeft provision` makes them."""
+
+    keys: Path | None = Field(
+        None,
+        description=(
+            "Folder with the server's key and certificate. Default: none; give it, or start with --insecure."
+        ),
+    )
+    authority: Path | None = Field(
+        None,
+        description="Folder of the authority. Default: none; devices enrol and renew elsewhere then.",
+    )
 
 
-class TlsSection(_Section):
-    """Certificates, as `fedpeft provision` makes them.
-
-    Attributes:
-        keys: the folder with the server's key and certificate.
-        authority: the authority's folder, where devices enrol and renew here; None: they do so elsewhere.
-    """
-
-    keys: Path | None = None
-    authority: Path | None = None
-
-
-class LimitsSection(_Section):
+class LimitsSection(Section):
     """What agents and people may use of this machine; `TransportOptions` has the reasons of the defaults."""
 
-    agents: Count = 4096  # connected at a time
-    connections: Count = 8192  # of agents and people, with a call or without
-    streams: Count = 16  # calls of one caller that are open at a time
-    calls_per_s: Rate = 20.0  # of one caller; ten seconds' worth may come at once
-    messages_per_s: Rate = 100.0  # in one session, as calls
-    sessions_per_minute: Count = 60  # of one agent
-    agent_mib_per_hour: Count = 32_768  # of updates and models, both ways
-    refusals_per_hour: Count = 60  # of what only a hostile or broken caller sends; then it has to wait
-    blob_mib: Count = 4096  # one update
-    uploads: Count = 4  # at a time, the others wait
-    downloads: Count = 16
-    heartbeat_s: Seconds = 15.0
-    stall_s: Seconds = 30.0
-    turn_s: Seconds = 60.0  # of a large update, while others wait
-    submitter_runs: Count = 16  # of one submitter that have not ended
-    submitter_rounds: Count = 50_000  # of these runs together
-    submitter_gib: Count = 64  # that all runs of one submitter keep on the disk
-    away_s: Seconds = 600.0  # of members, before such a round does without them
-    model_task_s: Seconds = 7200.0  # of a model's process: to load, evaluate or export once
-    check_s: Seconds = 300.0  # of a run file that is submitted
-    round_s: Seconds = 21_600.0  # for a round's last answers, where the run file sets no deadline
+    agents: Annotated[Count, unit("agents")] = Field(4096, description="Connected at a time.")
+    connections: Annotated[Count, unit("connections")] = Field(
+        8192,
+        description="Of agents and people, with a call or without; must fit into the limit of open files.",
+    )
+    streams: Annotated[Count, unit("calls")] = Field(
+        16, description="Open calls of one caller, over all its connections."
+    )
+    calls_per_s: Annotated[Rate, unit("calls/s")] = Field(
+        20.0, description="Calls of one caller; ten seconds' worth may come at once."
+    )
+    messages_per_s: Annotated[Rate, unit("messages/s")] = Field(
+        100.0, description="Messages in one agent's session; ten seconds' worth may come at once."
+    )
+    sessions_per_minute: Annotated[Count, unit("sessions/min")] = Field(
+        60, description="Sessions that one agent may begin."
+    )
+    agent_mib_per_hour: Annotated[Count, unit("MiB/h")] = Field(
+        32_768, description="Updates and models of one agent, both ways together."
+    )
+    refusals_per_hour: Annotated[Count, unit("refusals/h")] = Field(
+        60, description="Refusals of what only a hostile or broken caller sends; then it has to wait."
+    )
+    blob_mib: Annotated[Count, unit("MiB")] = Field(4096, description="Largest update.")
+    uploads: Annotated[Count, unit("uploads")] = Field(
+        4, description="Large updates that come in at a time; the others wait, so that memory stays bounded."
+    )
+    downloads: Annotated[Count, unit("downloads")] = Field(
+        16, description="Large files that go out at a time; the others wait."
+    )
+    heartbeat_s: Annotated[Seconds, unit("s")] = Field(
+        15.0, description="Agents say something at least as often."
+    )
+    stall_s: Annotated[Seconds, unit("s")] = Field(
+        30.0, description="A peer that stands still for so long in the middle of an upload loses its turn."
+    )
+    turn_s: Annotated[Seconds, unit("s")] = Field(
+        60.0,
+        description=(
+            "A large update's turn lasts so long while others wait; at its next turn it goes on where it was."
+        ),
+    )
+    submitter_runs: Annotated[Count, unit("runs")] = Field(
+        16, description="Runs of one submitter that have not ended."
+    )
+    submitter_rounds: Annotated[Count, unit("rounds")] = Field(
+        50_000, description="Rounds of these runs together."
+    )
+    submitter_gib: Annotated[Count, unit("GiB")] = Field(
+        64, description="What all runs of one submitter keep on the disk, ended ones too."
+    )
+    away_s: Annotated[Seconds, unit("s")] = Field(
+        600.0,
+        description=(
+            "Members that are away for longer are left out of a round without federation.deadline_s once the"
+            " others have answered."
+        ),
+    )
+    model_task_s: Annotated[Seconds, unit("s")] = Field(
+        7200.0, description="A model's process that takes longer to load, evaluate or export is ended."
+    )
+    check_s: Annotated[Seconds, unit("s")] = Field(
+        300.0, description="A submitted run file whose check takes longer is refused."
+    )
+    round_s: Annotated[Seconds, unit("s")] = Field(
+        21_600.0, description="For a round's last answers, where the run file sets no federation.deadline_s."
+    )
 
 
-class LogSection(_Section):
+class LogSection(Section):
     """How the daemon's own log is written, on standard error; each run has a log of its own."""
 
-    format: LogFormat = "text"
-    level: LogLevel = "info"
+    format: LogFormat = Field("text", description="Lines for people, or one JSON object a line.")
+    level: LogLevel = Field("info", description="The least severe messages that are written.")
 
 
-class MetricsSection(_Section):
-    """Numbers for Prometheus, over plain HTTP and without a login: whoever reaches the address reads them.
+class MetricsSection(Section):
+    """Numbers for Prometheus, over plain HTTP and without a login: whoever reaches the address reads them."""
 
-    Attributes:
-        address: host and port; empty: nowhere.
-    """
-
-    address: str = ""
+    address: str = Field("", description="HOST:PORT where they are served; empty: nowhere.")
 
 
-class Settings(_Section):
-    """What a server is started with.
+class Settings(Section):
+    """What a server is started with."""
 
-    Attributes:
-        listen: host and port; port 0 takes a free one.
-        state: the folder of everything that outlives the daemon.
-        database: an SQLAlchemy URL; empty: an SQLite file in `state`.
-        parallel_runs: held at a time; the others are queued.
-        insecure: plaintext, for agents on this very machine.
-        roots: folders below which submitters' run files may name files (data.test, model.path,
-            evaluation.plug_into), and data sets as "datasets:OWNER/NAME"; empty: they name none.
-        drain_s: what runs get to reach a safe point when the daemon is told to end.
-        model_s: how long the process that holds a model stays when nothing is to be evaluated or exported; 0:
-            the daemon holds models itself.
-    """
-
-    listen: str = f"127.0.0.1:{DEFAULT_PORT}"
-    state: Path = Path("fedpeft-state")
-    database: str = ""
-    parallel_runs: Count = 1
-    insecure: bool = False
-    roots: tuple[str, ...] = ()
-    drain_s: Seconds = 30.0
-    model_s: Annotated[float, Field(ge=0.0)] = 60.0
-    tls: TlsSection = TlsSection()
-    limits: LimitsSection = LimitsSection()
-    log: LogSection = LogSection()
-    metrics: MetricsSection = MetricsSection()
+    listen: str = Field(
+        f"127.0.0.1:{DEFAULT_PORT}",
+        description="HOST:PORT for agents and people alike; port 0 takes a free one.",
+    )
+    state: Path = Field(
+        Path("fedpeft-state"), description="Folder of everything that outlives the daemon; back it up."
+    )
+    database: str = Field(
+        "",
+        description=(
+            "An SQLAlchemy URL such as 'postgresql+psycopg://USER@HOST/NAME'; empty: an SQLite file in state."
+        ),
+    )
+    parallel_runs: Annotated[Count, unit("runs")] = Field(
+        1, description="Runs that are executed at a time; the others are queued."
+    )
+    insecure: bool = Field(False, description="Plaintext, for agents on this very machine.")
+    roots: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Folders below which submitters' run files may name files (data.test, model.path,"
+            " evaluation.plug_into), and data sets as 'datasets:OWNER/NAME'; empty: they name none."
+        ),
+    )
+    drain_s: Annotated[Seconds, unit("s")] = Field(
+        30.0, description="What runs get to reach a safe point when the daemon is told to end."
+    )
+    model_s: Annotated[float, Field(ge=0.0), unit("s")] = Field(
+        60.0,
+        description=(
+            "How long the process that holds a model stays when nothing is to be evaluated or exported;"
+            " 0: the daemon holds models itself."
+        ),
+    )
+    tls: TlsSection = Field(TlsSection(), description="Certificates.")
+    limits: LimitsSection = Field(
+        LimitsSection(), description="What agents and people may use of this machine."
+    )
+    log: LogSection = Field(LogSection(), description="How the daemon's own log is written.")
+    metrics: MetricsSection = Field(MetricsSection(), description="Numbers for Prometheus.")
 
     @property
     def host(self) -> str:
