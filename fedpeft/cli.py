@@ -636,10 +636,10 @@ def server_invite(
     json_: AsJson = False,
 ) -> None:
     """Print a one-time token for a new member of the server's federation; for admins."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.member_commands import invite_command
 
-    invite_command(Desk(server, keys), name, role, max(1, round(days * 86_400)), as_json=json_)
+    invite_command(AdminClient(server, keys), name, role, max(1, round(days * 86_400)), as_json=json_)
 
 
 @server_app.command("revoke")
@@ -651,19 +651,19 @@ def server_revoke(
     json_: AsJson = False,
 ) -> None:
     """End what a name may do, at once, its open session too; for admins."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.member_commands import revoke_command
 
-    revoke_command(Desk(server, keys), name, reason, as_json=json_)
+    revoke_command(AdminClient(server, keys), name, reason, as_json=json_)
 
 
 @server_app.command("status")
 def server_status(server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False) -> None:
     """Say who is connected to a server, what each used, and what was refused and why."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.server_status import server_status_command
 
-    server_status_command(Desk(server, keys), as_json=json_)
+    server_status_command(AdminClient(server, keys), as_json=json_)
 
 
 @run_app.command("submit")
@@ -694,11 +694,11 @@ def run_submit(
     json_: AsJson = False,
 ) -> None:
     """Queue a run on a server; prints its id. It is yours: others don't see it unless you name them."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import Rules, submit_command
 
     rules = Rules(min_agents=min_agents, agents=agent or [], wait_s=wait_s)
-    submit_command(Desk(server, keys), run_file, list(set_ or []), rules, reader or [], as_json=json_)
+    submit_command(AdminClient(server, keys), run_file, list(set_ or []), rules, reader or [], as_json=json_)
 
 
 @run_app.command("list")
@@ -709,10 +709,10 @@ def run_list(
     json_: AsJson = False,
 ) -> None:
     """List the runs on a server that you may read."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import list_command
 
-    list_command(Desk(server, keys), limit=limit, as_json=json_)
+    list_command(AdminClient(server, keys), limit=limit, as_json=json_)
 
 
 @run_app.command("show")
@@ -720,10 +720,10 @@ def run_show(
     run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
 ) -> None:
     """Show how a run stands."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import show_command
 
-    show_command(Desk(server, keys), run, as_json=json_)
+    show_command(AdminClient(server, keys), run, as_json=json_)
 
 
 @run_app.command("logs")
@@ -735,10 +735,10 @@ def run_logs(
     json_: AsJson = False,
 ) -> None:
     """Print a run's log."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import logs_command
 
-    logs_command(Desk(server, keys), run, follow=follow, as_json=json_)
+    logs_command(AdminClient(server, keys), run, follow=follow, as_json=json_)
 
 
 @run_app.command("stop")
@@ -750,10 +750,10 @@ def run_stop(
     json_: AsJson = False,
 ) -> None:
     """End a run for good; what it has reached can be pulled."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import stop_command
 
-    stop_command(Desk(server, keys), run, reason, as_json=json_)
+    stop_command(AdminClient(server, keys), run, reason, as_json=json_)
 
 
 @run_app.command("pull")
@@ -768,10 +768,10 @@ def run_pull(
     json_: AsJson = False,
 ) -> None:
     """Write a run's adapter, report and rows to a folder here; of one that goes on, its last round's."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import pull_command
 
-    pull_command(Desk(server, keys), run, out or Path("runs") / run, force=force, as_json=json_)
+    pull_command(AdminClient(server, keys), run, out or Path("runs") / run, force=force, as_json=json_)
 
 
 @run_app.command("remove")
@@ -779,10 +779,10 @@ def run_remove(
     run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
 ) -> None:
     """Delete an ended run's files on the server; its log and its line in the list stay."""
-    from fedpeft_client.administration import Desk
+    from fedpeft_client.admin_client import AdminClient
     from fedpeft_client.run_commands import remove_command
 
-    remove_command(Desk(server, keys), run, as_json=json_)
+    remove_command(AdminClient(server, keys), run, as_json=json_)
 
 
 def _version(asked: bool) -> None:

@@ -10,7 +10,7 @@ from fedpeft.randomness import stream
 
 
 @dataclass(frozen=True)
-class Fate:
+class SimulatedArrival:
     """What the clock has in store for one asked client in one round.
 
     Attributes:
@@ -44,9 +44,11 @@ class VirtualClock:
             sigma * float(stream(self._seed, "speed", client).standard_normal())
         )
 
-    def fate(self, client: str, round_: int, *, examples: int, bytes_down: int, bytes_up: int) -> Fate:
+    def fate(
+        self, client: str, round_: int, *, examples: int, bytes_down: int, bytes_up: int
+    ) -> SimulatedArrival:
         """When the client's answer arrives: latency, transfer both ways, and training."""
         if stream(self._seed, "dropout", client, round_).random() < self._section.dropout:
-            return Fate(math.inf)
+            return SimulatedArrival(math.inf)
         transfer = (bytes_down + bytes_up) / self._section.bytes_per_s
-        return Fate(self._section.latency_s + transfer + examples / self.examples_per_s(client))
+        return SimulatedArrival(self._section.latency_s + transfer + examples / self.examples_per_s(client))

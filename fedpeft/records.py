@@ -56,7 +56,7 @@ class ClientOutcome(Record):
     rank: int | None = None  # under self-pruning: what its training has left of its adapter's
 
 
-class Leg(Record):
+class TrafficStats(Record):
     """One direction of one round, as means over its transfers; sizes are bytes.
 
     `stages` has the size of the values as they were ("plain") and after each stage, in order; `message` is
@@ -151,8 +151,8 @@ class Round(Record):
     outcomes: tuple[ClientOutcome, ...] = ()
     train_loss: float | None = None  # weighted as the updates are
     state_norm_change: float | None = None  # L2 of the change applied to the global state
-    up: Leg | None = None  # clients to server
-    down: Leg | None = None  # server to clients
+    up: TrafficStats | None = None  # clients to server
+    down: TrafficStats | None = None  # server to clients
     scalars: Scalars | None = None  # of an exact seed space
     aggregation: Aggregation | None = None  # under federation.lora_rule, where updates may be looked at
     evaluation: Evaluation | None = None

@@ -45,7 +45,7 @@ _RANK = "lora-rank"  # and what self-pruning has left of its adapter's rank, int
 
 
 @dataclass
-class Resident:
+class LoadedRun:
     """One run, loaded. Everything but the trainable parameters stays as it is after loading.
 
     Attributes:
@@ -70,7 +70,7 @@ class Resident:
     directions: Stream | None = None
     group_directions: tuple[Stream, ...] = ()
     hostile: Hostile | None = None
-    own: Mapping[int, Resident] = field(default_factory=dict)
+    own: Mapping[int, LoadedRun] = field(default_factory=dict)
     start: Arrays = field(default_factory=dict)
 
     @property
@@ -93,7 +93,7 @@ class Resident:
         """What each client holds, trains and sends."""
         return Shares(self.run)
 
-    def of_client(self, client: str) -> Resident:
+    def of_client(self, client: str) -> LoadedRun:
         """The run as one client holds it."""
         group = self.run.group_of(client)
         return self if group is None else self.own.get(group, self)
@@ -288,7 +288,7 @@ class Resident:
         client, section = self.data.clients[index], self.run.training
         self.space.enter(self.parameters, state)
         rng = stream(self.run.run.seed, "train", client.name, round_)
-        told = private.Told(
+        told = private.PrivateTrainingInputs(
             self.rows(self._rows_of(client.name), client.train),
             section,
             privacy,
@@ -395,38 +395,38 @@ def kept_of(memories: Mapping[str, NDArray[Any]], node: int) -> dict[str, NDArra
     return {name.removeprefix(mine): array for name, array in memories.items() if name.startswith(mine)}
 
 
-_RESIDENTS: dict[str, Resident] = {}  # by run digest; one run at a time, except where runs are added
+_RESIDENTS: dict[str, LoadedRun] = {}  # by run digest; one run at a time, except where runs are added
 
 
-def install_resident(resident: Resident) -> None:
+def set_loaded_run(resident: LoadedRun) -> None:
     """Make `resident` the one that this process, and processes forked from it, work with."""
     _RESIDENTS.clear()
     release()
-    add_resident(resident)
+    add_loaded_run(resident)
 
 
-def add_resident(resident: Resident) -> None:
+def add_loaded_run(resident: LoadedRun) -> None:
     """Let this process work with `resident` as well, beside other runs."""
     _RESIDENTS[resident.run_digest] = resident
 
 
-def drop_resident(digest: str) -> None:
+def drop_loaded_run(digest: str) -> None:
     """Let go of a run, and with it of its memory."""
     _RESIDENTS.pop(digest, None)
     release()
 
 
-def held_residents() -> tuple[Resident, ...]:
+def list_loaded_runs() -> tuple[LoadedRun, ...]:
     """The runs that are loaded in this process."""
     return tuple(_RESIDENTS.values())
 
 
-def holds_resident(digest: str) -> bool:
+def has_loaded_run(digest: str) -> bool:
     """Whether the run with this digest is loaded."""
     return digest in _RESIDENTS
 
 
-def resident_for(digest: str) -> Resident:
+def get_loaded_run(digest: str) -> LoadedRun:
     """The loaded run with this digest.
 
     Raises:

@@ -36,17 +36,17 @@ from flwr.serverapp import Grid
 
 from fedpeft.data.collate import training_batches
 from fedpeft.data.embedded import pretraining_rows
-from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
 from fedpeft.flower.roster import Roster, roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.randomness import stream
 from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import build_run, run_json
 from fedpeft.training.first_order import train
 from fedpeft.update import Arrays
@@ -111,26 +111,26 @@ def write_rows(folder: Path) -> Path:
     return path
 
 
-def loaded(rows: Path, **options: Any) -> Resident:
+def loaded(rows: Path, **options: Any) -> LoadedRun:
     """Load a run and make it this process's resident."""
-    resident = load_resident(build_run(tables(rows, **options), source="bench"))
-    install_resident(resident)
+    resident = load_simulated_run(build_run(tables(rows, **options), source="bench"))
+    set_loaded_run(resident)
     return resident
 
 
-def called(grid: Grid, resident: Resident, text: str = "") -> Roster:
+def called(grid: Grid, resident: LoadedRun, text: str = "") -> Roster:
     """Who is there."""
     return roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=len(resident.data.clients))
 
 
 def hold(
-    grid: Grid, resident: Resident, *, send_run: bool = False, roster: Roster | None = None
+    grid: Grid, resident: LoadedRun, *, send_run: bool = False, roster: Roster | None = None
 ) -> list[float]:
     """Hold the run's rounds on a grid; the times at which they ended, after the start."""
     text = run_json(resident.run) if send_run else ""
     roster = roster or called(grid, resident, text)
     nowhere = Nowhere()
-    federation = Federation(
+    federation = RoundContext(
         run=resident.run,
         digest=resident.run_digest,
         grid=grid,
@@ -154,7 +154,7 @@ def ms_per_task(ended: list[float], tasks: int) -> float:
     return 1000 * spans[len(spans) // 2] / tasks
 
 
-def overhead(resident: Resident, make: Callable[[], Workers]) -> float:
+def overhead(resident: LoadedRun, make: Callable[[], Workers]) -> float:
     """Milliseconds per task on our grid."""
     workers = make()
     try:
@@ -164,7 +164,7 @@ def overhead(resident: Resident, make: Callable[[], Workers]) -> float:
         workers.close()
 
 
-def overhead_on_ray(resident: Resident) -> tuple[float, float]:
+def overhead_on_ray(resident: LoadedRun) -> tuple[float, float]:
     """Milliseconds per warm task on Flower's engine, 2 actors; seconds until its first round ended."""
     clients, began = len(resident.data.clients), time.perf_counter()
     ended = run_on_ray(lambda grid: hold(grid, resident, send_run=True), clients, 2)
@@ -219,7 +219,7 @@ def memory(rows: Path, rounds: int) -> dict[str, float]:
     return {"adapter_mib": adapter, "peak_2_mib": peaks[0], "peak_100_mib": peaks[1]}
 
 
-def plain_loop(resident: Resident, state: Arrays, rounds: int) -> float:
+def plain_loop(resident: LoadedRun, state: Arrays, rounds: int) -> float:
     """Clients per second of a loop that does only the training steps, one thread."""
     section, began, count = resident.run.training, time.perf_counter(), 0
     for round_ in range(1, rounds + 1):

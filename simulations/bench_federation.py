@@ -49,11 +49,11 @@ import tomli_w
 
 from fedpeft.runfile import build_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, new_submission
+from fedpeft_client.admin_client import AdminClient, new_submission
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from simulations.deployment import (
     ROOT,
     end_group,
@@ -82,7 +82,7 @@ def until(what: str, look: Callable[[], Answer], pause_s: float = 0.02) -> Answe
 
 def played(work: Coroutine[Any, Any, Answer]) -> Answer:
     """Run on the process's one loop for gRPC."""
-    return asyncio.run_coroutine_threadsafe(work, transport_loop()).result(PATIENCE_S)
+    return asyncio.run_coroutine_threadsafe(work, get_grpc_event_loop()).result(PATIENCE_S)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Daemon:
         request = pb.SubmitRunRequest(
             run_toml=run_toml(run), submission=new_submission(), cohort=pb.CohortRules(min_agents=agents)
         )
-        return str(played(Desk(self.address).call(lambda stub: stub.SubmitRun(request))).id)
+        return str(played(AdminClient(self.address).call(lambda stub: stub.SubmitRun(request))).id)
 
     def asked(self, question: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows of its database."""
@@ -211,7 +211,7 @@ def agents_here(address: str, names: Sequence[str], folder: Path, data: Path) ->
 @contextmanager
 def running(agents: Sequence[Agent]) -> Iterator[None]:
     """Agents at work, until the block ends."""
-    loop = transport_loop()
+    loop = get_grpc_event_loop()
     runs: list[Future[None]] = [asyncio.run_coroutine_threadsafe(agent.run(), loop) for agent in agents]
     try:
         yield
@@ -250,10 +250,10 @@ def prepared(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
     if processes:
         tables["data"]["partitioner"] = {"kind": "files", "clients": len(NAMES)}
     else:
-        from fedpeft.loading.simulated import load_resident  # seconds, while others begin too
-        from fedpeft.resident import install_resident
+        from fedpeft.loading.simulated import load_simulated_run  # seconds, while others begin too
+        from fedpeft.resident import set_loaded_run
 
-        install_resident(load_resident(build_run(tables, source="bench")))
+        set_loaded_run(load_simulated_run(build_run(tables, source="bench")))
     return tables
 
 

@@ -274,7 +274,7 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fedpeft.loading.simulated import load_resident
+    from fedpeft.loading.simulated import load_simulated_run
     from fedpeft.planning.memory import estimate_memory
     from fedpeft.runfile import build_run
     from fedpeft.wire.codec import Envelope, encode
@@ -282,7 +282,7 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     before = settled()
     with watched() as loading:
-        resident = load_resident(build_run(table, source="bench"))
+        resident = load_simulated_run(build_run(table, source="bench"))
     run, client = resident.run, resident.data.clients[0]
     result: dict[str, Any] = {"load_peak": loading[0] - before, "held": settled() - before}
     state = resident.space.initial_state(resident.parameters)

@@ -31,12 +31,12 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.dialing import error_of, open_channel
 from fedpeft_client.link import Link
-from fedpeft_server.heaps import keep_few_heaps
+from fedpeft_server.malloc_arenas import limit_malloc_arenas
 from fedpeft_server.options import TransportOptions, server_channel_options
 
 CHUNK = TransportOptions().chunk_bytes
 if TYPE_CHECKING:  # it takes seconds to import
-    from fedpeft.resident import Resident
+    from fedpeft.resident import LoadedRun
 
 Answering = Callable[[pb.Task, int], tuple[bytes, bytes]]  # a body and its SHA-256
 
@@ -45,16 +45,16 @@ Answering = Callable[[pb.Task, int], tuple[bytes, bytes]]  # a body and its SHA-
 class Answers:
     """What clients answer, in pairs of which one undoes the other: no round changes the state."""
 
-    resident: Resident
+    resident: LoadedRun
     state_digest: str
     update: Arrays
 
     @classmethod
     def of(cls, tables: dict[str, Any]) -> Answers:
         """Load the run as a server does, and draw an update that is as large as an honest one."""
-        from fedpeft.loading.serving import load_serving_resident
+        from fedpeft.loading.serving import load_serving_run
 
-        resident = load_serving_resident(build_run(tables, source="bench"))
+        resident = load_serving_run(build_run(tables, source="bench"))
         state = resident.space.initial_state(resident.parameters)
         layout = resident.space.update_layout(layout_of(state))
         rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ class _Sink(rpc.FederationServicer):
 
 async def _sink(ready: Path) -> None:
     """A server that reads and forgets, with the options of ours."""
-    keep_few_heaps()
+    limit_malloc_arenas()
     server = grpc.aio.server(options=server_channel_options(TransportOptions()))
     rpc.add_FederationServicer_to_server(_Sink(), server)  # type: ignore[no-untyped-call]  # generated
     port = server.add_insecure_port("127.0.0.1:0")

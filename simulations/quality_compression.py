@@ -47,7 +47,7 @@ from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
-from simulations.arms import TUNING_SEED, best_rate, is_wanted, options, seeds_of
+from simulations.experiment_cli import TUNING_SEED, best_rate, is_wanted, options, seeds_of
 
 BF16 = 2  # bytes per entry
 

@@ -45,7 +45,7 @@ from fedpeft.records import Finished, Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import build_run
 from fedpeft.simulation.engine import simulate
-from simulations.arms import TUNING_SEED, best_rate
+from simulations.experiment_cli import TUNING_SEED, best_rate
 
 ROUNDS = 6
 CLIENTS = 8

@@ -42,11 +42,11 @@ from fedpeft.commands.merge import GRIDS
 from fedpeft.config import RunConfig
 from fedpeft.files import folder_atomically
 from fedpeft.ledger.run_place import write_run
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.models.export import export_adapter
 from fedpeft.runfile import load_run
-from simulations.arms import options, seeds_of
+from simulations.experiment_cli import options, seeds_of
 
 RUN_FILE = Path(__file__).with_name("trec_minilm.toml")
 STEPS, HELD_OUT, DENSITY = 150, 15, 0.2
@@ -67,7 +67,7 @@ class Line:
 
 def experts(run: RunConfig, out: Path, steps: int) -> list[Adapter]:
     """Each client's adapter, trained on its own rows; folders that `fedpeft merge` takes as well."""
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     start = resident.space.initial_state(resident.parameters)
     start = {name: np.array(array) for name, array in start.items()}  # training moves the parameters
     folders = []

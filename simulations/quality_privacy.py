@@ -49,7 +49,7 @@ from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
-from simulations.arms import is_wanted, options, percent, seeds_of
+from simulations.experiment_cli import is_wanted, options, percent, seeds_of
 
 RUN_FILE = Path(__file__).resolve().with_name("trec_minilm.toml")
 TARGETS = (None, 8, 4, 2, 1)  # None: without privacy

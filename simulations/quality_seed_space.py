@@ -47,12 +47,12 @@ from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.evaluation.evaluate import summarise
 from fedpeft.evaluation.scoring import score
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.preflight import refuse_problems
 from fedpeft.randomness import stream
 from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
 from fedpeft.simulation.scoring import TEST, batches_of, rows_of
@@ -183,7 +183,7 @@ def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
     began = time.process_time()
     run, changes = run_of(arm, seed, quick)
     draw, offset = LOOPS[arm]
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     parameters = [parameter for _, parameter in sorted(resident.parameters.items())]
     names = {client.name: client for client in resident.data.clients}
     seeds = np.random.default_rng(offset + seed).integers(1, 2**31, size=run.space.options["num_seeds"])
@@ -210,7 +210,7 @@ def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
 
 
 def client_steps(
-    resident: Resident,
+    resident: LoadedRun,
     indices: np.ndarray[Any, np.dtype[np.int64]],
     seeds: np.ndarray[Any, np.dtype[np.int64]],
     draw: Draw,
@@ -256,7 +256,7 @@ def batch_loss(model: nn.Module, batch: Batch) -> float:
     return PRECISE_LOSSES["causal-lm"](logits, batch.labels) / batch.tokens
 
 
-def held_out_loss(resident: Resident) -> float:
+def held_out_loss(resident: LoadedRun) -> float:
     """The loss that `fedpeft simulate` reports, of the weights as they are."""
     encoded, _ = rows_of(resident, TEST)
     rows = resident.rows(encoded, np.zeros(0, dtype=np.int64))
@@ -309,7 +309,7 @@ def _projected(projection: str, count: int, seed: int, quick: bool) -> Point:
     changes = {"run.seed": seed, "space.projection": projection, "space.num_seeds": count}
     changes |= {"training.steps": 2} if quick else {}
     run = load_run(HERE / file, [f"{key}={value}" for key, value in changes.items()])
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     state = resident.space.initial_state(resident.parameters)
     before = _values(resident)
     update, _ = resident.train_client(0, 1, state, proximal_mu=0.0)
@@ -326,13 +326,13 @@ def _projected(projection: str, count: int, seed: int, quick: bool) -> Point:
 def _change(seed: int, quick: bool) -> Arrays:
     changes = {"run.seed": seed, **({"training.steps": 2} if quick else {})}
     run = load_run(HERE / ARMS["ferret-signs"][0], [f"{key}={value}" for key, value in changes.items()])
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     state, before = resident.space.initial_state(resident.parameters), _values(resident)
     resident.train_client(0, 1, state, proximal_mu=0.0)
     return {name: after - before[name] for name, after in _values(resident).items()}
 
 
-def _values(resident: Resident) -> Arrays:
+def _values(resident: LoadedRun) -> Arrays:
     return {name: parameter.detach().numpy().copy() for name, parameter in resident.parameters.items()}
 
 

@@ -53,12 +53,12 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.frames import Frame
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, new_submission
+from fedpeft_client.admin_client import AdminClient, new_submission
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import read_status
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from simulations.bad_network import Network, network
 from simulations.deployment import ROOT, end_group, environment, free_ports, started
 
@@ -155,7 +155,7 @@ class Processes:
 
 
 class Turns:
-    """A `Doer` of this process that agents share: they have one loaded model, so one works at a time."""
+    """A `Worker` of this process that agents share: they have one loaded model, so one works at a time."""
 
     def __init__(self) -> None:
         self._inner, self._turn = InlineWorkshop(), asyncio.Lock()
@@ -196,14 +196,14 @@ class Here:
                 settings, name, self._folder / name, None, "fedpeft.flower.in_process_app:app", self._turns
             )
 
-        loop = transport_loop()
+        loop = get_grpc_event_loop()
         agent = asyncio.run_coroutine_threadsafe(made(), loop).result(30)
         self._held[name] = agent, asyncio.run_coroutine_threadsafe(agent.run(), loop)
 
     def kill(self, name: str) -> None:
         """See `Fleet`."""
         agent, run = self._held[name]
-        transport_loop().call_soon_threadsafe(agent.stop)
+        get_grpc_event_loop().call_soon_threadsafe(agent.stop)
         run.exception(30)
 
     def pid(self, name: str) -> int | None:
@@ -269,9 +269,9 @@ class Site:
             self.server.wait(10)
 
     @property
-    def desk(self) -> Desk:
+    def desk(self) -> AdminClient:
         """For submitting; beside the agents' lines."""
-        return Desk(
+        return AdminClient(
             f"127.0.0.1:{self.port}", self.folder / "federation/submitters/ada" if self.secure else None
         )
 
@@ -282,7 +282,7 @@ class Site:
         request = pb.SubmitRunRequest(run_toml=text, submission=new_submission())
         asked = self.desk.call(lambda stub: stub.SubmitRun(request))
         with suppress(FedPEFTError, TimeoutError):
-            return str(asyncio.run_coroutine_threadsafe(asked, transport_loop()).result(60).id)
+            return str(asyncio.run_coroutine_threadsafe(asked, get_grpc_event_loop()).result(60).id)
         return None
 
     def asked(self, question: str) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.worker_process import CLIENT_APP
 
 DEVICE_APP = "fedpeft.flower.device_app"
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,7 +18,7 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "v1", "presets", "faults", "orphans", "repeats", "safe_text", "console"),
+    ("version", "errors", "v1", "presets", "crash_points", "parent_exit", "repeats", "safe_text", "console"),
     (
         "files",
         "frames",
@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "packed",
         "lowrank",
         "telemetry",
-        "interruption",
+        "cancellation",
         "name_patterns",
     ),
     ("credentials",),

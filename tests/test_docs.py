@@ -15,7 +15,7 @@ import typer
 from fedpeft.cli import app
 from fedpeft.deployment import ignored_keys
 from fedpeft.runfile import build_run
-from fedpeft_server.gathering import agents_wanted
+from fedpeft_server.agent_wait import agents_wanted
 from fedpeft_server.store import Rules
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -27,7 +27,7 @@ from fedpeft_client.accounting import order_costs
 from fedpeft_client.answers import Answer, AnswerShelf
 from fedpeft_client.policy import Objection, Policy, refuse
 from fedpeft_client.privacy_ledger import Costs, PrivacyLedger
-from fedpeft_client.workshop import Doer
+from fedpeft_client.worker_process import Worker
 
 MAX_FAILURES = 3  # of one round; each tells a server something that no noise covers
 LEDGER_FILE = "ledger.jsonl"
@@ -50,7 +50,7 @@ class Accountant:
         self,
         folder: Path,
         policy: Policy,
-        worker: Doer,
+        worker: Worker,
         client: str,
         *,
         earlier_epsilon: float,

@@ -59,9 +59,9 @@ def costs_of_round(order: Frame) -> Frame:
 
 def _costs(header: Mapping[str, Any]) -> dict[str, Any]:
     from fedpeft.privacy.accountant import epsilon
+    from fedpeft.privacy.budget_forecast import affordable_rounds
     from fedpeft.privacy.events import event_from_plain, event_to_plain
     from fedpeft.privacy.kinds import KINDS, budget_of, event_of
-    from fedpeft.privacy.outlook import affordable_rounds
     from fedpeft.privacy.rules import privacy_problems
 
     run = read_device_task(header["device_task"]).described_run.of_client(header["client"])

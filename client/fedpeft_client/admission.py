@@ -15,7 +15,7 @@ from fedpeft_client.accountant import Accountant
 from fedpeft_client.answers import Answer
 from fedpeft_client.policy import Policy, model_objections, objections, refuse
 from fedpeft_client.usage import RunUsage, UsageBook, run_key
-from fedpeft_client.workshop import Doer
+from fedpeft_client.worker_process import Worker
 
 
 class Admission:
@@ -38,7 +38,7 @@ class Admission:
         policy: Policy,
         home: Path,
         book: UsageBook,
-        worker: Doer,
+        worker: Worker,
         *,
         needs_run: bool,
         has_model: bool,

@@ -18,14 +18,14 @@ from fedpeft.credentials import Material
 from fedpeft.errors import FedPEFTError, ValidityError
 from fedpeft.files import hold_lock, make_private_folder
 from fedpeft.repeats import Repeats
-from fedpeft_client.desk import Desk, Trade
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger
 from fedpeft_client.link import Link
 from fedpeft_client.metrics import Metrics
 from fedpeft_client.settings import Settings
 from fedpeft_client.status import STATUS_FILE, Status
-from fedpeft_client.workshop import CLIENT_APP, Bounds, Doer, WorkerPlace, Workshop
+from fedpeft_client.task_executor import AgentConfig, TaskExecutor
+from fedpeft_client.worker_process import CLIENT_APP, Bounds, Worker, WorkerPlace, WorkerProcess
 
 LOG = logging.getLogger("fedpeft.client")
 Renewing = Callable[[], Awaitable[Material]]
@@ -55,7 +55,7 @@ class Agent:
         home: Path,
         material: Renewing | None,
         app: str = CLIENT_APP,
-        workshop: Doer | None = None,
+        workshop: Worker | None = None,
         metrics: Metrics | None = None,
         ledger: EgressLedger | None = None,
     ) -> None:
@@ -67,12 +67,12 @@ class Agent:
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         place = WorkerPlace(home, settings.data, settings.model)
-        self.workshop = workshop or Workshop(bounds, download=policy.allow_download, place=place)
+        self.workshop = workshop or WorkerProcess(bounds, download=policy.allow_download, place=place)
         self._ledger = ledger or EgressLedger(home / EGRESS_FILE)
         self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
-        trade = Trade(name, settings.data, settings.model, policy, app, settings.device)
+        trade = AgentConfig(name, settings.data, settings.model, policy, app, settings.device)
         metrics = metrics or Metrics()
-        self._desk = Desk(trade, home, self.workshop, self.status, metrics)
+        self._desk = TaskExecutor(trade, home, self.workshop, self.status, metrics)
         metrics.watch(self.status)
         self._stopping = asyncio.Event()
         self._link: Link | None = None

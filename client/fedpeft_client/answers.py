@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.faults import crash_point
 from fedpeft.files import keep_newest, remove_partial, storage, write_atomically
 
 _KEPT = 32  # runs; of others there is nothing to send again

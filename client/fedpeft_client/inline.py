@@ -9,7 +9,7 @@ from fedpeft_client.worker import done
 
 
 class InlineWorkshop:
-    """A `Doer` without a process; a crash of the client's function is a crash of the agent."""
+    """A `Worker` without a process; a crash of the client's function is a crash of the agent."""
 
     async def do(self, order: Frame) -> Frame:
         """On a thread, so that the connection lives on."""

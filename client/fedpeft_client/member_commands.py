@@ -7,17 +7,17 @@ import time
 
 from fedpeft.reporting.text import printable
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, answered
+from fedpeft_client.admin_client import AdminClient, run_and_answer
 
 
-def invite_command(desk: Desk, name: str, role: str, valid_s: int, *, as_json: bool) -> None:
+def invite_command(desk: AdminClient, name: str, role: str, valid_s: int, *, as_json: bool) -> None:
     """Print a one-time token for somebody.
 
     Raises:
         FedPEFTError: what the server answered.
     """
     request = pb.IssueTokenRequest(name=name, role=role, valid_s=valid_s)
-    reply = answered(desk.call(lambda stub: stub.IssueToken(request)))
+    reply = run_and_answer(desk.call(lambda stub: stub.IssueToken(request)))
     if as_json:
         table = {"name": name, "role": role, "token": reply.token, "expires": reply.expires_ms / 1000}
         print(json.dumps(table))
@@ -26,14 +26,14 @@ def invite_command(desk: Desk, name: str, role: str, valid_s: int, *, as_json: b
     print(f"token      {name} ({role}), once, until {ends} UTC:\n{printable(reply.token)}")
 
 
-def revoke_command(desk: Desk, name: str, reason: str, *, as_json: bool) -> None:
+def revoke_command(desk: AdminClient, name: str, reason: str, *, as_json: bool) -> None:
     """End at once what a name may do.
 
     Raises:
         FedPEFTError: what the server answered.
     """
     request = pb.RevokeAgentRequest(name=name, reason=reason)
-    reply = answered(desk.call(lambda stub: stub.RevokeAgent(request)))
+    reply = run_and_answer(desk.call(lambda stub: stub.RevokeAgent(request)))
     if as_json:
         print(json.dumps({"name": name, "revoked": reply.revoked}))
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.faults import crash_point
+from fedpeft.crash_points import crash_point
 from fedpeft.files import remove_partial, storage, write_atomically
 from fedpeft.v1 import federation_pb2 as pb
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.faults import crash_point
 from fedpeft.files import storage, sync_folder
 
 VERSION = 1

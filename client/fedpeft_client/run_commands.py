@@ -24,13 +24,13 @@ from fedpeft.reporting import lines
 from fedpeft.reporting.text import counted, metric_name, metric_value, printable
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, answered, new_submission
+from fedpeft_client.admin_client import AdminClient, new_submission, run_and_answer
 
 Rules = pb.CohortRules
 
 
 def submit_command(
-    desk: Desk,
+    desk: AdminClient,
     run_file: Path,
     overrides: Sequence[str],
     rules: Rules,
@@ -53,7 +53,7 @@ def submit_command(
     )
     if not as_json:
         print(f"{run_file} is being checked by the server", file=sys.stderr)
-    info = answered(desk.call(lambda stub: stub.SubmitRun(request)))
+    info = run_and_answer(desk.call(lambda stub: stub.SubmitRun(request)))
     if as_json:
         print(json.dumps(info_table(info)))
         return
@@ -74,9 +74,9 @@ def _expectations(run: RunConfig, rules: Rules) -> Iterator[str]:
     yield from (f"{key} plays no part: {why}" for key, why in ignored_keys(run).items())
 
 
-def list_command(desk: Desk, *, limit: int, as_json: bool) -> None:
+def list_command(desk: AdminClient, *, limit: int, as_json: bool) -> None:
     """Print the runs that the caller may read, the newest first."""
-    reply = answered(desk.call(lambda stub: stub.ListRuns(pb.ListRunsRequest(limit=limit))))
+    reply = run_and_answer(desk.call(lambda stub: stub.ListRuns(pb.ListRunsRequest(limit=limit))))
     if as_json:
         print(json.dumps([info_table(info) for info in reply.runs]))
         return
@@ -91,23 +91,23 @@ def list_command(desk: Desk, *, limit: int, as_json: bool) -> None:
     Console(file=sys.stdout, highlight=False).print(table)
 
 
-def show_command(desk: Desk, run_id: str, *, as_json: bool) -> None:
+def show_command(desk: AdminClient, run_id: str, *, as_json: bool) -> None:
     """Print how a run stands."""
-    _show(answered(desk.call(lambda stub: stub.ShowRun(pb.RunRequest(id=run_id)))), as_json=as_json)
+    _show(run_and_answer(desk.call(lambda stub: stub.ShowRun(pb.RunRequest(id=run_id)))), as_json=as_json)
 
 
-def stop_command(desk: Desk, run_id: str, reason: str, *, as_json: bool) -> None:
+def stop_command(desk: AdminClient, run_id: str, reason: str, *, as_json: bool) -> None:
     """End a run; what it has reached can be pulled."""
     request = pb.StopRunRequest(id=run_id, reason=reason)
-    _show(answered(desk.call(lambda stub: stub.StopRun(request))), as_json=as_json)
+    _show(run_and_answer(desk.call(lambda stub: stub.StopRun(request))), as_json=as_json)
 
 
-def remove_command(desk: Desk, run_id: str, *, as_json: bool) -> None:
+def remove_command(desk: AdminClient, run_id: str, *, as_json: bool) -> None:
     """Delete what an ended run keeps on the server's disk."""
-    _show(answered(desk.call(lambda stub: stub.RemoveRun(pb.RunRequest(id=run_id)))), as_json=as_json)
+    _show(run_and_answer(desk.call(lambda stub: stub.RemoveRun(pb.RunRequest(id=run_id)))), as_json=as_json)
 
 
-def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> None:
+def logs_command(desk: AdminClient, run_id: str, *, follow: bool, as_json: bool) -> None:
     """Print a run's log; when followed, until the run has ended."""
 
     async def shown() -> None:
@@ -124,7 +124,7 @@ def logs_command(desk: Desk, run_id: str, *, follow: bool, as_json: bool) -> Non
     asyncio.run(shown())
 
 
-def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bool) -> None:
+def pull_command(desk: AdminClient, run_id: str, out: Path, *, force: bool, as_json: bool) -> None:
     """Write a run's adapter, report and rows to a folder: the last ones that there are.
 
     Raises:
@@ -135,7 +135,7 @@ def pull_command(desk: Desk, run_id: str, out: Path, *, force: bool, as_json: bo
         raise StateError(f"--out {out} is there already; replace it with --force, or choose another name")
     if out.exists() and not (out.is_dir() and (holds_run(out) or not any(out.iterdir()))):
         raise StateError(f"--out {out} is no run's folder, and --force replaces nothing else; choose another")
-    pulled = answered(desk.pull(run_id, out))
+    pulled = run_and_answer(desk.pull(run_id, out))
     names, unfinished = list(pulled.names), pulled.unfinished
     if as_json:
         reached = {} if unfinished is None else {"round": unfinished.round, "rounds": unfinished.rounds}

@@ -15,16 +15,16 @@ from rich.text import Text
 
 from fedpeft.reporting.text import printable
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, answered
+from fedpeft_client.admin_client import AdminClient, run_and_answer
 
 
-def server_status_command(desk: Desk, *, as_json: bool) -> None:
+def server_status_command(desk: AdminClient, *, as_json: bool) -> None:
     """Print a server's agents and its refusals.
 
     Raises:
         FedPEFTError: what the server answered.
     """
-    reply = answered(desk.call(lambda stub: stub.ListAgents(pb.ListAgentsRequest())))
+    reply = run_and_answer(desk.call(lambda stub: stub.ListAgents(pb.ListAgentsRequest())))
     if as_json:
         print(json.dumps(status_table(reply)))
         return

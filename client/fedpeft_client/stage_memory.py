@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.faults import crash_point
 from fedpeft.files import storage, write_atomically
 
 Memory = Mapping[str, NDArray[Any]]

@@ -13,21 +13,21 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpeft.cancellation import clear_cancellation, install_cancellation
+from fedpeft.crash_points import crash_point
 from fedpeft.device_task import read_device_task
 from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
-from fedpeft.faults import crash_point
 from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.execute import Outcome, execute, named_app
 from fedpeft.frames import Frame, pack, read_frame
-from fedpeft.interruption import forget_interrupt, heed_interrupts
-from fedpeft.orphans import end_with
+from fedpeft.parent_exit import exit_with_parent
 from fedpeft.wire.failures import from_text, to_record
 from fedpeft.wire.task_content import read_task_content
 from fedpeft_client.accounting import ACCOUNT, costs_of_round
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.stage_memory import memory_bytes, memory_of
 from fedpeft_client.starts import StartShelf
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.worker_process import CLIENT_APP
 
 if TYPE_CHECKING:
     from fedpeft.config import RunConfig
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 def main(fd: int) -> None:
     """Serve orders until the agent hangs up."""
-    heed_interrupts()
-    end_with(os.getppid())  # beside its work: a killed agent's successor wants the memory
+    install_cancellation()
+    exit_with_parent(os.getppid())  # beside its work: a killed agent's successor wants the memory
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while (order := read_frame(orders)) is not None:
-            forget_interrupt()  # it was meant for an order before this one
+            clear_cancellation()  # it was meant for an order before this one
             pipe.sendall(pack(done(order)))
 
 
@@ -94,10 +94,10 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
         return "", "", False
     # Here, as it brings torch and all that stands on it.
     from fedpeft.loading.device import Own, load_own_resident
-    from fedpeft.resident import holds_resident, install_resident, resident_for
+    from fedpeft.resident import get_loaded_run, has_loaded_run, set_loaded_run
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
-    if not holds_resident(digest):
+    if not has_loaded_run(digest):
         described = read_device_task(header["device_task"])
         if described.digest != digest:
             raise ModelError(f"what came is not what run {digest[:12]} is; nothing was trained")
@@ -106,11 +106,11 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
         own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
         admit = _admission(header, own.device)
         start = _start(run.of_client(own.client), header, content)
-        install_resident(load_own_resident(run, own, admit=admit, start_bytes=start))
+        set_loaded_run(load_own_resident(run, own, admit=admit, start_bytes=start))
         if start and header.get("starts"):  # now it is known to fit this model
             StartShelf(Path(header["starts"])).put(digest, start)
         fresh = True
-    resident = resident_for(digest)
+    resident = get_loaded_run(digest)
     if pins and resident.base_digest not in pins:
         raise PolicyError(
             f"the base model has digest {resident.base_digest[:12]}, which policy.base_digests does not name",

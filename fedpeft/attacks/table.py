@@ -7,7 +7,7 @@ from typing import Any
 
 from fedpeft.attacks.base import Attack
 from fedpeft.attacks.colluding import InnerProduct, LittleIsEnough
-from fedpeft.attacks.gauge import Gauge
+from fedpeft.attacks.factor_rotation import FactorRotation
 from fedpeft.attacks.own import LabelFlip, Noise, Scaled, SignFlip
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError
@@ -16,7 +16,7 @@ from fedpeft.randomness import stream
 
 ATTACKS: dict[str, Any] = {  # a class that is an Attack and takes its options by name
     "alie": LittleIsEnough,
-    "gauge": Gauge,
+    "gauge": FactorRotation,
     "inner-product": InnerProduct,
     "label-flip": LabelFlip,
     "noise": Noise,
@@ -81,7 +81,7 @@ def attack_problems(run: RunConfig) -> list[str]:
             f"federation.attack: label-flip takes rows with a class each, and model.task is"
             f" '{run.model.task}'; choose another attack"
         )
-    if attack.kind == Gauge.kind and run.space.kind != "adapter-delta":
+    if attack.kind == FactorRotation.kind and run.space.kind != "adapter-delta":
         problems.append(
             "federation.attack: gauge is about LoRA's factors, and space"
             f" '{run.space.kind}' has none; choose another attack"

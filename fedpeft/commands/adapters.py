@@ -17,11 +17,11 @@ from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
 from fedpeft.models.trainable import frozen_digest
 from fedpeft.randomness import derive_seed
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.spaces.adapter_delta import AdapterDelta
 
 
-def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
+def resident_with_adapter(run: RunConfig, adapter: Path) -> LoadedRun:
     """The run's rows and its base model with a finished adapter on it, which has nothing left to train.
 
     Its state, in the adapter-delta space, is therefore empty: evaluate it with ``{}``. It goes by the
@@ -39,7 +39,7 @@ def resident_with_adapter(run: RunConfig, adapter: Path) -> Resident:
     refuse_long_rows(run, run.peft, model.get_base_model())  # type: ignore[operator]  # a PeftModel, untyped
     base_digest = frozen_digest(model)
     move(model, device)
-    return Resident(run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), base_digest)
+    return LoadedRun(run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), base_digest)
 
 
 def model_with_adapter(run: RunConfig, adapter: Path) -> tuple[nn.Module, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from fedpeft.models.export import adapter_digest
 from fedpeft.records import Evaluation
 from fedpeft.reporting.table import interval
 from fedpeft.reporting.text import counted, direction, metric_name, metric_value, printable
-from fedpeft.resident import install_resident
+from fedpeft.resident import set_loaded_run
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.simulation.scoring import TEST, Scorer, batches_of
 from fedpeft.workers import open_workers
@@ -61,7 +61,7 @@ def evaluate_adapter(run: RunConfig, folder: Path) -> Evaluation:
     torch.set_num_threads(1)  # before anything is computed: worker processes are forked from here
     metrics = run_metrics(run)
     resident = resident_with_adapter(run, folder)
-    install_resident(resident)
+    set_loaded_run(resident)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     width = max(1, min(cores, len(batches_of(resident, TEST)) // _BATCHES_PER_WORKER))
     if resident.device.type != "cpu":  # processes forked after CUDA began cannot use it

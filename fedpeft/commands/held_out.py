@@ -15,7 +15,7 @@ from fedpeft.config import RunConfig
 from fedpeft.errors import DataError, PrivacyError
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.models.export import replace_adapter_weights
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.simulation.scoring import Scorer
 from fedpeft.workers import InlineWorkers
@@ -47,7 +47,7 @@ class AdapterScores:
         evaluation = run.evaluation.model_copy(update={"bootstrap": 1})  # no intervals are looked at
         self._run = run.model_copy(update={"evaluation": evaluation})
         self._config = config
-        self._resident: Resident | None = None
+        self._resident: LoadedRun | None = None
 
     @property
     def primary(self) -> str:
@@ -72,7 +72,7 @@ class AdapterScores:
             raise DataError("the run has no rows to score; set data.test, or data.heldout above 0")
         return {name: score.value for name, score in evaluation.scores.items()}
 
-    def _holding(self, weights: Weights) -> Resident:
+    def _holding(self, weights: Weights) -> LoadedRun:
         """The base model with these weights; the base and the rows are loaded once."""
         if self._resident is None:
             torch.set_num_threads(1)
@@ -81,5 +81,5 @@ class AdapterScores:
                 self._resident = resident_with_adapter(self._run, Path(folder))
         else:
             replace_adapter_weights(self._resident.model, weights)
-        install_resident(self._resident)
+        set_loaded_run(self._resident)
         return self._resident

@@ -8,7 +8,7 @@ from fedpeft.commands.export import check_out, write_merged
 from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.training.zeroth_rules import SEED_SPACES
 
 
@@ -28,7 +28,7 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
     """
     config, data, checkpoint = _last(run)
     check_out(out, run, force=force, what="the run")
-    resident = load_resident(config, data=data)
+    resident = load_simulated_run(config, data=data)
     resident.space.enter(resident.parameters, checkpoint.state)  # compares the fingerprint
     write_merged(resident.model, resident.tokenizer, resident.data.label_names, out, config.model)
     size = sum(array.nbytes for array in checkpoint.state.values())

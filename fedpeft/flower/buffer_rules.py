@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.config import ClientLevelPrivacy, RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.flower.flights import buffer_of, crowd_problems
+from fedpeft.flower.in_flight import buffer_of, concurrency_problems
 from fedpeft.flower.rules import RULES
 from fedpeft.stages import build_stages
 from fedpeft.staleness import weight_problems
@@ -23,7 +23,7 @@ def buffer_problems(run: RunConfig, clients: int | None) -> list[str]:
     section = buffer_of(run)
     return [
         *weight_problems(section),
-        *(crowd_problems(section, clients) if clients is not None else ()),
+        *(concurrency_problems(section, clients) if clients is not None else ()),
         *_asking_problems(run),
         *_update_problems(run),
         *_ledger_problems(run, section.max_staleness),

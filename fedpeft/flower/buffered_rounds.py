@@ -3,7 +3,7 @@
 Source: Nguyen, Malik, Zhan, Yousefpour, Rabbat, Malek and Huba 2022, FedBuff, algorithm 1. A client that is
 done is replaced at once by another one, which starts from the newest state; an update is weighted down by how
 many rounds ended while it was made; `size` of them make a round. We differ in asking a client once per round
-at most (`Flights`), and in giving up work that is more than `max_staleness` rounds old.
+at most (`InFlightTasks`), and in giving up work that is more than `max_staleness` rounds old.
 
 On a virtual clock updates are folded in the order in which it has them arrive, whenever they were computed.
 Without one they are folded as they come. After a restart those that were durable before it come first, in the
@@ -20,13 +20,13 @@ from flwr.app import Message
 
 from fedpeft.errors import StateError
 from fedpeft.flower.buffered_sum import BufferedSum
-from fedpeft.flower.counting import Asked, Collected, count_reply, note, task_contents
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.flights import Flight, Flights, buffer_of
-from fedpeft.flower.gathering import Gathered, Opening, refuse_too_few
-from fedpeft.flower.mail import Mail
+from fedpeft.flower.collector import CollectedRound, Opening, refuse_too_few
+from fedpeft.flower.in_flight import InFlightTask, InFlightTasks, buffer_of
+from fedpeft.flower.mailbox import Mailbox
 from fedpeft.flower.private_rounds import RoundPrivacy
-from fedpeft.flower.states import state_payload
+from fedpeft.flower.replies import RoundReplies, TaskRequest, note, process_reply, task_contents
+from fedpeft.flower.round_context import RoundContext
+from fedpeft.flower.state_message import state_payload
 from fedpeft.flower.strategies import StrategyRunner
 from fedpeft.flower.tasks import TRAIN
 from fedpeft.ledger import Checkpoint, Cohort
@@ -36,7 +36,7 @@ from fedpeft.update import arrays_digest, layout_of
 
 
 class BufferedRounds:
-    """See the module; a `Gathering`.
+    """See the module; a `UpdateCollector`.
 
     Args:
         checkpoint: the last committed round.
@@ -44,15 +44,15 @@ class BufferedRounds:
 
     def __init__(
         self,
-        federation: Federation,
+        federation: RoundContext,
         strategy: StrategyRunner,
         privacy: RoundPrivacy,
         checkpoint: Checkpoint,
     ) -> None:
         self._federation, self._strategy, self._privacy = federation, strategy, privacy
         self._section = buffer_of(federation.run)
-        self._flights = Flights(federation.run, federation.roster, checkpoint.pending)
-        self._mail = Mail(federation.grid, federation.timeout_s)
+        self._flights = InFlightTasks(federation.run, federation.roster, checkpoint.pending)
+        self._mail = Mailbox(federation.grid, federation.timeout_s)
         self._by_clock = federation.run.federation.clock is not None
         self._digests: dict[int, str] = {}  # of the states that somebody works on, by their tasks' round
         arrived = () if self._by_clock or federation.history is None else federation.history.arrived()
@@ -60,10 +60,10 @@ class BufferedRounds:
         self._adrift = dict(self._flights.working)  # at work since before a restart, not yet asked again
         self._spent = False  # whether some client's privacy budget is
 
-    def gather(self, opening: Opening) -> Gathered | None:
+    def gather(self, opening: Opening) -> CollectedRound | None:
         """Fill one buffer; None as soon as a client's privacy budget does not allow it to be asked."""
         flights, number = self._flights, opening.number
-        began_s, collected = flights.now_s, Collected(opening.before.state)
+        began_s, collected = flights.now_s, RoundReplies(opening.before.state)
         self._digests[number] = opening.digest
         given_up = flights.open(number)
         asked = flights.fill(opening.sending.size, opening.expected_bytes)
@@ -84,7 +84,7 @@ class BufferedRounds:
             return None
         self._check_quorum(collected, number)
         self._forget_digests()
-        return Gathered(
+        return CollectedRound(
             change=total.close(number) if total.count else {},
             layout=total.layout,
             collected=collected,
@@ -95,7 +95,7 @@ class BufferedRounds:
             pending=flights.memory(),
         )
 
-    def admit(self, federation: Federation) -> None:
+    def admit(self, federation: RoundContext) -> None:
         """Others have joined."""
         self._federation = federation
         self._flights.admit(federation.roster)
@@ -120,7 +120,7 @@ class BufferedRounds:
             quantum_exponent=federation.run.federation.quantum_exponent,
         )
 
-    def _take_next(self, opening: Opening, total: BufferedSum, collected: Collected) -> bool:
+    def _take_next(self, opening: Opening, total: BufferedSum, collected: RoundReplies) -> bool:
         """Wait for the next outcome and count it; False: nobody will ever answer."""
         landed = self._next_by_clock() if self._by_clock else self._next_to_come(opening)
         if landed is None:
@@ -131,22 +131,22 @@ class BufferedRounds:
             outcome = self._flights.overdue(flight)
         else:
             digest = self._digests[flight.round]
-            asked = Asked(flight.client, flight.round, digest, flight.bytes_down)
+            asked = TaskRequest(flight.client, flight.round, digest, flight.bytes_down)
             aged = total.aged(opening.number - flight.round)
-            outcome = count_reply(self._federation, aged, reply, asked, collected)
+            outcome = process_reply(self._federation, aged, reply, asked, collected)
             opening.sending.heard(outcome, flight.round)
         outcome = self._flights.land(flight, outcome)
         note(self._federation, self._privacy, collected, outcome)
         return True
 
-    def _next_by_clock(self) -> tuple[Flight, Message | None] | None:
+    def _next_by_clock(self) -> tuple[InFlightTask, Message | None] | None:
         """Who is due next, and the answer if it will be in time."""
         flight = self._flights.next_by_clock()
         if flight is None:
             return None
         return flight, self._mail.of(flight.client) if self._flights.answers(flight) else None
 
-    def _next_to_come(self, opening: Opening) -> tuple[Flight, Message | None] | None:
+    def _next_to_come(self, opening: Opening) -> tuple[InFlightTask, Message | None] | None:
         """Whoever answers first; before that, whoever had answered before a restart."""
         while self._arrived:
             client, round_ = self._arrived.popleft()
@@ -163,7 +163,7 @@ class BufferedRounds:
         came = self._mail.first()
         return None if came is None else (self._flights.working[came[0]], came[1])
 
-    def _send(self, opening: Opening, flights: Sequence[Flight]) -> None:
+    def _send(self, opening: Opening, flights: Sequence[InFlightTask]) -> None:
         """Ask for this round's work, unless a privacy budget stands against it."""
         if not self._paid(opening.number, flights):
             return
@@ -174,7 +174,7 @@ class BufferedRounds:
 
     def _resend(self, opening: Opening) -> None:
         """After a restart: ask again for the work that was under way, on the states that it began with."""
-        rounds: dict[int, list[Flight]] = {}
+        rounds: dict[int, list[InFlightTask]] = {}
         for flight in self._awaited(self._adrift.values()):
             rounds.setdefault(flight.round, []).append(flight)
         self._adrift = {}
@@ -188,13 +188,13 @@ class BufferedRounds:
             clients = [flight.client for flight in flights]
             self._mail.send(self._messages(number, dict.fromkeys(clients, payload)))
 
-    def _paid(self, number: int, flights: Sequence[Flight]) -> bool:
+    def _paid(self, number: int, flights: Sequence[InFlightTask]) -> bool:
         """Charge those who are asked, durably; False, from then on, where a budget does not allow it."""
         if flights and not self._privacy.spend(number, [flight.client for flight in flights]):
             self._spent = True
         return not self._spent
 
-    def _awaited(self, flights: Iterable[Flight]) -> list[Flight]:
+    def _awaited(self, flights: Iterable[InFlightTask]) -> list[InFlightTask]:
         """Those whose work will be wanted: on a virtual clock it is known who vanishes or comes too late."""
         return [flight for flight in flights if self._flights.answers(flight)]
 
@@ -219,7 +219,7 @@ class BufferedRounds:
         wanted = {flight.round for flight in self._flights.working.values()}
         self._digests = {number: digest for number, digest in self._digests.items() if number in wanted}
 
-    def _check_quorum(self, collected: Collected, number: int) -> None:
+    def _check_quorum(self, collected: RoundReplies, number: int) -> None:
         """A buffer that nobody is left to fill may do with fewer updates."""
         size = self._section.size
         needed = math.ceil(self._federation.run.federation.quorum * size)

@@ -20,9 +20,9 @@ from fedpeft.errors import FedPEFTError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.tasks import Task, client_error, error_reply, read_task
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.privacy.sources import refuse_seeded
-from fedpeft.resident import Resident, holds_resident, install_resident, resident_for
+from fedpeft.resident import LoadedRun, get_loaded_run, has_loaded_run, set_loaded_run
 from fedpeft.runfile import run_from_json
 from fedpeft.wire.failures import to_text, without_text
 
@@ -71,12 +71,12 @@ def _with_code_alone(
     return error_reply(without_text(error), message)
 
 
-def _find(task: Task, _: Context) -> Resident:
+def _find(task: Task, _: Context) -> LoadedRun:
     """The task's run; loaded now if its run file came along and it isn't."""
     use_one_thread()
-    if not holds_resident(task.run_digest) and task.run_json:
-        install_resident(load_resident(run_from_json(task.run_json), start_bytes=task.start))
-    return resident_for(task.run_digest)
+    if not has_loaded_run(task.run_digest) and task.run_json:
+        set_loaded_run(load_simulated_run(run_from_json(task.run_json), start_bytes=task.start))
+    return get_loaded_run(task.run_digest)
 
 
 def _refusal(message: Message) -> Message | None:
@@ -84,7 +84,7 @@ def _refusal(message: Message) -> Message | None:
     ensure_identity()
     try:
         task = read_task(message)
-        run = run_from_json(task.run_json) if task.run_json else resident_for(task.run_digest).run
+        run = run_from_json(task.run_json) if task.run_json else get_loaded_run(task.run_digest).run
         refuse_seeded(run)
         refuse_attack(run)
     except FedPEFTError as error:

@@ -18,7 +18,7 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
 from fedpeft.flower.replica import WHO, Replica, caught_up
 from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.spaces import Memory
 from fedpeft.stages import StageContext, on_client
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
@@ -30,7 +30,7 @@ _STATES: deque[tuple[bytes, str, str, tuple[Arrays, str]]] = deque(maxlen=8)  # 
 _REPLICAS: dict[tuple[str, str], Replica] = {}  # a cache by run and client, for grids that keep no record
 
 
-Find = Callable[[Task, Context], Resident]
+Find = Callable[[Task, Context], LoadedRun]
 """Finds the run of a task, loaded; raises a `FedPEFTError` where it can't be had."""
 
 
@@ -41,7 +41,7 @@ def greet(message: Message, context: Context, find: Find) -> Message:
         resident = find(read_task(message), context)
         client = resident.data.clients[_partition(context, resident)]
         resident = resident.of_client(client.name)
-        rows = Disclosure.of_node(context.node_config).count(_told_rows(resident, client))
+        rows = Disclosure.of_node(context.node_config).count(_reported_rows(resident, client))
         return hello_reply(Hello(client.name, rows, resident.base_digest), message)
     except FedPEFTError as error:
         return error_reply(error, message)
@@ -66,13 +66,13 @@ def use_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _told_rows(resident: Resident, client: ClientRows) -> int:
+def _reported_rows(resident: LoadedRun, client: ClientRows) -> int:
     """The client's number of rows; 0 where privacy hides it from the server."""
     hidden = isinstance(resident.run.privacy, RecordLevelPrivacy | LocalPrivacy)
     return 0 if hidden else len(client.train)
 
 
-def _train(task: Task, resident: Resident, index: int, context: Context) -> bytes:
+def _train(task: Task, resident: LoadedRun, index: int, context: Context) -> bytes:
     state, digest = _current_state(task, resident, index, context)
     memory = arrays_in(context.state, MEMORY)
     update, _ = resident.train_client(index, task.round, state, proximal_mu=task.proximal_mu, memory=memory)
@@ -107,7 +107,7 @@ def _train(task: Task, resident: Resident, index: int, context: Context) -> byte
     )
 
 
-def _partition(context: Context, resident: Resident) -> int:
+def _partition(context: Context, resident: LoadedRun) -> int:
     """Which client this node is: `client` by name or `partition-id` by number in the node's configuration."""
     name = context.node_config.get("client")
     if name is not None:
@@ -121,7 +121,7 @@ def _partition(context: Context, resident: Resident) -> int:
 
 
 def _held_out_loss(
-    resident: Resident, index: int, state: Arrays, memory: Memory
+    resident: LoadedRun, index: int, state: Arrays, memory: Memory
 ) -> Callable[[Arrays], float] | None:
     """How stages may ask the client's held-out rows; None where it has none."""
     if not len(resident.data.clients[index].heldout):
@@ -129,7 +129,7 @@ def _held_out_loss(
     return functools.partial(resident.held_out_loss, index, state, memory=memory)
 
 
-def _current_state(task: Task, resident: Resident, index: int, context: Context) -> tuple[Arrays, str]:
+def _current_state(task: Task, resident: LoadedRun, index: int, context: Context) -> tuple[Arrays, str]:
     """The round's state and its fingerprint; where states travel in steps, from the one that is held here."""
     steps = steps_of(resident.run, task.run_digest, resident.space)
     if steps is None:

@@ -12,12 +12,12 @@ import functools
 from flwr.app import Message
 
 from fedpeft.flower.cohort import draw_cohort
-from fedpeft.flower.counting import Asked, Collected, count_reply, note, task_contents
-from fedpeft.flower.exchange import Exchange, Spares
+from fedpeft.flower.collector import CollectedRound, Opening, refuse_too_few
 from fedpeft.flower.factor_rounds import FactorAggregator, measured_by, needs_factors
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.gathering import Gathered, Opening, refuse_too_few
+from fedpeft.flower.message_exchange import MessageExchange, Spares
 from fedpeft.flower.private_rounds import RoundPrivacy
+from fedpeft.flower.replies import RoundReplies, TaskRequest, note, process_reply, task_contents
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.strategies import Aggregator, StrategyRunner
 from fedpeft.flower.tasks import TRAIN
 from fedpeft.ledger import Cohort
@@ -29,12 +29,12 @@ _AWAY = "away, and all who were connected had answered"
 
 
 class CohortRounds:
-    """See the module; a `Gathering`."""
+    """See the module; a `UpdateCollector`."""
 
-    def __init__(self, federation: Federation, strategy: StrategyRunner, privacy: RoundPrivacy) -> None:
+    def __init__(self, federation: RoundContext, strategy: StrategyRunner, privacy: RoundPrivacy) -> None:
         self._federation, self._strategy, self._privacy = federation, strategy, privacy
 
-    def gather(self, opening: Opening) -> Gathered | None:
+    def gather(self, opening: Opening) -> CollectedRound | None:
         """One cohort; a private run ends before the round that its budget does not allow."""
         federation, privacy, number = self._federation, self._privacy, opening.number
         draw = functools.partial(
@@ -60,7 +60,7 @@ class CohortRounds:
         folded = collected.folded
         outcomes = sorted((*collected.outcomes, *cohort.lost), key=lambda outcome: outcome.client)
         change = aggregator.close() if folded or not privacy.counts_answers else {}
-        return Gathered(
+        return CollectedRound(
             change=change,
             layout=aggregator.layout,
             collected=collected,
@@ -70,14 +70,14 @@ class CohortRounds:
             aggregation=measured_by(aggregator),
         )
 
-    def admit(self, federation: Federation) -> None:
+    def admit(self, federation: RoundContext) -> None:
         """Others have joined."""
         self._federation = federation
 
     def close(self) -> None:
         """Nobody is at work between rounds."""
 
-    def _collect(self, opening: Opening, aggregator: Aggregator, cohort: Cohort) -> Collected:
+    def _collect(self, opening: Opening, aggregator: Aggregator, cohort: Cohort) -> RoundReplies:
         """Send the tasks and fold the replies as they arrive."""
         federation, sending, number = self._federation, opening.sending, opening.number
         names = {federation.roster.members[name].node_id: name for name in cohort.working}
@@ -86,10 +86,10 @@ class CohortRounds:
         messages = (
             Message(contents[names[node]], node, TRAIN, group_id=str(number)) for node in sorted(names)
         )
-        collected = Collected(opening.before.state)
+        collected = RoundReplies(opening.before.state)
         timeout_s = federation.timeout_s
         silent = dict(names)
-        exchange = Exchange(
+        exchange = MessageExchange(
             federation.grid,
             messages,
             timeout_s=timeout_s,
@@ -98,8 +98,8 @@ class CohortRounds:
         for reply in exchange.replies():
             name = silent.pop(reply.metadata.src_node_id)
             layout = aggregator.layout_of(name) if isinstance(aggregator, FactorAggregator) else None
-            asked = Asked(name, number, opening.digest_of(name), sending.size(name), layout)
-            outcome = count_reply(federation, aggregator, reply, asked, collected)
+            asked = TaskRequest(name, number, opening.digest_of(name), sending.size(name), layout)
+            outcome = process_reply(federation, aggregator, reply, asked, collected)
             sending.heard(outcome)
             if federation.run.federation.clock is not None:
                 outcome = outcome.model_copy(update={"virtual_s": cohort.working[name]})
@@ -130,7 +130,7 @@ class CohortRounds:
     def _needed(self, cohort: Cohort) -> int:
         return cohort.quorum(self._federation.run.federation.quorum)
 
-    def _check_quorum(self, cohort: Cohort, collected: Collected, number: int) -> None:
+    def _check_quorum(self, cohort: Cohort, collected: RoundReplies, number: int) -> None:
         """Stop the run when too few of the asked clients counted."""
         needed = self._needed(cohort)
         if collected.folded >= needed:

@@ -13,7 +13,7 @@ from fedpeft.errors import FederationError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.execute import ROUND, RUN
 from fedpeft.flower.tasks import Task
-from fedpeft.resident import Resident, resident_for
+from fedpeft.resident import LoadedRun, get_loaded_run
 
 app = ClientApp()
 
@@ -30,7 +30,7 @@ def train(message: Message, context: Context) -> Message:
     return send_update(message, context, _find)
 
 
-def _find(task: Task, context: Context) -> Resident:
+def _find(task: Task, context: Context) -> LoadedRun:
     """The run that was let in.
 
     Raises:
@@ -43,4 +43,4 @@ def _find(task: Task, context: Context) -> Resident:
             f"a message of round {task.round} of run {task.run_digest[:12]} came, let in was round"
             f" {context.node_config.get(ROUND)} of run {digest[:12]}; nothing was trained"
         )
-    return resident_for(digest)
+    return get_loaded_run(digest)

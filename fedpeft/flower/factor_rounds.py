@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import ClientLevelPrivacy
-from fedpeft.flower.federation import Federation
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.strategies import Aggregator
 from fedpeft.lora_rules import (
     Combined,
@@ -38,7 +38,7 @@ from fedpeft.update import Arrays, Layout, Update, layout_of
 Wide = dict[str, NDArray[np.float64]]
 
 
-def needs_factors(federation: Federation) -> bool:
+def needs_factors(federation: RoundContext) -> bool:
     """Whether rounds differ at all from those in which everybody sends everything, unmeasured."""
     return federation.run.federation.lora_rule is not None or not federation.shares.all_alike
 
@@ -60,7 +60,7 @@ class FactorAggregator:
             is measured.
     """
 
-    def __init__(self, federation: Federation, inner: Aggregator, state: Arrays, number: int) -> None:
+    def __init__(self, federation: RoundContext, inner: Aggregator, state: Arrays, number: int) -> None:
         self._inner, self._state, self._number = inner, state, number
         self._run = federation.run
         self._shares: Shares = federation.shares

@@ -12,7 +12,7 @@ from fedpeft.device_task import device_task
 from fedpeft.errors import FederationError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.tasks import Task
-from fedpeft.resident import Resident, held_residents
+from fedpeft.resident import LoadedRun, list_loaded_runs
 
 app = ClientApp()
 
@@ -29,9 +29,9 @@ def train(message: Message, context: Context) -> Message:
     return send_update(message, context, _find)
 
 
-def _find(task: Task, _: Context) -> Resident:
+def _find(task: Task, _: Context) -> LoadedRun:
     use_one_thread()
-    for resident in held_residents():
+    for resident in list_loaded_runs():
         if device_task(resident.run).digest == task.run_digest:
             return resident
     raise FederationError(f"no simulation of run {task.run_digest[:12]} is loaded in this process")

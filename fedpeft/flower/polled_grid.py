@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.flower.exchange import Cancels
+from fedpeft.flower.message_exchange import Cancels
 
 
 class PolledGrid(Grid):

@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.flower.exchange import exchange
+from fedpeft.flower.message_exchange import exchange
 from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
 
 POLL_S = 0.2

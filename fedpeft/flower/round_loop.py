@@ -16,16 +16,16 @@ from fedpeft.errors import UpdateError
 from fedpeft.flower.broadcast import Broadcast, Outgoing, WholeStates
 from fedpeft.flower.buffered_rounds import BufferedRounds
 from fedpeft.flower.cohort_rounds import CohortRounds
+from fedpeft.flower.collector import CollectedRound, Opening, UpdateCollector
 from fedpeft.flower.exact_steps import steps_of
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.gathering import Gathered, Gathering, Opening
-from fedpeft.flower.legs import leg_down, leg_up
+from fedpeft.flower.per_client_state import PerClientStates
 from fedpeft.flower.private_rounds import RoundPrivacy, open_privacy
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.scalars import scalars_of
-from fedpeft.flower.states import state_payload
+from fedpeft.flower.state_message import state_payload
 from fedpeft.flower.steps import Step
 from fedpeft.flower.strategies import StrategyRunner
-from fedpeft.flower.views import Views
+from fedpeft.flower.traffic_stats import download_stats, upload_stats
 from fedpeft.ledger import Checkpoint
 from fedpeft.lora_rules import is_residual
 from fedpeft.packed import PackedArrays
@@ -36,7 +36,7 @@ from fedpeft.stages import check_touched
 from fedpeft.update import Arrays, arrays_digest, layout_of
 
 
-def initial_checkpoint(federation: Federation, state: Arrays) -> Checkpoint:
+def initial_checkpoint(federation: RoundContext, state: Arrays) -> Checkpoint:
     """Round 0: the start and its evaluation, committed."""
     started = time.monotonic()
     privacy = open_privacy(federation.run, federation.budget, len(federation.roster.members), None)
@@ -48,7 +48,7 @@ def initial_checkpoint(federation: Federation, state: Arrays) -> Checkpoint:
     return checkpoint
 
 
-def run_rounds(federation: Federation, checkpoint: Checkpoint) -> Checkpoint:
+def run_rounds(federation: RoundContext, checkpoint: Checkpoint) -> Checkpoint:
     """All rounds after `checkpoint`, each committed before the next begins; the last one's checkpoint.
 
     A private run ends early, and well, before the round that its budget does not allow.
@@ -68,7 +68,7 @@ def run_rounds(federation: Federation, checkpoint: Checkpoint) -> Checkpoint:
     if federation.memory is not None:
         federation.memory.restore_memory(checkpoint.clients)
     broadcast = _broadcast(federation, checkpoint)
-    gathering: Gathering = CohortRounds(federation, strategy, privacy)
+    gathering: UpdateCollector = CohortRounds(federation, strategy, privacy)
     if run.federation.mode == "buffered":
         gathering = BufferedRounds(federation, strategy, privacy, checkpoint)
     prepare_sums()
@@ -83,8 +83,8 @@ def run_rounds(federation: Federation, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _with_newcomers(
-    federation: Federation, gathering: Gathering, broadcast: Broadcast | None, number: int
-) -> Federation:
+    federation: RoundContext, gathering: UpdateCollector, broadcast: Broadcast | None, number: int
+) -> RoundContext:
     """The federation with those who have come since the last round began."""
     roster = federation.roster if federation.newcomers is None else federation.newcomers(number)
     if roster.members.keys() == federation.roster.members.keys():
@@ -96,7 +96,7 @@ def _with_newcomers(
     return larger
 
 
-def _broadcast(federation: Federation, checkpoint: Checkpoint) -> Broadcast | None:
+def _broadcast(federation: RoundContext, checkpoint: Checkpoint) -> Broadcast | None:
     steps = steps_of(federation.run, federation.task_digest, federation.space)
     if steps is None:
         return None
@@ -111,8 +111,8 @@ def _broadcast(federation: Federation, checkpoint: Checkpoint) -> Broadcast | No
 
 
 def _round(
-    federation: Federation,
-    gathering: Gathering,
+    federation: RoundContext,
+    gathering: UpdateCollector,
     strategy: StrategyRunner,
     privacy: RoundPrivacy,
     broadcast: Broadcast | None,
@@ -152,20 +152,20 @@ def _round(
     return after
 
 
-def _opening(federation: Federation, broadcast: Broadcast | None, before: Checkpoint) -> Opening:
+def _opening(federation: RoundContext, broadcast: Broadcast | None, before: Checkpoint) -> Opening:
     """The round after `before`, and its state on the way to clients."""
     number, digest = before.round + 1, arrays_digest(before.state)
     payload = state_payload(federation, before.state, number, digest)
     sending: Outgoing = WholeStates(payload)
     if not (federation.shares.all_alike and federation.roster.one_base):
-        sending = Views(federation, before.state, number)
+        sending = PerClientStates(federation, before.state, number)
     elif broadcast is not None:
         broadcast.open(number, payload, digest)
         sending = broadcast
     return Opening(number, before, payload, digest, sending)
 
 
-def _row(federation: Federation, gathered: Gathered, before: Checkpoint, step: Step) -> Round:
+def _row(federation: RoundContext, gathered: CollectedRound, before: Checkpoint, step: Step) -> Round:
     """The round's record, before evaluation."""
     collected = gathered.collected
     return Round(
@@ -173,8 +173,8 @@ def _row(federation: Federation, gathered: Gathered, before: Checkpoint, step: S
         outcomes=gathered.outcomes,
         train_loss=collected.train_loss,
         state_norm_change=_norm(gathered.change),
-        up=leg_up(federation.stages, gathered.layout, collected.outcomes, collected.header),
-        down=leg_down(federation.downlink, layout_of(before.state), collected.outcomes, step),
+        up=upload_stats(federation.stages, gathered.layout, collected.outcomes, collected.header),
+        down=download_stats(federation.downlink, layout_of(before.state), collected.outcomes, step),
         scalars=scalars_of(collected.scalars),
         virtual_s=gathered.virtual_s,
         staleness=gathered.staleness,
@@ -184,7 +184,7 @@ def _row(federation: Federation, gathered: Gathered, before: Checkpoint, step: S
 
 
 def _step(
-    federation: Federation,
+    federation: RoundContext,
     broadcast: Broadcast | None,
     state: Arrays,
     change: Mapping[str, NDArray[np.floating[Any]]],

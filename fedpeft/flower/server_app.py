@@ -13,10 +13,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
-from fedpeft.flower.federation import ClientMemory, Federation, History, Journal, Observer
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.private_rounds import BudgetStore
 from fedpeft.flower.roster import Roster, roll_call
+from fedpeft.flower.round_context import ClientMemory, History, Journal, Observer, RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of, refuse_unknown
@@ -31,7 +31,7 @@ from fedpeft.update import Arrays
 RUN_FILE_KEY, OUT_KEY = "fedpeft.run-file", "fedpeft.out"  # in the app's configuration
 
 
-class Held(Protocol):
+class RunView(Protocol):
     """What whoever holds a run's rounds knows of it, with its model in this process or elsewhere."""
 
     @property
@@ -105,7 +105,7 @@ class Server:
         history: what buffered rounds ask after a restart.
     """
 
-    resident: Held
+    resident: RunView
     journal: Journal
     observer: Observer
     evaluate: Callable[[Arrays], Evaluation | None]
@@ -116,7 +116,7 @@ class Server:
     evaluate_each: Callable[[Mapping[str, Arrays]], Evaluation | None] | None = None
 
 
-def hold_rounds(
+def execute_rounds(
     server: Server,
     grid: Grid,
     last: Checkpoint | None,
@@ -133,7 +133,7 @@ def hold_rounds(
             load the run from what travels with every task: what agents are told of it, else its file.
         timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
         gather: how the roll is called; None: every client whose rows the server has must answer.
-        newcomers: see `Federation`.
+        newcomers: see `RoundContext`.
         device_task: text of `fedpeft.device_task.DeviceTask`, where clients are agents.
 
     Raises:
@@ -150,7 +150,7 @@ def hold_rounds(
     roster = gather(task) if gather is not None else _everyone(resident, grid, task)
     refuse_unknown(resident.run, roster.members)
     server.ready(roster)
-    federation = Federation(
+    federation = RoundContext(
         run=resident.run,
         digest=resident.run_digest,
         grid=grid,
@@ -193,7 +193,7 @@ def _evaluation(
     return each
 
 
-def _everyone(resident: Held, grid: Grid, task: Task) -> Roster:
+def _everyone(resident: RunView, grid: Grid, task: Task) -> Roster:
     clients = resident.clients_here
     roster = roll_call(grid, task, expected=clients, own_base=own_base_of(resident.run))
     if len(roster.members) < clients:
@@ -202,7 +202,7 @@ def _everyone(resident: Held, grid: Grid, task: Task) -> Roster:
     return roster
 
 
-def check_base(roster: Roster, resident: Held) -> None:
+def check_base(roster: Roster, resident: RunView) -> None:
     """Refuse clients whose base model is not the server's.
 
     Raises:

@@ -152,7 +152,7 @@ class StrategyRunner:
             return self._aggregate_products(round_, updates, Products(self._pairs, self._state))
         if self._strategy is None:
             return self._weigh(updates, Entries())
-        return self.aggregate(round_, [_told(update, update.arrays) for update in updates])
+        return self.aggregate(round_, [_as_flower_reply(update, update.arrays) for update in updates])
 
     def _weigh(self, updates: Sequence[Update], geometry: Geometry) -> Arrays:
         """A rule of inner products."""
@@ -176,7 +176,7 @@ class StrategyRunner:
                 return [contents[place] for place in krum_selection(gram, count, malicious)]
 
             strategy = self._flowers(flower.Bulyan, selection_rule=select)
-        replies = [_told(update, products.canonical(update.arrays)) for update in updates]
+        replies = [_as_flower_reply(update, products.canonical(update.arrays)) for update in updates]
         return products.from_canonical(self.aggregate(round_, replies, strategy))
 
     def aggregate(
@@ -277,7 +277,7 @@ def _quick_collections() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _told(update: Update, arrays: Arrays) -> tuple[Arrays, int, float]:
+def _as_flower_reply(update: Update, arrays: Arrays) -> tuple[Arrays, int, float]:
     """What Flower is told of an update."""
     return arrays, update.weight, update.metrics.get("loss", 0.0)
 

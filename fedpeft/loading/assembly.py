@@ -20,7 +20,7 @@ from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
 from fedpeft.models.device import device_named, full_memory_refused, move
 from fedpeft.models.trainable import frozen_digest, read_parameters, trainable_parameters
 from fedpeft.randomness import derive_seed
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.runfile import run_digest
 from fedpeft.seedspace.layout import Stream
 from fedpeft.spaces import Space, build_space
@@ -76,7 +76,7 @@ def assemble(
     admit: Admit | None = None,
     peft: PeftSection | None = None,
     start_bytes: bytes = b"",
-) -> Resident:
+) -> LoadedRun:
     """Load everything but the rows, which is the same for all who hold a run, or for those of one group.
 
     Args:
@@ -85,7 +85,7 @@ def assemble(
         device: where the model goes once it is complete.
         admit: asked before the base model is loaded.
         peft: default the run's own.
-        start_bytes: `Resident.start_bytes` of who has loaded the run before; empty: nobody's is known.
+        start_bytes: `LoadedRun.start_bytes` of who has loaded the run before; empty: nobody's is known.
 
     Raises:
         DataError, ModelError, RunFileError: what cannot be encoded, loaded or attached.
@@ -104,7 +104,7 @@ def assemble(
     refuse_idle(run, names)
     if run.hides_rows:
         _verify_rows_apart(run, body.model, tokenizer, data.num_labels)
-    resident = Resident(
+    resident = LoadedRun(
         run,
         run_digest(run),
         body.model,

@@ -12,7 +12,7 @@ from fedpeft.data.tables import read_client_table
 from fedpeft.loading.assembly import Admit, assemble, refuse_device
 from fedpeft.models.device import device_named
 from fedpeft.privacy.sources import refuse_seeded
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 
 LOG = logging.getLogger("fedpeft.client")
 
@@ -36,7 +36,7 @@ class Own:
 
 def load_own_resident(
     run: RunConfig, own: Own, *, admit: Admit | None = None, start_bytes: bytes = b""
-) -> Resident:
+) -> LoadedRun:
     """A run as one device takes part in it: one client, with its own rows.
 
     The client has the rows, the split and the weight that it has in a simulation in which its file is one of

@@ -6,10 +6,10 @@ from fedpeft.attacks import refuse_attack
 from fedpeft.config import RunConfig
 from fedpeft.data.run_tables import read_test_table
 from fedpeft.loading.assembly import assemble, device_for
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 
 
-def load_serving_resident(run: RunConfig) -> Resident:
+def load_serving_run(run: RunConfig) -> LoadedRun:
     """A run as a server holds it whose clients are elsewhere: no client's rows, only the test set, if any.
 
     Raises:

@@ -13,21 +13,21 @@ from fedpeft.config import DataSection, RunConfig
 from fedpeft.data.run_tables import read_tables
 from fedpeft.groups import refuse_unknown
 from fedpeft.loading.assembly import Admit, Body, assemble, load_body, trainable_on
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 
 
-def load_resident(
+def load_simulated_run(
     run: RunConfig,
     *,
     admit: Admit | None = None,
     start_bytes: bytes = b"",
     data: DataSection | None = None,
-) -> Resident:
+) -> LoadedRun:
     """Read the rows, load the base model, attach the adapter.
 
     Args:
         data: the run's data section with the places where its rows lie now; None: they lie where it says.
-        start_bytes: `Resident.start_bytes` of who has loaded the run before; empty: nobody's is known.
+        start_bytes: `LoadedRun.start_bytes` of who has loaded the run before; empty: nobody's is known.
 
     Raises:
         DataError, ModelError, RunFileError: what cannot be read, loaded or attached.
@@ -44,7 +44,7 @@ def load_resident(
     return resident
 
 
-def _of_groups(whole: Resident) -> dict[int, Resident]:
+def _of_groups(whole: LoadedRun) -> dict[int, LoadedRun]:
     """The run as each group holds it that has a model of its own; groups with equal models share it."""
     bodies: dict[str, Body] = {}
     own = {}

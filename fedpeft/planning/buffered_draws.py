@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fedpeft.config import ClockSection, RunConfig
-from fedpeft.flower.flights import Flights, buffer_of
+from fedpeft.flower.in_flight import InFlightTasks, buffer_of
 from fedpeft.flower.roster import Roster
 from fedpeft.ledger import Cohort
 from fedpeft.records import ClientOutcome
@@ -55,7 +55,7 @@ def draw_buffered(
     clock = run.federation.clock
     section = buffer_of(run)
     federation = run.federation.model_copy(update={"clock": clock or ClockSection()})
-    flights = Flights(run.model_copy(update={"federation": federation}), roster, {})
+    flights = InFlightTasks(run.model_copy(update={"federation": federation}), roster, {})
     cohorts: list[Cohort] = []
     ages: Counter[int] = Counter()
     problems: list[str] = []

@@ -10,9 +10,9 @@ from fedpeft.errors import PrivacyError
 from fedpeft.planning.draws import RoundsPlan
 from fedpeft.privacy.accountant import epsilon, noise_multiplier_for
 from fedpeft.privacy.budget import Budget, with_cohort_known
+from fedpeft.privacy.budget_forecast import MOST_ROUNDS, BudgetForecast, outlook
 from fedpeft.privacy.events import Event
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
-from fedpeft.privacy.outlook import MOST_ROUNDS, Outlook, outlook
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
     if not kind.joint and rounds is not None:
         charged = math.ceil(rounds.asked_per_client.most)
     event, budget = event_of(run), budget_of(run)
-    seen: Outlook = outlook(event, budget, charged)
+    seen: BudgetForecast = outlook(event, budget, charged)
     return PrivacyPlan(
         kind=event.kind,
         neighbours=event.neighbours,

@@ -16,7 +16,6 @@ from fedpeft.records import Round, Row
 from fedpeft.reporting import charts, text
 from fedpeft.reporting.aggregation import aggregation_charts
 from fedpeft.reporting.clients import client_charts, client_rows
-from fedpeft.reporting.journeys import leg_of
 from fedpeft.reporting.lines import attackers_text, clients_text, trouble_line
 from fedpeft.reporting.privacy import privacy_charts, privacy_statement
 from fedpeft.reporting.scalars import scalar_charts
@@ -31,6 +30,7 @@ from fedpeft.reporting.summary import (
     spread_of,
 )
 from fedpeft.reporting.table import interval
+from fedpeft.reporting.transfers import traffic_stats_of
 from fedpeft.reporting.verdict import verdict
 
 _MOST_MESSAGES = 50  # notes and troubles shown; the rest is counted
@@ -76,7 +76,7 @@ def render_report(run_toml: str, rows: Sequence[Row], snippet: str | None = None
         printable=text.printable,
         arrow=lambda metric: text.direction(higher_is_better(summary.started, metric)),
         clients_text=clients_text,
-        leg_of=leg_of,
+        leg_of=traffic_stats_of,
         lossy=[journey.direction for journey in summary.journeys if journey.cosine is not None],
         drawing=lambda chart: Markup(chart.svg),
     )

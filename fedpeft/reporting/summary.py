@@ -13,7 +13,7 @@ import numpy as np
 
 from fedpeft.errors import StateError
 from fedpeft.records import Baseline, Evaluation, Finished, Round, Row, Score, Started
-from fedpeft.reporting.journeys import Journey, journeys_of
+from fedpeft.reporting.transfers import TransferSummary, summarise_transfers
 
 LineKey = Literal[
     "start", "zero-shot", "alone-mean", "alone-worst", "federated", "pooled", "full-model", "plugged-in"
@@ -94,7 +94,7 @@ class Summary:
     rounds_done: int
     finished: Finished | None
     wall_s: float
-    journeys: tuple[Journey, ...] = ()
+    journeys: tuple[TransferSummary, ...] = ()
     epsilon: float | None = None  # spent so far; None without differential privacy
     epsilon_cohort: float | None = None  # the same against whoever sees secret cohorts; None: there are none
     staleness: tuple[int, ...] = ()  # of buffered rounds: entry s counts the updates of staleness s
@@ -140,7 +140,7 @@ def build_summary(rows: Iterable[Row]) -> Summary:
         rounds_done=rounds[-1].round if rounds else 0,
         finished=finished,
         wall_s=finished.wall_s if finished else _wall_so_far(rounds, baselines),
-        journeys=journeys_of(started, rounds),
+        journeys=summarise_transfers(started, rounds),
         staleness=tuple(sum(ages) for ages in zip_longest(*(row.staleness for row in rounds), fillvalue=0)),
         epsilon=next((row.epsilon for row in reversed(rounds) if row.epsilon is not None), None),
         epsilon_cohort=next(

@@ -11,7 +11,7 @@ import numpy as np
 from fedpeft.evaluation.evaluate import summarise
 from fedpeft.randomness import stream
 from fedpeft.records import Baseline, Evaluation, Round
-from fedpeft.resident import resident_for
+from fedpeft.resident import get_loaded_run
 from fedpeft.simulation.scoring import (
     TEST,
     Scorer,
@@ -121,7 +121,7 @@ def train_and_score(
     run_digest: str, name: str, client: str | None, effort: Effort, start: Shared, metrics: Sequence[str]
 ) -> Evaluation:
     """One baseline: train on one client's rows (or everyone's) from the start, then score on the test set."""
-    resident = resident_for(run_digest)
+    resident = get_loaded_run(run_digest)
     clients = resident.data.clients
     own = [c.train for c in clients if client is None or c.name == client]
     section = resident.run.training.model_copy(update={"gradient_accumulation": effort.accumulation})

@@ -25,12 +25,12 @@ from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
 from fedpeft.flower.roster import Roster
-from fedpeft.flower.server_app import Order, Server, hold_rounds
+from fedpeft.flower.server_app import Order, Server, execute_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.loading.assembly import Admit, device_for
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.base import load_base
 from fedpeft.models.card import public_name, write_card, write_tokenizer
 from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
@@ -51,7 +51,7 @@ from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import load_run, run_toml
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.offsite import emulator_to_plug, offsite_scores, write_plugged
@@ -66,32 +66,32 @@ OWN_MODELS = (
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
-def load_alone(run: RunConfig, *, admit: Admit | None = None, data: DataSection | None = None) -> Resident:
+def load_alone(run: RunConfig, *, admit: Admit | None = None, data: DataSection | None = None) -> LoadedRun:
     """Load a run with all its clients as the only one of this process and of those forked from it.
 
     Args:
-        admit: see `load_resident`.
+        admit: see `load_simulated_run`.
         data: where its rows lie; None: where the run says.
     """
     torch.set_num_threads(1)  # before any tensor is computed: worker processes are forked from here
-    resident = load_resident(run, admit=admit, data=data)
-    install_resident(resident)
+    resident = load_simulated_run(run, admit=admit, data=data)
+    set_loaded_run(resident)
     return resident
 
 
 @dataclass(frozen=True)
-class Venue:
+class Deployment:
     """Where a run is held: all that differs between a simulation, Flower's nodes and a server with agents.
 
     Attributes:
         name: as the report calls it.
         hold: holds the rounds.
-        load: loads the run into this process, as one that `fedpeft.resident.resident_for` finds.
+        load: loads the run into this process, as one that `fedpeft.resident.get_loaded_run` finds.
     """
 
     name: str
     hold: Engine
-    load: Callable[[RunConfig], Resident] = load_alone
+    load: Callable[[RunConfig], LoadedRun] = load_alone
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ def simulate(
     if engine == "ray" and device_for(folder.run).type != "cpu":
         raise UsageError("--engine ray trains on the CPU; set model.device 'cpu', or leave the engine out")
     load = functools.partial(load_alone, admit=admit, data=folder.data)
-    return hold_run(folder, Venue(engine, ENGINES[engine], load), progress, workers=workers)
+    return execute_run(folder, Deployment(engine, ENGINES[engine], load), progress, workers=workers)
 
 
-def hold_run(
-    folder: RunFolder, venue: Venue, progress: Progress, *, workers: int = 1, spent_s: float = 0.0
+def execute_run(
+    folder: RunFolder, venue: Deployment, progress: Progress, *, workers: int = 1, spent_s: float = 0.0
 ) -> RunResult:
     """Bring the run of an open folder to its end; one that is at its end already is left as it is.
 
@@ -149,7 +149,7 @@ def hold_run(
     if folder.finished() is not None:
         progress.note(f"{folder.path} is finished already; nothing to do")
         return _result(folder)
-    return _Holding(folder, venue, progress, spent_s).run(workers)
+    return _RunExecution(folder, venue, progress, spent_s).run(workers)
 
 
 def serve(order: Order) -> None:
@@ -167,34 +167,34 @@ def serve(order: Order) -> None:
 
     def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
         deadline_s = run.federation.deadline_s if run.federation.clock is None else None
-        return hold_rounds(server, order.grid, last, timeout_s=deadline_s)
+        return execute_rounds(server, order.grid, last, timeout_s=deadline_s)
 
     log = Console(force_terminal=False, highlight=False)  # what is printed goes to the Flower run's log
     with begun_or_new(out, run) as folder, PlainProgress(log) as progress:
         finished = folder.finished() is not None
-        result = hold_run(folder, Venue("flower", on_nodes), progress)
+        result = execute_run(folder, Deployment("flower", on_nodes), progress)
         if not finished:
             progress.result(result.summary, result.paths, result.snippet)
 
 
 def _on_local_grid(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     grid = LocalGrid(server.resident.clients_here, pool)
-    return hold_rounds(server, grid, last, grid)
+    return execute_rounds(server, grid, last, grid)
 
 
 def _on_ray(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     server.step("starting Flower's simulation engine")
     clients = server.resident.clients_here
-    return run_on_ray(lambda grid: hold_rounds(server, grid, last), clients, pool.width)
+    return run_on_ray(lambda grid: execute_rounds(server, grid, last), clients, pool.width)
 
 
 ENGINES: dict[str, Engine] = {"local": _on_local_grid, "ray": _on_ray}
 
 
-class _Holding:
+class _RunExecution:
     """One process's work on one run folder."""
 
-    def __init__(self, folder: RunFolder, venue: Venue, progress: Progress, spent_s: float) -> None:
+    def __init__(self, folder: RunFolder, venue: Deployment, progress: Progress, spent_s: float) -> None:
         self._folder = folder
         self._run = folder.run
         self._venue = venue
@@ -331,7 +331,7 @@ class _Holding:
         write_summary(folder)
 
 
-def write_adapter(resident: Resident, folder: RunFolder, checkpoint: Checkpoint) -> None:
+def write_adapter(resident: LoadedRun, folder: RunFolder, checkpoint: Checkpoint) -> None:
     """Write the adapter of a round into the run's folder, whole or not at all, with tokenizer and model card.
 
     Raises:
@@ -351,7 +351,7 @@ def write_adapter(resident: Resident, folder: RunFolder, checkpoint: Checkpoint)
         )
 
 
-def compare_adapter(resident: Resident, adapter: Path) -> str:
+def compare_adapter(resident: LoadedRun, adapter: Path) -> str:
     """Refuse an adapter folder that makes another model of its base than the one that was trained.
 
     Returns:
@@ -413,7 +413,7 @@ def run_metrics(run: RunConfig) -> tuple[str, ...]:
     return metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
 
 
-def started_row(resident: Resident, metrics: tuple[str, ...], engine: str, roster: Roster | None) -> Started:
+def started_row(resident: LoadedRun, metrics: tuple[str, ...], engine: str, roster: Roster | None) -> Started:
     """What a run says of itself before it begins; without a roster, its clients are those of its rows."""
     run, data = resident.run, resident.data
     private = run.privacy is not None
@@ -500,7 +500,7 @@ def _bytes_per_client(rounds: Sequence[Round]) -> tuple[float, float]:
     return (sum(up.values()) / len(up), sum(down.values()) / len(down)) if up else (0.0, 0.0)
 
 
-def _peak_device_mib(resident: Resident) -> float | None:
+def _peak_device_mib(resident: LoadedRun) -> float | None:
     """The most that tensors took of a GPU's memory; None on the CPU."""
     peak = peak_memory(resident.device)
     return None if peak is None else peak / 2**20

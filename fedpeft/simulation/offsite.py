@@ -15,7 +15,7 @@ from fedpeft.models.offsite import Emulator, check_source, emulator_of, plug_in
 from fedpeft.models.trainable import frozen_digest
 from fedpeft.randomness import derive_seed
 from fedpeft.records import Baseline
-from fedpeft.resident import Resident, add_resident, drop_resident
+from fedpeft.resident import LoadedRun, add_loaded_run, drop_loaded_run
 from fedpeft.simulation.scoring import Scorer
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.workers import open_workers
@@ -23,13 +23,13 @@ from fedpeft.workers import open_workers
 FULL = "full-model"
 
 
-def emulator_to_plug(resident: Resident) -> Emulator | None:
+def emulator_to_plug(resident: LoadedRun) -> Emulator | None:
     """The run's emulator, where the full model to plug into is at hand."""
     folder, base = resident.run.evaluation.plug_into, resident.model.get_base_model()  # type: ignore[operator]
     return emulator_of(base) if folder is not None and Path(folder).is_dir() else None
 
 
-def write_plugged(resident: Resident, emulator: Emulator, adapter: Path, out: Path) -> None:
+def write_plugged(resident: LoadedRun, emulator: Emulator, adapter: Path, out: Path) -> None:
     """Write the run's adapter as one of the full model.
 
     Raises:
@@ -41,7 +41,7 @@ def write_plugged(resident: Resident, emulator: Emulator, adapter: Path, out: Pa
 
 
 def offsite_scores(
-    resident: Resident, metrics: tuple[str, ...], plugged: Path, done: Collection[str]
+    resident: LoadedRun, metrics: tuple[str, ...], plugged: Path, done: Collection[str]
 ) -> Iterator[Baseline]:
     """Score the full model as it is and with the plugged-in adapter; nothing where no row may be scored.
 
@@ -57,18 +57,18 @@ def offsite_scores(
             continue
         began = time.monotonic()
         full = _full_resident(resident, name, adapter)
-        add_resident(full)
+        add_loaded_run(full)
         try:
             with open_workers(1) as workers:
                 evaluation = Scorer(full, metrics, workers).evaluate({})
         finally:
-            drop_resident(full.run_digest)
+            drop_loaded_run(full.run_digest)
         if evaluation is not None:
             row = {"name": name, "evaluations": {name: evaluation}, "wall_s": time.monotonic() - began}
             yield Baseline.model_validate(row)
 
 
-def _full_resident(resident: Resident, name: str, adapter: Path | None) -> Resident:
+def _full_resident(resident: LoadedRun, name: str, adapter: Path | None) -> LoadedRun:
     """The run's rows with the full model, unquantised, which has nothing to train."""
     run = resident.run
     section = ModelSection(path=run.evaluation.plug_into or "", task=run.model.task, dtype=run.model.dtype)
@@ -78,7 +78,7 @@ def _full_resident(resident: Resident, name: str, adapter: Path | None) -> Resid
         model = load_adapter(model, adapter)
     digest = frozen_digest(model)
     move(model, resident.device)
-    return Resident(
+    return LoadedRun(
         run=run,
         run_digest=f"{resident.run_digest}:{name}",
         model=model,

@@ -18,7 +18,7 @@ from fedpeft.evaluation.evaluate import join, summarise
 from fedpeft.evaluation.metrics import Column
 from fedpeft.randomness import stream
 from fedpeft.records import Evaluation
-from fedpeft.resident import Resident, resident_for
+from fedpeft.resident import LoadedRun, get_loaded_run
 from fedpeft.update import Arrays
 from fedpeft.workers import Job, Shared, Workers
 
@@ -33,7 +33,7 @@ class Scorer:
     A private run scores no row of its clients: exact scores of them would tell what the noise hides.
     """
 
-    resident: Resident
+    resident: LoadedRun
     metrics: tuple[str, ...]
     workers: Workers
 
@@ -118,20 +118,20 @@ def score_shard(
     run_digest: str, which: str, shard: int, shards: int, state: Shared, metrics: Sequence[str]
 ) -> dict[str, Column]:
     """One worker's share of the batches."""
-    resident = resident_for(run_digest)
+    resident = get_loaded_run(run_digest)
     encoded = rows_of(resident, which)[0]
     return resident.score(encoded, batches_of(resident, which)[shard::shards], state.get(), metrics)
 
 
 def score_own(run_digest: str, index: int, state: Shared, metrics: Sequence[str]) -> dict[str, Column]:
     """One client's model on its own held-out rows."""
-    whole = resident_for(run_digest)
+    whole = get_loaded_run(run_digest)
     resident = whole.of_client(whole.data.clients[index].name)
     encoded, rows = own_rows(whole, index)
     return resident.score(encoded, resident.batches(encoded, rows), state.get(), metrics)
 
 
-def own_rows(resident: Resident, index: int) -> tuple[Encoded, NDArray[np.int64]]:
+def own_rows(resident: LoadedRun, index: int) -> tuple[Encoded, NDArray[np.int64]]:
     """A client's held-out rows, at most `evaluation.max_examples`."""
     data, limit = resident.data, resident.run.evaluation.max_examples
     client = data.clients[index]
@@ -140,7 +140,7 @@ def own_rows(resident: Resident, index: int) -> tuple[Encoded, NDArray[np.int64]
     return data.test, test_rows_of_clients(resident)[client.name][:limit]
 
 
-def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]:
+def rows_of(resident: LoadedRun, which: str) -> tuple[Encoded, NDArray[np.int64]]:
     """The rows of an evaluation set, at most `evaluation.max_examples` of the test set and of each client."""
     data, limit = resident.data, resident.run.evaluation.max_examples
     if which == TEST and own_test_set(resident.run):
@@ -151,12 +151,12 @@ def rows_of(resident: Resident, which: str) -> tuple[Encoded, NDArray[np.int64]]
     return data.rows, np.concatenate([client.heldout[:limit] for client in data.clients])
 
 
-def batches_of(resident: Resident, which: str) -> list[NDArray[np.int64]]:
+def batches_of(resident: LoadedRun, which: str) -> list[NDArray[np.int64]]:
     """Its batches."""
     return resident.batches(*rows_of(resident, which))
 
 
-def test_rows_of_clients(resident: Resident) -> dict[str, NDArray[np.int64]]:
+def test_rows_of_clients(resident: LoadedRun) -> dict[str, NDArray[np.int64]]:
     """Which rows of a test set that is made of held-out rows are whose: they lie client by client."""
     sizes = [len(client.heldout) for client in resident.data.clients]
     ends = np.cumsum([0, *sizes])

@@ -28,7 +28,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.loading.assembly import assemble, trainable_on
 from fedpeft.privacy.sources import noise_source
 from fedpeft.randomness import stream
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.training import private
 from fedpeft.update import Arrays
 
@@ -127,20 +127,20 @@ def _table(run: RunConfig, records: Sequence[Record]) -> RawFederated:
     return client_table(section, records, run.model.task, run.run.seed, CLIENT, hides_rows=True)
 
 
-def _encoded(run: RunConfig, resident: Resident, records: Sequence[Record]) -> FederatedData:
+def _encoded(run: RunConfig, resident: LoadedRun, records: Sequence[Record]) -> FederatedData:
     return encode(_table(run, records), resident.tokenizer, run.data, run.model.task, hides_rows=True)
 
 
-def _told(resident: Resident, data: FederatedData) -> private.Told:
+def _told(resident: LoadedRun, data: FederatedData) -> private.PrivateTrainingInputs:
     run = resident.run
     if not isinstance(run.privacy, RecordLevelPrivacy):
         raise PrivacyError("a run without record-level privacy has no bound on its rows")
     rows = resident.rows(data.rows, data.clients[0].train)
     rng, source = stream(run.run.seed, "train", CLIENT, 1), noise_source(run, "train", CLIENT, 1)
-    return private.Told(rows, run.training, run.privacy, rng, source)
+    return private.PrivateTrainingInputs(rows, run.training, run.privacy, rng, source)
 
 
-def _sum(resident: Resident, data: FederatedData, state: Arrays, key: int) -> NDArray[np.int64]:
+def _sum(resident: LoadedRun, data: FederatedData, state: Arrays, key: int) -> NDArray[np.int64]:
     """The sum of one step, before its noise, at the parameters as they are."""
     told = _told(resident, data)
     if told.section.kind != "zeroth-order":
@@ -149,7 +149,7 @@ def _sum(resident: Resident, data: FederatedData, state: Arrays, key: int) -> ND
     return private.slope_sum(resident.prober, route.directions.tolist(), told, key)
 
 
-def _next_state(resident: Resident, round_: int, state: Arrays) -> Arrays:
+def _next_state(resident: LoadedRun, round_: int, state: Arrays) -> Arrays:
     """The state after one more round of the one client."""
     update, _ = resident.train_client(0, round_, state, proximal_mu=0.0)
     change = {name: array.astype(np.float64) for name, array in update.arrays.items()}

@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedpeft.cancellation import check_cancelled
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
-from fedpeft.interruption import go_on
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.events import PersonLevel, RecordLevel
@@ -98,7 +98,7 @@ def train(
     schedule = build_schedule(section, optimizer, steps)
     with private_mode(model, section):
         for step in range(steps):
-            go_on()
+            check_cancelled()
             key = int(rng.integers(2**63))
             drawn = drawn_rows(rows, mechanism, source, key)
             total = clipped_sum(model, parameters, rows, drawn, section, mechanism, key)

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from fedpeft.cancellation import check_cancelled
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import Task, collate, training_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import TrainingError
-from fedpeft.interruption import go_on
 from fedpeft.training.layers import Periods
 from fedpeft.training.losses import LOSSES
 from fedpeft.training.optimizers import build_optimizer, build_schedule
@@ -89,7 +89,7 @@ def train(
         mover(optimizer, trained, start, proximal_mu, section.max_grad_norm, add_gradient).ready() as move,
     ):
         for step in range(steps):
-            go_on()
+            check_cancelled()
             periods.turn(step, optimizer)
             micro = [next(batches) for _ in range(section.gradient_accumulation)]
             optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ PAGED = ("paged-adamw", "paged-adamw8bit")
 
 
 @dataclass(frozen=True)
-class Saver:
+class MemoryOption:
     """One way to train in less memory.
 
     Attributes:
@@ -43,26 +43,26 @@ def _fused(run: RunConfig) -> str | None:
     return None
 
 
-SAVERS: Mapping[str, Saver] = MappingProxyType(
+SAVERS: Mapping[str, MemoryOption] = MappingProxyType(
     {
-        "gradient_checkpointing": Saver(
+        "gradient_checkpointing": MemoryOption(
             "activations within a layer are computed again for the backward pass (Chen et al. 2016)",
             "activations",
             lambda section: section.gradient_checkpointing,
         ),
-        "activation_offload": Saver(
+        "activation_offload": MemoryOption(
             "activations wait for the backward pass in main memory",
             "GPU memory of activations",
             lambda section: section.activation_offload,
             cuda=True,
         ),
-        "fused_update": Saver(
+        "fused_update": MemoryOption(
             "each parameter moves once its gradient is there, which is then dropped (Lv et al. 2023, LOMO)",
             "gradients",
             lambda section: section.fused_update,
             _fused,
         ),
-        "sampled_layers": Saver(
+        "sampled_layers": MemoryOption(
             "a few layers train at a time, the same for all clients of a round (Pan et al. 2024, LISA)",
             "gradients, optimiser",
             lambda section: section.sampled_layers is not None,

@@ -20,7 +20,7 @@ from fedpeft.training.zeroth_prober import Prober
 
 
 @dataclass(frozen=True)
-class Told:
+class PrivateTrainingInputs:
     """What every private trainer is told of a client's part of a round.
 
     Attributes:
@@ -53,7 +53,11 @@ class Told:
 
 
 def train_by_gradients(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], told: Told, *, proximal_mu: float = 0.0
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    told: PrivateTrainingInputs,
+    *,
+    proximal_mu: float = 0.0,
 ) -> PrivateReport:
     """DP-SGD; see `fedpeft.training.dp_sgd.train`."""
     return dp_sgd.train(
@@ -69,7 +73,7 @@ def train_by_gradients(
     )
 
 
-def train_by_scalars(probe: Prober, route: Route, told: Told) -> tuple[PrivateReport, Trail]:
+def train_by_scalars(probe: Prober, route: Route, told: PrivateTrainingInputs) -> tuple[PrivateReport, Trail]:
     """Private zeroth order; see `fedpeft.training.zeroth_private.train`."""
     return zeroth_private.train(
         probe,
@@ -84,7 +88,7 @@ def train_by_scalars(probe: Prober, route: Route, told: Told) -> tuple[PrivateRe
 
 
 def gradient_sum(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], told: Told, step_key: int
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], told: PrivateTrainingInputs, step_key: int
 ) -> NDArray[np.int64]:
     """Return what a step of DP-SGD sums before its noise if everybody's coin shows heads, in quanta, flat."""
     rows, mechanism = told.rows, told.mechanism
@@ -94,7 +98,9 @@ def gradient_sum(
     return np.concatenate([total[name].cpu().numpy().reshape(-1) for name in parameters])
 
 
-def slope_sum(probe: Prober, directions: Sequence[int], told: Told, step_key: int) -> NDArray[np.int64]:
+def slope_sum(
+    probe: Prober, directions: Sequence[int], told: PrivateTrainingInputs, step_key: int
+) -> NDArray[np.int64]:
     """Return what a private zeroth-order step sums before its noise, as `gradient_sum`: one per direction."""
     rows, mechanism = told.rows, told.mechanism
     drawn = drawn_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)

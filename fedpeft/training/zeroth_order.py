@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.cancellation import check_cancelled
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.errors import TrainingError
-from fedpeft.interruption import go_on
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training.first_order import Rows, TrainingReport
 from fedpeft.training.zeroth_measures import MEASURES, Slope
@@ -53,7 +53,7 @@ def train(
     amounts = np.zeros(len(route.directions), dtype=np.int64)
     total, seen = 0.0, 0
     for step in range(steps):
-        go_on()
+        check_cancelled()
         batch = next(batches)
         visits = range(step * section.queries, (step + 1) * section.queries)
         losses = _step(probe, rows, section, route, mover, batch, visits, amounts)

@@ -16,10 +16,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.cancellation import check_cancelled
 from fedpeft.config import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
-from fedpeft.interruption import go_on
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.noise import NoiseSource
@@ -57,7 +57,7 @@ def train(
     mover = build_mover(probe, rows, section, route)
     amounts = np.zeros(len(route.directions), dtype=np.int64)
     for step in range(steps):
-        go_on()
+        check_cancelled()
         visits = range(step * section.queries, (step + 1) * section.queries)
         directions = [int(route.directions[visit]) for visit in visits]
         drawn = drawn_rows(rows, mechanism, source, int(rng.integers(2**63)))

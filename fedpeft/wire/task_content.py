@@ -28,7 +28,7 @@ class Task:
         device_task: what agents are told of the run (`fedpeft.device_task`); else empty.
         proximal_mu: FedProx's pull towards the state.
         start: at roll call, what spares the receiver to compute the model's start; see
-            `fedpeft.resident.Resident.start_bytes`.
+            `fedpeft.resident.LoadedRun.start_bytes`.
     """
 
     run_digest: str

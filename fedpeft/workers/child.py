@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.orphans import end_with
+from fedpeft.parent_exit import exit_with_parent
 from fedpeft.workers.allocator import keep_freed_memory
 from fedpeft.workers.slots import Slot
 
@@ -121,4 +121,4 @@ def _settle(parent: int) -> None:
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with(parent)
+    exit_with_parent(parent)

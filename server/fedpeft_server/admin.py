@@ -33,13 +33,13 @@ from fedpeft_server.admin_messages import (
     server_info,
 )
 from fedpeft_server.callers import Gate
+from fedpeft_server.fair_queue import FairQueue
 from fedpeft_server.ownership import require_owner, require_reader
 from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import AgentStatus, ServerStatus
 from fedpeft_server.store import EVERYONE, Rules, Store, StoredRun
 from fedpeft_server.store.audit import Action, Actor
 from fedpeft_server.supervisor import Supervisor
-from fedpeft_server.turns import Turns
 
 FOLLOW_S = 0.3  # between two looks at a log that is followed
 LONG_CALLS = 3  # at a time, of those that a run file or a run may hold up; one of each caller
@@ -80,11 +80,11 @@ class Administration:
 
 
 class Admin(rpc.AdminServicer):
-    """Every call names its least role; `Front` sends errors back with our one line."""
+    """Every call names its least role; `RequestGuard` sends errors back with our one line."""
 
     def __init__(self, base: Administration) -> None:
         self._base = base
-        self._turns = Turns(LONG_CALLS, math.inf)
+        self._turns = FairQueue(LONG_CALLS, math.inf)
         self._long = ThreadPoolExecutor(LONG_CALLS, thread_name_prefix="fedpeft-long")
 
     async def SubmitRun(self, request: pb.SubmitRunRequest, context: Any) -> pb.RunInfo:  # noqa: N802  # the schema's

@@ -17,7 +17,7 @@ from fedpeft.credentials import (
     verify_body_digest,
 )
 from fedpeft.errors import CredentialError, FedPEFTError
-from fedpeft_server.contracts import Arrival
+from fedpeft_server.contracts import ReceivedResult
 
 LOCAL = "@local"  # whoever calls without certificates; no certificate has that name
 ADDRESS = "@"  # begins the name of a share that is an address's; no certificate's name does
@@ -80,7 +80,7 @@ class Gate(Protocol):
         """
         ...
 
-    def verify(self, caller: Caller, arrival: Arrival) -> None:
+    def verify(self, caller: Caller, arrival: ReceivedResult) -> None:
         """Check a result's signature.
 
         Raises:
@@ -107,7 +107,7 @@ class OpenGate:
     def still(self, caller: Caller) -> None:
         """Nobody is ever sent away."""
 
-    def verify(self, caller: Caller, arrival: Arrival) -> None:
+    def verify(self, caller: Caller, arrival: ReceivedResult) -> None:
         """There are no keys without certificates."""
 
 
@@ -145,7 +145,7 @@ class CertificateGate:
         """See `Gate`."""
         self._peers.certificate(caller.certificate, self._now())
 
-    def verify(self, caller: Caller, arrival: Arrival) -> None:
+    def verify(self, caller: Caller, arrival: ReceivedResult) -> None:
         """See `Gate`."""
         certificate = self._peers.certificate(caller.certificate, self._now())
         header = UpdateHeader(arrival.run, arrival.run_digest, arrival.round, arrival.kind, arrival.agent)

@@ -14,7 +14,7 @@ ENOUGH = "enough others had answered before"  # the verdict on a result for whic
 
 
 @dataclass(frozen=True)
-class Arrival:
+class ReceivedResult:
     """One agent's result for one task, verified as far as the transport can.
 
     Attributes:
@@ -45,7 +45,7 @@ class Arrival:
 class Acceptor(Protocol):
     """Makes results durable before they are acknowledged."""
 
-    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+    def accept(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None]:
         """Make all of them durable in one transaction; one verdict each, in order.
 
         A result that is there already (same run, task and agent) is accepted again without being stored
@@ -60,7 +60,7 @@ class Acceptor(Protocol):
         """
         ...
 
-    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[ReceivedResult]:
         """Results that were accepted before, also before a restart: they are not asked for again."""
         ...
 

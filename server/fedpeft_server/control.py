@@ -16,7 +16,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import UsageError
-from fedpeft.flower.exchange import Cancels, Spares
+from fedpeft.flower.message_exchange import Cancels, Spares
 from fedpeft.flower.polled_grid import PolledGrid
 
 TOLERANCE_S = 5.0

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from flwr.serverapp import Grid
 
+from fedpeft.crash_points import crash_point
 from fedpeft.credentials import (
     REVOKED_FILE,
     Authority,
@@ -24,25 +25,24 @@ from fedpeft.credentials import (
 )
 from fedpeft.device_task import device_task
 from fedpeft.errors import FedPEFTError, StateError, StorageError
-from fedpeft.faults import crash_point
-from fedpeft.flower.flights import overlap_of
+from fedpeft.flower.in_flight import overlap_of
 from fedpeft.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.control import Patience
-from fedpeft_server.descriptors import allow_connections
-from fedpeft_server.doors import Doors, certificate_doors
 from fedpeft_server.end_watch import end_within
 from fedpeft_server.enrolment_records import RecordedEnrolment
 from fedpeft_server.expiry import ExpiryWatch
+from fedpeft_server.fd_limit import raise_fd_limit
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
-from fedpeft_server.heaps import keep_few_heaps
+from fedpeft_server.malloc_arenas import limit_malloc_arenas
 from fedpeft_server.metrics import Metrics
-from fedpeft_server.model_room import ModelRoom
+from fedpeft_server.model_process_pool import ModelProcessPool
 from fedpeft_server.risks import CRASH, Risks
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.settings import Settings
 from fedpeft_server.store import Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
+from fedpeft_server.tls import Doors, certificate_doors
 
 LOG = logging.getLogger("fedpeft.server")
 SIGHTINGS_S = 30.0  # between two notes of who is here
@@ -62,12 +62,12 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
         StorageError: the state cannot be written.
         FederationError: the port is taken.
     """
-    keep_few_heaps()
+    limit_malloc_arenas()
     told = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: told.set())
     set_up_log(settings.log.level, settings.log.format)
-    if few := allow_connections(settings.limits.connections):
+    if few := raise_fd_limit(settings.limits.connections):
         LOG.warning("%s", few)
     with (
         end_within(settings.drain_s + END_S, settings.state / CRASH),
@@ -137,9 +137,9 @@ def standing(
         yield store, supervisor, running
 
 
-def _model_room(settings: Settings) -> ModelRoom:
+def _model_room(settings: Settings) -> ModelProcessPool:
     limits = settings.limits
-    return ModelRoom(settings.model_s, task_s=limits.model_task_s, check_s=limits.check_s)
+    return ModelProcessPool(settings.model_s, task_s=limits.model_task_s, check_s=limits.check_s)
 
 
 def doors_of(settings: Settings) -> tuple[Doors, Authority | None]:

@@ -9,8 +9,8 @@ from typing import Any
 from fedpeft.credentials import identity_of
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_server.doors import Enrol
 from fedpeft_server.store.audit import Action, Actor, AuditLog
+from fedpeft_server.tls import Enrol
 
 _REMEMBERED = 4096  # certificates
 

@@ -17,7 +17,7 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import HELLO, error_reply, read_hello
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_server.contracts import Acceptor, Arrival, Blobs
+from fedpeft_server.contracts import Acceptor, Blobs, ReceivedResult
 from fedpeft_server.refusals import Reason
 from fedpeft_server.sessions import Hub
 from fedpeft_server.work import Body, Done, Failed, Outcome, Work, work_id
@@ -218,14 +218,14 @@ class GrpcGrid(PolledGrid):
             self._content = (content, Body.of(content_bytes(content)))
         return self._content[1]
 
-    def _recalled(self, works: Sequence[Work]) -> Mapping[bytes, Arrival]:
+    def _recalled(self, works: Sequence[Work]) -> Mapping[bytes, ReceivedResult]:
         """What was accepted before, by work.
 
         Where rounds overlap, an old task's state travels whole after a restart, however it did before, and
         the task has another id then. Its agent's result of that round is the one that there is.
         """
         mine = {(work.round, work.kind, work.agent): work.id for work in works}
-        found: dict[bytes, Arrival] = {}
+        found: dict[bytes, ReceivedResult] = {}
         for round_, kind in {(work.round, work.kind) for work in works}:
             for arrival in self._acceptor.recall(self._run.id, round_, kind):
                 id_ = mine.get((round_, kind, arrival.agent))

@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
+from fedpeft.crash_points import crash_point
 from fedpeft.device_task import device_task
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
-from fedpeft.flower.server_app import Held, Server, check_base, hold_rounds
+from fedpeft.flower.server_app import RunView, Server, check_base, execute_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
@@ -28,13 +28,20 @@ from fedpeft.ledger.run_place import ROWS
 from fedpeft.privacy.kinds import is_cohort_secret
 from fedpeft.runfile import run_json
 from fedpeft.update import layout_of
+from fedpeft_server.agent_wait import agents_wanted, wait_for_agents
 from fedpeft_server.control import PATIENCE, Control, Patience, Stopped, WatchedGrid
-from fedpeft_server.gathering import agents_wanted, gather
 from fedpeft_server.joining import Joining, Strangers
 from fedpeft_server.journal_lines import LoggedProgress, event_line
-from fedpeft_server.keepers import Book, HeldElsewhereError, Hold, Keeper, counts_alone, write_checkpoints
 from fedpeft_server.members import incomplete, waits_for
-from fedpeft_server.model_room import ModelRoom
+from fedpeft_server.model_host import (
+    HeldElsewhereError,
+    Hold,
+    ModelHost,
+    RunStorage,
+    counts_alone,
+    write_checkpoints,
+)
+from fedpeft_server.model_process_pool import ModelProcessPool
 from fedpeft_server.risks import Risks
 from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
 
@@ -78,10 +85,10 @@ class Host:
     open_grid: OpenGrid
     control: Control
     patience: Patience = PATIENCE
-    models: ModelRoom | None = None
+    models: ModelProcessPool | None = None
     quota: Quota | None = None
     risks: Risks | None = None
-    _keeper: Keeper | None = field(default=None, init=False)
+    _keeper: ModelHost | None = field(default=None, init=False)
     _kept: ExitStack = field(default_factory=ExitStack, init=False)
     _agents: AgentGrid | None = field(default=None, init=False)
 
@@ -163,9 +170,9 @@ class Host:
             if line is not None:
                 raise Stopped(line)
 
-    def _book(self, rounds: StoredRounds) -> Book:
+    def _book(self, rounds: StoredRounds) -> RunStorage:
         path = self.store.run_folder(self.stored.id)
-        return Book(self.stored.id, self.stored.run, self.store.reference, path, rounds)
+        return RunStorage(self.stored.id, self.stored.run, self.store.reference, path, rounds)
 
     def _say(self, text: str) -> None:
         self.store.runs.say(self.stored.id, text)
@@ -180,7 +187,7 @@ class Host:
         with suppress(StorageError):  # a word for people is no reason to leave the round
             self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
 
-    def _held(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+    def _held(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """Bring the run to its end where its model is; kept for the next attempt."""
         if self._keeper is None:
             apart = self.models is not None and counts_alone(self.stored.run)
@@ -200,7 +207,7 @@ class Host:
             return nullcontext()
         return self.risks.at_work(self.stored.id, self.store.runs.get(self.stored.id).round)
 
-    def _try_load(self, models: ModelRoom) -> None:
+    def _try_load(self, models: ModelProcessPool) -> None:
         """Load the model where it may take a process down, or stand still, before this process loads it."""
         process = models.take()
         try:
@@ -209,17 +216,17 @@ class Host:
         finally:
             models.end(process)
 
-    def _here(self) -> Keeper:
-        from fedpeft_server.kept_here import KeptHere  # as it brings torch
+    def _here(self) -> ModelHost:
+        from fedpeft_server.in_process_host import InProcessModelHost  # as it brings torch
 
-        return KeptHere(self.stored, self._at_work)
+        return InProcessModelHost(self.stored, self._at_work)
 
-    def _apart(self) -> Keeper:
-        from fedpeft_server.kept_apart import KeptApart
+    def _apart(self) -> ModelHost:
+        from fedpeft_server.subprocess_host import SubprocessModelHost
 
         if self.models is None:
             raise StateError("this server has no processes for models")
-        return KeptApart(self.stored, self.models, self.control)
+        return SubprocessModelHost(self.stored, self.models, self.control)
 
     def _holder(self, agents: AgentGrid) -> Hold:
         run = self.stored.run
@@ -249,7 +256,7 @@ class Host:
                 self.store.runs.set_status(self.stored.id, Status.RUNNING)
                 return roster
 
-            return hold_rounds(
+            return execute_rounds(
                 server,
                 grid,
                 last,
@@ -266,7 +273,7 @@ class Host:
         kept = self.store.runs.roster(self.stored.id)
         if kept is not None:
             return kept
-        roster = gather(
+        roster = wait_for_agents(
             grid,
             task,
             wanted=agents_wanted(self.stored.run, self.stored.rules),
@@ -280,7 +287,7 @@ class Host:
         return self.store.runs.keep_roster(self.stored.id, roster)
 
 
-def largest_update(held: Held) -> int:
+def largest_update(held: RunView) -> int:
     """Bytes that no sound update of the run exceeds.
 
     Twice those of the plain arrays, as a sparse code spends up to as much on positions as on values; and a

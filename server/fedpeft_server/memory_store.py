@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedpeft.errors import StateError, UpdateError
-from fedpeft_server.contracts import Arrival, Partial
+from fedpeft_server.contracts import Partial, ReceivedResult
 
 
 class MemoryAcceptor:
@@ -16,14 +16,14 @@ class MemoryAcceptor:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[tuple[str, bytes, str], Arrival] = {}
+        self._kept: dict[tuple[str, bytes, str], ReceivedResult] = {}
 
-    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+    def accept(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None]:
         """See `Acceptor`."""
         with self._lock:
             return [self._keep(arrival) for arrival in arrivals]
 
-    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[ReceivedResult]:
         """See `Acceptor`."""
         with self._lock:
             return [a for a in self._kept.values() if (a.run, a.round, a.kind) == (run, round_, kind)]
@@ -31,7 +31,7 @@ class MemoryAcceptor:
     def free_place(self, run: str, round_: int, agent: str) -> None:
         """See `Acceptor`: here there is a place for everyone."""
 
-    def _keep(self, arrival: Arrival) -> str | None:
+    def _keep(self, arrival: ReceivedResult) -> str | None:
         kept = self._kept.setdefault((arrival.run, arrival.task, arrival.agent), arrival)
         return None if kept.digest == arrival.digest else "another result for this task was accepted before"
 

@@ -1,4 +1,4 @@
-"""The `Federation` service: lets callers in, reads and writes, and leaves the rest to the rooms behind it."""
+"""The `Federation` service of the schema: lets callers in, reads and writes, and delegates the rest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedpeft import __version__
 from fedpeft.errors import CredentialError, FederationError, FedPEFTError, LimitError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller, Gate
-from fedpeft_server.doors import Enrol
-from fedpeft_server.handlers import Unreadable
-from fedpeft_server.intake import Intake
 from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
 from fedpeft_server.refusals import Reason, Refused
+from fedpeft_server.request_guard import Unreadable
+from fedpeft_server.result_ingest import ResultIngest
 from fedpeft_server.sessions import Connection, Hub
+from fedpeft_server.tls import Enrol
 from fedpeft_server.transfer import Transfers
 
 # Sent by itself, before anything: else it goes with the first message, and gRPC cannot end a call whose first
@@ -34,8 +34,8 @@ _LOOK_S = 0.25
 LOG = logging.getLogger("fedpeft.server")
 
 
-class Federation:
-    """One instance serves all agents. Its methods are those of the schema's service, called by `Front`.
+class FederationServicer:
+    """One instance serves all agents. Its methods are the schema's, called by `RequestGuard`.
 
     Args:
         enrol: what `Enroll` does, on a thread; None where there are no certificates.
@@ -44,7 +44,7 @@ class Federation:
     def __init__(
         self,
         hub: Hub,
-        intake: Intake,
+        intake: ResultIngest,
         transfers: Transfers,
         gate: Gate,
         options: TransportOptions,

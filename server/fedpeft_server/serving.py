@@ -17,18 +17,18 @@ from fedpeft.errors import FederationError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_server.contracts import Acceptor, Blobs
-from fedpeft_server.doors import Doors
 from fedpeft_server.grid import WAIT_S, GrpcGrid, RunIdentity
-from fedpeft_server.handlers import Front
-from fedpeft_server.intake import Intake
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.meter import Meter
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.options import TransportOptions, server_channel_options
+from fedpeft_server.rate_limits import RateLimits
 from fedpeft_server.refusals import NOBODY, Reason, Refusals
-from fedpeft_server.service import Federation
+from fedpeft_server.request_guard import RequestGuard
+from fedpeft_server.result_ingest import ResultIngest
+from fedpeft_server.service import FederationServicer
 from fedpeft_server.sessions import AgentStatus, Hub, ServerStatus
-from fedpeft_server.shares import Shares
+from fedpeft_server.tls import Doors
 from fedpeft_server.transfer import Transfers
 
 Result = TypeVar("Result")
@@ -94,9 +94,9 @@ class RunningServer:
         self._options, self._acceptor, self._blobs = options, acceptor, blobs
         self._doors, self._started = doors, time.time()
         self.refusals = Refusals()
-        self._shares = Shares(options, self.refusals)
+        self._shares = RateLimits(options, self.refusals)
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="fedpeft-io")
-        self._loop = transport_loop()
+        self._loop = get_grpc_event_loop()
         try:
             self._do(self._start(doors, admin, trouble, metrics))
         except BaseException:
@@ -174,7 +174,7 @@ class RunningServer:
             interceptors=[Meter(metrics)],
         )
         self.port = self._bind(doors)
-        self._intake = Intake(
+        self._intake = ResultIngest(
             self._hub,
             self._acceptor,
             self._blobs,
@@ -183,11 +183,11 @@ class RunningServer:
             trouble=trouble,
         )
         transfers = Transfers(self._hub, self._blobs, options, self._executor, trouble)
-        service = Federation(self._hub, self._intake, transfers, doors.gate, options, doors.enrol)
+        service = FederationServicer(self._hub, self._intake, transfers, doors.gate, options, doors.enrol)
         services: list[tuple[str, object]] = [("Federation", service)]
         if admin is not None:
             services.append(("Admin", admin))
-        front = Front(doors.gate, self._shares, options)
+        front = RequestGuard(doors.gate, self._shares, options)
         described = {name: pb.DESCRIPTOR.services_by_name[name] for name, _ in services}
         handlers = [front.handlers(described[name], servicer) for name, servicer in services]
         self._server.add_generic_rpc_handlers(handlers)

@@ -17,8 +17,8 @@ from fedpeft.errors import FedPEFTError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.failures import from_message
 from fedpeft_server.callers import Caller
+from fedpeft_server.rate_limits import RateLimits
 from fedpeft_server.refusals import Reason
-from fedpeft_server.shares import Shares
 from fedpeft_server.work import Body, Failed, Outcome, Work
 
 LOG = logging.getLogger("fedpeft.server")
@@ -165,7 +165,7 @@ class ServerStatus:
 class Hub:
     """All agents. Work waits here for agents that are away."""
 
-    def __init__(self, max_inline_bytes: int, shares: Shares) -> None:
+    def __init__(self, max_inline_bytes: int, shares: RateLimits) -> None:
         self.max_inline_bytes, self.shares = max_inline_bytes, shares
         self._agents: dict[str, Agent] = {}
         self._sessions = 0

@@ -18,6 +18,7 @@ from fedpeft.credentials import Role
 from fedpeft.device_task import device_task
 from fedpeft.errors import DataError, FedPEFTError, QuorumError, StorageError, UsageError
 from fedpeft.privacy.sources import refuse_seeded
+from fedpeft_server.agent_wait import agents_wanted
 from fedpeft_server.control import (
     PATIENCE,
     Control,
@@ -30,7 +31,6 @@ from fedpeft_server.control import (
     SteadyClock,
     Stopped,
 )
-from fedpeft_server.gathering import agents_wanted
 from fedpeft_server.risks import Risks
 from fedpeft_server.roots import Roots
 from fedpeft_server.run_statuses import RunStatuses, one_line
@@ -38,7 +38,7 @@ from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
 
 if TYPE_CHECKING:
     from fedpeft_server.hosting import Host, OpenGrid
-    from fedpeft_server.model_room import ModelRoom
+    from fedpeft_server.model_process_pool import ModelProcessPool
 
 LOG = logging.getLogger("fedpeft.server")
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.5, 30.0
@@ -75,7 +75,7 @@ class Supervisor:
         parallel: int = 1,
         patience: Patience = PATIENCE,
         clock: SteadyClock | None = None,
-        models: ModelRoom | None = None,
+        models: ModelProcessPool | None = None,
         quota: Quota | None = None,
         roots: Roots | None = None,
     ) -> None:

@@ -21,11 +21,11 @@ from fedpeft.wire.content import HEAD_BYTES, is_head_of_record
 from fedpeft.wire.pace import Pace
 from fedpeft_server.callers import Caller
 from fedpeft_server.contracts import Blobs, Partial
-from fedpeft_server.handlers import Unreadable
+from fedpeft_server.fair_queue import FairQueue, Turn
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.refusals import Reason, Refused
+from fedpeft_server.request_guard import Unreadable
 from fedpeft_server.sessions import Hub
-from fedpeft_server.turns import Turn, Turns
 
 Result = TypeVar("Result")
 _BATCH_BYTES = 1 << 20  # handed to a thread at a time
@@ -63,9 +63,9 @@ class Transfers:
     ) -> None:
         self._hub, self._blobs, self._options, self._executor = hub, blobs, options, executor
         self._trouble, self._troubled = trouble, False
-        self._opening = Turns(_OPENING, options.turn_s)
-        self._up = Turns(options.upload_credits, options.turn_s)
-        self._down = Turns(options.download_credits, options.turn_s)
+        self._opening = FairQueue(_OPENING, options.turn_s)
+        self._up = FairQueue(options.upload_credits, options.turn_s)
+        self._down = FairQueue(options.download_credits, options.turn_s)
         self._flushing = asyncio.Semaphore(_FLUSHES)
 
     async def receive(self, caller: Caller, stream: Stream) -> int:

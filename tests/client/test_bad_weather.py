@@ -81,9 +81,9 @@ def test_a_certificate_that_has_not_begun_is_waited_for(
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    from fedpeft_server.loops import transport_loop
+    from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 
-    return transport_loop()
+    return get_grpc_event_loop()
 
 
 def test_a_device_whose_clock_is_slow_says_so_and_asks_for_no_token(

@@ -17,7 +17,7 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.frames import Frame
 from fedpeft_client.confinement import landlock_version
-from fedpeft_client.workshop import Bounds, WorkerPlace, Workshop
+from fedpeft_client.worker_process import Bounds, WorkerPlace, WorkerProcess
 
 APP = "tests.client.confined_app:app"
 VERSION = landlock_version() if sys.platform == "linux" else 0
@@ -47,7 +47,7 @@ def tried(place: WorkerPlace | None, tries: dict[str, str], download: bool = Fal
     order = Frame({**header, **more}, {"content": content_bytes(task_content(task)), "memory": b""})
 
     async def live() -> Frame:
-        workshop = Workshop(Bounds(), download=download, place=place)
+        workshop = WorkerProcess(Bounds(), download=download, place=place)
         try:
             return await workshop.do(order)
         finally:

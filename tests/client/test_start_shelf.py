@@ -13,13 +13,13 @@ from fedpeft.device_task import device_task
 from fedpeft.flower.content import content_bytes
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.frames import Frame
-from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.serving import load_serving_run
 from fedpeft.models.starts import decomposition_bytes, decomposition_of
-from fedpeft.resident import drop_resident
+from fedpeft.resident import drop_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.worker_process import CLIENT_APP
 
 RUN = build_run(
     {
@@ -38,7 +38,7 @@ DIGEST = TASK.digest
 def site(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "site-a.jsonl").write_text('{"prompt": "1 ", "answer": "1"}\n' * 4)
     yield tmp_path
-    drop_resident(DIGEST)
+    drop_loaded_run(DIGEST)
 
 
 def order(site: Path, kind: str) -> dict[str, Any]:
@@ -58,14 +58,14 @@ def order(site: Path, kind: str) -> dict[str, Any]:
 
 def base_held(site: Path, kind: str, start: bytes = b"") -> str:
     """Fingerprint of the base that a worker, which holds nothing, loads for an order."""
-    drop_resident(DIGEST)
+    drop_loaded_run(DIGEST)
     header = order(site, kind)
     content = content_bytes(task_content(Task(DIGEST, 0, b"", device_task=TASK.text, start=start)))
     return str(done(Frame(header, {"content": content, "memory": b""})).header.get("base_digest", ""))
 
 
 def test_a_start_that_came_once_serves_every_later_worker(site: Path) -> None:
-    server = load_serving_resident(RUN)
+    server = load_serving_run(RUN)
     theirs = decomposition_of(server.start_bytes)
     name, one = next(iter(theirs.items()))
     assert one.removed is not None
@@ -92,7 +92,7 @@ class Evil:
 
 
 def test_what_is_no_start_is_not_written(site: Path) -> None:
-    server = load_serving_resident(RUN)
+    server = load_serving_run(RUN)
     names = list(decomposition_of(server.start_bytes))
     foreign = decomposition_bytes({name.replace("layers", "x"): one for name, one in
                                    decomposition_of(server.start_bytes).items()})  # fmt: skip
@@ -109,7 +109,7 @@ def test_a_run_that_starts_by_its_seed_has_no_use_for_a_start(site: Path) -> Non
     asked = Task(plain.digest, 0, b"", device_task=plain.text, start=b"anything")
     header = order(site, HELLO) | {"run_digest": plain.digest, "device_task": plain.text}
     answer = done(Frame(header, {"content": content_bytes(task_content(asked)), "memory": b""}))
-    drop_resident(plain.digest)
+    drop_loaded_run(plain.digest)
     assert answer.header["error"] is None
     assert not (site / "starts").exists()
 

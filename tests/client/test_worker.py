@@ -18,8 +18,8 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.exact_steps import steps_of
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.frames import Frame
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.resident import drop_resident, holds_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.resident import drop_loaded_run, has_loaded_run
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
@@ -29,7 +29,7 @@ from fedpeft_client.egress import contents
 from fedpeft_client.replicas import ReplicaShelf
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done
-from fedpeft_client.workshop import CLIENT_APP, Bounds, WorkerPlace, Workshop
+from fedpeft_client.worker_process import CLIENT_APP, Bounds, WorkerPlace, WorkerProcess
 
 RUN = build_run(
     {
@@ -47,7 +47,7 @@ def rows(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "site-a.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(8)))
     yield path
-    drop_resident(TASK.digest)
+    drop_loaded_run(TASK.digest)
 
 
 def order(rows: Path, **header: Any) -> Frame:
@@ -100,7 +100,7 @@ def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_p
     content = content_bytes(task_content(asked))
     answered = done(Frame(order(rows).header, {"content": content, "memory": b""}))
     assert answered.header["error"]["text"].startswith("a message of round 0 of run ")
-    assert not holds_resident(run_digest(other))
+    assert not has_loaded_run(run_digest(other))
 
 
 def test_rows_that_cannot_be_read(rows: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_memory_a_run_that_hides_rows_needs_does_not_tell_how_long_one_is(m
 
     def error() -> Any:
         answered = done(Frame(order(rows, **header).header, {"content": content, "memory": b""}))
-        drop_resident(task.digest)
+        drop_loaded_run(task.digest)
         return answered.header["error"]
 
     without = error()
@@ -159,7 +159,7 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
         "training": {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 2, "lr": 1e-6},
     }
     run = build_run(tables, source="test")
-    resident, told = load_serving_resident(run), device_task(run)
+    resident, told = load_serving_run(run), device_task(run)
     digest, space = told.digest, resident.space
     first, steps = space.initial_state(resident.parameters), steps_of(run, digest, space)
     assert steps is not None
@@ -179,7 +179,7 @@ def test_a_worker_that_begins_anew_takes_the_steps_from_where_the_last_one_stood
         return Frame({**header, "replicas": str(tmp_path / "replicas")}, {"content": content, "memory": b""})
 
     async def live() -> list[Frame]:
-        workshop, answers = Workshop(Bounds(), place=place), []
+        workshop, answers = WorkerProcess(Bounds(), place=place), []
         for number in sent:
             answers.append(await workshop.do(train(number)))
             await workshop.release()
@@ -209,13 +209,13 @@ def test_numbers_that_the_owner_does_not_tell_are_not_in_an_update(
     tables = RUN.model_dump(mode="json") | {"federation": {"weighting": "uniform"}}
     tables["data"]["heldout"] = 0.0
     run = build_run(tables, source="test")
-    resident, task = load_serving_resident(run), device_task(run)
+    resident, task = load_serving_run(run), device_task(run)
     digest, first = task.digest, resident.space.initial_state(resident.parameters)
     state = encode(Envelope(first, digest, 1, arrays_digest(first), resident.space.kind))
     header = order(rows, run_digest=digest, device_task=task.text, kind=TRAIN, group="1", **told).header
     content = content_bytes(task_content(Task(digest, 1, state, device_task=task.text)))
     answered = done(Frame(header, {"content": content, "memory": b""}))
-    drop_resident(digest)
+    drop_loaded_run(digest)
     assert answered.header["error"] is None
     left = contents(answered.parts["content"])
     assert sorted(left["metrics"]) == names

@@ -21,7 +21,7 @@ from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.frames import Frame
 from fedpeft_client.policy import Policy
-from fedpeft_client.workshop import Bounds, Workshop
+from fedpeft_client.worker_process import Bounds, WorkerProcess
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, reason, server, wait_for
 
 
@@ -51,7 +51,7 @@ def lived(work: Coroutine[Any, Any, None]) -> None:
 
 def test_one_process_does_all_orders_and_remembers_through_them() -> None:
     async def live() -> None:
-        workshop = Workshop(Bounds())
+        workshop = WorkerProcess(Bounds())
         first = await workshop.do(order(b"one"))
         second = await workshop.do(order(b"two", first.parts["memory"]))
         assert update(first)["payload"] == b"one"
@@ -70,7 +70,7 @@ def test_one_process_does_all_orders_and_remembers_through_them() -> None:
 
 def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> None:
     async def live() -> None:
-        workshop = Workshop(Bounds())
+        workshop = WorkerProcess(Bounds())
         with pytest.raises(WorkerError, match=r"the worker process died \(exit code 3\)"):
             await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
         again = await workshop.do(order(f"die:{tmp_path / 'died'}".encode()))
@@ -108,10 +108,10 @@ def test_a_worker_at_work_ends_with_its_killed_agent() -> None:
 
 def test_bounds_end_a_worker() -> None:
     async def live() -> None:
-        slow = Workshop(Bounds(seconds=0.5))
+        slow = WorkerProcess(Bounds(seconds=0.5))
         with pytest.raises(TimeLimitError, match=r"took longer than policy.max_task_s = 0.5"):
             await slow.do(order(b"sleep:30"))
-        greedy = Workshop(Bounds(memory_mib=600))
+        greedy = WorkerProcess(Bounds(memory_mib=600))
         with pytest.raises(MemoryLimitError, match=r"policy.max_memory_mib is 600"):
             await greedy.do(order(b"eat:800"))
         assert greedy.peak_mib > 600
@@ -147,7 +147,7 @@ def test_a_worker_that_is_killed_in_a_round_costs_nothing(tmp_path: Path) -> Non
     """Its task is done again; one that is killed each time is an error in the end."""
     with server() as running, fleet(running.address, ["site-a"], tmp_path, processes=True) as agents:
         workshop = agents["site-a"].workshop
-        assert isinstance(workshop, Workshop)
+        assert isinstance(workshop, WorkerProcess)
         grid, killed = running.grid(RUN), list[int]()
         wait_for(lambda: len(grid.connected) == 1)
         for number, kills in ((1, 1), (2, 2)):
@@ -164,7 +164,7 @@ def test_a_worker_that_is_killed_in_a_round_costs_nothing(tmp_path: Path) -> Non
 
 def test_a_worker_killed_by_the_system_says_so() -> None:
     async def live() -> None:
-        workshop = Workshop(Bounds())
+        workshop = WorkerProcess(Bounds())
         pid = update(await workshop.do(order(b"")))["pid"]
         asyncio.get_running_loop().call_later(0.3, os.kill, pid, signal.SIGKILL)
         with pytest.raises(WorkerError, match="SIGKILL, perhaps out of memory"):
@@ -202,7 +202,7 @@ def test_a_withdrawn_training_is_left_and_its_worker_kept(tmp_path: Path) -> Non
     """A task of half a minute is withdrawn; the next one is done at once, by the same process."""
     with server() as running, fleet(running.address, ["site-a"], tmp_path, processes=True) as agents:
         workshop = agents["site-a"].workshop
-        assert isinstance(workshop, Workshop)
+        assert isinstance(workshop, WorkerProcess)
         grid = running.grid(RUN)
         wait_for(lambda: len(grid.connected) == 1)
         (first,) = grid.send_and_receive(messages(grid, ["site-a"], b"hi", 1), timeout=60.0)
@@ -219,7 +219,7 @@ def test_a_withdrawn_training_is_left_and_its_worker_kept(tmp_path: Path) -> Non
 
 def test_a_worker_that_is_still_starting_survives_a_withdrawal() -> None:
     async def live() -> None:
-        workshop = Workshop(Bounds())
+        workshop = WorkerProcess(Bounds())
         work = asyncio.create_task(workshop.do(order(b"hi")))
         while workshop.pid is None:
             await asyncio.sleep(0.001)

@@ -17,10 +17,10 @@ import torch
 
 from fedpeft.commands.runs import run_of
 from fedpeft.config import RecordLevelPrivacy
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.planning.memory import estimate_memory
 from fedpeft.privacy.sources import noise_source
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.training.first_order import Rows, train
 
@@ -31,7 +31,7 @@ def status(key: str) -> int:
     return 1024 * int(found[1])
 
 
-def step(resident: Resident, row: int, count: int) -> None:
+def step(resident: LoadedRun, row: int, count: int) -> None:
     rows = resident.rows(resident.data.rows, np.full(count, row, dtype=np.int64))
     if isinstance(resident.run.privacy, RecordLevelPrivacy):
         private_step(resident, rows)
@@ -46,21 +46,21 @@ def step(resident: Resident, row: int, count: int) -> None:
     )
 
 
-def private_step(resident: Resident, rows: Rows) -> None:
+def private_step(resident: LoadedRun, rows: Rows) -> None:
     """Every row is drawn: the run's sample rate is 1."""
-    from fedpeft.training.private import Told, train_by_gradients
+    from fedpeft.training.private import PrivateTrainingInputs, train_by_gradients
 
     run = resident.run
     assert isinstance(run.privacy, RecordLevelPrivacy)
     source = noise_source(run, "train", "site", 1)
-    told = Told(rows, run.training, run.privacy, np.random.default_rng(0), source)
+    told = PrivateTrainingInputs(rows, run.training, run.privacy, np.random.default_rng(0), source)
     train_by_gradients(resident.model, resident.parameters, told)
 
 
 def main(run_file: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     run = run_of(Path(run_file) if run_file != "demo" else None, overrides)
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     estimate = estimate_memory(run, resident.model, resident.data, run_metrics(run))
     held = np.concatenate([client.train for client in resident.data.clients])
     lengths = resident.data.rows.lengths[held]

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
-from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
@@ -107,7 +107,7 @@ def hold(
     disk = disk or Disk()
     digest, text = run_digest(run), run_json(run)
     grid = LocalGrid(clients, InlineWorkers(), f"tests.flower.private_apps:{app}")
-    federation = Federation(
+    federation = RoundContext(
         run=run,
         digest=digest,
         grid=grid,

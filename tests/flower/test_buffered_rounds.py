@@ -12,10 +12,10 @@ import pytest
 from fedpeft.clock import VirtualClock
 from fedpeft.config import BufferSection, RunConfig, StalenessSection
 from fedpeft.errors import FederationError, QuorumError, StateError, TrainingError
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.flights import Flights
+from fedpeft.flower.in_flight import InFlightTasks
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import Member, Roster, roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
@@ -120,7 +120,7 @@ def held(
     grid = LocalGrid(clients, workers or InlineWorkers(), f"tests.flower.buffered_apps:{app}")
     digest = run_digest(run)
     roster = roll_call(grid, Task(digest, 0, b""), expected=clients)
-    federation = Federation(
+    federation = RoundContext(
         run=run,
         digest=digest,
         grid=grid,
@@ -324,7 +324,7 @@ def test_clients_are_asked_evenly() -> None:
     """60 clients, 6 at work, 600 askings: each 10 times; 40 is far outside of what chance would do."""
     roster = Roster({f"client-{number:02}": Member(number + 1, EXAMPLES) for number in range(60)}, "")
     run = run_of(200, {"size": 3, "concurrency": 6}, clock={"speed_sigma": 0.0})
-    flights, asked = Flights(run, roster, {}), dict.fromkeys(roster.members, 0)
+    flights, asked = InFlightTasks(run, roster, {}), dict.fromkeys(roster.members, 0)
     for number in range(1, 201):
         flights.open(number)
         for _ in range(4):
@@ -360,7 +360,7 @@ def test_who_joins_is_drawn_from_its_round_on_and_work_under_way_stays_whose_it_
     """The newcomer's name sorts before all others', which a checkpoint's places must not mind."""
     run = run_of(9, {"size": 2, "concurrency": 2}, clock=None)
     old = {f"client-{number}": Member(number + 1, EXAMPLES) for number in range(3)}
-    flights = Flights(run, Roster(old, ""), {})
+    flights = InFlightTasks(run, Roster(old, ""), {})
     flights.open(1)
     working = {flight.client for flight in flights.fill(lambda _: 0, 0)}
     before = flights.memory()
@@ -369,7 +369,7 @@ def test_who_joins_is_drawn_from_its_round_on_and_work_under_way_stays_whose_it_
     assert {name: array.tolist() for name, array in flights.memory().items()} == {
         name: array.tolist() for name, array in before.items()
     }
-    assert Flights(run, larger, before).working.keys() == working
+    assert InFlightTasks(run, larger, before).working.keys() == working
     for number in (2, 3):
         flights.open(number)
         turns = set(flights._turns)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedpeft.errors import UpdateError
-from fedpeft.flower.counting import _refuse_weight
 from fedpeft.flower.disclosure import Disclosure
+from fedpeft.flower.replies import _refuse_weight
 from fedpeft.flower.roster import Member, Roster
 from fedpeft.runfile import build_run
 from fedpeft.wire.codec import Envelope

@@ -21,12 +21,12 @@ from fedpeft.flower.server_app import Order
 from fedpeft.flower.steps import CompressedSteps
 from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.options import build_option
 from fedpeft.planning.plan import make_plan
 from fedpeft.preflight import problems_of
 from fedpeft.records import ClientOutcome, Round, parse_row
-from fedpeft.resident import install_resident
+from fedpeft.resident import set_loaded_run
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft.simulation.engine import serve
 from fedpeft.spaces.adapter_delta import AdapterDelta
@@ -366,8 +366,8 @@ def test_an_agent_that_stays_alive_needs_no_record_of_its_state(undisturbed: Pat
     """A resident worker whose caller keeps stage memory alone: the state stays in the process."""
     run = build_run(run_tables(), source="x")
     digest, stage = run_digest(run), build_downlink(run)
-    resident = load_resident(run)
-    install_resident(resident)
+    resident = load_simulated_run(run)
+    set_loaded_run(resident)
     assert stage is not None
     state = resident.space.initial_state(resident.parameters)
     made = CompressedSteps(digest, run.run.seed, resident.space, stage)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedpeft.flower.exchange import Cancels
 from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.mail import Mail
+from fedpeft.flower.mailbox import Mailbox
+from fedpeft.flower.message_exchange import Cancels
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import TRAIN
 
@@ -58,12 +58,12 @@ def text(came: Message | None) -> str:
     return str(came.content.config_records["t"]["text"])
 
 
-def asked(mail: Mail, *names: str, text: str = "first") -> None:
+def asked(mail: Mailbox, *names: str, text: str = "first") -> None:
     mail.send({name: task(name, f"{name} {text}") for name in names})
 
 
 def test_one_is_waited_for_and_the_others_are_kept_in_their_order() -> None:
-    mail = Mail(Scripted("eve", "", "bob ann"), None)
+    mail = Mailbox(Scripted("eve", "", "bob ann"), None)
     assert mail.first() is None
     asked(mail, *NODES)
     assert text(mail.of("ann")) == "ann first"
@@ -76,7 +76,7 @@ def test_one_is_waited_for_and_the_others_are_kept_in_their_order() -> None:
 
 def test_a_client_has_so_much_time_and_no_more() -> None:
     grid = Scripted("bob")
-    mail = Mail(grid, 0.05)
+    mail = Mailbox(grid, 0.05)
     asked(mail, "ann", "bob")
     assert mail.first() is not None
     assert mail.of("ann") is None
@@ -89,7 +89,7 @@ def test_a_client_has_so_much_time_and_no_more() -> None:
 def test_a_reply_to_a_message_that_was_withdrawn_is_not_taken_for_the_next() -> None:
     grid = Scripted("ann bob", "bob")
     assert isinstance(grid, Cancels)
-    mail = Mail(grid, None)
+    mail = Mailbox(grid, None)
     asked(mail, "ann", "bob")
     assert text(mail.of("ann")) == "ann first"  # bob's reply is here too, unread
     mail.withdraw(["bob"])
@@ -100,7 +100,7 @@ def test_a_reply_to_a_message_that_was_withdrawn_is_not_taken_for_the_next() -> 
 
 def test_closing_takes_everything_back() -> None:
     grid = Scripted("ann")
-    mail = Mail(grid, None)
+    mail = Mailbox(grid, None)
     asked(mail, *NODES)
     mail.of("ann")
     mail.close()

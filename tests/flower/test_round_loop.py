@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import FederationError, TrainingError
-from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
@@ -58,7 +58,7 @@ def held(
     grid = LocalGrid(clients, workers, f"{APPS}:{app}")
     task = Task(digest, 0, b"")
     roster = roll_call(grid, task, expected=clients)
-    federation_ = Federation(
+    federation_ = RoundContext(
         run=run,
         digest=digest,
         grid=grid,

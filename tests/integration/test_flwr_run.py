@@ -14,9 +14,9 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedpeft.errors import FederationError, UsageError
-from fedpeft.flower.exchange import exchange
 from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.message_exchange import exchange
 from fedpeft.flower.server_app import NodeGrid, read_order
 from fedpeft.workers import InlineWorkers
 from simulations.deployment import Superlink, program, superlink

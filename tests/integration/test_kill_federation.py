@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedpeft_client.administration import Desk, answered
+from fedpeft_client.admin_client import AdminClient, run_and_answer
 from tests.server.test_kill_anywhere import POINTS, asked
 from tests.simulation.runs import simulated
 
@@ -201,7 +201,7 @@ def submit_when_up(chains: list[Chain], run_file: Path, address: str) -> None:
         for chain in chains:
             chain.tend()
         try:
-            answered(Desk(address).call(lambda stub: stub.SubmitRun(request)))
+            run_and_answer(AdminClient(address).call(lambda stub: stub.SubmitRun(request)))
         except FederationError:
             time.sleep(0.2)
         else:

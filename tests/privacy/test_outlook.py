@@ -8,8 +8,8 @@ import pytest
 
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.budget import FEDERATION, Budget, BudgetLedger, Charge
+from fedpeft.privacy.budget_forecast import MOST_ROUNDS, affordable_rounds, outlook
 from fedpeft.privacy.events import ClientLevel, Event, Local, RecordLevel
-from fedpeft.privacy.outlook import MOST_ROUNDS, affordable_rounds, outlook
 
 DELTA = 1e-5
 

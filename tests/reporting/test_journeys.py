@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fedpeft.records import Leg, Round, Row
+from fedpeft.records import Round, Row, TrafficStats
 from fedpeft.reporting.html import render_report
 from fedpeft.reporting.sinks import scalars
 from fedpeft.reporting.summary import build_summary, summary_json
@@ -19,8 +19,8 @@ from tests.reporting.rows import started, whole_run
 ENTRIES = 65_536
 
 
-def leg(kind: str, coded: float, message: float, lost: tuple[float, float] | None) -> Leg:
-    return Leg(
+def leg(kind: str, coded: float, message: float, lost: tuple[float, float] | None) -> TrafficStats:
+    return TrafficStats(
         stages=(("plain", 4.0 * ENTRIES), ("weigh", 4.0 * ENTRIES), (kind, coded)),
         message=message,
         distortion=lost[0] if lost else None,

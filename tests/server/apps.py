@@ -11,8 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedpeft.cancellation import check_cancelled
 from fedpeft.flower.tasks import Hello, hello_reply, read_task
-from fedpeft.interruption import go_on
 
 app = ClientApp()
 
@@ -34,7 +34,7 @@ def train(message: Message, context: Context) -> Message:
         time.sleep(float(value))
     if what == "steps":
         for _ in range(int(value)):
-            go_on()
+            check_cancelled()
             time.sleep(0.02)
     if what == "die" and not (mark := Path(tempfile.gettempdir()) / value).exists():
         mark.touch()

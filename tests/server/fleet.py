@@ -18,10 +18,10 @@ from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.policy import Policy
 from fedpeft_client.settings import Settings
-from fedpeft_client.workshop import CLIENT_APP
+from fedpeft_client.worker_process import CLIENT_APP
 from fedpeft_server.contracts import Acceptor, Blobs
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
@@ -54,7 +54,7 @@ def server(
 
 def played(work: Coroutine[Any, Any, Result], seconds: float = 20.0) -> Result:
     """A coroutine's result, on the server's own loop."""
-    return asyncio.run_coroutine_threadsafe(work, transport_loop()).result(seconds)
+    return asyncio.run_coroutine_threadsafe(work, get_grpc_event_loop()).result(seconds)
 
 
 @contextmanager
@@ -84,7 +84,7 @@ def agents_with_rows(
     app: str = CLIENT_APP,
 ) -> Iterator[dict[str, Agent]]:
     """As `fleet`, each agent with rows of its own, by default with the client's own functions."""
-    loop = transport_loop()
+    loop = get_grpc_event_loop()
 
     def one(name: str) -> Agent:
         settings = Settings(server=address, data=rows[name], insecure=True, policy=policy or Policy())

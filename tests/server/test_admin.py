@@ -28,16 +28,16 @@ from fedpeft.credentials.federation import create_federation
 from fedpeft.errors import CredentialError
 from fedpeft.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk
+from fedpeft_client.admin_client import AdminClient
 from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.doors import Doors, certificate_doors
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Status, Store
 from fedpeft_server.supervisor import Supervisor
+from fedpeft_server.tls import Doors, certificate_doors
 from tests.server.fleet import played
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 from tests.simulation.runs import simulated
 
@@ -115,7 +115,7 @@ def test_a_run_from_submission_to_its_files(site: Site, capsys: pytest.CaptureFi
 
 
 def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
-    def hold(grid: StandIn) -> None:
+    def hold(grid: InMemoryGrid) -> None:
         grid.hold_after = 5  # in round 2
 
     site.daemon.prepared = hold
@@ -236,7 +236,9 @@ def test_a_name_is_invited_once(tmp_path: Path) -> None:
         request = pb.IssueTokenRequest(name="hospital-1")
 
         def issued() -> str:
-            return str(played(Desk(running[0].address).call(lambda stub: stub.IssueToken(request))).token)
+            return str(
+                played(AdminClient(running[0].address).call(lambda stub: stub.IssueToken(request))).token
+            )
 
         try:
             assert issued().startswith("fpt1.")
@@ -294,7 +296,7 @@ def test_a_revoked_agent_is_listed_as_one(tmp_path: Path) -> None:
 
         def listed() -> dict[str, bool]:
             reply = played(
-                Desk(running[0].address).call(lambda stub: stub.ListAgents(pb.ListAgentsRequest()))
+                AdminClient(running[0].address).call(lambda stub: stub.ListAgents(pb.ListAgentsRequest()))
             )
             return {agent.name: agent.revoked for agent in reply.agents}
 

@@ -21,8 +21,8 @@ from fedpeft.errors import FedPEFTError, StateError, UsageError
 from fedpeft.runfile import build_run
 from fedpeft_server.backup import Places, back_up, restore
 from fedpeft_server.store import Rules, Status, Store
+from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.postgres import Cluster
-from tests.server.standin import StandIn
 from tests.server.store.things import checkpoint, cohort, update
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 from tests.simulation.runs import simulated
@@ -36,7 +36,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     return finished.adapter_digest
 
 
-def hold_in_round_2(grid: StandIn) -> None:
+def hold_in_round_2(grid: InMemoryGrid) -> None:
     grid.hold_after = 5
 
 

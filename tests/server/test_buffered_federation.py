@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import StorageError
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.flights import overlap_of
+from fedpeft.flower.in_flight import overlap_of
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
@@ -77,7 +77,7 @@ def served(
         ):
             grid = running.grid(RunIdentity(stored.id, stored.digest, overlap_of(run)))
             roster = roll_call(grid, Task(stored.digest, 0, b""), expected=len(names), timeout_s=20.0)
-            federation = Federation(
+            federation = RoundContext(
                 run=run,
                 digest=run_digest(run),
                 grid=grid,

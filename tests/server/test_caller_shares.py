@@ -10,8 +10,8 @@ import pytest
 from fedpeft.errors import CredentialError, LimitError, StorageError, UpdateError
 from fedpeft_server.callers import ADDRESS
 from fedpeft_server.options import TransportOptions
+from fedpeft_server.rate_limits import RateLimits, TokenBucket
 from fedpeft_server.refusals import MAX_NAMES, NOBODY, Reason, Refusals, Refused, reason_of
-from fedpeft_server.shares import Bucket, Shares
 
 OPTIONS = TransportOptions(
     calls_per_s=2.0, max_streams=3, sessions_per_minute=5, bytes_per_hour=3600, refusals_per_hour=4
@@ -25,13 +25,13 @@ class Clock:
         return self.now
 
 
-def made() -> tuple[Shares, Refusals, Clock]:
+def made() -> tuple[RateLimits, Refusals, Clock]:
     book, clock = Refusals(), Clock()
-    return Shares(OPTIONS, book, clock), book, clock
+    return RateLimits(OPTIONS, book, clock), book, clock
 
 
 def test_a_bucket_fills_at_its_rate_and_not_beyond_its_size() -> None:
-    bucket = Bucket(0.5, 3.0, 0.0)
+    bucket = TokenBucket(0.5, 3.0, 0.0)
     assert [bucket.take(1.0, 0.0) for _ in range(4)] == [0.0, 0.0, 0.0, 2.0]
     assert bucket.take(1.0, 1.0) == 1.0
     assert bucket.take(1.0, 2.0) == 0.0

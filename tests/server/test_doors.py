@@ -35,11 +35,11 @@ from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.link import Link
 from fedpeft_client.settings import Settings
 from fedpeft_server.callers import Caller, CertificateGate
-from fedpeft_server.contracts import Arrival
-from fedpeft_server.doors import certificate_doors
+from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
+from fedpeft_server.tls import certificate_doors
 from tests.server.fleet import APP, RUN, answer, messages, played, wait_for
 
 
@@ -151,14 +151,14 @@ def test_results_are_signed_and_refused_if_anything_differs(ours: House, tmp_pat
     made = played(agent())
     import asyncio
 
-    from fedpeft_server.loops import transport_loop
+    from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 
-    running = asyncio.run_coroutine_threadsafe(made.run(), transport_loop())
+    running = asyncio.run_coroutine_threadsafe(made.run(), get_grpc_event_loop())
     grid = ours.running.grid(RUN)
     wait_for(lambda: "hospital-3" in grid.connected)
     (reply,) = grid.send_and_receive(messages(grid, ["hospital-3"], b"hi", 4))
     assert answer(reply)["payload"] == b"hi"
-    transport_loop().call_soon_threadsafe(made.stop)
+    get_grpc_event_loop().call_soon_threadsafe(made.stop)
     running.result(10)
 
     (arrival,) = ours.acceptor.recall(RUN.id, 4, "train")
@@ -176,7 +176,7 @@ def test_results_are_signed_and_refused_if_anything_differs(ours: House, tmp_pat
         "signature": arrival.signature[:-1] + bytes([arrival.signature[-1] ^ 1]),
     }
     for name, value in changes.items():
-        forged = Arrival(**{**vars(arrival), name: value})
+        forged = ReceivedResult(**{**vars(arrival), name: value})
         with pytest.raises(UpdateError):
             gate.verify(caller, forged)
     with pytest.raises(UpdateError):

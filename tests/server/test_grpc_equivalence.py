@@ -18,13 +18,13 @@ from fedpeft.data.embedded import federated_rows
 from fedpeft.device_task import device_task
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.server_app import Server, hold_rounds
+from fedpeft.flower.server_app import Server, execute_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft.update import arrays_digest
 from fedpeft.workers import InlineWorkers
@@ -87,15 +87,15 @@ class Notes:
         return [arrays_digest(checkpoint.state) for checkpoint in self.committed]
 
 
-def serving(resident: Resident, notes: Notes) -> Server:
+def serving(resident: LoadedRun, notes: Notes) -> Server:
     return Server(resident, notes, notes, lambda state: None, lambda step: None, lambda roster: None)
 
 
 def locally(run: RunConfig) -> Notes:
-    resident, notes = load_resident(run), Notes()
-    install_resident(resident)
+    resident, notes = load_simulated_run(run), Notes()
+    set_loaded_run(resident)
     grid = LocalGrid(len(resident.data.clients), InlineWorkers())
-    hold_rounds(serving(resident, notes), grid, None, grid)
+    execute_rounds(serving(resident, notes), grid, None, grid)
     return notes
 
 
@@ -132,8 +132,8 @@ def over_grpc(run: RunConfig, rows: Path) -> Notes:
         def gather(task: Task) -> Roster:
             return roll_call(grid, task, expected=len(SITES), timeout_s=120.0)
 
-        resident = load_serving_resident(run)
-        hold_rounds(serving(resident, notes), grid, None, gather=gather, device_task=told.text)
+        resident = load_serving_run(run)
+        execute_rounds(serving(resident, notes), grid, None, gather=gather, device_task=told.text)
     return notes
 
 

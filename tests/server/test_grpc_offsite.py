@@ -14,14 +14,14 @@ from fedpeft.config import ModelSection, RunConfig
 from fedpeft.data.embedded import federated_rows, model_folder
 from fedpeft.device_task import device_task
 from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.server_app import hold_rounds
+from fedpeft.flower.server_app import execute_rounds
 from fedpeft.flower.tasks import Task
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.base import load_tokenizer
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.offsite import make_emulator, whole_model
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.runfile import build_run
 from fedpeft.update import Arrays
 from fedpeft_server.grid import RunIdentity
@@ -65,7 +65,7 @@ def run_of(place: Path, train: Path) -> RunConfig:
     return build_run(tables, source="test")
 
 
-def plugged(resident: Resident, state: Arrays, place: Path, name: str) -> str:
+def plugged(resident: LoadedRun, state: Arrays, place: Path, name: str) -> str:
     """Digest of the full model's adapter that a state gives."""
     resident.space.enter(resident.parameters, state)
     export_adapter(resident.model, place / name, base_name=str(place / "emulator"))
@@ -78,7 +78,7 @@ def plugged(resident: Resident, state: Arrays, place: Path, name: str) -> str:
 def test_agents_with_an_emulator_give_the_bytes_of_one_machine(place: Path) -> None:
     here = locally(run_of(place, place / "train"))
     run, notes = run_of(place, place / "nowhere"), Notes()
-    holder, told = load_serving_resident(run), device_task(run)
+    holder, told = load_serving_run(run), device_task(run)
     with (
         server(max_inline_bytes=8192) as running,
         agents(running.address, place, SITES, place / "emulator"),
@@ -89,7 +89,7 @@ def test_agents_with_an_emulator_give_the_bytes_of_one_machine(place: Path) -> N
             assert len(task.start) > 8192, "it goes the way of blobs"
             return roll_call(grid, task, expected=len(SITES), timeout_s=120.0)
 
-        hold_rounds(serving(holder, notes), grid, None, gather=gather, device_task=told.text)
+        execute_rounds(serving(holder, notes), grid, None, gather=gather, device_task=told.text)
     assert notes.states == here.states
     assert len(set(here.states)) == 3
     for site in SITES:
@@ -101,5 +101,7 @@ def test_agents_with_an_emulator_give_the_bytes_of_one_machine(place: Path) -> N
         assert status["base_digest"] == holder.base_digest, "the emulator's, after its start"
     layers = len({name.split(".layers.")[1].split(".")[0] for name in here.committed[-1].state})
     assert layers == 2, "the outer layers alone are trained"
-    mine = plugged(load_resident(run_of(place, place / "train")), here.committed[-1].state, place, "here")
+    mine = plugged(
+        load_simulated_run(run_of(place, place / "train")), here.committed[-1].state, place, "here"
+    )
     assert plugged(holder, notes.committed[-1].state, place, "there") == mine

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.serving import load_serving_run
 from fedpeft.runfile import build_run
 from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.update import Update, layout_of
@@ -37,7 +37,7 @@ def test_no_sound_update_is_beyond_the_bound(name: str) -> None:
         },
         source="test",
     )
-    resident = load_serving_resident(run)
+    resident = load_serving_run(run)
     layout = resident.space.update_layout(layout_of(resident.space.initial_state(resident.parameters)))
     rng = np.random.default_rng(0)
     arrays = {key: rng.normal(size=shape).astype(kind) for key, (shape, kind) in layout.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import StorageError
-from fedpeft_server.contracts import Arrival
+from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.memory_store import MemoryAcceptor
 from tests.server.fleet import RUN, answer, collected, fleet, messages, reason, server, wait_for
 
@@ -26,14 +26,14 @@ class Reluctant:
         self.batches: list[int] = []
         self.threads: set[str] = set()
 
-    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+    def accept(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None]:
         self.threads.add(threading.current_thread().name)
         if not self.space.is_set():
             raise StorageError("the disk is full; free some space")
         self.batches.append(len(arrivals))
         return self.inner.accept(arrivals)
 
-    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[ReceivedResult]:
         return self.inner.recall(run, round_, kind)
 
     def free_place(self, run: str, round_: int, agent: str) -> None:
@@ -68,7 +68,7 @@ def test_a_full_disk_pauses_the_round_and_loses_nothing(tmp_path: Path) -> None:
 class Choosy(MemoryAcceptor):
     """Doesn't take what one agent sends."""
 
-    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+    def accept(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None]:
         return [
             "not from you" if arrival.agent == "site-1" else verdict
             for arrival, verdict in zip(arrivals, super().accept(arrivals), strict=True)

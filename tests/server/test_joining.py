@@ -18,9 +18,9 @@ from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.roster import Member, Roster
 from fedpeft.flower.tasks import Hello, Task, hello_reply
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.randomness import stream
-from fedpeft.resident import drop_resident, install_resident
+from fedpeft.resident import drop_loaded_run, set_loaded_run
 from fedpeft.runfile import build_run, run_digest
 from fedpeft_client.command import client_status_command
 from fedpeft_server.daemon import standing
@@ -51,7 +51,7 @@ def idle_run() -> RunConfig:
 @pytest.mark.slow
 def test_an_agent_that_comes_later_is_drawn_from_the_next_rounds(tmp_path: Path) -> None:
     run = idle_run()
-    install_resident(load_resident(run))  # for the agents, which are in this process
+    set_loaded_run(load_simulated_run(run))  # for the agents, which are in this process
     settings = read_settings(None, {"listen": "127.0.0.1:0", "state": tmp_path / "state", "insecure": True})
     with standing(settings) as (store, supervisor, running):
         supervisor.start()
@@ -75,7 +75,7 @@ def test_an_agent_that_comes_later_is_drawn_from_the_next_rounds(tmp_path: Path)
         assert [row["round"] for row in rows if row["joined"]] == [since]
         assert rows[since]["joined"] == [LATE]
         check_draws(store, stored, since)
-    drop_resident(run_digest(run))
+    drop_loaded_run(run_digest(run))
 
 
 def rounds_of(store: Store, stored: StoredRun) -> list[dict[str, Any]]:

@@ -17,14 +17,14 @@ import psutil
 import pytest
 
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_resident
-from fedpeft.resident import add_resident, drop_resident
+from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.resident import add_loaded_run, drop_loaded_run
 from fedpeft.runfile import build_run, run_digest, run_json
 from fedpeft_server.control import Control, ProcessLostError, SteadyClock, Stopped
-from fedpeft_server.model_room import ModelProcess, ModelRoom, TookTooLongError
+from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool, TookTooLongError
 from fedpeft_server.store import Rules, Status, Store
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, ROOT, tables
 
 ENDLESS = "re.match('(a+)+$', 'a' * 60 + 'b')"  # holds the interpreter for longer than the sun will burn
@@ -60,14 +60,14 @@ def test_a_child_in_an_endless_native_call_ends_with_its_parent_and_not_with_the
 ):
     child = (
         "import os, re, sys\n"
-        "from fedpeft.orphans import end_with\n"
+        "from fedpeft.parent_exit import end_with\n"
         "end_with(int(sys.argv[1]))\n"
         "print(os.getpid(), flush=True)\n"
         f"{ENDLESS}\n"
     )
     parent = started(
         "import os, sys, threading, time\n"
-        "from fedpeft.orphans import start_child\n"
+        "from fedpeft.parent_exit import start_child\n"
         f"words = [sys.executable, '-c', {child!r}, str(os.getpid())]\n"
         "thread = threading.Thread(target=start_child, args=(words,))\n"
         "thread.start(); thread.join(); time.sleep(600)\n"
@@ -140,7 +140,7 @@ def test_a_process_that_stands_still_is_ended_in_time_and_the_next_order_gets_an
 @pytest.mark.slow
 def test_a_check_that_takes_too_long_is_a_refusal_and_holds_up_nobody_else() -> None:
     with (
-        closing(ModelRoom(60.0, check_s=0.05)) as room,
+        closing(ModelProcessPool(60.0, check_s=0.05)) as room,
         pytest.raises(RunFileError, match=r"more than 0\.05 s"),
     ):
         room.check(build_run(tables(), source="test"))
@@ -167,7 +167,7 @@ def test_a_stop_before_or_while_a_process_works_ends_the_wait() -> None:
 
 
 @contextmanager
-def seized(room: ModelRoom, number: signal.Signals, while_: Callable[[], bool]) -> Iterator[None]:
+def seized(room: ModelProcessPool, number: signal.Signals, while_: Callable[[], bool]) -> Iterator[None]:
     """Send a signal to each process that the room gives out, as soon as it runs."""
     ended, seen = threading.Event(), set()
 
@@ -194,12 +194,12 @@ def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_g
 ) -> None:
     hostile = build_run(tables(), source="test")
     sound = build_run(tables(run={"name": "sound", "rounds": 1}), source="test")
-    grids: list[StandIn] = []
-    with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
+    grids: list[InMemoryGrid] = []
+    with Store(tmp_path / "state") as store, closing(ModelProcessPool(60.0)) as room:
         supervisor = Supervisor(store, standins(store, grids), models=room)
         first = store.runs.submit(hostile, Rules(), submission="one", submitter="me")
         second = store.runs.submit(sound, Rules(), submission="two", submitter="me")
-        add_resident(load_resident(sound))
+        add_loaded_run(load_simulated_run(sound))
 
         def hostile_runs() -> bool:
             return store.runs.get(second.id).status == Status.QUEUED
@@ -209,7 +209,7 @@ def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_g
                 supervisor.start()
                 assert supervisor.wait_idle(2 * LONG_S)
         finally:
-            drop_resident(run_digest(sound))
+            drop_loaded_run(run_digest(sound))
         aside, finished = store.runs.get(first.id), store.runs.get(second.id)
     assert aside.status == Status.FAILED
     assert re.match(
@@ -224,18 +224,18 @@ def test_an_expression_without_end_is_refused_and_in_a_queued_run_holds_up_nobod
     adapter = {"method": "lora", "r": 2, "target_modules": "(.|..|...|....|.....)+[!-]"}
     hostile = build_run(tables(peft=adapter), source="test")
     sound = build_run(tables(run={"name": "sound", "rounds": 1}), source="test")
-    with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
+    with Store(tmp_path / "state") as store, closing(ModelProcessPool(60.0)) as room:
         supervisor = Supervisor(store, standins(store, []), models=room)
         with pytest.raises(RunFileError, match=r"peft\.target_modules"):
             supervisor.submit(hostile, Rules(), submission="refused", submitter="me")
         first = store.runs.submit(hostile, Rules(), submission="one", submitter="me")
         second = store.runs.submit(sound, Rules(), submission="two", submitter="you")
-        add_resident(load_resident(sound))
+        add_loaded_run(load_simulated_run(sound))
         try:
             supervisor.start()
             assert supervisor.wait_idle(2 * LONG_S)
         finally:
-            drop_resident(run_digest(sound))
+            drop_loaded_run(run_digest(sound))
         failed, finished = store.runs.get(first.id), store.runs.get(second.id)
     assert failed.status == Status.FAILED
     assert "peft.target_modules" in failed.reason
@@ -244,8 +244,8 @@ def test_an_expression_without_end_is_refused_and_in_a_queued_run_holds_up_nobod
 
 @pytest.mark.slow
 def test_a_run_whose_process_stands_still_can_be_stopped(tmp_path: Path) -> None:
-    grids: list[StandIn] = []
-    with Store(tmp_path / "state") as store, closing(ModelRoom(60.0)) as room:
+    grids: list[InMemoryGrid] = []
+    with Store(tmp_path / "state") as store, closing(ModelProcessPool(60.0)) as room:
         supervisor = Supervisor(store, standins(store, grids), models=room)
         stored = store.runs.submit(
             build_run(tables(), source="test"), Rules(), submission="one", submitter="me"
@@ -261,7 +261,7 @@ def test_a_run_whose_process_stands_still_can_be_stopped(tmp_path: Path) -> None
 
 def test_a_stop_is_durable_before_it_acts(tmp_path: Path) -> None:
     """Also where the run's own thread never comes to the point at which it would hear of it."""
-    let_go, grids = threading.Event(), list[StandIn]()
+    let_go, grids = threading.Event(), list[InMemoryGrid]()
     with Store(tmp_path / "state") as store:
 
         def deaf(stored: object) -> None:
@@ -270,7 +270,7 @@ def test_a_stop_is_durable_before_it_acts(tmp_path: Path) -> None:
         opened = standins(store, grids)
 
         @contextmanager
-        def open_grid(stored: object) -> Iterator[StandIn]:
+        def open_grid(stored: object) -> Iterator[InMemoryGrid]:
             with opened(stored) as grid:  # type: ignore[arg-type]  # of this store
                 deaf(stored)
                 yield grid

@@ -21,7 +21,7 @@ from fedpeft_server.control import Patience
 from fedpeft_server.members import MemberRounds, incomplete, waits_for
 from fedpeft_server.run_statuses import RunStatuses
 from fedpeft_server.store import Rules, Status, Store, StoredRun
-from tests.server.standin import StandIn
+from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 
 NOON = 1_700_000_000.0  # 2023-11-14 22:13:20 UTC
@@ -39,7 +39,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 def gone(daemon: Daemon, seconds: float, *nodes: int) -> None:
     """From the roll call on, these do not answer, and have been away for so long."""
 
-    def prepare(grid: StandIn) -> None:
+    def prepare(grid: InMemoryGrid) -> None:
         grid.leaving |= set(nodes)
         grid.gone_s |= dict.fromkeys(nodes, seconds)
 

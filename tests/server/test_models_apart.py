@@ -18,16 +18,16 @@ from safetensors.numpy import load_file
 
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_resident
-from fedpeft.resident import add_resident, drop_resident
+from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.resident import add_loaded_run, drop_loaded_run
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.spaces.directions import SUPPORTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
-from fedpeft_server.keepers import counts_alone
-from fedpeft_server.model_room import ModelProcess, ModelRoom
+from fedpeft_server.model_host import counts_alone
+from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "transformers", "peft", "dp_accounting", "bitsandbytes", "opacus")
@@ -62,7 +62,7 @@ SEEDS: dict[str, Any] = {
 
 def test_a_daemon_that_holds_rounds_imports_nothing_that_models_stand_on() -> None:
     script = (
-        "import sys, fedpeft_server.daemon, fedpeft_server.hosting, fedpeft_server.kept_apart\n"
+        "import sys, fedpeft_server.daemon, fedpeft_server.hosting, fedpeft_server.subprocess_host\n"
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "server", "client"))
@@ -96,23 +96,23 @@ def test_the_rules_whose_directions_move_some_weights_only() -> None:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[ModelRoom]:
-    with closing(ModelRoom(60.0)) as made:
+def room() -> Iterator[ModelProcessPool]:
+    with closing(ModelProcessPool(60.0)) as made:
         yield made
 
 
-def held(folder: Path, run: RunConfig, models: ModelRoom | None) -> tuple[Store, StoredRun]:
+def held(folder: Path, run: RunConfig, models: ModelProcessPool | None) -> tuple[Store, StoredRun]:
     """The run on a daemon of its own, to its end; agents work in this process."""
-    grids: list[StandIn] = []
+    grids: list[InMemoryGrid] = []
     with Store(folder) as store:
         supervisor = Supervisor(store, standins(store, grids), models=models)
         if models is not None:
-            add_resident(load_resident(run))  # for the agents; the daemon has it elsewhere
+            add_loaded_run(load_simulated_run(run))  # for the agents; the daemon has it elsewhere
         try:
             stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
             assert supervisor.wait_idle(LONG_S), supervisor.get(stored.id)
         finally:
-            drop_resident(run_digest(run))
+            drop_loaded_run(run_digest(run))
         return store, store.runs.get(stored.id)
 
 
@@ -126,7 +126,9 @@ def records(store: Store, run: StoredRun) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [{}, SEEDS], ids=["deltas", "seeds"])
-def test_a_model_elsewhere_changes_no_byte(parts: dict[str, Any], room: ModelRoom, tmp_path: Path) -> None:
+def test_a_model_elsewhere_changes_no_byte(
+    parts: dict[str, Any], room: ModelProcessPool, tmp_path: Path
+) -> None:
     run = build_run(tables(**parts), source="test")
     there, apart = held(tmp_path / "apart", run, room)
     here, beside = held(tmp_path / "here", run, None)
@@ -137,12 +139,12 @@ def test_a_model_elsewhere_changes_no_byte(parts: dict[str, Any], room: ModelRoo
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_copied_as_of_its_last_commit(room: ModelRoom, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_is_copied_as_of_its_last_commit(room: ModelProcessPool, tmp_path: Path) -> None:
     run, copy = build_run(tables(), source="test"), tmp_path / "copy"
-    grids: list[StandIn] = []
+    grids: list[InMemoryGrid] = []
     with Store(tmp_path / "state") as store:
         supervisor = Supervisor(store, standins(store, grids, hold_after=5), models=room)
-        add_resident(load_resident(run))
+        add_loaded_run(load_simulated_run(run))
         try:
             stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
             deadline = time.monotonic() + LONG_S
@@ -153,14 +155,14 @@ def test_a_run_that_goes_on_is_copied_as_of_its_last_commit(room: ModelRoom, tmp
             grids[0].hold_after = None
             assert supervisor.wait_idle(LONG_S)
         finally:
-            drop_resident(run_digest(run))
+            drop_loaded_run(run_digest(run))
         state = store.rounds(store.runs.get(stored.id)).checkpoint(1).state
     adapter = load_file(copy / "adapter" / "adapter_model.safetensors")
     assert {tensor.tobytes() for tensor in adapter.values()} == {part.tobytes() for part in state.values()}
 
 
 @pytest.mark.slow
-def test_a_run_file_is_checked_there_and_every_problem_comes_back(room: ModelRoom) -> None:
+def test_a_run_file_is_checked_there_and_every_problem_comes_back(room: ModelProcessPool) -> None:
     wrong = build_run(
         tables(peft={"method": "lora", "surprise": 1}, stages=[{"kind": "nothing"}]), source="test"
     )
@@ -172,7 +174,7 @@ def test_a_run_file_is_checked_there_and_every_problem_comes_back(room: ModelRoo
 
 @pytest.mark.slow
 def test_a_process_that_was_killed_is_started_anew_and_costs_the_run_nothing_but_time(
-    room: ModelRoom, tmp_path: Path
+    room: ModelProcessPool, tmp_path: Path
 ) -> None:
     run = build_run(tables(), source="test")
     ended = threading.Event()

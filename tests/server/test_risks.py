@@ -18,7 +18,7 @@ from fedpeft.runfile import build_run
 from fedpeft_server.risks import CRASH, NOTES, Risks
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_lost_processes import PATHS
 from tests.server.test_models_apart import LONG_S, ROOT, tables
 
@@ -86,7 +86,7 @@ def submitted(store: Store, name: str) -> StoredRun:
 
 
 def test_a_run_over_which_the_server_was_lost_twice_is_set_aside_and_the_next_goes_on(tmp_path: Path) -> None:
-    grids: list[StandIn] = []
+    grids: list[InMemoryGrid] = []
     with Store(tmp_path) as store:
         hostile, sound = submitted(store, "tiny"), submitted(store, "sound")
         for _ in range(2):

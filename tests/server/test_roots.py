@@ -14,7 +14,7 @@ from fedpeft_server.roots import Roots
 from fedpeft_server.settings import read_settings
 from fedpeft_server.store import Rules, Store
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import standins
+from tests.server.in_memory_grid import standins
 
 
 def run_of(**parts: Any) -> RunConfig:

@@ -13,7 +13,7 @@ from fedpeft.credentials import Identity, Material, Role, make_request, new_key,
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.errors import CredentialError, FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk
+from fedpeft_client.admin_client import AdminClient
 from fedpeft_client.dialing import error_of, open_channel
 from fedpeft_client.enrolment import renewed
 from fedpeft_server.expiry import ExpiryWatch
@@ -62,7 +62,7 @@ def test_a_device_renews_in_the_last_third_and_a_thief_then_shows(ours: House, t
 
 def test_a_persons_certificate_is_renewed_by_the_next_command(ours: House, tmp_path: Path) -> None:
     old = aged(ours, tmp_path / "ada", "ada", 300, Role.SUBMITTER)
-    desk = Desk(ours.running.address, tmp_path / "ada")
+    desk = AdminClient(ours.running.address, tmp_path / "ada")
     with pytest.raises(FedPEFTError):  # nobody answers people here
         played(desk.call(lambda stub: stub.ListRuns(pb.ListRunsRequest())))
     assert read_material(tmp_path / "ada", datetime.now(UTC)).certificate != old.certificate

@@ -21,7 +21,7 @@ from fedpeft_server.admin_messages import pulled_files, run_info
 from fedpeft_server.sessions import AgentStatus, ServerStatus
 from fedpeft_server.store import Status, Store
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_supervisor import Daemon, tables
 
 DELTA = 1e-4
@@ -53,7 +53,7 @@ def daemon(tmp_path: Path) -> Any:
         assert made.supervisor.drain(60.0)
 
 
-def unruly(grid: StandIn) -> None:
+def unruly(grid: InMemoryGrid) -> None:
     """One member is away once the roll was called: its absence must not show."""
     grid.leaving = {sorted(grid.get_node_ids())[0]}
 

@@ -23,15 +23,15 @@ from fedpeft_client.enrolment import own_material
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
 from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.doors import certificate_doors
 from fedpeft_server.grid import RunIdentity
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Store
 from fedpeft_server.supervisor import Supervisor
+from fedpeft_server.tls import certificate_doors
 from tests.server.fleet import APP, answer, messages, played, wait_for
-from tests.server.standin import standins
+from tests.server.in_memory_grid import standins
 
 NOW = datetime.now(UTC)
 
@@ -129,10 +129,10 @@ def _worked(running: RunningServer, material: Material, home: Path) -> None:
         return Agent(settings, "north", home, renewing, APP, InlineWorkshop())
 
     agent = played(made())
-    ended = asyncio.run_coroutine_threadsafe(agent.run(), transport_loop())
+    ended = asyncio.run_coroutine_threadsafe(agent.run(), get_grpc_event_loop())
     grid = running.grid(RunIdentity("run-1", "ab" * 32))
     wait_for(lambda: "north" in grid.connected)
     (reply,) = grid.send_and_receive(messages(grid, ["north"], b"hi"), timeout=20.0)
     assert reply.has_error() or answer(reply)
-    transport_loop().call_soon_threadsafe(agent.stop)
+    get_grpc_event_loop().call_soon_threadsafe(agent.stop)
     ended.result(20)

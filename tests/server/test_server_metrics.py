@@ -20,10 +20,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from fedpeft.cli import main
 from fedpeft.credentials import read_material
 from fedpeft.errors import FederationError
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
-from fedpeft.resident import install_resident
+from fedpeft.resident import set_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft.telemetry import JsonLines, expose
 from fedpeft_client.agent import Agent
@@ -31,7 +31,7 @@ from fedpeft_client.metrics import Metrics as AgentMetrics
 from fedpeft_client.settings import Settings as AgentSettings
 from fedpeft_client.status import read_status
 from fedpeft_server.daemon import standing
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.settings import read_settings
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from simulations.soak import Turns
@@ -103,7 +103,7 @@ def call(*words: str) -> None:
 @contextmanager
 def agents(address: str, keys: Path, homes: Path, watched: AgentMetrics) -> Iterator[None]:
     """Agents with certificates in this process; the first one's numbers are watched."""
-    loop = transport_loop()
+    loop = get_grpc_event_loop()
 
     def made(name: str) -> Agent:
         async def material() -> Any:
@@ -161,7 +161,7 @@ def test_a_real_runs_numbers_are_the_ledgers(
         with agents(running.address, keys, tmp_path / "homes", own):
             supervisor.start()
             run = build_run(private_run(), source="test")
-            install_resident(load_resident(run))  # what the agents of this process work with
+            set_loaded_run(load_simulated_run(run))  # what the agents of this process work with
             stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
             assert supervisor.wait_idle(60.0)
             assert supervisor.get(stored.id).status == Status.FINISHED, supervisor.get(stored.id).reason

@@ -18,7 +18,7 @@ from fedpeft.runfile import build_run
 from fedpeft_server.control import PATIENCE, Control, Patience, SteadyClock
 from fedpeft_server.store import Rules, Status, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.simulation.runs import simulated
 
 LONG_S = 60.0
@@ -47,12 +47,12 @@ class Daemon:
         patience: Patience = PATIENCE,
     ) -> None:
         self.store = store
-        self.grids: list[StandIn] = []
-        self.prepared: Callable[[StandIn], None] = lambda grid: None
+        self.grids: list[InMemoryGrid] = []
+        self.prepared: Callable[[InMemoryGrid], None] = lambda grid: None
         self.supervisor = Supervisor(store, self._open, parallel=parallel, patience=patience, clock=clock)
 
     @contextmanager
-    def _open(self, stored: StoredRun) -> Iterator[StandIn]:
+    def _open(self, stored: StoredRun) -> Iterator[InMemoryGrid]:
         with standins(self.store, self.grids)(stored) as grid:
             self.prepared(grid)
             yield grid
@@ -147,7 +147,7 @@ def test_a_restart_in_the_middle_of_a_round_asks_nobody_twice(tmp_path: Path, ad
     with Store(tmp_path / "state") as store:
         first = Daemon(store)
 
-        def leave_after_two(grid: StandIn) -> None:
+        def leave_after_two(grid: InMemoryGrid) -> None:
             grid.hold_after = 2
 
         first.prepared = leave_after_two
@@ -173,7 +173,7 @@ def test_a_restart_in_the_middle_of_a_round_asks_nobody_twice(tmp_path: Path, ad
 
 
 def test_a_stopped_run_leaves_the_adapter_of_its_last_round(daemon: Daemon) -> None:
-    def hold(grid: StandIn) -> None:
+    def hold(grid: InMemoryGrid) -> None:
         grid.hold_after = 5  # in round 2
 
     daemon.prepared = hold
@@ -219,7 +219,7 @@ def test_a_run_gives_up_when_its_agents_do_not_come(daemon: Daemon) -> None:
 
 
 def test_a_round_without_a_quorum_is_tried_again(daemon: Daemon, adapter: str) -> None:
-    def leave(grid: StandIn) -> None:
+    def leave(grid: InMemoryGrid) -> None:
         grid.leaving = {1, 2, 3}  # after the roll call
         grid.at_once = True  # the deadline is for those that are away, however slow this machine is
 
@@ -238,7 +238,7 @@ def test_a_member_that_never_answers_does_not_stop_a_run_without_a_deadline(tmp_
     with Store(tmp_path / "state") as store:
         daemon = Daemon(store, patience=Patience(0.3))
 
-        def silent(grid: StandIn) -> None:
+        def silent(grid: InMemoryGrid) -> None:
             grid.leaving = {2}  # after the roll call
             grid.at_once = True
 
@@ -257,7 +257,7 @@ def test_a_locked_database_pauses_the_run(tmp_path: Path, adapter: str) -> None:
         daemon = Daemon(store)
         locker = sqlite3.connect(store.folder / "state.db", isolation_level=None, check_same_thread=False)
 
-        def lock(grid: StandIn) -> None:
+        def lock(grid: InMemoryGrid) -> None:
             grid.before_accept = lambda: locker.execute("BEGIN IMMEDIATE")
 
         daemon.prepared = lock
@@ -276,7 +276,7 @@ def test_a_clock_that_jumps_pauses_the_run(tmp_path: Path, adapter: str) -> None
     with Store(tmp_path / "state") as store:
         daemon = Daemon(store, clock)
 
-        def jump(grid: StandIn) -> None:
+        def jump(grid: InMemoryGrid) -> None:
             grid.before_accept = lambda: shift.__setitem__(0, 3600.0)
 
         daemon.prepared = jump

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
+from fedpeft_server.fair_queue import FairQueue, Turn
 from fedpeft_server.refusals import Reason, Refused
-from fedpeft_server.turns import Turn, Turns
 
 
 class Hall:
@@ -17,7 +17,7 @@ class Hall:
 
     def __init__(self, places: int) -> None:
         self.now, self.order = 0.0, list[str]()
-        self.turns = Turns(places, 10.0, lambda: self.now)
+        self.turns = FairQueue(places, 10.0, lambda: self.now)
         self._leave: dict[str, list[asyncio.Event]] = {}
 
     async def queue(self, name: str) -> asyncio.Task[None]:

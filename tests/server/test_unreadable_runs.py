@@ -13,7 +13,7 @@ from fedpeft.runfile import build_run
 from fedpeft_server.admin_messages import incomplete_members, run_info
 from fedpeft_server.store import Quota, Rules, Status, Store
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import StandIn, standins
+from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, tables
 
 QUOTA = Quota(runs=3, rounds=50)
@@ -37,7 +37,7 @@ def unread(store: Store, name: str) -> str:
 
 
 def test_a_run_that_cannot_be_read_is_set_aside_and_the_others_go_on(tmp_path: Path) -> None:
-    grids: list[StandIn] = []
+    grids: list[InMemoryGrid] = []
     with Store(tmp_path) as store:
         aside = unread(store, "later")
         supervisor = Supervisor(store, standins(store, grids), quota=QUOTA)
@@ -65,7 +65,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_the_others_go_on(tmp_path: P
 
 def test_a_run_of_an_earlier_version_goes_on_when_that_one_is_back(tmp_path: Path) -> None:
     """Setting it aside changed nothing but its standing."""
-    grids: list[StandIn] = []
+    grids: list[InMemoryGrid] = []
     with Store(tmp_path) as store:
         run = build_run(tables(run={"name": "later", "rounds": 1}), source="test")
         stored = store.runs.submit(run, Rules(), submission="later", submitter="me")

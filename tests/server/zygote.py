@@ -16,11 +16,11 @@ import torch
 
 import fedpeft.preflight  # noqa: F401  # what a first run brings is loaded before anything is forked
 import fedpeft_server.hosting  # noqa: F401
-from fedpeft.faults import arm
+from fedpeft.crash_points import arm
 from fedpeft.runfile import build_run
 from fedpeft_server.store import Rules, Store
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import standins
+from tests.server.in_memory_grid import standins
 
 
 def hold(order: dict[str, Any]) -> int:

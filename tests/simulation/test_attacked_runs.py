@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import RunFileError
 from fedpeft.loading.device import Own, load_own_resident
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
 from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import Resident
+from fedpeft.resident import LoadedRun
 from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, simulated
 
@@ -48,7 +48,7 @@ def attacked(tables: dict[str, Any], **attack: Any) -> dict[str, Any]:
     return {**tables, "federation": {"weighting": "uniform", "attack": attack}}
 
 
-def sent(resident: Resident) -> dict[str, dict[str, NDArray[np.float64]]]:
+def sent(resident: LoadedRun) -> dict[str, dict[str, NDArray[np.float64]]]:
     """What every client sends in round 1, by name."""
     start = resident.space.initial_state(resident.parameters)
     state = {name: np.array(array) for name, array in start.items()}
@@ -60,11 +60,15 @@ def sent(resident: Resident) -> dict[str, dict[str, NDArray[np.float64]]]:
 
 
 def test_attackers_send_what_they_do_and_the_others_what_they_learned(tables: dict[str, Any]) -> None:
-    honest = sent(load_resident(build_run(tables, source="test")))
+    honest = sent(load_simulated_run(build_run(tables, source="test")))
     names = sorted(honest)
     two = [names[1], names[3]]
-    flipped = sent(load_resident(build_run(attacked(tables, kind="sign-flip", clients=two), source="test")))
-    little = sent(load_resident(build_run(attacked(tables, kind="alie", z=2.0, clients=two), source="test")))
+    flipped = sent(
+        load_simulated_run(build_run(attacked(tables, kind="sign-flip", clients=two), source="test"))
+    )
+    little = sent(
+        load_simulated_run(build_run(attacked(tables, kind="alie", z=2.0, clients=two), source="test"))
+    )
     for name in names:
         for key, array in honest[name].items():
             known = np.stack([honest[colluder][key] for colluder in two])
@@ -78,19 +82,19 @@ def test_attackers_send_what_they_do_and_the_others_what_they_learned(tables: di
 def test_flipped_labels_are_trained_on_by_attackers_and_scored_by_nobody(tables: dict[str, Any]) -> None:
     """As if the attacker's own rows said so: the same rows, named the other way round, in an honest run."""
     tables["data"]["heldout"] = 0.0  # rows are held out by what they say, their class included
-    resident = load_resident(
+    resident = load_simulated_run(
         build_run(attacked(tables, kind="label-flip", clients=["client-2"]), source="test")
     )
     came = sent(resident)
     rows = resident.data.rows.labels
     assert rows is not None
     other = {**tables, "data": {**tables["data"], "labels": list(reversed(LABELS))}}
-    backwards, straight = (sent(load_resident(build_run(t, source="test"))) for t in (other, tables))
+    backwards, straight = (sent(load_simulated_run(build_run(t, source="test"))) for t in (other, tables))
     for key, array in came["client-2"].items():
         np.testing.assert_array_equal(array, backwards["client-2"][key])
         np.testing.assert_array_equal(came["client-1"][key], straight["client-1"][key])
     assert any(np.any(came["client-2"][key] != straight["client-2"][key]) for key in came["client-2"])
-    plain = load_resident(build_run(tables, source="test")).data.rows.labels
+    plain = load_simulated_run(build_run(tables, source="test")).data.rows.labels
     np.testing.assert_array_equal(rows, plain)  # what evaluation and baselines see
 
 
@@ -101,13 +105,13 @@ def test_a_run_with_devices_elsewhere_has_no_attackers_of_its_own(
     with pytest.raises(RunFileError, match="in simulations only"):
         load_own_resident(run, Own("client-1", tmp_path / "rows.jsonl"))
     with pytest.raises(RunFileError, match="in simulations only"):
-        load_serving_resident(run)
+        load_serving_run(run)
 
 
 def test_unknown_attackers_are_refused_by_run_and_plan(tables: dict[str, Any]) -> None:
     run = build_run(attacked(tables, kind="noise", clients=["nobody"]), source="test")
     with pytest.raises(RunFileError, match="no client 'nobody'"):
-        load_resident(run)
+        load_simulated_run(run)
     assert any("'nobody'" in problem for problem in make_plan(run).problems)
 
 

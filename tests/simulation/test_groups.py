@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.errors import RunFileError
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round
@@ -40,7 +40,7 @@ def tables_of(folder: Path, *groups: dict[str, Any]) -> dict[str, Any]:
 
 
 def names_of(folder: Path) -> list[str]:
-    data = load_resident(build_run(tables_of(folder), source="test")).data
+    data = load_simulated_run(build_run(tables_of(folder), source="test")).data
     return [client.name for client in data.clients]
 
 
@@ -65,7 +65,7 @@ def test_each_client_moves_as_in_a_run_of_its_own_kind(tmp_path: Path) -> None:
     plain, zeroth = tables_of(tmp_path), {**tables_of(tmp_path), "training": ZEROTH}
     moved = {}
     for name, tables in (("mixed", mixed), ("plain", plain), ("zeroth", zeroth)):
-        resident = load_resident(build_run(tables, source="test"))
+        resident = load_simulated_run(build_run(tables, source="test"))
         state = resident.space.initial_state(resident.parameters)
         moved[name] = [resident.train_client(i, 1, state, proximal_mu=0.0)[0].arrays for i in range(3)]
     for index, same in ((0, "plain"), (1, "zeroth"), (2, "plain")):

@@ -23,14 +23,14 @@ from fedpeft.groups import own_base_of
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.loading.device import Own, load_own_resident
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.lora_rules import LORA_RULES
 from fedpeft.models.base import load_base
 from fedpeft.models.export import load_adapter
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round, parse_row
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import build_run, run_digest
 from fedpeft.update import Arrays
 from fedpeft.workers import InlineWorkers
@@ -93,7 +93,7 @@ def modules_of(state: Arrays) -> list[str]:
     return sorted(name.partition(".lora_A")[0] for name in state if ".lora_A." in name)
 
 
-def mean_of_clients(resident: Resident, state: Arrays, number: int, module: str) -> NDArray[np.float64]:
+def mean_of_clients(resident: LoadedRun, state: Arrays, number: int, module: str) -> NDArray[np.float64]:
     """What the clients that train a module make of its weight's change, by training them once more."""
     total, weights = np.zeros(()), 0
     for index, client in enumerate(resident.data.clients):
@@ -119,7 +119,7 @@ def test_the_next_adapter_is_the_mean_of_what_clients_of_all_kinds_compute(rule:
     tables = tables_of(tmp_path, rule)
     simulated(tables, tmp_path / "run")
     run = build_run(tables, source="test")
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     before, after = (state_after(tmp_path / "run", run, number) for number in (1, 2))
     modules = modules_of(before)
     assert f"{modules[0]}.residual_A" in before
@@ -138,7 +138,7 @@ def test_the_next_adapter_is_the_mean_of_what_clients_of_all_kinds_compute(rule:
     check_exported(resident, after, tmp_path / "run" / "adapter")
 
 
-def check_exported(resident: Resident, state: Arrays, folder: Path) -> None:
+def check_exported(resident: LoadedRun, state: Arrays, folder: Path) -> None:
     """One adapter of a higher rank on a plain base computes what the run's model does."""
     run = resident.run
     exported: Any = load_adapter(load_base(run.model), folder)
@@ -240,7 +240,7 @@ def test_fedsa_keeps_b_with_its_client_and_scores_everybodys_own_model(tmp_path:
     kept = {name for name in last.clients if ".lora_B." in name}
     assert {name.partition("/")[0] for name in kept} == {"1", "2", "3"}
     assert all(last.clients[name].any() for name in kept)
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     evaluation = rounds_of(tmp_path / "run")[-1].evaluation
     assert evaluation is not None
     scored = {client.name for client in resident.data.clients if len(client.heldout)}
@@ -267,7 +267,7 @@ def test_only_those_who_train_a_parameter_are_in_its_mean(tmp_path: Path) -> Non
     tables["groups"] = [{"clients": ["client-0", "client-2"], "trains": ["layers.3"]}]
     simulated(tables, tmp_path / "run")
     run = build_run(tables, source="test")
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     before, after = (state_after(tmp_path / "run", run, number) for number in (0, 1))
     updates = [resident.train_client(i, 1, before, proximal_mu=0.0)[0] for i in range(3)]
     for name in before:
@@ -293,8 +293,8 @@ def test_groups_that_name_no_module_are_refused_as_they_are_loaded(tmp_path: Pat
 def test_clients_of_a_group_agree_on_its_base_and_a_device_loads_that_alone(tmp_path: Path) -> None:
     tables = tables_of(tmp_path, "flora")
     run = build_run(tables, source="test")
-    resident = load_resident(run)
-    install_resident(resident)
+    resident = load_simulated_run(run)
+    set_loaded_run(resident)
     grid, task = LocalGrid(3, InlineWorkers()), Task(resident.run_digest, 0, b"")
     roster = roll_call(grid, task, expected=3, own_base=own_base_of(run))
     check_base(roster, resident)
@@ -315,7 +315,7 @@ def test_clients_of_a_group_agree_on_its_base_and_a_device_loads_that_alone(tmp_
     assert device.of_client("client-0") is device
     assert device.base_digest == held[0]
     assert {p.shape[0] for name, p in device.parameters.items() if ".lora_A." in name} == {2}
-    server = load_serving_resident(run)
+    server = load_serving_run(run)
     check_base(roster, server)  # of groups that it doesn't load, agreement among themselves is enough
     assert [server.loads(name) for name in roster.names] == [False, False, True]
 

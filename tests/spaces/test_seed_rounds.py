@@ -16,19 +16,19 @@ from safetensors.torch import load_file
 
 from fedpeft.cli import main
 from fedpeft.errors import ModelError
-from fedpeft.flower.federation import Federation
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.server_app import Server, hold_rounds
+from fedpeft.flower.server_app import Server, execute_rounds
 from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.preflight import problems_of
 from fedpeft.records import Round
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runfile import build_run, run_digest
-from fedpeft.simulation.engine import Venue, hold_run
+from fedpeft.simulation.engine import Deployment, execute_run
 from fedpeft.spaces import build_space
 from fedpeft.stages import build_stages
 from fedpeft.wire.codec import Envelope, encode
@@ -57,7 +57,7 @@ def held(
     base.get_parameter("model.norm.weight").requires_grad_(True)
     space = build_space(run, base)
     recorder, grid = Recorder(), LocalGrid(4, InlineWorkers(), f"{APPS}:{app}")
-    federation = Federation(
+    federation = RoundContext(
         run=run,
         digest=run_digest(run),
         grid=grid,
@@ -205,7 +205,7 @@ def test_a_round_is_the_exact_weighted_mean_of_its_clients(mode: str, tmp_path: 
     tables = tables_of(tmp_path, mode=mode, **({"num_seeds": 4} if mode == "common" else {}))
     tables["run"]["rounds"] = 1
     simulated(tables, tmp_path / "run")
-    resident = load_resident(build_run(tables, source="test"))
+    resident = load_simulated_run(build_run(tables, source="test"))
     start = resident.space.initial_state(resident.parameters)
     updates = [resident.train_client(index, 1, start, proximal_mu=0.0)[0] for index in range(3)]
     weights = [update.weight for update in updates]
@@ -238,7 +238,7 @@ def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
 
 def _apart(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     """Clients that are sent nothing but messages, and remember what they hold."""
-    return hold_rounds(server, LocalGrid(server.resident.clients_here, pool), last)
+    return execute_rounds(server, LocalGrid(server.resident.clients_here, pool), last)
 
 
 @pytest.mark.parametrize("kind", ["seed-scalars", "projected"])
@@ -255,7 +255,7 @@ def test_clients_that_catch_up_in_steps_give_the_bytes_of_those_that_share_a_sta
     simulated(tables, tmp_path / "shared")
     run = build_run(tables, source="test")
     with RunFolder.create(tmp_path / "apart", run) as folder, make_progress("quiet") as progress:
-        hold_run(folder, Venue("apart", _apart), progress)
+        execute_run(folder, Deployment("apart", _apart), progress)
     assert fingerprint(tmp_path / "shared") == fingerprint(tmp_path / "apart")
     with RunFolder.resume(tmp_path / "apart") as folder:
         rounds = [row for row in folder.rows() if isinstance(row, Round)]
@@ -321,8 +321,8 @@ def test_replay_is_for_seed_spaces(tmp_path: Path, replayed: Callable[..., tuple
 
 def test_an_agent_with_other_weights_refuses_to_train(tmp_path: Path) -> None:
     run = build_run(tables_of(tmp_path), source="test")
-    state = load_resident(run).space.initial_state({})
-    other = load_resident(run.model_copy(update={"run": run.run.model_copy(update={"name": "other"})}))
+    state = load_simulated_run(run).space.initial_state({})
+    other = load_simulated_run(run.model_copy(update={"run": run.run.model_copy(update={"name": "other"})}))
     altered = dict(state, fingerprint=np.array(state["fingerprint"])[::-1])
     with pytest.raises(ModelError, match="nothing was trained"):
         other.train_client(0, 1, altered, proximal_mu=0.0)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedpeft.config import ModelSection, PeftSection, TrainingSection
 from fedpeft.errors import RunFileError, TrainingError
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base import load_base
 from fedpeft.models.trainable import get_arrays, trainable_parameters
@@ -100,7 +100,7 @@ def test_clients_of_a_round_train_the_same_layers_and_rounds_differ() -> None:
         },
         source="test",
     )
-    resident = load_resident(run)
+    resident = load_simulated_run(run)
     state = resident.space.initial_state(resident.parameters)
     seen: list[int | None] = []
     for round_ in range(1, 5):
@@ -231,7 +231,7 @@ def test_what_needs_a_gpu_is_refused_by_name_before_anything_is_read() -> None:
     if not torch.cuda.is_available():
         missing = run.model_copy(update={"model": run.model.model_copy(update={"path": "./nowhere"})})
         with pytest.raises(RunFileError) as caught:
-            load_resident(missing)
+            load_simulated_run(missing)
         assert list(caught.value.problems) == lines
     grouped = build_run(
         {
@@ -245,7 +245,7 @@ def test_what_needs_a_gpu_is_refused_by_name_before_anything_is_read() -> None:
 
 def test_too_many_layers_are_refused_when_the_model_is_known() -> None:
     with pytest.raises(TrainingError, match="sampled_layers is 9, and trained parameters lie in 4 layers"):
-        load_resident(run_of(sampled_layers=9))
+        load_simulated_run(run_of(sampled_layers=9))
 
 
 @pytest.mark.gpu

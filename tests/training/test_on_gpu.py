@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.export import adapter_digest, export_adapter
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft.update import Arrays, Update
 from tests.simulation.runs import simulated
@@ -63,17 +63,17 @@ PRIVATE = {
 }
 
 
-def loaded(device: str, **sections: dict[str, Any]) -> Resident:
+def loaded(device: str, **sections: dict[str, Any]) -> LoadedRun:
     tables = {**copy.deepcopy(FEW), **sections}
     tables["model"] = {**tables["model"], "device": device}
-    return load_resident(build_run(tables, source="test"))
+    return load_simulated_run(build_run(tables, source="test"))
 
 
-def start(resident: Resident) -> Arrays:
+def start(resident: LoadedRun) -> Arrays:
     return resident.space.initial_state(resident.parameters)
 
 
-def trained(resident: Resident) -> Update:
+def trained(resident: LoadedRun) -> Update:
     return resident.train_client(0, 1, start(resident), proximal_mu=0.0)[0]
 
 
@@ -81,7 +81,7 @@ def trained(resident: Resident) -> Update:
 def test_a_run_that_asks_for_cuda_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     tables = {**FEW, "model": {"device": "cuda", "path": str(tmp_path / "nothing")}}
     with pytest.raises(RunFileError, match=r"run file: model\.device 'cuda': ") as refusal:
-        load_resident(build_run(tables, source="test"))
+        load_simulated_run(build_run(tables, source="test"))
     assert len(refusal.value.problems) == 1
 
 
@@ -184,5 +184,5 @@ def test_a_whole_run_on_a_gpu(cuda: str, tmp_path: Path) -> None:
     assert rows[0]["device"] == "cuda:0"
     assert rows[-1]["peak_device_mib"] > 0
     held = torch.cuda.memory_reserved()
-    install_resident(load_resident(build_run({**FEW, "model": {"device": "cpu"}}, source="test")))
+    set_loaded_run(load_simulated_run(build_run({**FEW, "model": {"device": "cpu"}}, source="test")))
     assert torch.cuda.memory_reserved() < held

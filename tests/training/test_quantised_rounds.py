@@ -13,15 +13,15 @@ from flwr.app import Message
 
 from fedpeft.commands.adapters import resident_with_adapter
 from fedpeft.errors import FederationError
-from fedpeft.flower.exchange import exchange
 from fedpeft.flower.local_grid import LocalGrid
+from fedpeft.flower.message_exchange import exchange
 from fedpeft.flower.roster import roll_call
 from fedpeft.flower.server_app import check_base
 from fedpeft.flower.tasks import Task, read_update, task_content
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.trainable import frozen_digest, get_arrays
 from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import Resident, install_resident, resident_for
+from fedpeft.resident import LoadedRun, get_loaded_run, set_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
@@ -61,8 +61,8 @@ def losses(out: Path) -> list[float]:
     ]
 
 
-def loaded(tables: dict[str, Any]) -> Resident:
-    return load_resident(build_run(tables, source="test"))
+def loaded(tables: dict[str, Any]) -> LoadedRun:
+    return load_simulated_run(build_run(tables, source="test"))
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_several_rounds_on_a_four_bit_base_learn_and_leave_it_alone(tmp_path: Pa
     assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "run")
 
 
-def quantised_otherwise(tables: dict[str, Any]) -> Resident:
+def quantised_otherwise(tables: dict[str, Any]) -> LoadedRun:
     """A device whose library leaves the scales unquantised, in a run that wants them so."""
     agreed = loaded(tables)
     other = loaded({**tables, "model": {"quantization": "nf4", "double_quantization": False}})
@@ -91,7 +91,7 @@ def test_a_client_that_quantised_otherwise_is_told_before_it_trains() -> None:
     assert agreed.base_digest != strange.base_digest
     clients = len(agreed.data.clients)
     grid, task = LocalGrid(clients, InlineWorkers()), Task(agreed.run_digest, 0, b"")
-    install_resident(strange)
+    set_loaded_run(strange)
     roster = roll_call(grid, task, expected=clients)
     with pytest.raises(FederationError, match="another base model than the server"):
         check_base(roster, agreed)
@@ -149,7 +149,7 @@ def test_a_run_learns_on_a_base_that_never_changes(name: str, tmp_path: Path) ->
     tables = few(**COMPOSED[name])
     before = loaded(tables)
     simulated(tables, tmp_path / "run")
-    assert frozen_digest(resident_for(before.run_digest).model) == frozen_digest(before.model)
+    assert frozen_digest(get_loaded_run(before.run_digest).model) == frozen_digest(before.model)
     seen = losses(tmp_path / "run")
     # Over seeds 0 to 2 and three instruction sets the least fall of any of these runs was 0.14.
     assert seen[-1] < seen[0] - 0.05, seen

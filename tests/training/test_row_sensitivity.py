@@ -100,7 +100,9 @@ class Scene:
             for name, array in get_arrays(self.model).items()
         }
 
-    def told(self, rows: Sequence[dict[str, Any]], training: TrainingSection, seed: int) -> private.Told:
+    def told(
+        self, rows: Sequence[dict[str, Any]], training: TrainingSection, seed: int
+    ) -> private.PrivateTrainingInputs:
         path = self.folder / "client.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         section = section_for(self.kind, path, self.unit)
@@ -109,7 +111,7 @@ class Scene:
         data = encode(raw, tiny_tokenizer(), section, task, hides_rows=True)
         train = Rows(data.rows, data.clients[0].train, task, pad_id=0)
         rng, source = stream(seed, "train", "client", 1), SeededNoise(stream(seed, "noise", len(rows)))
-        return private.Told(train, training, PRIVACY, rng, source)
+        return private.PrivateTrainingInputs(train, training, PRIVACY, rng, source)
 
     def gradients(self, rows: Sequence[dict[str, Any]], seed: int) -> NDArray[np.float64]:
         """Minus the sum that one step of DP-SGD releases."""

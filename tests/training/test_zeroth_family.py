@@ -15,7 +15,7 @@ from fedpeft.data.collate import collate
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import FederationError, ModelError, TrainingError
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.attach import attach
 from fedpeft.runfile import build_run
 from fedpeft.seedspace.layout import Stream
@@ -269,7 +269,7 @@ def test_rounds_replay_to_the_bits_that_the_server_holds(rule: str, tmp_path: Pa
     simulated(tables, tmp_path / "two", workers=2)
     assert fingerprint(tmp_path / "run") == fingerprint(tmp_path / "two")
     run = build_run(tables, source="test")
-    veteran = load_resident(run)
+    veteran = load_simulated_run(run)
     before = copies(veteran.model)
     checkpoint = last(tmp_path / "run")
     veteran.space.enter(veteran.parameters, checkpoint.state)  # refuses other weights than the server's
@@ -288,9 +288,9 @@ def test_the_mask_is_part_of_what_is_frozen(tmp_path: Path) -> None:
     digests = {}
     for density in (0.25, 0.5):
         tables["training"] |= {"rule": "sparse", "density": density}
-        digests[density] = load_resident(build_run(tables, source="test")).base_digest
+        digests[density] = load_simulated_run(build_run(tables, source="test")).base_digest
     tables["training"] = {"kind": "zeroth-order", "steps": 4}
-    digests[1] = load_resident(build_run(tables, source="test")).base_digest
+    digests[1] = load_simulated_run(build_run(tables, source="test")).base_digest
     assert len(set(digests.values())) == 3
 
 
@@ -300,7 +300,7 @@ def test_an_agent_with_another_mask_is_refused(tmp_path: Path) -> None:
     tables["training"] |= {"rule": "sparse"}
     simulated(tables, tmp_path / "run")
     tables["training"] |= {"density": 0.5}
-    other = load_resident(build_run(tables, source="test"))
+    other = load_simulated_run(build_run(tables, source="test"))
     with pytest.raises(ModelError, match="fingerprint"):
         other.space.enter(other.parameters, last(tmp_path / "run").state)
 
@@ -315,7 +315,7 @@ def test_hybrid_runs_in_the_plain_space(tmp_path: Path) -> None:
 
 
 def test_a_model_for_evaluation_is_not_trained(tmp_path: Path) -> None:
-    resident = load_resident(build_run(tables_of(tmp_path), source="test"))
+    resident = load_simulated_run(build_run(tables_of(tmp_path), source="test"))
     resident.directions = None
     with pytest.raises(FederationError, match="evaluation only"):
         _ = resident.prober

@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import LimitError, StateError, UpdateError
-from fedpeft.faults import crash_point
 from fedpeft.files import storage, sync_folder
 from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, reading_whole
 

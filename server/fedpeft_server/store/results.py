@@ -13,12 +13,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, tuple_
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import RunFileError
-from fedpeft.faults import crash_point
-from fedpeft.flower.flights import overlap_of
+from fedpeft.flower.in_flight import overlap_of
 from fedpeft.flower.tasks import TRAIN
 from fedpeft.runfile import run_from_json
-from fedpeft_server.contracts import ENOUGH, Arrival
+from fedpeft_server.contracts import ENOUGH, ReceivedResult
 from fedpeft_server.metrics import Metrics
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
@@ -72,7 +72,7 @@ class Results:
         self._lock = threading.Lock()
         self._unsound: dict[str, set[Key]] = {}  # by run, of its open round
 
-    def accept(self, arrivals: Sequence[Arrival]) -> Sequence[str | None]:
+    def accept(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None]:
         """Make all of them durable in one transaction; for each None, or why it does not count.
 
         Raises:
@@ -93,7 +93,7 @@ class Results:
         )
         return [None if verdict is None else _WORDS[verdict] for verdict in verdicts]
 
-    def recall(self, run: str, round_: int, kind: str) -> Sequence[Arrival]:
+    def recall(self, run: str, round_: int, kind: str) -> Sequence[ReceivedResult]:
         """Results that were accepted before, also before a restart; bodies of blobs stay where they are."""
         if kind != TRAIN:
             return []
@@ -120,7 +120,7 @@ class Results:
         self._blobs.remove(sorted(set(digests) - still))
 
     def _judge(
-        self, connection: Connection, arrivals: Sequence[Arrival], standing: Mapping[str, Standing]
+        self, connection: Connection, arrivals: Sequence[ReceivedResult], standing: Mapping[str, Standing]
     ) -> tuple[list[str | None], list[dict[str, Any]]]:
         """A verdict for each, and the rows to insert."""
         known = _known(connection, [_key(arrival) for arrival in arrivals])
@@ -141,7 +141,7 @@ class Results:
         return verdicts, fresh
 
     def _verdict(
-        self, arrival: Arrival, key: Key, standing: Mapping[str, Standing], known: Mapping[Key, str]
+        self, arrival: ReceivedResult, key: Key, standing: Mapping[str, Standing], known: Mapping[Key, str]
     ) -> str | None:
         if key in known and arrival.kind == TRAIN:
             return None if known[key] == arrival.digest else DIFFERENT
@@ -155,7 +155,7 @@ class Results:
 
     def _measure(
         self,
-        arrivals: Sequence[Arrival],
+        arrivals: Sequence[ReceivedResult],
         verdicts: Sequence[str | None],
         fresh: Sequence[Mapping[str, Any]],
         standing: Mapping[str, Standing],
@@ -229,7 +229,7 @@ def _standing_of(overlap: int, last: int | None, under_way: tuple[int, float, in
     return Standing(range(last + 1 - overlap, last + 1), None)
 
 
-def _key(arrival: Arrival) -> Key:
+def _key(arrival: ReceivedResult) -> Key:
     return arrival.run, arrival.round, arrival.agent
 
 
@@ -245,7 +245,7 @@ def _known(connection: Connection, keys: Sequence[Key]) -> dict[Key, str]:
     return found
 
 
-def _row(arrival: Arrival, key: Key) -> dict[str, Any]:
+def _row(arrival: ReceivedResult, key: Key) -> dict[str, Any]:
     run, round_, agent = key
     return {
         "run": run,
@@ -261,7 +261,9 @@ def _row(arrival: Arrival, key: Key) -> dict[str, Any]:
     }
 
 
-def _count(connection: Connection, arrivals: Sequence[Arrival], verdicts: Sequence[str | None]) -> None:
+def _count(
+    connection: Connection, arrivals: Sequence[ReceivedResult], verdicts: Sequence[str | None]
+) -> None:
     """Count the refusals of runs that exist by their reasons."""
     counts = Counter(
         (arrival.run, verdict)
@@ -277,8 +279,8 @@ def _count(connection: Connection, arrivals: Sequence[Arrival], verdicts: Sequen
             connection.execute(refusals.insert().values(run=run, reason=reason, count=count))
 
 
-def _arrival(row: Row[Any]) -> Arrival:
-    return Arrival(
+def _arrival(row: Row[Any]) -> ReceivedResult:
+    return ReceivedResult(
         run=row.run,
         run_digest="",
         round=row.round,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import TypeAdapter
 from sqlalchemy import Connection, select, tuple_
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.faults import crash_point
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
 from fedpeft.records import Round

@@ -11,8 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, func, or_, select
 
 from fedpeft.config import RunConfig
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError, UsageError
-from fedpeft.faults import crash_point
 from fedpeft.flower.roster import Roster
 from fedpeft.runfile import run_digest, run_json
 from fedpeft_server.metrics import RunGauges

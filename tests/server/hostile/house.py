@@ -18,7 +18,7 @@ from fedpeft.credentials.federation import add_member, create_federation, open_f
 from fedpeft.errors import FedPEFTError
 from fedpeft.runfile import build_run
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.administration import Desk, answered
+from fedpeft_client.admin_client import AdminClient, run_and_answer
 from fedpeft_server.daemon import standing
 from fedpeft_server.serving import RunningServer
 from fedpeft_server.settings import LimitsSection, Settings, TlsSection
@@ -54,12 +54,12 @@ class House:
     waiting: StoredRun
     shared: StoredRun
 
-    def member(self, name: str, role: Role = Role.SUBMITTER) -> Desk:
+    def member(self, name: str, role: Role = Role.SUBMITTER) -> AdminClient:
         """Somebody with a certificate of that name and role, new or known."""
         place = self.folder / "federation" / f"{role}s" / name
         if not place.exists():
             add_member(self.folder / "federation", Identity(name, role), datetime.now(UTC))
-        return Desk(self.running.address, place)
+        return AdminClient(self.running.address, place)
 
     def entries(self) -> list[Entry]:
         """The audit log, whole."""
@@ -94,7 +94,7 @@ def refusal(call: Callable[..., object], *arguments: Any, **more: Any) -> FedPEF
     raise AssertionError(f"was answered: {str(came)[:300]}")
 
 
-def asked(desk: Desk, method: str, request: Any) -> Any:
+def asked(desk: AdminClient, method: str, request: Any) -> Any:
     """One call's answer; of a stream, the list of what came."""
 
     async def ask() -> Any:
@@ -102,10 +102,10 @@ def asked(desk: Desk, method: str, request: Any) -> Any:
             return [line async for line in desk.lines(request.id, follow=request.follow)]
         return await desk.call(lambda stub: getattr(stub, method)(request))
 
-    return answered(ask())
+    return run_and_answer(ask())
 
 
-def submit(desk: Desk, made: dict[str, Any], submission: str, **more: Any) -> pb.RunInfo:
+def submit(desk: AdminClient, made: dict[str, Any], submission: str, **more: Any) -> pb.RunInfo:
     """Submit a run file that is given as tables."""
     request = pb.SubmitRunRequest(run_toml=tomli_w.dumps(made), submission=submission, **more)
     info: pb.RunInfo = asked(desk, "SubmitRun", request)

@@ -31,8 +31,8 @@ from flwr.app import ConfigRecord, RecordDict
 from fedpeft.credentials import Material, UpdateHeader, read_material, sign_update
 from fedpeft.flower.content import content_bytes, content_of
 from fedpeft.flower.tasks import HELLO
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.resident import Resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.resident import LoadedRun
 from fedpeft.runfile import load_run
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
@@ -53,7 +53,7 @@ class Member:
 
     address: str
     material: Material
-    resident: Resident
+    resident: LoadedRun
     forgeries: list[str] = field(default_factory=lambda: sorted(FORGERIES))
     tried: list[str] = field(default_factory=list)
     forged: list[str] = field(default_factory=list)  # one a round
@@ -333,7 +333,7 @@ def trespass(folder: Path) -> Member:
         alone = hold(site, HONEST)
 
         material = read_material(folder / "federation" / "agents" / NAME, datetime.now(UTC))
-        member = Member(site.address, material, load_serving_resident(load_run(Path(RUN_FILE))))
+        member = Member(site.address, material, load_serving_run(load_run(Path(RUN_FILE))))
         over = threading.Event()
         thread = threading.Thread(target=lambda: asyncio.run(_live_until(member, over)))
         thread.start()

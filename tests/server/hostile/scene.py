@@ -14,8 +14,8 @@ from flwr.app import Message
 
 from fedpeft.credentials import Authority, Identity, Material, PeerCheck, Role, create_authority, new_key
 from fedpeft.credentials.certificates import parse_certificate
-from fedpeft.flower.federation import Federation
 from fedpeft.flower.roster import roll_call
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.records import ClientOutcome, Round
@@ -26,13 +26,13 @@ from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.settings import Settings
-from fedpeft_server.doors import certificate_doors
 from fedpeft_server.grid import RunIdentity, node_id
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.refusals import Reason
 from fedpeft_server.serving import RunningServer, serve
 from fedpeft_server.store import Rules, Store, StoredRun
+from fedpeft_server.tls import certificate_doors
 from tests.server.fleet import played, wait_for
 from tests.server.hostile.apps import TABLES, WEIGHTS, mean
 
@@ -88,7 +88,7 @@ class Scene:
         grid = self.running.grid(RunIdentity(stored.id, stored.digest), agents=members)
         wait_for(lambda: grid.connected == members, PATIENCE_S)
         roster = roll_call(grid, Task(stored.digest, 0, b""), expected=len(members), timeout_s=PATIENCE_S)
-        made = Federation(
+        made = RoundContext(
             run=stored.run,
             digest=stored.digest,
             grid=grid,
@@ -181,7 +181,7 @@ def _honest(made: Scene, folder: Path) -> Iterator[None]:
 
         return Agent(settings, name, folder / name, renewing, app, InlineWorkshop())
 
-    loop = transport_loop()
+    loop = get_grpc_event_loop()
     agents = [played(agent(name)) for name in HONEST]
     ended = [asyncio.run_coroutine_threadsafe(one.run(), loop) for one in agents]
     try:

@@ -16,7 +16,7 @@ from flwr.app import Message
 from fedpeft.config import RunConfig
 from fedpeft.device_task import device_task
 from fedpeft.flower.tasks import Task, task_content
-from fedpeft.loading.serving import load_serving_resident
+from fedpeft.loading.serving import load_serving_run
 from fedpeft.runfile import build_run
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, encode
@@ -57,7 +57,7 @@ class HostileServer:
 
     def state(self, run: RunConfig, shift: float = 0.0) -> bytes:
         """The run's first state, or another one, as it would be sent."""
-        resident = load_serving_resident(run)
+        resident = load_serving_run(run)
         start: Arrays = resident.initial_state()
         moved = frozen_arrays({name: (array + shift).astype(array.dtype) for name, array in start.items()})
         kind = resident.space.kind

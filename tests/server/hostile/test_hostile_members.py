@@ -20,7 +20,7 @@ from fedpeft.v1 import update_pb2
 from fedpeft.wire.checksum import sealed
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.link import Link
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.refusals import Reason
 from tests.server.fleet import played, wait_for
 from tests.server.hostile.apps import envelope_for
@@ -205,11 +205,11 @@ def attacked(scene: Scene, name: str, answer: Answer) -> tuple[str, str]:
         return Attacker(scene, name, scene.device(name))
 
     attacker = played(begun())
-    under_way = asyncio.run_coroutine_threadsafe(attacker.member(answer), transport_loop())
+    under_way = asyncio.run_coroutine_threadsafe(attacker.member(answer), get_grpc_event_loop())
     try:
         digest = scene.hold(name)
     finally:
-        transport_loop().call_soon_threadsafe(attacker.over.set)
+        get_grpc_event_loop().call_soon_threadsafe(attacker.over.set)
         scene.running.disconnect(name, "the run is over")
         under_way.result(PATIENCE_S)
     return digest, name

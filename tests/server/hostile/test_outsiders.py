@@ -27,7 +27,7 @@ from fedpeft.credentials import (
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import encode_content
-from fedpeft_server.loops import transport_loop
+from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.options import PROTOCOL_VERSION
 from fedpeft_server.refusals import NOBODY, Reason
 from tests.server.fleet import federation, played, wait_for
@@ -412,10 +412,10 @@ def attacked(scene: Scene, case: Case, what: str, patience_s: float = PATIENCE_S
     with ExitStack() as stack:
         if case.bait:
             stack.enter_context(scene.bait(name, list(case.bait)))
-        under_way = asyncio.run_coroutine_threadsafe(_run(case.attack, attacker), transport_loop())
+        under_way = asyncio.run_coroutine_threadsafe(_run(case.attack, attacker), get_grpc_event_loop())
         wait_for(lambda: attacker.begun.is_set() or under_way.done(), PATIENCE_S)
         digest = scene.hold()
-        transport_loop().call_soon_threadsafe(attacker.over.set)
+        get_grpc_event_loop().call_soon_threadsafe(attacker.over.set)
         under_way.result(patience_s)
     return digest, name
 

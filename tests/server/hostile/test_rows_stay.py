@@ -13,7 +13,7 @@ from flwr.app import Message
 from fedpeft.device_task import device_task
 from fedpeft.errors import DataError, FedPEFTError, PolicyError
 from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
-from fedpeft.resident import drop_resident
+from fedpeft.resident import drop_loaded_run
 from fedpeft.runfile import build_run
 from fedpeft_client.policy import Policy
 from fedpeft_server.grid import RunIdentity, node_id
@@ -72,7 +72,7 @@ def ask(
             except FedPEFTError as error:
                 told = error
     finally:
-        drop_resident(digest)
+        drop_loaded_run(digest)
     return told, str(json.loads((home / "site-a" / "status.json").read_text()))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedpeft.device_task import device_task
 from fedpeft.flower.tasks import HELLO, TRAIN, Task, read_hello
-from fedpeft.resident import drop_resident
+from fedpeft.resident import drop_loaded_run
 from fedpeft.runfile import run_digest, run_json
 from fedpeft_client.policy import Policy
 from tests.server.fleet import reason
@@ -116,7 +116,7 @@ def test_a_hostile_server_ends_with_nothing(agent: HostileServer, tmp_path: Path
     start = pickle.dumps(Evil(tmp_path / "ran"))
     reply = agent.send(Task(task.digest, 0, b"", device_task=task.text, start=start), HELLO)
     assert read_hello(reply).client == SITE, "and an honest roll call is answered, without a look at a start"
-    drop_resident(task.digest)
+    drop_loaded_run(task.digest)
     assert not (tmp_path / "ran").exists()
     assert list((agent.home / "starts").glob("*")) == []
     assert agent.ledger() == [], "nothing was trained"

@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.device_task import device_task
 from fedpeft.flower.tasks import HELLO, TRAIN, read_hello, read_update
-from fedpeft.resident import drop_resident
+from fedpeft.resident import drop_loaded_run
 from fedpeft_client.policy import Policy
 from fedpeft_client.status import read_status
 from tests.server.fleet import reason
@@ -23,7 +23,7 @@ __all__ = ["hostile", "rows"]
 @pytest.fixture(autouse=True)
 def dropped() -> Iterator[None]:
     yield
-    drop_resident(device_task(run_of()).digest)
+    drop_loaded_run(device_task(run_of()).digest)
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_one_run_file_under_two_names_is_one_run_and_six_files_under_one_are_six
         other = run_of(run={"name": "study", "rounds": 1, "seed": seed})
         (reply,) = hostile.ask(other, TRAIN, 1, hostile.state(other))
         assert read_update(reply)
-        drop_resident(device_task(other).digest)
+        drop_loaded_run(device_task(other).digest)
     assert len({line["charge"] for line in hostile.ledger() if "charge" in line}) == 6
 
 
@@ -103,7 +103,7 @@ def test_other_rows_in_the_middle_of_a_run_are_refused(rows: Path, tmp_path: Pat
     run = run_of(run={"name": "study", "rounds": 3}, privacy=None, federation={})
 
     def started(numbers: int) -> AbstractContextManager[HostileServer]:
-        drop_resident(device_task(run).digest)
+        drop_loaded_run(device_task(run).digest)
         lines = (json.dumps({"prompt": f"{n} ", "answer": str(n)}) + "\n" for n in range(numbers))
         rows.write_text("".join(lines))
         return opened(rows, tmp_path)

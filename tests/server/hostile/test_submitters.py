@@ -20,7 +20,7 @@ from fedpeft.credentials import Role, make_request, new_key, read_material
 from fedpeft.errors import CredentialError, FedPEFTError, LimitError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
-from fedpeft_client.administration import Desk, answered
+from fedpeft_client.admin_client import AdminClient, run_and_answer
 from fedpeft_client.dialing import error_of, open_channel
 from fedpeft_client.enrolment import own_material
 from fedpeft_server.options import PROTOCOL_VERSION
@@ -64,8 +64,8 @@ def test_anothers_run_is_as_one_that_is_not_there(unharmed: House, what: str) ->
         assert str(error).replace(stored.id, "nobody-99") == str(absent)
 
 
-def pulled(desk: Desk, run: str, out: Path) -> object:
-    return answered(desk.pull(run, out))
+def pulled(desk: AdminClient, run: str, out: Path) -> object:
+    return run_and_answer(desk.pull(run, out))
 
 
 def test_nothing_of_anothers_run_is_pulled_or_listed(unharmed: House, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_flood_of_submits_leaves_the_others_a_server(unharmed: House) -> None:
             served += 1
         return [task.result() for task in submits], served
 
-    answers, served = answered(both())
+    answers, served = run_and_answer(both())
     assert answers.count("taken") == 3
     assert set(answers) == {"taken", "LimitError"}
     assert served >= 1
@@ -280,7 +280,7 @@ def test_no_name_is_a_privilege(unharmed: House, name: str) -> None:
     assert [entry for entry in unharmed.entries() if entry.action in ("invited", "revoked")] == []
 
 
-def federation_call(desk: Desk, ask: Callable[[Any], Any]) -> Any:
+def federation_call(desk: AdminClient, ask: Callable[[Any], Any]) -> Any:
     """A call of the agents' service, with a person's certificate."""
 
     async def call() -> Any:
@@ -292,7 +292,7 @@ def federation_call(desk: Desk, ask: Callable[[Any], Any]) -> Any:
             except grpc.aio.AioRpcError as error:
                 raise error_of(error, desk.server) from error
 
-    return answered(call())
+    return run_and_answer(call())
 
 
 def test_a_submitter_is_no_agent(unharmed: House) -> None:
@@ -331,7 +331,7 @@ def test_a_token_gives_what_its_admin_wrote_into_it_and_once(made: House, tmp_pa
     assert enrol(token).name == "west", "a token is worth one agent's certificate, whoever brings it"
     assert "used before, by another device" in str(refusal(enrol, token))
     with pytest.raises(CredentialError):
-        answered(own_material(tmp_path / "west", made.running.address, token))
+        run_and_answer(own_material(tmp_path / "west", made.running.address, token))
     made_by = [(entry.actor, entry.role, entry.action) for entry in made.entries() if entry.subject == "west"]
     assert made_by == [("west", "agent", "enrolled")]
 
@@ -362,7 +362,7 @@ def test_a_revoked_submitter_hears_no_more_of_a_log_that_it_follows(made: House)
             return f"{heard} {type(error).__name__}"
         return heard
 
-    said = answered(followed())
+    said = run_and_answer(followed())
     assert said.endswith("CredentialError")
     assert "after" not in said
     (entry,) = [entry for entry in made.entries() if entry.action == "revoked"]

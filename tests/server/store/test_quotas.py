@@ -17,7 +17,7 @@ from fedpeft.runfile import build_run
 from fedpeft_server.settings import Settings
 from fedpeft_server.store import EVERYONE, Quota, Rules, Status, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
-from tests.server.standin import standins
+from tests.server.in_memory_grid import standins
 from tests.server.store.things import checkpoint, cohort, rows, update
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.records import ClientOutcome, Round
-from fedpeft_server.contracts import Arrival
+from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun
 
 AGENTS = ("ann", "bob", "eve")
@@ -33,9 +33,9 @@ def rows(store: Store, query: str) -> list[tuple[object, ...]]:
 
 def update(
     stored: StoredRun, round_: int, agent: str, body: bytes | None = None, kind: str = "train"
-) -> Arrival:
+) -> ReceivedResult:
     body = f"{agent} in round {round_}".encode() if body is None else body
-    return Arrival(
+    return ReceivedResult(
         run=stored.id,
         run_digest=stored.digest,
         round=round_,
@@ -49,7 +49,7 @@ def update(
     )
 
 
-def recalled(sent: Arrival) -> Arrival:
+def recalled(sent: ReceivedResult) -> ReceivedResult:
     """A result as it is handed back: the run's file is known by then, so what names it is empty."""
     return replace(sent, run_digest="")
 

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.errors import FedPEFTError, UpdateError
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.legs import header_bytes
 from fedpeft.flower.private_rounds import RoundPrivacy
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.flower.rules import proximal_mu
 from fedpeft.flower.scalars import scalars_in
 from fedpeft.flower.strategies import Aggregator
 from fedpeft.flower.tasks import Task, read_update, task_content
+from fedpeft.flower.traffic_stats import header_bytes
 from fedpeft.records import ClientOutcome
 from fedpeft.stages import StageContext, on_server, promised_payload
 from fedpeft.update import Arrays, Layout, Update
@@ -26,7 +26,7 @@ from fedpeft.wire.codec import Envelope, decode
 
 
 @dataclass
-class Collected:
+class RoundReplies:
     """A round's outcomes so far, from the state that it began with."""
 
     state: Arrays
@@ -49,7 +49,7 @@ class Collected:
 
 
 @dataclass(frozen=True)
-class Asked:
+class TaskRequest:
     """What one client was asked.
 
     Attributes:
@@ -67,7 +67,7 @@ class Asked:
 
 
 def task_contents(
-    federation: Federation, number: int, payloads: Mapping[str, bytes]
+    federation: RoundContext, number: int, payloads: Mapping[str, bytes]
 ) -> dict[str, RecordDict]:
     """Each client's task; clients that are sent the same share one object.
 
@@ -91,7 +91,9 @@ def task_contents(
     return {name: made[id(payload)] for name, payload in payloads.items()}
 
 
-def note(federation: Federation, privacy: RoundPrivacy, collected: Collected, outcome: ClientOutcome) -> None:
+def note(
+    federation: RoundContext, privacy: RoundPrivacy, collected: RoundReplies, outcome: ClientOutcome
+) -> None:
     """Keep an outcome, and show of it what may be shown."""
     collected.outcomes.append(outcome)
     shown = privacy.shown(outcome)
@@ -99,8 +101,12 @@ def note(federation: Federation, privacy: RoundPrivacy, collected: Collected, ou
         federation.observer.client_done(shown)
 
 
-def count_reply(
-    federation: Federation, aggregator: Aggregator, reply: Message, asked: Asked, collected: Collected
+def process_reply(
+    federation: RoundContext,
+    aggregator: Aggregator,
+    reply: Message,
+    asked: TaskRequest,
+    collected: RoundReplies,
 ) -> ClientOutcome:
     """Check one reply, undo its stages, fold it in. Whatever is wrong with it stays with its sender."""
     payload = b""
@@ -143,7 +149,9 @@ def count_reply(
     )
 
 
-def _checked(federation: Federation, payload: bytes, asked: Asked, aggregator: Aggregator) -> Envelope:
+def _checked(
+    federation: RoundContext, payload: bytes, asked: TaskRequest, aggregator: Aggregator
+) -> Envelope:
     """Decode an update and refuse one that is not this client's answer to its task."""
     name = asked.client
     promised = promised_payload(federation.stages)
@@ -167,7 +175,7 @@ def _checked(federation: Federation, payload: bytes, asked: Asked, aggregator: A
     return envelope
 
 
-def _refuse_weight(federation: Federation, envelope: Envelope) -> None:
+def _refuse_weight(federation: RoundContext, envelope: Envelope) -> None:
     """Refuse an update that counts for more rows than its client said at the roll call.
 
     Where all weights are one, a device may keep the number to itself, and says 0.

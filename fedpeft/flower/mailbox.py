@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpeft.flower.exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, WAITING_S, Cancels
+from fedpeft.flower.message_exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, WAITING_S, Cancels
 
 
-class Mail:
+class Mailbox:
     """One message per client at a time.
 
     Args:

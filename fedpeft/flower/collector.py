@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import FederationError, QuorumError
 from fedpeft.flower.broadcast import Outgoing
-from fedpeft.flower.counting import Collected
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.views import Views
+from fedpeft.flower.per_client_state import PerClientStates
+from fedpeft.flower.replies import RoundReplies
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.ledger import Checkpoint
 from fedpeft.records import Aggregation, ClientOutcome
 from fedpeft.update import Arrays, Layout
@@ -37,7 +37,7 @@ class Opening:
 
     def digest_of(self, client: str) -> str:
         """The fingerprint of what one client is sent."""
-        return self.sending.digest(client) if isinstance(self.sending, Views) else self.digest
+        return self.sending.digest(client) if isinstance(self.sending, PerClientStates) else self.digest
 
     @property
     def expected_bytes(self) -> int:
@@ -47,7 +47,7 @@ class Opening:
 
 
 @dataclass(frozen=True)
-class Gathered:
+class CollectedRound:
     """What a round has gathered.
 
     Attributes:
@@ -62,7 +62,7 @@ class Gathered:
 
     change: Arrays
     layout: Layout
-    collected: Collected
+    collected: RoundReplies
     outcomes: tuple[ClientOutcome, ...]
     virtual_s: float | None
     notes: tuple[str, ...] = ()
@@ -71,10 +71,10 @@ class Gathered:
     aggregation: Aggregation | None = None
 
 
-class Gathering(Protocol):
+class UpdateCollector(Protocol):
     """How a run's rounds come by their updates."""
 
-    def gather(self, opening: Opening) -> Gathered | None:
+    def gather(self, opening: Opening) -> CollectedRound | None:
         """Ask, wait and aggregate; None, with nobody asked, if the run must end before this round.
 
         Raises:
@@ -83,7 +83,7 @@ class Gathering(Protocol):
         """
         ...
 
-    def admit(self, federation: Federation) -> None:
+    def admit(self, federation: RoundContext) -> None:
         """Others have joined: the federation with them, before a round."""
         ...
 
@@ -92,7 +92,7 @@ class Gathering(Protocol):
         ...
 
 
-def refuse_too_few(summary: str, advice: str, collected: Collected, outcomes: list[ClientOutcome]) -> None:
+def refuse_too_few(summary: str, advice: str, collected: RoundReplies, outcomes: list[ClientOutcome]) -> None:
     """Stop the run over too few updates, with the first client's own error if there is one.
 
     Args:

@@ -16,11 +16,11 @@ from typing import Protocol
 
 import psutil
 
+from fedpeft.cancellation import INTERRUPT
+from fedpeft.crash_points import ONCE
 from fedpeft.errors import FedPEFTError, MemoryLimitError, TimeLimitError, WorkerError
-from fedpeft.faults import ONCE
 from fedpeft.files import storage
 from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
-from fedpeft.interruption import INTERRUPT
 from fedpeft_client.confinement import Allowed
 
 CLIENT_APP = "fedpeft.flower.device_app:app"
@@ -69,7 +69,7 @@ class WorkerPlace:
         cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
         readable = [str(self.data.resolve()), *([str(Path(self.model).resolve())] if self.model else [])]
         writable += [os.environ[name] for name in CACHES if os.environ.get(name)]
-        if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.faults`
+        if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.crash_points`
             writable.append(str(Path(marker).parent))
         (writable if download else readable).append(cache)
         return Allowed(tuple(readable), tuple(writable), network=download)
@@ -86,7 +86,7 @@ class WorkerPlace:
         return own | {"TMPDIR": str(scratch / "tmp")}
 
 
-class Doer(Protocol):
+class Worker(Protocol):
     """Where an agent's orders are carried out."""
 
     async def do(self, order: Frame) -> Frame:
@@ -110,7 +110,7 @@ class Doer(Protocol):
         ...
 
 
-class Workshop:
+class WorkerProcess:
     """At most one worker process, started when there is work.
 
     Args:

@@ -19,7 +19,7 @@ _STARTER = ThreadPoolExecutor(1, thread_name_prefix="fedpeft-starter")
 
 
 def start_child(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Start a process that calls `end_with`, as `subprocess.Popen` does; from any thread.
+    """Start a process that calls `exit_with_parent`, as `subprocess.Popen` does; from any thread.
 
     Linux takes the thread that started a process for its parent and kills the process when that thread ends,
     so all of them are started by one thread that lasts as long as this process.
@@ -27,7 +27,7 @@ def start_child(words: Sequence[str], **options: Any) -> subprocess.Popen[bytes]
     return _STARTER.submit(lambda: subprocess.Popen(words, **options)).result()
 
 
-def end_with(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
     """From now on, end this process as soon as its parent is not `parent` any more; returns at once.
 
     On Linux the kernel does so, whatever this process is at. Elsewhere a thread of it looks, which a native

@@ -7,7 +7,7 @@ import resource
 _OTHERS = 256  # database, blobs, logs, libraries
 
 
-def allow_connections(connections: int) -> str | None:
+def raise_fd_limit(connections: int) -> str | None:
     """Raise this process's limit of open files as far as it may, to what so many connections need.
 
     Returns:

@@ -16,25 +16,25 @@ INTERRUPT = signal.SIGURG  # ignored by processes that don't heed it, such as a 
 _FLAG = threading.Event()  # of this process, whose one order it is about
 
 
-class InterruptedTrainingError(FederationError):
+class CancelledTrainingError(FederationError):
     """The training was left: its result is not wanted."""
 
 
-def heed_interrupts() -> None:
+def install_cancellation() -> None:
     """From now on a signal raises the flag; on the process's main thread."""
     signal.signal(INTERRUPT, lambda *_: _FLAG.set())
 
 
-def forget_interrupt() -> None:
+def clear_cancellation() -> None:
     """Begin an order: what came before was not about it."""
     _FLAG.clear()
 
 
-def go_on() -> None:
+def check_cancelled() -> None:
     """Between two steps.
 
     Raises:
-        InterruptedTrainingError: nobody wants the result any more.
+        CancelledTrainingError: nobody wants the result any more.
     """
     if _FLAG.is_set():
-        raise InterruptedTrainingError("the task was withdrawn while it was trained; nothing was sent")
+        raise CancelledTrainingError("the task was withdrawn while it was trained; nothing was sent")

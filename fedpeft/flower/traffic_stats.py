@@ -10,7 +10,7 @@ from statistics import fmean
 import numpy as np
 
 from fedpeft.flower.steps import Step
-from fedpeft.records import ClientOutcome, Leg
+from fedpeft.records import ClientOutcome, TrafficStats
 from fedpeft.stages import Stage
 from fedpeft.update import Layout
 from fedpeft.wire.codec import Envelope, encode
@@ -24,9 +24,9 @@ def header_bytes(envelope: Envelope) -> int:
     return len(encode(replace(envelope, arrays={}, encoded={})))
 
 
-def leg_up(
+def upload_stats(
     stages: Sequence[Stage], layout: Layout, outcomes: Sequence[ClientOutcome], header: int
-) -> Leg | None:
+) -> TrafficStats | None:
     """The round's updates that were counted; None without one.
 
     Args:
@@ -37,7 +37,7 @@ def leg_up(
     if not counted:
         return None
     message = fmean(outcome.bytes_up for outcome in counted)
-    return Leg(
+    return TrafficStats(
         stages=_sizes(stages, layout, message - header),
         message=message,
         distortion=_mean([outcome.distortion for outcome in counted]),
@@ -45,9 +45,9 @@ def leg_up(
     )
 
 
-def leg_down(
+def download_stats(
     stage: Stage | None, layout: Layout, outcomes: Sequence[ClientOutcome], step: Step
-) -> Leg | None:
+) -> TrafficStats | None:
     """The round's state on its way to clients that were sent it, and the step that the round made.
 
     Args:
@@ -58,7 +58,7 @@ def leg_down(
         return None
     stages = () if stage is None else (stage,)
     coded = len(step.payload) if step.payload else None
-    return Leg(
+    return TrafficStats(
         stages=_sizes(stages, layout, coded),
         message=fmean(sizes),
         distortion=step.distortion,

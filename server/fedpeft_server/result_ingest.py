@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from fedpeft.crash_points import crash_point
 from fedpeft.errors import CredentialError, FedPEFTError, UpdateError
-from fedpeft.faults import crash_point
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller, Gate
-from fedpeft_server.contracts import ENOUGH, Acceptor, Arrival, Blobs
+from fedpeft_server.contracts import ENOUGH, Acceptor, Blobs, ReceivedResult
 from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Hub
 from fedpeft_server.work import Done, Failed, Outcome, Work
@@ -33,14 +33,14 @@ LOG = logging.getLogger("fedpeft.server")
 class _Item:
     work: Work
     caller: Caller
-    arrival: Arrival
+    arrival: ReceivedResult
 
     @property
     def held(self) -> int:
         return len(self.arrival.body or b"") + 1024
 
 
-class Intake:
+class ResultIngest:
     """The queue between sessions and the store.
 
     Args:
@@ -155,7 +155,7 @@ class Intake:
             return Reason.MALFORMED, f"it could not be checked ({type(error).__name__})"
         return None
 
-    def _stored(self, arrivals: Sequence[Arrival]) -> Sequence[str | None] | None:
+    def _stored(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None] | None:
         """Store, for as long as it takes: until then nothing is acknowledged, and agents keep results."""
         failed = False
         while arrivals:
@@ -197,10 +197,10 @@ class Intake:
         self._hub.tell(name, pb.ServerMessage(ack=ack))
 
 
-def _arrival(work: Work, result: pb.Result) -> Arrival:
+def _arrival(work: Work, result: pb.Result) -> ReceivedResult:
     """What came, its inline body not yet hashed."""
     inline = result.WhichOneof("body") == "inline"
-    return Arrival(
+    return ReceivedResult(
         run=work.run,
         run_digest=work.run_digest,
         round=work.round,
@@ -214,7 +214,7 @@ def _arrival(work: Work, result: pb.Result) -> Arrival:
     )
 
 
-def _hashed(arrival: Arrival) -> Arrival:
+def _hashed(arrival: ReceivedResult) -> ReceivedResult:
     if arrival.body is None:
         return arrival
     return replace(arrival, digest=hashlib.sha256(arrival.body).hexdigest())

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from fedpeft.records import Leg, Round, Started
+from fedpeft.records import Round, Started, TrafficStats
 
 Direction = Literal["up", "down"]
 FP32, BF16 = 4, 2  # bytes per trained parameter
 
 
 @dataclass(frozen=True, slots=True)
-class Journey:
+class TransferSummary:
     """One direction of a run. Sizes are bytes, means over the rounds that have them.
 
     `stages` is the values' size before the first stage ("plain") and after each one; `message` what went over
@@ -36,26 +36,26 @@ class Journey:
         return self.bf16 / self.message if self.message else 0.0
 
 
-def journeys_of(started: Started, rounds: Sequence[Round]) -> tuple[Journey, ...]:
+def summarise_transfers(started: Started, rounds: Sequence[Round]) -> tuple[TransferSummary, ...]:
     """Up and down, as far as the rows know them."""
     entries = started.trainable_parameters
     found = []
     for direction in ("up", "down"):
-        legs = [leg for row in rounds if (leg := leg_of(row, direction)) is not None]
+        legs = [leg for row in rounds if (leg := traffic_stats_of(row, direction)) is not None]
         if legs:
             found.append(_journey(direction, legs, entries))
     return tuple(found)
 
 
-def leg_of(row: Round, direction: Direction) -> Leg | None:
+def traffic_stats_of(row: Round, direction: Direction) -> TrafficStats | None:
     """The round's leg in that direction."""
     return row.up if direction == "up" else row.down
 
 
-def _journey(direction: Direction, legs: Sequence[Leg], entries: int) -> Journey:
+def _journey(direction: Direction, legs: Sequence[TrafficStats], entries: int) -> TransferSummary:
     names = [name for name, _ in legs[0].stages]
     same = [leg.stages for leg in legs if [name for name, _ in leg.stages] == names]
-    return Journey(
+    return TransferSummary(
         direction=direction,
         stages=tuple((name, fmean(stages[place][1] for stages in same)) for place, name in enumerate(names)),
         message=fmean(leg.message for leg in legs),

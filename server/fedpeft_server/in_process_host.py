@@ -16,22 +16,22 @@ from fedpeft.files import storage
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.run_place import ROWS
-from fedpeft.loading.serving import load_serving_resident
-from fedpeft.loading.simulated import load_resident
+from fedpeft.loading.serving import load_serving_run
+from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.records import Evaluation
-from fedpeft.resident import Resident, add_resident, drop_resident
-from fedpeft.simulation.engine import Venue, hold_run, write_adapter, write_summary
+from fedpeft.resident import LoadedRun, add_loaded_run, drop_loaded_run
+from fedpeft.simulation.engine import Deployment, execute_run, write_adapter, write_summary
 from fedpeft.update import Arrays
 from fedpeft.workers import Workers
 from fedpeft_server.journal_lines import LoggedProgress
-from fedpeft_server.keepers import Book, Hold, write_checkpoints
+from fedpeft_server.model_host import Hold, RunStorage, write_checkpoints
 from fedpeft_server.store import StoredRun
 
 Evaluate = Callable[[Arrays], Evaluation | None]
 
 
-class KeptHere:
-    """Loads the model when it is needed; see `Keeper`.
+class InProcessModelHost:
+    """Loads the model when it is needed; see `ModelHost`.
 
     Args:
         at_work: entered while this process is at the model.
@@ -39,10 +39,10 @@ class KeptHere:
 
     def __init__(self, stored: StoredRun, at_work: Callable[[], AbstractContextManager[None]]) -> None:
         self._stored, self._at_work = stored, at_work
-        self._resident: Resident | None = None
+        self._resident: LoadedRun | None = None
         self._start: Arrays = {}
 
-    def hold(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+    def hold(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """All of it in the caller's thread."""
         with ExitStack() as finishing, book.open() as folder:
 
@@ -51,26 +51,26 @@ class KeptHere:
                 finishing.enter_context(self._at_work())
                 return reached
 
-            hold_run(folder, Venue("grpc", engine, self._load), progress)
+            execute_run(folder, Deployment("grpc", engine, self._load), progress)
 
-    def export(self, book: Book) -> None:
-        """See `Keeper`."""
+    def export(self, book: RunStorage) -> None:
+        """See `ModelHost`."""
         last = book.rounds.latest()
         if self._resident is None or last is None:
             return
         with book.open() as folder:
             write_adapter(self._resident, folder, last)
 
-    def snapshot(self, book: Book, path: Path) -> None:
-        """See `Keeper`."""
+    def snapshot(self, book: RunStorage, path: Path) -> None:
+        """See `ModelHost`."""
         if self._resident is None:
             raise UsageError(f"run {book.id} has not come to its first commit; pull it a little later")
         write_snapshot(self._resident, book, path)
 
     def release(self) -> None:
-        """See `Keeper`."""
+        """See `ModelHost`."""
         self._resident = None
-        drop_resident(self._stored.digest)
+        drop_loaded_run(self._stored.digest)
 
     def _noted(self, evaluate: Evaluate) -> Evaluate:
         def noted(state: Arrays) -> Evaluation | None:
@@ -79,18 +79,18 @@ class KeptHere:
 
         return noted
 
-    def _load(self, run: RunConfig) -> Resident:
+    def _load(self, run: RunConfig) -> LoadedRun:
         if self._resident is None:
             with self._at_work():
                 self._resident = load_for_server(run)
                 self._start = self._resident.initial_state()
         # An attempt before this one may have left the parameters elsewhere; baselines start here.
         self._resident.space.enter(self._resident.parameters, self._start)
-        add_resident(self._resident)
+        add_loaded_run(self._resident)
         return self._resident
 
 
-def write_snapshot(resident: Resident, book: Book, path: Path) -> None:
+def write_snapshot(resident: LoadedRun, book: RunStorage, path: Path) -> None:
     """Write what a run that goes on has reached to a new folder.
 
     Raises:
@@ -109,11 +109,11 @@ def write_snapshot(resident: Resident, book: Book, path: Path) -> None:
         write_summary(folder)
 
 
-def load_for_server(run: RunConfig) -> Resident:
+def load_for_server(run: RunConfig) -> LoadedRun:
     """The run as a server needs it.
 
     The rows of the embedded data set are in every installation; of other runs only the test set is here.
     """
     torch.set_num_threads(1)
-    load = load_resident if run.data.train == "embedded" else load_serving_resident
+    load = load_simulated_run if run.data.train == "embedded" else load_serving_run
     return load(run)

@@ -24,7 +24,7 @@ BURST_S = 10.0  # of calls and messages: so many seconds' worth may come at once
 MINUTE_S, HOUR_S = 60.0, 3600.0
 
 
-class Bucket:
+class TokenBucket:
     """Tokens that come at `rate` per second, `size` at most.
 
     Source: the token bucket of traffic shaping (J. Turner, "New directions in communications", 1986).
@@ -57,14 +57,14 @@ class _Share:
         self.calls_made = 0
         self.bytes_up = 0
         self.bytes_down = 0
-        self.calls = Bucket(options.calls_per_s, BURST_S * options.calls_per_s, now)
-        self.messages = Bucket(options.messages_per_s, BURST_S * options.messages_per_s, now)
-        self.sessions = Bucket(options.sessions_per_minute / MINUTE_S, options.sessions_per_minute, now)
-        self.bytes = Bucket(options.bytes_per_hour / HOUR_S, options.bytes_per_hour, now)
-        self.refusals = Bucket(options.refusals_per_hour / HOUR_S, options.refusals_per_hour, now)
+        self.calls = TokenBucket(options.calls_per_s, BURST_S * options.calls_per_s, now)
+        self.messages = TokenBucket(options.messages_per_s, BURST_S * options.messages_per_s, now)
+        self.sessions = TokenBucket(options.sessions_per_minute / MINUTE_S, options.sessions_per_minute, now)
+        self.bytes = TokenBucket(options.bytes_per_hour / HOUR_S, options.bytes_per_hour, now)
+        self.refusals = TokenBucket(options.refusals_per_hour / HOUR_S, options.refusals_per_hour, now)
 
 
-class Shares:
+class RateLimits:
     """All callers' shares; on the event loop, except the book.
 
     Attributes:
@@ -159,7 +159,7 @@ class Shares:
                 return
             del self._shares[idle]
 
-    def _spend(self, name: str, bucket: Bucket, amount: float, reason: Reason, most: str) -> None:
+    def _spend(self, name: str, bucket: TokenBucket, amount: float, reason: Reason, most: str) -> None:
         self._admit(reason, bucket.take(amount, self._clock()), f"{most} are accepted of one caller")
 
     def _admit(self, reason: Reason, wait_s: float, why: str) -> None:

@@ -37,16 +37,16 @@ from fedpeft.stages import Stage, build_stages
 from fedpeft.update import Arrays, frozen_arrays
 from fedpeft_server.control import Control
 from fedpeft_server.journal_lines import LoggedProgress
-from fedpeft_server.keepers import Book, HeldElsewhereError, Hold
-from fedpeft_server.model_room import ModelProcess, ModelRoom
+from fedpeft_server.model_host import HeldElsewhereError, Hold, RunStorage
+from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool
 from fedpeft_server.store import StoredRun
 
 EXPORT_S = 600.0  # for the adapter of a run that was stopped; a second stop ends it earlier
 
 
 @dataclass(frozen=True)
-class Described:
-    """A run without its model; see `fedpeft.flower.server_app.Held`.
+class RemoteRunView:
+    """A run without its model; see `fedpeft.flower.server_app.RunView`.
 
     Attributes:
         started: the run's first row, but for who takes part.
@@ -66,7 +66,7 @@ class Described:
     start_bytes: bytes
 
     def initial_state(self) -> Arrays:
-        """See `Held`."""
+        """See `RunView`."""
         return self.state
 
     def base_of(self, client: str) -> str:
@@ -86,15 +86,15 @@ class Described:
         raise UsageError("runs whose clients keep parameters to themselves are held beside their model")
 
 
-class KeptApart:
-    """See `Keeper`."""
+class SubprocessModelHost:
+    """See `ModelHost`."""
 
-    def __init__(self, stored: StoredRun, room: ModelRoom, control: Control) -> None:
+    def __init__(self, stored: StoredRun, room: ModelProcessPool, control: Control) -> None:
         self._stored, self._room, self._control = stored, room, control
         self._process: ModelProcess | None = None
-        self._described: Described | None = None
+        self._described: RemoteRunView | None = None
 
-    def hold(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+    def hold(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """Rounds here, the rest there."""
         began = time.monotonic()
         with book.open() as folder:
@@ -105,17 +105,17 @@ class KeptApart:
             self._write("finish", book, spent_s=time.monotonic() - began)
             self._end()
 
-    def export(self, book: Book) -> None:
-        """See `Keeper`."""
+    def export(self, book: RunStorage) -> None:
+        """See `ModelHost`."""
         if self._described is not None:
             self._write("export", book, limit_s=EXPORT_S)
 
-    def snapshot(self, book: Book, path: Path) -> None:
-        """See `Keeper`."""
+    def snapshot(self, book: RunStorage, path: Path) -> None:
+        """See `ModelHost`."""
         self._write("snapshot", book, to=str(path))
 
     def release(self) -> None:
-        """See `Keeper`."""
+        """See `ModelHost`."""
         self._end()
         self._described = None
 
@@ -147,7 +147,7 @@ class KeptApart:
             last,
         )
 
-    def _describe(self) -> Described:
+    def _describe(self) -> RemoteRunView:
         with storage(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="fedpeft-") as place:
             weights = Path(place) / "weights.npy"
             answer = self._ask("describe", {"run": run_json(self._stored.run), "weights": str(weights)})
@@ -159,7 +159,7 @@ class KeptApart:
         started = parse_row(told["started"])
         if not isinstance(started, Started):
             raise HeldElsewhereError
-        return Described(
+        return RemoteRunView(
             run=self._stored.run,
             run_digest=self._stored.digest,
             space=_space(self._stored.run, _split(flat, told["shapes"])),
@@ -181,7 +181,7 @@ class KeptApart:
         found = self._ask("evaluate", order, {"state": save(arrays)}).header["evaluation"]
         return None if found is None else Evaluation.model_validate_json(found)
 
-    def _write(self, what: str, book: Book, *, limit_s: float | None = None, **more: Any) -> None:
+    def _write(self, what: str, book: RunStorage, *, limit_s: float | None = None, **more: Any) -> None:
         where = book.reference
         place = {"database": where.url, "epoch": where.epoch, "blobs": str(where.blobs)}
         order = {"run": run_json(book.run), "id": book.id, "folder": str(book.path), **place, **more}
@@ -227,7 +227,7 @@ def _split(flat: NDArray[np.float32], shapes: dict[str, list[int]]) -> dict[str,
     return found
 
 
-def _announce(held: Described, folder: RunFolder, progress: LoggedProgress, roster: Roster) -> None:
+def _announce(held: RemoteRunView, folder: RunFolder, progress: LoggedProgress, roster: Roster) -> None:
     """Write the first row once, and tell people in any case."""
     row = folder.started()
     if row is None:

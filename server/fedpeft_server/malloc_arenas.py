@@ -9,7 +9,7 @@ _ARENA_MAX = -8  # mallopt's number for it
 _HEAPS = 1
 
 
-def keep_few_heaps() -> None:
+def limit_malloc_arenas() -> None:
     """Let all threads share two heaps (glibc; elsewhere nothing happens). Before any thread is started.
 
     Each thread that frees a megabyte keeps it for itself otherwise, and a server has dozens of threads: two

@@ -42,7 +42,7 @@ class Pulled:
 
 
 @dataclass(frozen=True)
-class Desk:
+class AdminClient:
     """Where to call, and as whom.
 
     Attributes:
@@ -165,7 +165,7 @@ def new_submission() -> str:
     return os.urandom(16).hex()
 
 
-def answered(work: Awaitable[Answer]) -> Answer:
+def run_and_answer(work: Awaitable[Answer]) -> Answer:
     """Run a question from plain code."""
 
     async def asked() -> Answer:

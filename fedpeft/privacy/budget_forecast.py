@@ -13,7 +13,7 @@ MOST_ROUNDS = 1_000_000  # further than this nobody looks
 
 
 @dataclass(frozen=True)
-class Outlook:
+class BudgetForecast:
     """The arithmetic of a budget.
 
     Attributes:
@@ -32,10 +32,12 @@ class Outlook:
         return self.affordable < self.charged
 
 
-def outlook(event: Event, budget: Budget, charged: int) -> Outlook:
+def outlook(event: Event, budget: Budget, charged: int) -> BudgetForecast:
     """The outlook of an account that is charged `event` in so many rounds."""
     affordable = affordable_rounds(event, budget)
-    return Outlook(charged, epsilon([event] * min(charged, affordable), budget.target_delta), affordable)
+    return BudgetForecast(
+        charged, epsilon([event] * min(charged, affordable), budget.target_delta), affordable
+    )
 
 
 def affordable_rounds(event: Event, budget: Budget) -> int:

@@ -26,7 +26,7 @@ class _Waiter:
     called: asyncio.Future[None]
 
 
-class Turns:
+class FairQueue:
     """Used on one event loop.
 
     Args:
@@ -100,7 +100,7 @@ class Turns:
 class Turn:
     """A turn that is had."""
 
-    turns: Turns
+    turns: FairQueue
     since: float
 
     def check(self) -> None:

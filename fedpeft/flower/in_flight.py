@@ -24,7 +24,7 @@ from fedpeft.training.steps import examples_per_round
 
 
 @dataclass(frozen=True)
-class Flight:
+class InFlightTask:
     """One client at work. Times are virtual seconds since the run began; 0 without a clock.
 
     Attributes:
@@ -40,7 +40,7 @@ class Flight:
     bytes_down: int
 
 
-class Flights:
+class InFlightTasks:
     """All clients at work.
 
     A client is asked at most once in a round, and not again in one that its work came in. So a row holds each
@@ -56,7 +56,7 @@ class Flights:
 
     def __init__(self, run: RunConfig, roster: Roster, pending: Mapping[str, NDArray[Any]]) -> None:
         self._section = buffer_of(run)
-        problems = crowd_problems(self._section, len(roster.members))
+        problems = concurrency_problems(self._section, len(roster.members))
         if problems:
             raise FederationError(problems[0])
         self._run, self._roster, self._names = run, roster, roster.by_joining
@@ -73,7 +73,7 @@ class Flights:
         """Others have joined; they are asked from the round on that the roster names."""
         self._roster, self._names = roster, roster.by_joining
 
-    def open(self, number: int) -> list[tuple[Flight, ClientOutcome]]:
+    def open(self, number: int) -> list[tuple[InFlightTask, ClientOutcome]]:
         """Begin a round; gives up those whose state is too old now, and returns them."""
         self._number = number
         rng = stream(self._run.run.seed, "buffer", number)
@@ -83,7 +83,7 @@ class Flights:
         bound = self._section.max_staleness
         return [self._too_old(flight) for flight in self._in_order() if number - flight.round > bound]
 
-    def fill(self, bytes_down: Callable[[str], int], bytes_up: int) -> list[Flight]:
+    def fill(self, bytes_down: Callable[[str], int], bytes_up: int) -> list[InFlightTask]:
         """Send out as many as there is room for; who was sent out.
 
         Args:
@@ -97,23 +97,23 @@ class Flights:
                 sent.append(self.ask(name, self._number, bytes_down(name), bytes_up))
         return sent
 
-    def ask(self, name: str, round_: int, bytes_down: int, bytes_up: int) -> Flight:
+    def ask(self, name: str, round_: int, bytes_down: int, bytes_up: int) -> InFlightTask:
         """Send out this one, whoever's turn it is."""
-        flight = Flight(name, round_, self.now_s, self.now_s, bytes_down)
+        flight = InFlightTask(name, round_, self.now_s, self.now_s, bytes_down)
         if self._clock is not None:
             examples = examples_per_round(
                 self._run.of_client(name).training, self._roster.members[name].examples
             )
             fate = self._clock.fate(name, round_, examples=examples, bytes_down=bytes_down, bytes_up=bytes_up)
-            flight = Flight(name, round_, self.now_s, self.now_s + fate.arrives_s, bytes_down)
+            flight = InFlightTask(name, round_, self.now_s, self.now_s + fate.arrives_s, bytes_down)
         self.working[name] = flight
         return flight
 
-    def answers(self, flight: Flight) -> bool:
+    def answers(self, flight: InFlightTask) -> bool:
         """Whether its work will come in before it is given up, as far as the clock knows."""
         return not math.isinf(flight.arrives_s) and flight.arrives_s <= self._given_up_s(flight)
 
-    def next_by_clock(self) -> Flight | None:
+    def next_by_clock(self) -> InFlightTask | None:
         """The one that is due first, at which the clock then stands; None if nobody ever will be."""
         first = min(
             self.working.values(), key=lambda flight: (self._due_s(flight), flight.client), default=None
@@ -123,7 +123,7 @@ class Flights:
         self.now_s = self._due_s(first)
         return first
 
-    def land(self, flight: Flight, outcome: ClientOutcome) -> ClientOutcome:
+    def land(self, flight: InFlightTask, outcome: ClientOutcome) -> ClientOutcome:
         """Its work is over; the outcome with what is known of the flight."""
         del self.working[flight.client]
         self._landed.add(flight.client)
@@ -132,7 +132,7 @@ class Flights:
             known["virtual_s"] = self.now_s - flight.asked_s
         return outcome.model_copy(update=known)
 
-    def overdue(self, flight: Flight) -> ClientOutcome:
+    def overdue(self, flight: InFlightTask) -> ClientOutcome:
         """What became of one that does not answer in time."""
         if math.isinf(flight.arrives_s):
             return ClientOutcome(client=flight.client, status="dropped", reason="vanished after it was asked")
@@ -156,7 +156,7 @@ class Flights:
             "now_s": np.array([self.now_s], dtype=np.float64),
         }
 
-    def _too_old(self, flight: Flight) -> tuple[Flight, ClientOutcome]:
+    def _too_old(self, flight: InFlightTask) -> tuple[InFlightTask, ClientOutcome]:
         age, bound = self._number - flight.round, self._section.max_staleness
         reason = f"given up: {age} rounds ended while it worked, max_staleness is {bound}"
         return flight, self.land(flight, ClientOutcome(client=flight.client, status="late", reason=reason))
@@ -164,13 +164,13 @@ class Flights:
     def _present(self, name: str) -> bool:
         return self._clock is None or self._clock.available(name, self._number)
 
-    def _given_up_s(self, flight: Flight) -> float:
+    def _given_up_s(self, flight: InFlightTask) -> float:
         return flight.asked_s + self._patience_s
 
-    def _due_s(self, flight: Flight) -> float:
+    def _due_s(self, flight: InFlightTask) -> float:
         return min(flight.arrives_s, self._given_up_s(flight))
 
-    def _in_order(self) -> list[Flight]:
+    def _in_order(self) -> list[InFlightTask]:
         return [self.working[name] for name in sorted(self.working)]
 
 
@@ -190,7 +190,7 @@ def overlap_of(run: RunConfig) -> int:
     return 0 if run.federation.buffer is None else run.federation.buffer.max_staleness
 
 
-def crowd_problems(section: BufferSection, clients: int) -> list[str]:
+def concurrency_problems(section: BufferSection, clients: int) -> list[str]:
     """What is wrong with the buffer, given how many clients there are."""
     return [
         f"federation.buffer.{key}: {count} {what} and there are {clients} clients; lower it, or bring"
@@ -203,10 +203,10 @@ def crowd_problems(section: BufferSection, clients: int) -> list[str]:
     ]
 
 
-def _restored(names: list[str], pending: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, Flight]]:
+def _restored(names: list[str], pending: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, InFlightTask]]:
     """The time and the flights of a checkpoint."""
     if not pending:
         return 0.0, {}
     columns = (pending[key].tolist() for key in ("client", "round", "asked_s", "arrives_s", "bytes_down"))
-    flights = [Flight(names[place], *rest) for place, *rest in zip(*columns, strict=True)]
+    flights = [InFlightTask(names[place], *rest) for place, *rest in zip(*columns, strict=True)]
     return float(pending["now_s"][0]), {flight.client: flight for flight in flights}

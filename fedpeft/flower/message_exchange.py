@@ -40,7 +40,7 @@ class Attendance(Protocol):
         ...
 
 
-class Exchange:
+class MessageExchange:
     """One message for each of some nodes, pushed as they are made: a grid may start on the first at once.
 
     A reply's node tells which message it answers, since only Flower's own grids number messages.
@@ -108,4 +108,4 @@ class Exchange:
 
 def exchange(grid: Grid, messages: Iterable[Message], *, timeout_s: float | None) -> Iterator[Message]:
     """Push `messages`, at most one per node, and yield each reply as soon as the grid has it."""
-    return Exchange(grid, messages, timeout_s=timeout_s).replies()
+    return MessageExchange(grid, messages, timeout_s=timeout_s).replies()

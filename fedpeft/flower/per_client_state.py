@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from fedpeft.errors import FederationError
-from fedpeft.flower.federation import Federation
-from fedpeft.flower.states import state_payload
+from fedpeft.flower.round_context import RoundContext
+from fedpeft.flower.state_message import state_payload
 from fedpeft.records import ClientOutcome
 from fedpeft.update import Arrays, arrays_digest
 
 
-class Views:
+class PerClientStates:
     """Messages by what they hold: clients that hold the same share one.
 
     Args:
         state: the whole one, which round `number` begins with.
     """
 
-    def __init__(self, federation: Federation, state: Arrays, number: int) -> None:
+    def __init__(self, federation: RoundContext, state: Arrays, number: int) -> None:
         self._federation, self._state, self._number = federation, state, number
         self._made: dict[tuple[object, str], tuple[bytes, str]] = {}
 

@@ -8,7 +8,7 @@ import threading
 
 
 @functools.cache
-def transport_loop() -> asyncio.AbstractEventLoop:
+def get_grpc_event_loop() -> asyncio.AbstractEventLoop:
     """An event loop that runs on a thread of its own until the process ends.
 
     One for all: gRPC's asyncio layer has one queue of events per process, and loops on several threads take

@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 
+from fedpeft.crash_points import crash_point
 from fedpeft.credentials import Material, UpdateHeader, sign_body_digest
 from fedpeft.errors import (
     FederationError,
@@ -32,7 +33,6 @@ from fedpeft.errors import (
     UpdateError,
     WorkerError,
 )
-from fedpeft.faults import crash_point
 from fedpeft.frames import Frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
@@ -46,7 +46,7 @@ from fedpeft_client.policy import Policy, over_bytes, refuse, unwanted_metrics
 from fedpeft_client.stage_memory import Remembered, StageMemory
 from fedpeft_client.status import Status
 from fedpeft_client.usage import UsageBook
-from fedpeft_client.workshop import CLIENT_APP, REPLICAS, STARTS, Doer, WorkerKilledError
+from fedpeft_client.worker_process import CLIENT_APP, REPLICAS, STARTS, Worker, WorkerKilledError
 
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
@@ -55,7 +55,7 @@ STORAGE_PATIENCE_S = 300.0  # for which a task waits for room on the disk before
 
 
 @dataclass(frozen=True)
-class Trade:
+class AgentConfig:
     """What an agent works with.
 
     Attributes:
@@ -71,10 +71,12 @@ class Trade:
     device: str = "cpu"
 
 
-class Desk:
+class TaskExecutor:
     """One agent's tasks."""
 
-    def __init__(self, trade: Trade, home: Path, workshop: Doer, status: Status, metrics: Metrics) -> None:
+    def __init__(
+        self, trade: AgentConfig, home: Path, workshop: Worker, status: Status, metrics: Metrics
+    ) -> None:
         self._trade, self._workshop, self._status, self._metrics = trade, workshop, status, metrics
         self._memory = StageMemory(home / "memory")
         self._outbox = Outbox(home / "outbox")

@@ -13,7 +13,7 @@ from fedpeft.robust import lora_pairs
 from fedpeft.update import Update, layout_of
 
 
-class Gauge(Section):
+class FactorRotation(Section):
     """Send the honest product B A as (B G^-1)(G A), with G a random rotation times `scale`.
 
     Whoever looks at the product sees an honest client, and whoever averages factors gets neither. What is not

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fedpeft.flower.federation import Federation
+from fedpeft.flower.round_context import RoundContext
 from fedpeft.update import Arrays
 from fedpeft.wire.codec import Envelope, encode
 
 
 def state_payload(
-    federation: Federation, state: Arrays, number: int, digest: str, *, base: str | None = None
+    federation: RoundContext, state: Arrays, number: int, digest: str, *, base: str | None = None
 ) -> bytes:
     """The state that the tasks of round `number` start from.
 

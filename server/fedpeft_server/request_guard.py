@@ -18,8 +18,8 @@ from google.protobuf.message_factory import GetMessageClass
 from fedpeft.errors import FedPEFTError, UpdateError
 from fedpeft_server.callers import Gate
 from fedpeft_server.options import TransportOptions
+from fedpeft_server.rate_limits import RateLimits
 from fedpeft_server.refusals import Reason, Refused
-from fedpeft_server.shares import Shares
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Unreadable:
     refused: Refused
 
 
-class Front:
+class RequestGuard:
     """Makes handlers for gRPC from a servicer's methods.
 
     Args:
@@ -37,7 +37,7 @@ class Front:
             ours is counted here.
     """
 
-    def __init__(self, gate: Gate, shares: Shares, options: TransportOptions) -> None:
+    def __init__(self, gate: Gate, shares: RateLimits, options: TransportOptions) -> None:
         self._gate, self._shares, self._options = gate, shares, options
 
     def handlers(self, service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:

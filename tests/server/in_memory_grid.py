@@ -16,13 +16,13 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.polled_grid import PolledGrid
 from fedpeft.flower.tasks import TRAIN, read_update, update_reply
 from fedpeft.workers import InlineWorkers
-from fedpeft_server.contracts import Arrival
+from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun
 
 AGENTS = "fedpeft.flower.in_process_app:app"
 
 
-class StandIn(PolledGrid):
+class InMemoryGrid(PolledGrid):
     """As the real grid does: replies are given out once they are durable, and recalled after a restart."""
 
     def __init__(self, inner: LocalGrid, store: Store, stored: StoredRun) -> None:
@@ -120,8 +120,8 @@ class StandIn(PolledGrid):
         partial.finish()
 
 
-def arrival(stored: StoredRun, meta: Any, payload: bytes) -> Arrival:
-    return Arrival(
+def arrival(stored: StoredRun, meta: Any, payload: bytes) -> ReceivedResult:
+    return ReceivedResult(
         run=stored.id,
         run_digest=stored.digest,
         round=int(meta.group_id),
@@ -136,13 +136,13 @@ def arrival(stored: StoredRun, meta: Any, payload: bytes) -> Arrival:
 
 
 def standins(
-    store: Store, made: list[StandIn], clients: int = 4, hold_after: int | None = None
-) -> Callable[[StoredRun], AbstractContextManager[StandIn]]:
+    store: Store, made: list[InMemoryGrid], clients: int = 4, hold_after: int | None = None
+) -> Callable[[StoredRun], AbstractContextManager[InMemoryGrid]]:
     """Opens stand-ins, which begin with that `hold_after`, and keeps them in `made`."""
 
     @contextmanager
-    def open_grid(stored: StoredRun) -> Iterator[StandIn]:
-        made.append(StandIn(LocalGrid(clients, InlineWorkers(), AGENTS), store, stored))
+    def open_grid(stored: StoredRun) -> Iterator[InMemoryGrid]:
+        made.append(InMemoryGrid(LocalGrid(clients, InlineWorkers(), AGENTS), store, stored))
         made[-1].hold_after = hold_after
         yield made[-1]
 

@@ -83,7 +83,7 @@ class ClientMemory(Protocol):
 
 
 @dataclass(frozen=True)
-class Federation:
+class RoundContext:
     """Everything that a run's rounds need.
 
     Attributes:

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from fedpeft.config import RunConfig
 from fedpeft.deployment import clients_named
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
-from fedpeft.flower.flights import crowd_problems
+from fedpeft.flower.in_flight import concurrency_problems
 from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.tasks import Task
 from fedpeft.sampling import cohort_size
@@ -35,13 +35,13 @@ def agents_wanted(run: RunConfig, rules: Rules) -> int:
         cohort_size(run.federation.sampling, wanted)
     except FederationError as error:
         raise UsageError(f"{error}; or give a larger --min-agents") from error
-    crowd = crowd_problems(run.federation.buffer, wanted) if run.federation.buffer is not None else []
+    crowd = concurrency_problems(run.federation.buffer, wanted) if run.federation.buffer is not None else []
     if crowd:
         raise UsageError(f"{crowd[0]}; or give a larger --min-agents")
     return wanted
 
 
-def gather(
+def wait_for_agents(
     grid: Grid,
     task: Task,
     *,

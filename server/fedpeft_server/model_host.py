@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedpeft.config import RunConfig
-from fedpeft.faults import crash_point
+from fedpeft.crash_points import crash_point
 from fedpeft.files import storage, write_atomically
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
@@ -28,7 +28,7 @@ class HeldElsewhereError(Exception):
 
 
 @dataclass(frozen=True)
-class Book:
+class RunStorage:
     """Where a run is written down.
 
     Attributes:
@@ -47,10 +47,10 @@ class Book:
         return begun_or_new(self.path, self.run, rounds=self.rounds)
 
 
-class Keeper(Protocol):
+class ModelHost(Protocol):
     """Keeps one run's model from attempt to attempt."""
 
-    def hold(self, book: Book, progress: LoggedProgress, hold: Hold) -> None:
+    def hold(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """Bring the run from its last committed round to its end.
 
         Raises:
@@ -59,7 +59,7 @@ class Keeper(Protocol):
         """
         ...
 
-    def export(self, book: Book) -> None:
+    def export(self, book: RunStorage) -> None:
         """Write the adapter of the last committed round, if the model is loaded.
 
         Raises:
@@ -67,7 +67,7 @@ class Keeper(Protocol):
         """
         ...
 
-    def snapshot(self, book: Book, path: Path) -> None:
+    def snapshot(self, book: RunStorage, path: Path) -> None:
         """Write what the run has reached to a new folder; a round is committed. On the run's thread.
 
         Raises:

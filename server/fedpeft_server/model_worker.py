@@ -25,20 +25,20 @@ from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.server_app import Server
 from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.ledger import Checkpoint
-from fedpeft.orphans import end_with
+from fedpeft.parent_exit import exit_with_parent
 from fedpeft.preflight import refuse_problems
 from fedpeft.privacy.kinds import is_cohort_secret
-from fedpeft.resident import Resident, install_resident
+from fedpeft.resident import LoadedRun, set_loaded_run
 from fedpeft.runfile import run_digest, run_from_json
 from fedpeft.seedspace.trainable import trainable_parameters
-from fedpeft.simulation.engine import Venue, hold_run, run_metrics, started_row, write_adapter
+from fedpeft.simulation.engine import Deployment, execute_run, run_metrics, started_row, write_adapter
 from fedpeft.simulation.scoring import Scorer, may_score
 from fedpeft.update import Arrays
 from fedpeft.wire.failures import to_record
 from fedpeft.workers import InlineWorkers, Workers
+from fedpeft_server.in_process_host import load_for_server, write_snapshot
 from fedpeft_server.journal_lines import LoggedProgress
-from fedpeft_server.keepers import Book
-from fedpeft_server.kept_here import load_for_server, write_snapshot
+from fedpeft_server.model_host import RunStorage
 from fedpeft_server.store import Reference, StoredRounds, say
 from fedpeft_server.store.blobs import Blobs
 from fedpeft_server.store.database import Database
@@ -49,9 +49,9 @@ _OOM_SCORE = 500  # of 1,000: ahead of whatever weighs less than half of the mem
 
 def main(fd: int, keep_s: float, parent: int) -> None:
     """Serve orders until the daemon, of process id `parent`, hangs up, or asks nothing for `keep_s`."""
-    end_with(parent)
+    exit_with_parent(parent)
     _offer_to_the_oom_killer()
-    bench = Bench()
+    bench = ModelWorker()
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while _comes(pipe, keep_s) and (order := read_frame(orders)) is not None:
             pipe.sendall(pack(bench.done(order)))
@@ -67,11 +67,11 @@ def _comes(pipe: socket.socket, keep_s: float) -> bool:
     return bool(select.select([pipe], [], [], keep_s)[0])
 
 
-class Bench:
+class ModelWorker:
     """Does orders, and keeps the model of the last one."""
 
     def __init__(self) -> None:
-        self._resident: Resident | None = None
+        self._resident: LoadedRun | None = None
         self._start: Arrays = {}
         self._orders: dict[str, Callable[[Frame], Frame]] = {
             "check": self._check,
@@ -140,8 +140,8 @@ class Bench:
                 refused=lambda agent, why: None,
                 secret_cohort=is_cohort_secret(book.run),
             )
-            venue = Venue("grpc", _no_rounds, lambda run: self._as_loaded(order))
-            hold_run(folder, venue, progress, spent_s=order.header["spent_s"])
+            venue = Deployment("grpc", _no_rounds, lambda run: self._as_loaded(order))
+            execute_run(folder, venue, progress, spent_s=order.header["spent_s"])
         return Frame({})
 
     def _export(self, order: Frame) -> Frame:
@@ -158,23 +158,23 @@ class Bench:
             write_snapshot(self._loaded(order), book, Path(order.header["to"]))
         return Frame({})
 
-    def _loaded(self, order: Frame) -> Resident:
+    def _loaded(self, order: Frame) -> LoadedRun:
         run = run_from_json(order.header["run"])
         if self._resident is None or self._resident.run_digest != run_digest(run):
             self._resident = None  # before the next one takes memory
             self._resident = load_for_server(run)
             self._start = self._resident.initial_state()
-        install_resident(self._resident)
+        set_loaded_run(self._resident)
         return self._resident
 
-    def _as_loaded(self, order: Frame) -> Resident:
+    def _as_loaded(self, order: Frame) -> LoadedRun:
         """With its parameters where the run starts, whatever was evaluated meanwhile."""
         resident = self._loaded(order)
         resident.space.enter(resident.parameters, self._start)
         return resident
 
 
-def _weights_of(resident: Resident) -> dict[str, NDArray[Any]]:
+def _weights_of(resident: LoadedRun) -> dict[str, NDArray[Any]]:
     """What directions of a seed space move, by canonical name, sorted."""
     found = trainable_parameters(resident.model)
     return {name: _array_of(parameter.detach()) for name, parameter in sorted(found.items())}
@@ -185,13 +185,13 @@ def _array_of(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.cpu().numpy() if tensor.dtype == torch.float32 else np.zeros(0, dtype=np.float16)
 
 
-def _opened(order: Frame) -> tuple[Book, Database]:
+def _opened(order: Frame) -> tuple[RunStorage, Database]:
     """The run's place in the daemon's database and folders, which this process has for itself meanwhile."""
     header, run = order.header, run_from_json(order.header["run"])
     database, blobs = Database(header["database"], epoch=header["epoch"]), Blobs(Path(header["blobs"]))
     rounds = StoredRounds(database, blobs, header["id"], run_digest(run), keep=run.output.keep_checkpoints)
     reference = Reference(header["database"], blobs.folder, header["epoch"])
-    return Book(header["id"], run, reference, Path(header["folder"]), rounds), database
+    return RunStorage(header["id"], run, reference, Path(header["folder"]), rounds), database
 
 
 def _no_rounds(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:

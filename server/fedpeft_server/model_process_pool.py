@@ -21,7 +21,7 @@ from typing import Any
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError, StorageError
 from fedpeft.frames import Frame, pack, read_frame
-from fedpeft.orphans import start_child
+from fedpeft.parent_exit import start_child
 from fedpeft.runfile import run_json
 from fedpeft.wire.failures import from_record
 from fedpeft_server.control import ProcessLostError
@@ -136,7 +136,7 @@ class ModelProcess:
         words = [
             sys.executable,
             "-m",
-            "fedpeft_server.model_process",
+            "fedpeft_server.model_worker",
             str(theirs.fileno()),
             str(self._keep_s),
             str(os.getpid()),
@@ -161,7 +161,7 @@ class ModelProcess:
         return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
-class ModelRoom:
+class ModelProcessPool:
     """The daemon's processes for models; from any thread.
 
     Args:
