@@ -40,6 +40,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
+export TORCHDYNAMO_DISABLE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup check test test-fast test-portable federation soak fuzz protos demo bench lock clean \

@@ -34,6 +34,7 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes asks for it at import, for 1.5 s, and no bit depends on it
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -111,7 +111,7 @@ needs_glibc = pytest.mark.skipif(
 
 @needs_glibc
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [16, 64])
+@pytest.mark.parametrize("batch_size", [16, pytest.param(64, marks=pytest.mark.exhaustive)])
 def test_estimate_for_the_embedded_model(batch_size: int) -> None:
     items = ("data.limit=512", "data.partitioner.clients=2", f"training.batch_size={batch_size}")
     check("demo", *items)
@@ -137,6 +137,7 @@ def test_estimate_for_clipped_sums_of_gradients() -> None:
 
 @needs_glibc
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_estimate_for_a_small_story_teller(shared_dir: Path) -> None:
     run = REPOSITORY / "simulations" / "dolly_stories260k.toml"
     check(str(run), "data.limit=1000")

@@ -22,7 +22,7 @@ from fedpeft.workers import InlineWorkers
 from simulations.deployment import Superlink, program, superlink
 from tests.simulation.runs import strip
 
-CLIENTS, ROUNDS = 3, 2
+CLIENTS, ROUNDS = 2, 2
 RUN = f"""
 [run]
 name = "tiny"
@@ -105,6 +105,7 @@ def test_a_run_on_supernodes_gives_the_bytes_of_a_simulation(flown: Path, simula
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_an_unfinished_run_goes_on(deployment: Superlink, run_file: Path, flown: Path) -> None:
     """What is left of a run that was killed in its last round: everything that follows is made anew."""
     out = deployment.folder / "interrupted"

@@ -17,7 +17,7 @@ import pytest
 from tests.integration.site import AGENTS, PATIENCE_S, Site, begin, check_adapters, open_site, say, until
 
 MEBIBYTES = 48  # what the run needs and some; the rest is taken away
-SETTINGS = ("run.rounds=6", "training.steps=4", "evaluation.every=100")
+SETTINGS = ("run.rounds=3", "training.steps=4", "evaluation.every=100")
 FULL_S = 3.0
 
 
@@ -57,7 +57,7 @@ def test_a_run_waits_for_space_and_ends_with_the_right_bytes(site: Site) -> None
 
     until("the end", lambda: show(site, run_id)["status"] == "finished", 0.2)
     counted = site.asked("SELECT round, count(*), sum(counted) FROM updates GROUP BY round")
-    assert counted == [(number, len(AGENTS), len(AGENTS)) for number in range(1, 7)]
+    assert counted == [(number, len(AGENTS), len(AGENTS)) for number in range(1, 4)]
     site.call("run", "pull", run_id, "--out", "pulled")
     assert site.processes["simulation"].wait(PATIENCE_S) == 0, site.log("simulation")
     check_adapters(site.folder, show(site, run_id))

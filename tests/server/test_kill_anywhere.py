@@ -201,7 +201,15 @@ def test_an_over_selected_round_counts_the_same_ones_after_a_kill(zygote: Zygote
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [*PRIVATE, "server.commit.counted:2", "server.accept.committed:2"])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *(pytest.param(point, marks=pytest.mark.exhaustive) for point in PRIVATE[:-1]),
+        PRIVATE[-1],
+        "server.commit.counted:2",
+        pytest.param("server.accept.committed:2", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_private_run_pays_for_each_round_once(point: str, zygote: Zygote, tmp_path: Path) -> None:
     private = tables() | {
         "privacy": {

@@ -125,7 +125,9 @@ def records(store: Store, run: StoredRun) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [{}, SEEDS], ids=["deltas", "seeds"])
+@pytest.mark.parametrize(
+    "parts", [pytest.param({}, marks=pytest.mark.exhaustive, id="deltas"), pytest.param(SEEDS, id="seeds")]
+)
 def test_a_model_elsewhere_changes_no_byte(
     parts: dict[str, Any], room: ModelProcessPool, tmp_path: Path
 ) -> None:

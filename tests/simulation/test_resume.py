@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,32 +42,35 @@ def _kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) 
     process.wait()
 
 
+FEW = ("checkpoint 0", "checkpoint 2", "adapter")
+MANY = ("rows", "checkpoint 0", "checkpoint 1", "checkpoint 2", "baseline", "adapter")
+
+
 @pytest.mark.slow
-def test_kill_at_many_points_and_resume_gives_the_same_bytes(tables: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "points", [FEW, pytest.param(MANY, marks=pytest.mark.exhaustive)], ids=["few", "many"]
+)
+def test_kill_at_many_points_and_resume_gives_the_same_bytes(
+    points: Sequence[str], tables: dict[str, Any], tmp_path: Path
+) -> None:
     tables["evaluation"]["baselines"] = True
     simulated(tables, tmp_path / "undisturbed", workers=2)
     run_file, out = tmp_path / "run.toml", tmp_path / "killed"
     run_file.write_text(tomli_w.dumps(tables))
     rows = out / "metrics.jsonl"
 
-    def checkpoint(number: int) -> Callable[[], bool]:
-        return (out / "checkpoints" / f"round-{number:06d}.safetensors").exists
+    def reached(point: str) -> bool:
+        kind, _, number = point.partition(" ")
+        if kind == "checkpoint":
+            return (out / "checkpoints" / f"round-{int(number):06d}.safetensors").exists()
+        if kind == "baseline":
+            return rows.exists() and '"baseline"' in rows.read_text()
+        return (rows if kind == "rows" else out / kind).exists()
 
-    def row(text: str) -> Callable[[], bool]:
-        return lambda: rows.exists() and text in rows.read_text()
-
-    points = [
-        rows.exists,
-        checkpoint(0),
-        checkpoint(1),
-        checkpoint(2),
-        row('"baseline"'),
-        (out / "adapter").exists,
-    ]
     jitter = random.Random(0)
-    for number, reached in enumerate(points):
+    for number, point in enumerate(points):
         process = _start(str(run_file), "--out", str(out)) if number == 0 else _start("--resume", str(out))
-        _kill_when(process, reached)
+        _kill_when(process, lambda point=point: reached(point))  # type: ignore[misc]
         time.sleep(jitter.random() * 0.2)
     resumed(out, workers=2)
     assert fingerprint(out) == fingerprint(tmp_path / "undisturbed")
