@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
@@ -27,6 +27,9 @@ from fedpeft.console import (
 )
 from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
 from fedpeft.safe_text import one_line
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 # Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
 for _name, _value in {
@@ -310,6 +313,50 @@ def methods(
     from fedpeft.commands.methods import methods_command
 
     methods_command(as_json=json_)
+
+
+@app.command()
+def keys(
+    place: Annotated[
+        str | None,
+        typer.Argument(metavar="[SECTION]", help="A table or a key, e.g. federation.buffer or training.lr."),
+    ] = None,
+    of: Annotated[str, typer.Option(metavar="FILE", help="run, server or client: whose keys.")] = "run",
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the file's JSON schema, for editors.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Explain the keys of a run file, of server.toml or of client.toml, with units and defaults."""
+    from fedpeft.commands.keys import keys_command
+
+    if of not in _FILE_MODELS:
+        raise UsageError(f"--of {of} came; give {', '.join(_FILE_MODELS)}")
+    if schema and (json_ or place):
+        raise UsageError("--schema prints the schema of the whole file; leave out --json and SECTION")
+    keys_command(_FILE_MODELS[of](), place, as_schema=schema, as_json=json_)
+
+
+def _run_model() -> type[BaseModel]:
+    from fedpeft.config import RunConfig
+
+    return RunConfig
+
+
+def _server_model() -> type[BaseModel]:
+    from fedpeft_server.settings import Settings
+
+    return Settings
+
+
+def _client_model() -> type[BaseModel]:
+    from fedpeft_client.settings import Settings
+
+    return Settings
+
+
+_FILE_MODELS = {"run": _run_model, "server": _server_model, "client": _client_model}
+"""What `fedpeft keys --of` takes."""
 
 
 @app.command()

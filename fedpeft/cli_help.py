@@ -17,7 +17,7 @@ from typer.core import TyperArgument, TyperGroup
 from typer.models import ParameterInfo
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "On one machine": ("simulate", "plan", "evaluate", "export", "methods", "audit"),
+    "On one machine": ("simulate", "plan", "evaluate", "export", "methods", "keys", "audit"),
     "Federations": ("server", "client", "run", "provision"),
     "Adapters as files": ("compress", "decompress", "merge", "replay", "emulator", "plug-in"),
 }
@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "plan": ("fedpeft plan run.toml", "fedpeft plan run.toml --fit 8GB"),
     "evaluate": ("fedpeft evaluate runs/my-run",),
     "export": ("fedpeft export runs/my-run --merge --out merged",),
+    "keys": ("fedpeft keys training", "fedpeft keys --of client policy", "fedpeft keys --schema"),
     "compress": ("fedpeft compress runs/my-run --out adapter.fpz",),
     "merge": ("fedpeft merge runs/a runs/b --out merged --method task-arithmetic",),
     "provision": ("fedpeft provision federation --host server.example --agent ward-a --admin me",),

@@ -39,7 +39,10 @@ class TlsSection(Section):
 
 
 class LimitsSection(Section):
-    """What agents and people may use of this machine; `TransportOptions` has the reasons of the defaults."""
+    """What agents and people may use of this machine.
+
+    `TransportOptions` has the reasons of the defaults.
+    """
 
     agents: Annotated[Count, unit("agents")] = Field(4096, description="Connected at a time.")
     connections: Annotated[Count, unit("connections")] = Field(
