@@ -3,7 +3,7 @@
     python simulations/bench_codec.py --quick     (about 15 s, one core; without --quick two minutes)
 
 Expected: encode and decode at 150 MB of fp32 delta per second or more at every density, within 1% of the
-entropy bound, smaller than zlib level 6 and no slower.
+entropy bound, smaller than zlib level 6 on int8 and than zlib on packed trits, and no slower than either.
 
 Timed on one thread, as the best of several runs of process time, over synthetic normal deltas of one large
 tensor. MB are 10^6 bytes of fp32 delta; every key below is that of the worst density.
@@ -17,6 +17,12 @@ by
   `zlib.compress(.., 6)`. Speed is zlib's time over ours (1 and more: we are no slower); size is our bytes
   over zlib's (below 1: we are smaller). `decode_speed_vs_zlib` is the same for the way back to the int8
   array.
+- `speed_vs_packed_zlib`, `size_vs_packed_zlib`, `decode_speed_vs_packed_zlib`: against zlib on packed trits,
+  four or five in a byte, at level 1 or 6, packing included: whichever of the four is fastest, and whichever
+  is smallest, at each density.
+- `speed_vs_constriction`, `size_vs_constriction`: against the compiled entropy coder of the package
+  `constriction` on the same entries (extra `bench`; None where it is not installed), the smaller of both
+  directions.
 - `speed_vs_python_golomb`: time of a plain Golomb-Rice coder in pure Python (below, on a list of integers)
 over
   ours on the same entries with the coder `golomb`, so both do the same work; the smaller of both directions.
@@ -32,7 +38,9 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 import numpy as np
@@ -76,6 +84,10 @@ def main() -> None:
         "speed_vs_zlib": round(min(row["speed_vs_zlib"] for row in rows), 2),
         "decode_speed_vs_zlib": round(min(row["decode_speed_vs_zlib"] for row in rows), 2),
         "size_vs_zlib": round(max(row["size_vs_zlib"] for row in rows), 4),
+        "speed_vs_packed_zlib": round(min(row["speed_vs_packed_zlib"] for row in rows), 2),
+        "decode_speed_vs_packed_zlib": round(min(row["decode_speed_vs_packed_zlib"] for row in rows), 2),
+        "size_vs_packed_zlib": round(max(row["size_vs_packed_zlib"] for row in rows), 4),
+        **against_constriction(delta[: min(entries, 4_000_000)], repeats),
         "speed_vs_python_golomb": round(against_python(delta[:PYTHON_ENTRIES], repeats), 1),
         "coders": compare_coders(delta[: min(entries, 4_000_000)], repeats),
         "default_coder": DEFAULT_CODER,
@@ -104,6 +116,7 @@ def measure(delta: npt.NDArray[np.float32], density: float, repeats: int) -> dic
     zlib_decode_s, _ = timed(lambda: zlib.decompress(deflated), repeats)
     own_encode_s, _ = timed(lambda: encode(ternary), repeats)
     own_decode_s, _ = timed(lambda: decode(data, delta.shape), repeats)
+    packed = [zlib_on_packed(ternary.trits, pack, level, repeats) for pack in PACKINGS for level in (1, 6)]
     bound = ternary_entropy_bits(int(np.count_nonzero(ternary.trits)), delta.size)
     bits = 8 * len(data) / delta.size
     return {
@@ -115,6 +128,75 @@ def measure(delta: npt.NDArray[np.float32], density: float, repeats: int) -> dic
         "speed_vs_zlib": zlib_encode_s / own_encode_s,
         "decode_speed_vs_zlib": zlib_decode_s / own_decode_s,
         "size_vs_zlib": len(data) / len(deflated),
+        "speed_vs_packed_zlib": min(one.encode_s for one in packed) / own_encode_s,
+        "decode_speed_vs_packed_zlib": min(one.decode_s for one in packed) / own_decode_s,
+        "size_vs_packed_zlib": len(data) / min(one.size for one in packed),
+    }
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What packing and zlib made of one ternary tensor: seconds there and back, and bytes."""
+
+    encode_s: float
+    decode_s: float
+    size: int
+
+
+FACTORS: Mapping[int, npt.NDArray[np.uint8]] = {  # trits in a byte, and what each is worth there
+    4: np.array([1, 4, 16, 64], dtype=np.uint8),
+    5: np.array([1, 3, 9, 27, 81], dtype=np.uint8),
+}
+PACKINGS = tuple(FACTORS)
+
+
+def zlib_on_packed(trits: npt.NDArray[np.int8], each: int, level: int, repeats: int) -> Packed:
+    """Pack `each` trits into a byte, deflate, and the way back to the int8 array."""
+    factors = FACTORS[each]
+    base = int(factors[1])
+    table = np.stack([np.arange(256) // int(factor) % base for factor in factors], axis=1).astype(np.int8) - 1
+    padded = -(-trits.size // each) * each
+
+    def there() -> bytes:
+        shifted = np.ones(padded, dtype=np.uint8)
+        np.add(trits, 1, out=shifted[: trits.size], casting="unsafe")
+        columns = shifted.reshape(-1, each)
+        total = columns[:, 0].copy()
+        for place in range(1, each):
+            total += columns[:, place] * factors[place]
+        return zlib.compress(total.tobytes(), level)
+
+    def back(data: bytes) -> npt.NDArray[np.int8]:
+        packed = np.frombuffer(zlib.decompress(data), dtype=np.uint8)
+        return table[packed].reshape(-1)[: trits.size].reshape(trits.shape)
+
+    encode_s, data = timed(there, 1)
+    decode_s, copy = timed(lambda: back(data), repeats)
+    if not np.array_equal(copy, trits):
+        raise SystemExit(f"{each} trits in a byte do not come back")
+    return Packed(encode_s, decode_s, len(data))
+
+
+def against_constriction(delta: npt.NDArray[np.float32], repeats: int) -> dict[str, float | str | None]:
+    """The package's coder over ours: time (the smaller ratio of both ways) and our size over its, worst."""
+    speeds, sizes = [], []
+    for density in DENSITIES:
+        ternary = ternarise(delta, density, StdScale())
+        times, lengths = {}, {}
+        for coder in (DEFAULT_CODER, "constriction"):
+            try:
+                encode_s, data = timed(lambda: encode(ternary, coder), repeats)  # noqa: B023 - run at once
+            except MissingExtraError:
+                return {"speed_vs_constriction": None, "size_vs_constriction": None, "constriction": None}
+            decode_s, _ = timed(lambda: decode(data, ternary.shape), repeats)  # noqa: B023 - run at once
+            times[coder], lengths[coder] = (encode_s, decode_s), len(data)
+        ours, theirs = times[DEFAULT_CODER], times["constriction"]
+        speeds.append(min(their / our for our, their in zip(ours, theirs, strict=True)))
+        sizes.append(lengths[DEFAULT_CODER] / lengths["constriction"])
+    return {
+        "speed_vs_constriction": round(min(speeds), 2),
+        "size_vs_constriction": round(max(sizes), 4),
+        "constriction": version("constriction"),
     }
 
 
