@@ -210,7 +210,7 @@ def numpy_replay_table(size: int, amounts: NDArray[np.int64]) -> float:
 
 
 def numpy_project_table(delta: NDArray[np.int64], count: int) -> float:
-    """Processor seconds of projections on `count` packed directions; entries are summed by their bits first."""
+    """Processor seconds of projections on packed directions, `count` of them; entries are binned first."""
     rng = np.random.Generator(np.random.SFC64(0))
     signs = 2.0 * ((np.arange(2**TOGETHER)[:, None] >> np.arange(TOGETHER)) & 1) - 1.0
     began = time.process_time()
