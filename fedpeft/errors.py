@@ -29,7 +29,29 @@ Every message is one line and says what came, what is needed and what to do. A c
 leaves a device of an error: `fedpeft.wire.failures` has the list.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
+
+
+class Problem(str):
+    """One line that says what is wrong, with a stable code; to all who don't ask for it a plain string.
+
+    Attributes:
+        code: what programs and tests match; empty where a line has none.
+    """
+
+    code: str
+
+    def __new__(cls, text: str, code: str = "") -> Self:
+        """Make a line with its code."""
+        made = super().__new__(cls, text)
+        made.code = code
+        return made
+
+
+def codes_of(problems: Iterable[str]) -> list[str]:
+    """Return the codes of those lines that have one."""
+    return [problem.code for problem in problems if isinstance(problem, Problem) and problem.code]
 
 
 class FedPEFTError(Exception):

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 
-from fedpeft.config import RecordLevelPrivacy, RunConfig
+from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError
-
-
-def group_problems(run: RunConfig) -> list[str]:
-    """What no group may be in, whoever its clients are."""
-    if run.groups and isinstance(run.privacy, RecordLevelPrivacy):
-        return [
-            "groups: record-level privacy is accounted for by one [training] of all clients; remove groups,"
-            " or use privacy.kind 'client-level'"
-        ]
-    return []
 
 
 def own_base_of(run: RunConfig) -> Callable[[str], int | None]:

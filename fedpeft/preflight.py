@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedpeft.attacks import attack_problems
-from fedpeft.config import ClientLevelPrivacy, RunConfig
+from fedpeft.attacks import build_attack
+from fedpeft.compatibility import conflicts_of
+from fedpeft.config import RunConfig
 from fedpeft.data.layout import section_problems
 from fedpeft.errors import FedPEFTError, RunFileError
 from fedpeft.evaluation.metrics import metrics_of
 from fedpeft.flower.buffer_rules import buffer_problems
-from fedpeft.flower.rules import RULES, geometry_problems, strategy_problems
-from fedpeft.groups import group_problems
+from fedpeft.flower.rules import geometry_problems, strategy_problems
 from fedpeft.lora_rules import lora_problems
 from fedpeft.models.loftq import loftq_problem
-from fedpeft.models.methods import METHODS, Method, base_refusal, with_options
+from fedpeft.models.methods import METHODS, base_refusal, with_options
 from fedpeft.models.offsite import NO_EMULATOR, emulator_at
 from fedpeft.models.options import peft_problems
 from fedpeft.privacy.rules import privacy_problems
@@ -26,8 +26,6 @@ from fedpeft.training.lean import lean_problems
 from fedpeft.training.optimizers import check_names
 from fedpeft.training.record_rules import record_problems
 from fedpeft.training.zeroth_rules import zeroth_problems
-
-_REMEMBERING = frozenset(name for name, rule in RULES.items() if rule.memory)
 
 
 def problems_of(run: RunConfig) -> list[str]:
@@ -43,12 +41,12 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: _refuse(lean_problems(run)),
         lambda: build_stages(run),
         lambda: build_downlink(run),
-        lambda: _refuse(group_problems(run)),
-        lambda: _refuse(lora_problems(run, remembering=_REMEMBERING)),
+        lambda: _refuse(lora_problems(run)),
         lambda: _refuse(geometry_problems(run)),
-        lambda: _refuse(attack_problems(run)),
+        lambda: build_attack(run),
         lambda: _refuse(privacy_problems(run)),
         lambda: _refuse(record_problems(run)),
+        lambda: _refuse(conflicts_of(run)),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
     )
     for check in checks:
@@ -109,19 +107,12 @@ def simulation_problems(run: RunConfig) -> list[str]:
 def _federation_problems(run: RunConfig, clients: int | None) -> list[str]:
     """Cohort and strategy, as far as the number of clients is known before the rows are read."""
     federation = run.federation
-    problems = []
-    rule = RULES.get(federation.strategy.kind)
-    if isinstance(run.privacy, ClientLevelPrivacy) and rule is not None and not rule.folds:
-        problems.append(
-            f"federation.strategy: {federation.strategy.kind} looks at single updates, and under"
-            " client-level privacy only their noised sum is released; use fedavg or another rule of the mean"
-        )
     if clients is None:
-        return problems + strategy_problems(federation.strategy, cohort=10**9)
+        return strategy_problems(federation.strategy, cohort=10**9)
     try:
-        return problems + strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
+        return strategy_problems(federation.strategy, cohort_size(federation.sampling, clients))
     except FedPEFTError as error:
-        return [*problems, str(error)]
+        return [str(error)]
 
 
 def _base_problems(run: RunConfig) -> list[str]:
@@ -136,27 +127,19 @@ def _base_problems(run: RunConfig) -> list[str]:
     reason = base_refusal(method, run.model.quantization)
     if reason is not None:
         problems.append(f"model.quantization: {method.name} on {run.model.quantization}: {reason}")
-    problems += _offsite_problems(run, method)
+    problems += _plug_problems(run)
     start = loftq_problem(method.name, run.peft.options, run.model.quantization)
     if start is not None:
         problems.append(start)
     return problems
 
 
-def _offsite_problems(run: RunConfig, method: Method) -> list[str]:
-    """What an emulator asks of the method, and `evaluation.plug_into` of the base."""
+def _plug_problems(run: RunConfig) -> list[str]:
+    """What `evaluation.plug_into` asks of the base."""
     folder = Path(run.model.path).expanduser()
-    emulator = emulator_at(folder) if folder.is_dir() else None
-    if emulator is None:
-        if run.evaluation.plug_into is None or not folder.is_dir():
-            return []
-        return [f"evaluation.plug_into: {NO_EMULATOR}, or remove it"]
-    if method.name == "prefix" or method.needs_quantization:
-        return [
-            f"peft.method: what {method.name} trains on an emulator has no place in the full model; use lora,"
-            " or full for the outer layers' own weights"
-        ]
-    return []
+    if run.evaluation.plug_into is None or not folder.is_dir() or emulator_at(folder) is not None:
+        return []
+    return [f"evaluation.plug_into: {NO_EMULATOR}, or remove it"]
 
 
 def _refuse(problems: Sequence[str]) -> None:

@@ -18,7 +18,18 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("version", "errors", "v1", "presets", "crash_points", "parent_exit", "repeats", "safe_text", "console"),
+    (
+        "version",
+        "errors",
+        "traits",
+        "v1",
+        "presets",
+        "crash_points",
+        "parent_exit",
+        "repeats",
+        "safe_text",
+        "console",
+    ),
     (
         "files",
         "frames",
@@ -52,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("resident", "ledger"),
     ("loading",),
     ("flower",),
+    ("compatibility",),
     ("preflight", "reporting"),
     ("planning", "simulation"),
     ("commands",),

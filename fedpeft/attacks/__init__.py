@@ -1,10 +1,9 @@
 """Hostile clients for simulations: what they do to their rows, or to the update that they send."""
 
-from fedpeft.attacks.base import Attack, AttackContext
+from fedpeft.attacks.base import Attack, AttackContext, attack_traits
 from fedpeft.attacks.hostile import Hostile, hostile_clients
 from fedpeft.attacks.table import (
     ATTACKS,
-    attack_problems,
     attackers_of,
     build_attack,
     refuse_attack,
@@ -15,7 +14,7 @@ __all__ = [
     "Attack",
     "AttackContext",
     "Hostile",
-    "attack_problems",
+    "attack_traits",
     "attackers_of",
     "build_attack",
     "hostile_clients",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
 from fedpeft.update import Arrays, Update
 
 Labels = NDArray[np.int64]
@@ -58,6 +59,12 @@ class Attack(Protocol):
     def on_update(self, update: Update, context: AttackContext) -> Update:
         """What it sends, given what an honest client would have sent in its place."""
         ...
+
+
+def attack_traits(attack: Attack) -> Traits:
+    """Return what an attack is: what every one is, whether it colludes, and what it declares in `traits`."""
+    declared: Traits = getattr(attack, "traits", NO_TRAITS)
+    return declared | chosen({Trait.HOSTILE: True, Trait.COLLUDES: attack.colludes})
 
 
 def wide(arrays: Arrays) -> Wide:

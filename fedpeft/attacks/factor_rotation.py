@@ -10,6 +10,7 @@ from pydantic import Field
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
 from fedpeft.config import PeftSection, PositiveFloat, Section, unit
 from fedpeft.robust import lora_pairs
+from fedpeft.traits import Trait, Traits
 from fedpeft.update import Update, layout_of
 
 
@@ -24,6 +25,7 @@ class FactorRotation(Section):
 
     kind: ClassVar[str] = "gauge"
     colludes: ClassVar[bool] = False
+    traits: ClassVar[Traits] = frozenset({Trait.NEEDS_FACTORS})
 
     scale: Annotated[PositiveFloat, unit("factor")] = Field(
         10.0, description="How much larger one factor is sent, and how much smaller the other."

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
 from fedpeft.config import PositiveFloat, Section, unit
+from fedpeft.traits import Trait, Traits
 from fedpeft.update import Update
 
 
@@ -92,6 +93,7 @@ class LabelFlip(Section):
 
     kind: ClassVar[str] = "label-flip"
     colludes: ClassVar[bool] = False
+    traits: ClassVar[Traits] = frozenset({Trait.NEEDS_CLASSES})
 
     def on_labels(self, labels: Labels, classes: int) -> Labels:
         """Counted from the other end."""

@@ -67,38 +67,6 @@ def attackers_of(run: RunConfig, names: Collection[str]) -> tuple[str, ...]:
     return chosen
 
 
-def attack_problems(run: RunConfig) -> list[str]:
-    """What is wrong with the run's attack, as far as the run file tells."""
-    try:
-        attack = build_attack(run)
-    except RunFileError as error:
-        return list(error.problems)
-    if attack is None:
-        return []
-    problems = []
-    if attack.kind == LabelFlip.kind and run.model.task != "sequence-classification":
-        problems.append(
-            f"federation.attack: label-flip takes rows with a class each, and model.task is"
-            f" '{run.model.task}'; choose another attack"
-        )
-    if attack.kind == FactorRotation.kind and run.space.kind != "adapter-delta":
-        problems.append(
-            "federation.attack: gauge is about LoRA's factors, and space"
-            f" '{run.space.kind}' has none; choose another attack"
-        )
-    if attack.colludes and run.space.kind == "projected":
-        problems.append(
-            f"federation.attack: {attack.kind} takes honest updates that depend on one round only, and those"
-            " of space 'projected' depend on earlier ones; choose another attack"
-        )
-    if attack.colludes and run.groups:
-        problems.append(
-            f"federation.attack: {attack.kind} averages its clients' updates, and groups make them differ;"
-            " remove groups"
-        )
-    return problems
-
-
 def refuse_attack(run: RunConfig) -> None:
     """Let no run pass that has hostile clients of its own; what every deployed server and client calls first.
 

@@ -9,7 +9,8 @@ from fedpeft.config import DataSection, RunConfig
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.training.zeroth_rules import SEED_SPACES
+from fedpeft.spaces import space_traits
+from fedpeft.traits import Trait
 
 
 def replay_command(run: Path, out: Path, *, force: bool) -> None:
@@ -41,7 +42,7 @@ def replay_command(run: Path, out: Path, *, force: bool) -> None:
 def _last(path: Path) -> tuple[RunConfig, DataSection, Checkpoint]:
     """The run, where its rows lie, and its last checkpoint."""
     with RunFolder.resume(path) as folder:
-        if folder.run.space.kind not in SEED_SPACES:
+        if Trait.INTEGER_UPDATES not in space_traits(folder.run.space.kind):
             raise UsageError(
                 f"{path} is a run of space '{folder.run.space.kind}', whose updates are not seeds; write its"
                 " model with: fedpeft export --merge"

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from fedpeft.config import RunConfig
 from fedpeft.errors import UpdateError
 from fedpeft.flower.steps import CompressedSteps, Memory, Step, Steps
-from fedpeft.spaces import ServerSpace
+from fedpeft.spaces import ServerSpace, space_traits
 from fedpeft.stages import build_downlink
-from fedpeft.training.zeroth_rules import SEED_SPACES
+from fedpeft.traits import Trait
 from fedpeft.update import Arrays, arrays_digest, frozen_arrays, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
@@ -30,7 +30,7 @@ def steps_of(run: RunConfig, digest: str, space: ServerSpace) -> Steps | None:
     stage = build_downlink(run)
     if stage is not None:
         return CompressedSteps(digest, run.run.seed, space, stage)
-    return ExactSteps(digest, space) if space.kind in SEED_SPACES else None
+    return ExactSteps(digest, space) if Trait.INTEGER_UPDATES in space_traits(space.kind) else None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from fedpeft.config import PeftSection, RunConfig, StrategySection
 from fedpeft.models.methods import METHODS
 from fedpeft.options import unknown_name
 from fedpeft.robust import Coefficients, geometric_median, krum, multikrum, norm_bound
+from fedpeft.spaces import space_traits
+from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Rule:
         coefficients: the rule as a function of inner products; None: it looks at entries.
         collects: Flower's class collects garbage after each client.
         robust: hostile clients, some of them, are what it is for; so it has a geometry.
+        declares: what else decides which runs it can be part of.
         summary: one line for people.
     """
 
@@ -40,6 +43,20 @@ class Rule:
     coefficients: Coefficients | None = None
     collects: bool = False
     robust: bool = False
+    declares: Traits = frozenset({Trait.STEP_IS_NOT_THE_MEAN})
+
+    @property
+    def traits(self) -> Traits:
+        """What it is, as `fedpeft.compatibility` asks."""
+        told = {Trait.REMEMBERS_STEPS: bool(self.memory), Trait.NEEDS_EACH_UPDATE: not self.folds}
+        return self.declares | chosen(told)
+
+    def traits_with(self, options: Mapping[str, Any]) -> Traits:
+        """What it is with its options."""
+        eta = self.options.get("eta")
+        step = options.get("eta", 1.0 if eta is None else eta.default)
+        small = Trait.STEPS_BY_ETA in self.declares and isinstance(step, int | float) and step < 1
+        return self.traits | chosen({Trait.STEPS_BELOW_ONE: small})
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:
@@ -51,6 +68,9 @@ class Rule:
         return {key: value for key, value in ours.items() if value.kind is value.KEYWORD_ONLY}
 
 
+_MOVES = frozenset({Trait.STEP_IS_NOT_THE_MEAN})
+_ADAPTIVE = _MOVES | {Trait.STEPS_BY_ETA}
+_COMPARES = _MOVES | {Trait.COMPARES_UPDATES}
 _PLUMBING = set(inspect.signature(flower.FedAvg.__init__).parameters) | {"train_loss_key", "selection_rule"}
 
 
@@ -60,17 +80,36 @@ def malicious(options: Mapping[str, Any]) -> int:
 
 
 RULES: dict[str, Rule] = {
-    "fedavg": Rule(flower.FedAvg, True, "weighted mean (McMahan et al. 2017)"),
+    "fedavg": Rule(flower.FedAvg, True, "weighted mean (McMahan et al. 2017)", declares=NO_TRAITS),
     "fedprox": Rule(
-        flower.FedProx, True, "weighted mean, clients pulled to the global state (Li et al. 2020)"
+        flower.FedProx,
+        True,
+        "weighted mean, clients pulled to the global state (Li et al. 2020)",
+        declares=frozenset({Trait.PULLS_GRADIENTS}),
     ),
     "fedavgm": Rule(
         flower.FedAvgM, True, "weighted mean with server momentum (Hsu et al. 2019)", ("momentum_vector",)
     ),
-    "fedadam": Rule(flower.FedAdam, True, "Adam on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
-    "fedyogi": Rule(flower.FedYogi, True, "Yogi on the mean change (Reddi et al. 2021)", ("m_t", "v_t")),
+    "fedadam": Rule(
+        flower.FedAdam,
+        True,
+        "Adam on the mean change (Reddi et al. 2021)",
+        ("m_t", "v_t"),
+        declares=_ADAPTIVE,
+    ),
+    "fedyogi": Rule(
+        flower.FedYogi,
+        True,
+        "Yogi on the mean change (Reddi et al. 2021)",
+        ("m_t", "v_t"),
+        declares=_ADAPTIVE,
+    ),
     "fedadagrad": Rule(
-        flower.FedAdagrad, True, "Adagrad on the mean change (Reddi et al. 2021)", ("m_t", "v_t")
+        flower.FedAdagrad,
+        True,
+        "Adagrad on the mean change (Reddi et al. 2021)",
+        ("m_t", "v_t"),
+        declares=_ADAPTIVE,
     ),
     "krum": Rule(
         flower.Krum,
@@ -79,6 +118,7 @@ RULES: dict[str, Rule] = {
         needs=lambda o: 2 * malicious(o) + 3,
         coefficients=krum,
         robust=True,
+        declares=_COMPARES,
     ),
     "multikrum": Rule(
         flower.MultiKrum,
@@ -87,6 +127,7 @@ RULES: dict[str, Rule] = {
         needs=lambda o: 2 * malicious(o) + 3,
         coefficients=multikrum,
         robust=True,
+        declares=_COMPARES,
     ),
     "bulyan": Rule(
         flower.Bulyan,
@@ -95,10 +136,21 @@ RULES: dict[str, Rule] = {
         needs=lambda o: 4 * malicious(o) + 3,
         collects=True,
         robust=True,
+        declares=_COMPARES,
     ),
-    "fedmedian": Rule(flower.FedMedian, False, "coordinate-wise median (Yin et al. 2018)", robust=True),
+    "fedmedian": Rule(
+        flower.FedMedian,
+        False,
+        "coordinate-wise median (Yin et al. 2018)",
+        robust=True,
+        declares=_COMPARES,
+    ),
     "fedtrimmedavg": Rule(
-        flower.FedTrimmedAvg, False, "coordinate-wise trimmed mean (Yin et al. 2018)", robust=True
+        flower.FedTrimmedAvg,
+        False,
+        "coordinate-wise trimmed mean (Yin et al. 2018)",
+        robust=True,
+        declares=_COMPARES,
     ),
     "norm-bound": Rule(
         None,
@@ -113,9 +165,14 @@ RULES: dict[str, Rule] = {
         "the point nearest to all updates (Pillutla et al. 2022, RFA)",
         coefficients=geometric_median,
         robust=True,
+        declares=_COMPARES,
     ),
     "qfedavg": Rule(
-        flower.QFedAvg, False, "mean weighted towards high losses (Li et al. 2020)", collects=True
+        flower.QFedAvg,
+        False,
+        "mean weighted towards high losses (Li et al. 2020)",
+        collects=True,
+        declares=_MOVES | {Trait.SCALES_BY_LOSS},
     ),
 }
 
@@ -172,14 +229,8 @@ def prefers_products(section: StrategySection) -> bool:
 
 def geometry_problems(run: RunConfig) -> list[str]:
     """What stands against the geometry of a run's strategy."""
-    section, rule = run.federation.strategy, RULES.get(run.federation.strategy.kind)
-    own, products = run.federation.lora_rule, has_products(run.peft, run.space.kind)
-    if own is not None and rule is not None and products and prefers_products(section):
-        return [
-            f"federation.strategy.geometry: {section.kind} works on products here, and lora_rule '{own}' says"
-            " how factors are combined; remove lora_rule, or set geometry 'entries'"
-        ]
-    if section.geometry != "product" or products:
+    section = run.federation.strategy
+    if section.geometry != "product" or has_products(run.peft, run.space.kind):
         return []
     return [
         "federation.strategy.geometry: 'product' is for methods that train both of LoRA's factors, in space"
@@ -201,9 +252,11 @@ def has_products(peft: PeftSection, space: str) -> bool:
     """Whether updates are made of LoRA's factors, both of them."""
     method = METHODS.get(peft.method)
     both = method is not None and method.config == "LoraConfig" and method.trained == "adapter"
-    return both and space == "adapter-delta"
+    return both and Trait.SENDS_ENTRIES in space_traits(space)
 
 
 def proximal_mu(section: StrategySection) -> float:
-    """FedProx's coefficient, which acts at the client; 0 for other strategies."""
-    return float(section.options.get("proximal_mu", 0.0)) if section.kind == "fedprox" else 0.0
+    """FedProx's coefficient, which acts at the client; 0 for strategies that don't pull on gradients."""
+    rule = RULES.get(section.kind)
+    pulls = rule is not None and Trait.PULLS_GRADIENTS in rule.traits
+    return float(section.options.get("proximal_mu", 0.0)) if pulls else 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpeft.config import RunConfig
+from fedpeft.traits import Trait, Traits, chosen
 
 Role = Literal["lora_A", "lora_B"] | None
 """Which factor a trained parameter is; None: neither (a classifier's head, a bias)."""
@@ -22,28 +23,45 @@ class LoraRule:
     Attributes:
         summary: one line for people.
         source: the paper.
-        methods: PEFT methods that it is made for.
+        needs: what the PEFT method has to be.
         trained: which parameters clients train in a round; they don't touch the others.
         sent: which of these they send, and are sent; what is trained and not sent stays with its client.
         ranks: clients may train factors of ranks of their own.
         products: the next factors come from all clients' products, so every reply is held until the round
             ends and the strategy has no say in them; else they are the strategy's mean of factors.
+        prunes: clients may give up ranks while they train.
         residual: what no factors of the run's rank can hold is kept in a further, frozen adapter.
     """
 
     summary: str
     source: str
-    methods: tuple[str, ...] = ("lora", "rslora")
+    needs: Trait = Trait.NEEDS_BOTH_FACTORS
     trained: Chooses = lambda role, number: True
     sent: Chooses = lambda role, number: True
     ranks: bool = False
     products: bool = False
     residual: bool = False
+    prunes: bool = False
 
     @property
     def alternates(self) -> bool:
         """Whether other parameters train in other rounds."""
         return any(self.trained(role, 1) != self.trained(role, 2) for role in ("lora_A", "lora_B"))
+
+    @property
+    def traits(self) -> Traits:
+        """What it is, as `fedpeft.compatibility` asks."""
+        return chosen(
+            {
+                self.needs: True,
+                Trait.COMBINES_FACTORS: True,
+                Trait.USES_PRODUCTS: self.products,
+                Trait.ALTERNATES_FACTORS: self.alternates,
+                Trait.KEEPS_PARAMETERS: self.keeps,
+                Trait.KEEPS_RESIDUAL: self.residual,
+                Trait.LETS_RANKS_SHRINK: self.prunes,
+            }
+        )
 
     @property
     def keeps(self) -> bool:
@@ -68,7 +86,7 @@ LORA_RULES: Mapping[str, LoraRule] = {
     "ffa": LoraRule(
         summary="A stays at its draw, mean of B: exact",
         source="Sun, Li, Li, Ding 2024, FFA-LoRA (arXiv 2403.12313)",
-        methods=("ffa-lora",),
+        needs=Trait.NEEDS_FACTOR_B,
     ),
     "rolora": LoraRule(
         summary="B in odd rounds, A in even ones: each round's mean is exact",
@@ -86,6 +104,7 @@ LORA_RULES: Mapping[str, LoraRule] = {
         source="Cho et al. 2024, HetLoRA (arXiv 2401.06432)",
         ranks=True,
         products=True,
+        prunes=True,
     ),
     "flexlora": LoraRule(
         summary="mean of products, cut to each client's rank by its singular values",

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fedpeft.errors import ModelError
+from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
 
 Targets = Literal[
     "linear", "rounded", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"
@@ -27,6 +28,11 @@ first-linear: one linear layer, for a carrier that leaves it alone; none: nothin
 
 Trained = Literal["adapter", "not-a", "biases"]
 """Which of the adapter's parameters train: all of them, all but LoRA's A, or the base model's biases only."""
+
+STARTS_FROM_WEIGHTS = frozenset(
+    {"pissa", "olora", "loftq", "lq-lora", "eva", "corda", "orthogonal", "lora_ga"}
+)
+"""Values of `init_lora_weights` with which factors start from the base's weights."""
 
 _BOTH = ("causal-lm", "sequence-classification")
 
@@ -65,6 +71,7 @@ class Method:
         quantized_bfloat16: works on a quantised base whose other weights are bfloat16.
         refused_quantization: quantisation -> why the method cannot work on such a base.
         needs_quantization: the kinds of bases that the method is made for; empty: all that aren't refused.
+        declares: what else decides which runs it can be part of.
     """
 
     name: str
@@ -89,6 +96,17 @@ class Method:
     quantized_bfloat16: bool = True
     refused_quantization: Mapping[str, str] = field(default_factory=_none)
     needs_quantization: tuple[str, ...] = ()
+    declares: Traits = NO_TRAITS
+
+    @property
+    def traits(self) -> Traits:
+        """What it is, as `fedpeft.compatibility` asks."""
+        from_weights = self.fixed.get("init_lora_weights") in STARTS_FROM_WEIGHTS
+        told = {
+            Trait.STARTS_FROM_WEIGHTS: from_weights,
+            Trait.NEEDS_ROUNDED_BASE: bool(self.needs_quantization),
+        }
+        return self.declares | chosen(told)
 
 
 ROUNDED = ("rtn8", "rtn4")
@@ -110,6 +128,7 @@ _TABLE = (
         summary="low-rank update B A beside each weight",
         source="Hu et al. 2021, arXiv 2106.09685",
         config="LoraConfig",
+        declares=frozenset({Trait.TRAINS_BOTH_FACTORS}),
     ),
     Method(
         name="rslora",
@@ -117,6 +136,7 @@ _TABLE = (
         source="Kalajdzievski 2023, arXiv 2312.03732",
         config="LoraConfig",
         fixed={"use_rslora": True},
+        declares=frozenset({Trait.TRAINS_BOTH_FACTORS}),
     ),
     Method(
         name="dora",
@@ -132,6 +152,7 @@ _TABLE = (
         source="Sun, Li, Li, Ding 2024, arXiv 2403.12313",
         config="LoraConfig",
         trained="not-a",
+        declares=frozenset({Trait.TRAINS_FACTOR_B}),
         draws_frozen_tensors=True,
         linear_in_trained=True,
     ),
@@ -179,6 +200,7 @@ _TABLE = (
         summary="trained keys and values before the input of every layer",
         source="Li, Liang 2021, arXiv 2101.00190",
         config="PrefixTuningConfig",
+        declares=frozenset({Trait.OUTSIDE_LAYERS}),
         defaults={"num_virtual_tokens": 16},
         targets="none",
         linear_in_trained=True,

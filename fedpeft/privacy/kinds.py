@@ -12,6 +12,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.budget import FEDERATION, Budget
 from fedpeft.privacy.central import sample_rate_of
 from fedpeft.privacy.events import ClientLevel, Event, Local, PersonLevel, RecordLevel
+from fedpeft.traits import Trait, Traits
 
 KindName = Literal["client-level", "record-level", "local"]
 
@@ -25,12 +26,19 @@ class Kind:
         against: whom it protects from.
         joint: one account for the whole federation; else one for each client, since their data are disjoint.
         event: what a round releases about an account, given the kind's section.
+        declares: what decides which runs it can be part of, beside that it is private.
     """
 
     summary: str
     against: str
     joint: bool
     event: Callable[[RunConfig, Any], Event]
+    declares: Traits
+
+    @property
+    def traits(self) -> Traits:
+        """What it is, as `fedpeft.compatibility` asks."""
+        return self.declares | {Trait.PRIVATE}
 
 
 def _client_level(run: RunConfig, section: ClientLevelPrivacy) -> Event:
@@ -63,18 +71,21 @@ KINDS: Mapping[KindName, Kind] = MappingProxyType(
             "whoever sees the models or the report; the server and its operator are trusted",
             True,
             _client_level,
+            frozenset({Trait.RELEASES_SUMS_ONLY, Trait.SECRET_COHORTS, Trait.ONE_RELEASE}),
         ),
         "record-level": Kind(
             "DP-SGD on each client: its updates hide any one row or person (Abadi et al. 2016)",
             "whoever sees a client's updates, the server included; each client is trusted with its rows",
             False,
             _record_level,
+            frozenset({Trait.HIDES_ROWS, Trait.NOISE_ON_DEVICE}),
         ),
         "local": Kind(
             "noise on each client's update: what it sends hides what it learned",
             "whoever sees a client's messages, the server included",
             False,
             _local,
+            frozenset({Trait.NOISE_ON_DEVICE, Trait.ONE_RELEASE}),
         ),
     }
 )

@@ -63,8 +63,6 @@ def _common(run: RunConfig) -> Iterator[str]:
     problem = delta_problem(run, run.data.partitioner.clients)
     if problem is not None:
         yield problem
-    if run.federation.strategy.kind == "qfedavg":
-        yield "federation.strategy: qfedavg weighs by the clients' losses, which are private; use fedavg"
 
 
 def _client_level(run: RunConfig) -> Iterator[str]:
@@ -80,15 +78,12 @@ def _client_level(run: RunConfig) -> Iterator[str]:
         )
     if section.max_weight is not None and section.target_quantile is not None:
         yield "privacy.max_weight: adaptive clipping is accounted for uniform weights; remove one of the two"
-    yield from _weighted_seeds(run)
 
 
 def _record_level(run: RunConfig) -> Iterator[str]:
     section, training = run.privacy, run.training
     if not isinstance(section, RecordLevelPrivacy):
         return
-    if training.kind == "none":
-        yield "training.kind: 'none' has no records to protect; use 'first-order' or 'zeroth-order'"
     if training.steps is None:
         yield (
             "training.steps: is needed, since epochs would make the number of releases depend on how many"
@@ -100,21 +95,12 @@ def _record_level(run: RunConfig) -> Iterator[str]:
             " them; name the field that tells persons apart with data.user, another than the one that is"
             " exploded"
         )
-    if run.groups:
-        yield "groups: all clients' steps are accounted for alike, as [training] says them; remove the groups"
     yield from _uniform(run)
-    for place, stage in enumerate(run.stages):
-        if stage.options.get("error_feedback"):
-            yield (
-                f"stages.{place}.error_feedback: memory on the client couples rounds that are accounted for"
-                " one by one; remove it"
-            )
 
 
 def _local(run: RunConfig) -> Iterator[str]:
     if isinstance(run.privacy, LocalPrivacy):
         yield from _uniform(run)
-        yield from _weighted_seeds(run)
 
 
 def _uniform(run: RunConfig) -> Iterator[str]:
@@ -122,15 +108,6 @@ def _uniform(run: RunConfig) -> Iterator[str]:
         yield (
             "federation.weighting: 'examples' sends how many rows a client has, which is private; set"
             " 'uniform'"
-        )
-
-
-def _weighted_seeds(run: RunConfig) -> Iterator[str]:
-    """Magnitudes and visit counts are sizes, not changes: noise makes them negative and chances of them."""
-    if run.space.kind == "seed-scalars" and run.space.options.get("mode") == "fedkseed-pro":
-        yield (
-            "space.mode: 'fedkseed-pro' draws seeds by what clients measured, a further release; use 'common'"
-            " or 'fedkseed'"
         )
 
 

@@ -13,6 +13,7 @@ from fedpeft.config import RunConfig, Section
 from fedpeft.packed import PackedArrays, pack, packing_of
 from fedpeft.seedspace.layout import MAX_DIRECTION
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
+from fedpeft.traits import Trait, Traits
 from fedpeft.update import Arrays, Layout, frozen_arrays, layout_of
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ class AdapterDelta(Section):
     """
 
     kind: ClassVar[str] = "adapter-delta"
+    declares: ClassVar[Traits] = frozenset({Trait.SENDS_ENTRIES})
+
+    @property
+    def traits(self) -> Traits:
+        """The same whatever its options."""
+        return self.declares
 
     def open(self, run: RunConfig, model: nn.Module) -> AdapterDelta:
         """Itself: it keeps nothing of the model."""

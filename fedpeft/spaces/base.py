@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.config import RunConfig
+from fedpeft.traits import Traits
 from fedpeft.update import Arrays, Layout
 
 if TYPE_CHECKING:
@@ -168,11 +169,22 @@ class Space(ServerSpace, Protocol):
 
 
 class SpaceOptions(Protocol):
-    """A space as the run file describes it, before there is a model."""
+    """A space as the run file describes it, before there is a model.
+
+    Attributes:
+        declares: what it is whatever its options.
+    """
+
+    declares: ClassVar[Traits]
 
     @property
     def kind(self) -> str:
         """Name in the run file."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What it is with its options; see `fedpeft.traits`."""
         ...
 
     def open(self, run: RunConfig, model: nn.Module) -> Space:

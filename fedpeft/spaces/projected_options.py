@@ -9,6 +9,7 @@ from pydantic import Field
 
 from fedpeft.config import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
 from fedpeft.seedspace.layout import tensor_ids
+from fedpeft.traits import Trait, Traits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +34,15 @@ class ProjectedOptions(Section):
     """
 
     kind: ClassVar[str] = "projected"
+    declares: ClassVar[Traits] = frozenset(
+        {
+            Trait.INTEGER_UPDATES,
+            Trait.PROJECTS_CHANGES,
+            Trait.ROUND_DIRECTIONS,
+            Trait.ONE_ROUND_SUMS,
+            Trait.DEPENDS_ON_EARLIER,
+        }
+    )
 
     projection: Literal["signs", "srht"] = Field(
         "signs", description="Random signs, or a subsampled randomised Hadamard transform."
@@ -54,6 +64,11 @@ class ProjectedOptions(Section):
             " [training] is expected to move a weight."
         ),
     )
+
+    @property
+    def traits(self) -> Traits:
+        """The same whatever its options."""
+        return self.declares
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
         """Take theta_0 from the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from fedpeft.deployment import clients_named
 from fedpeft.errors import RunFileError
 from fedpeft.sampling import cohort_size
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, Mode, WeightedSeeds
+from fedpeft.traits import Trait, Traits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +27,12 @@ SUPPORTED_RULES = frozenset(
     {"block-wise", "hybrid", "sparse"}
 )  # of training, whose directions move some weights
 
+_OF_MODE: Mapping[str, Traits] = {
+    "fedkseed": frozenset({Trait.SPARSE_VISITS, Trait.FIXED_DIRECTIONS}),
+    "fedkseed-pro": frozenset({Trait.SPARSE_VISITS, Trait.VISIT_COUNTS}),
+    "common": frozenset({Trait.ROUND_DIRECTIONS}),
+}
+
 
 class SeedScalarsOptions(Section):
     """Seed-scalars as the run file describes them.
@@ -34,6 +42,7 @@ class SeedScalarsOptions(Section):
     """
 
     kind: ClassVar[str] = "seed-scalars"
+    declares: ClassVar[Traits] = frozenset({Trait.INTEGER_UPDATES, Trait.SEEDED_MOVES})
 
     mode: Literal["fedkseed", "fedkseed-pro", "common"] = Field(
         "fedkseed",
@@ -52,6 +61,11 @@ class SeedScalarsOptions(Section):
             " training.lr / 256."
         ),
     )
+
+    @property
+    def traits(self) -> Traits:
+        """What the mode adds."""
+        return self.declares | _OF_MODE[self.mode]
 
     def open(self, run: RunConfig, model: nn.Module) -> SeedScalars:
         """Take theta_0 from the model.

@@ -11,6 +11,7 @@ from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space, SpaceOptions
 from fedpeft.spaces.projected_options import ProjectedOptions
 from fedpeft.spaces.seed_options import SeedScalarsOptions
+from fedpeft.traits import NO_TRAITS, Traits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,12 @@ def space_options(section: SpaceSection) -> SpaceOptions:
     """
     options: SpaceOptions = build_option("space", SPACES, section.kind, section.options)
     return options
+
+
+def space_traits(kind: str) -> Traits:
+    """What a space is whatever its options; empty for one that there is not."""
+    traits: Traits = SPACES[kind].declares if kind in SPACES else NO_TRAITS
+    return traits
 
 
 def build_space(run: RunConfig, model: nn.Module) -> Space:

@@ -1,6 +1,14 @@
 """What happens to an update on its way: pairs of client and server hooks, applied like an onion."""
 
-from fedpeft.stages.base import Stage, StageContext, on_client, on_server, promised_payload, stage_list
+from fedpeft.stages.base import (
+    Stage,
+    StageContext,
+    on_client,
+    on_server,
+    promised_payload,
+    stage_list,
+    stage_traits,
+)
 from fedpeft.stages.lossy import check_touched
 from fedpeft.stages.table import STAGES, build_downlink, build_stages
 
@@ -15,4 +23,5 @@ __all__ = [
     "on_server",
     "promised_payload",
     "stage_list",
+    "stage_traits",
 ]

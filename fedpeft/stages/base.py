@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.randomness import stream
+from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
 from fedpeft.update import Arrays, Update
 from fedpeft.wire.payloads import Payload
 
@@ -70,6 +71,22 @@ class Stage(Protocol):
             UpdateError: the update breaks what the client's hook promises.
         """
         ...
+
+
+_OF_ROLE: Mapping[Role, Traits] = {
+    "lossy": frozenset({Trait.LOSSY}),
+    "mask": frozenset({Trait.ADDS_MASKS}),
+}
+
+
+def stage_traits(stage: Stage) -> Traits:
+    """Return what a stage is: what its role says, its error feedback, and what else it declares.
+
+    A stage declares more with an attribute `traits`, which need not be there.
+    """
+    fed_back = chosen({Trait.ERROR_FEEDBACK: bool(getattr(stage, "error_feedback", False))})
+    declared: Traits = getattr(stage, "traits", NO_TRAITS)
+    return _OF_ROLE.get(stage.role, NO_TRAITS) | fed_back | declared
 
 
 def on_client(stages: Sequence[Stage], update: Update, context: StageContext) -> Update:

@@ -9,6 +9,7 @@ from pydantic import Field
 from fedpeft.config import PositiveFloat, Section, unit
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import Role, StageContext
+from fedpeft.traits import Trait, Traits
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -27,6 +28,7 @@ class Clip(Section):
     kind: ClassVar[str] = "clip"
     role: ClassVar[Role] = "bound"
     payload: ClassVar[Payload] = "dense"
+    traits: ClassVar[Traits] = frozenset({Trait.SCALES})
 
     clip_norm: Annotated[PositiveFloat, unit("L2 norm")] = Field(
         description="Bound of an update, in the space's own unit."

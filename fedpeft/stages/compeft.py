@@ -16,6 +16,7 @@ from fedpeft.errors import UpdateError
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.traits import Trait, Traits, chosen
 from fedpeft.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -50,6 +51,11 @@ class Compeft(Section):
     )
     tensors: Patterns = EVERY
     error_feedback: ErrorFeedback = False
+
+    @property
+    def traits(self) -> Traits:
+        """A search for alpha asks the client's rows."""
+        return chosen({Trait.READS_ROWS_AGAIN: self.alpha == SEARCH})
 
     @field_validator("error_feedback")
     @classmethod

@@ -32,18 +32,12 @@ no place in the list: it is added behind all server hooks and behind the server'
 decoded, so that whatever a client did to its update is bounded.
 """
 
-FLOAT_SPACES = frozenset({"adapter-delta"})
-"""Spaces whose updates are float arrays; those of the others are exact and nothing of them may be lost."""
 
-
-def composition_problems(
-    stages: Sequence[tuple[str, Role]], space: str, *, noise_first: bool = False
-) -> list[str]:
-    """One line per pair of stages that makes no sense in this order, and per stage that the space forbids.
+def composition_problems(stages: Sequence[tuple[str, Role]], *, noise_first: bool = False) -> list[str]:
+    """One line per pair of stages that makes no sense in this order.
 
     Args:
         stages: (kind, role) in the client's order.
-        space: the space's kind.
         noise_first: `[privacy]` adds its noise before all of them.
     """
     problems = []
@@ -52,11 +46,6 @@ def composition_problems(
         if reason is not None:
             problems.append(f"stages.{place} ({kind}) can't follow the noise of [privacy]: {reason}")
     for place, (kind, role) in enumerate(stages):
-        if role == "lossy" and space not in FLOAT_SPACES:
-            problems.append(
-                f"stages.{place} ({kind}): updates of space '{space}' are exact integers, which a lossy stage"
-                " would change; remove the stage or use space 'adapter-delta'"
-            )
         for before, (other, other_role) in enumerate(stages[:place]):
             reason = REFUSED.get((other_role, role))
             if reason is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.config import ClientLevelPrivacy, LocalPrivacy, RecordLevelPrivacy, RunConfig, StageSection
+from fedpeft.config import ClientLevelPrivacy, LocalPrivacy, RunConfig, StageSection
 from fedpeft.errors import RunFileError
 from fedpeft.options import build_option
 from fedpeft.stages.alpha_search import SEARCH
@@ -12,7 +12,7 @@ from fedpeft.stages.base import Stage
 from fedpeft.stages.bound import Bound
 from fedpeft.stages.clip import Clip
 from fedpeft.stages.compeft import Compeft
-from fedpeft.stages.composition import FLOAT_SPACES, composition_problems
+from fedpeft.stages.composition import composition_problems
 from fedpeft.stages.dare import Dare
 from fedpeft.stages.identity import Identity
 from fedpeft.stages.noise import Noise
@@ -58,7 +58,7 @@ def build_stages(run: RunConfig) -> tuple[Stage, ...]:
     known = [(kind, nameable[kind].role) for kind in kinds if kind in nameable]
     if len(known) == len(run.stages):  # else the places would be wrong
         noise_first = isinstance(run.privacy, LocalPrivacy) and "noise" not in dict(known)
-        problems.extend(composition_problems(known, run.space.kind, noise_first=noise_first))
+        problems.extend(composition_problems(known, noise_first=noise_first))
     if problems:
         raise RunFileError("run file", problems)
     return (Weigh(by=run.federation.weighting), *_of_privacy(run), *asked)
@@ -82,11 +82,9 @@ def _search_problems(run: RunConfig, where: str, stage: Stage) -> list[str]:
     if not isinstance(stage, Compeft) or stage.alpha != SEARCH:
         return []
     what, instead = f"{where}.alpha ({stage.kind}): '{SEARCH}'", "use stage 'ternary'"
-    if run.data.heldout == 0:
-        return [f"{what} needs held-out rows; set data.heldout above 0, or {instead}"]
-    if isinstance(run.privacy, LocalPrivacy | RecordLevelPrivacy):
-        return [f"{what} asks the client's rows again, beside the noise that is accounted for; {instead}"]
-    return []
+    if run.data.heldout > 0:
+        return []
+    return [f"{what} needs held-out rows; set data.heldout above 0, or {instead}"]
 
 
 def _of_privacy(run: RunConfig) -> tuple[Stage, ...]:
@@ -118,21 +116,16 @@ def build_downlink(run: RunConfig) -> Stage | None:
         return None
     kind, options = run.downlink.kind, run.downlink.options
     stage: Stage = build_option("downlink", STAGES, kind, options)
-    problem = _downlink_problem(kind, stage, run.space.kind)
+    problem = _downlink_problem(kind, stage)
     if problem is not None:
         raise RunFileError("run file", [f"downlink ({kind}): {problem}"])
     return stage
 
 
-def _downlink_problem(kind: str, stage: Stage, space: str) -> str | None:
+def _downlink_problem(kind: str, stage: Stage) -> str | None:
     if isinstance(stage, Compeft) and stage.alpha == SEARCH:
         return f"alpha = '{SEARCH}' needs a client's held-out rows; use 'ternary'"
     if stage.role != "lossy":
         compressing = ", ".join(name for name, known in STAGES.items() if known.role == "lossy")
         return f"it compresses nothing, and only compressing serves on the way down; use one of {compressing}"
-    if space not in FLOAT_SPACES:
-        return (
-            f"states of space '{space}' are exact integers, which a lossy stage would change; remove"
-            " [downlink] or use space 'adapter-delta'"
-        )
     return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from fedpeft.config import RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.training.lean import SAVERS
-from fedpeft.training.zeroth_rules import RULES
 
 _ROW_BY_ROW = frozenset({"gradient_checkpointing"})
 """Savers that work on one row as on many."""
@@ -24,24 +23,13 @@ def record_problems(run: RunConfig) -> list[str]:
 
 
 def _zeroth_problems(section: TrainingSection) -> list[str]:
-    """What a zeroth-order step may not look at beyond its noised scalars."""
-    problems, rule = [], RULES.get(section.rule)
-    if rule is not None and (rule.step == "best-of-three" or rule.above or rule.measure != "difference"):
-        problems.append(
-            f"training.rule '{section.rule}' uses losses or gradients beyond the noised scalars; under"
-            " record-level privacy choose one of "
-            + ", ".join(
-                name
-                for name, other in RULES.items()
-                if other.step != "best-of-three" and not other.above and other.measure == "difference"
-            )
-        )
-    if section.gradient_accumulation != 1:
-        problems.append(
-            "training.gradient_accumulation cannot be used under record-level privacy: a private step is one"
-            " Poisson batch; set 1 and choose the sample rate"
-        )
-    return problems
+    """Keys of a zeroth-order step that one Poisson batch has no use for."""
+    if section.gradient_accumulation == 1:
+        return []
+    return [
+        "training.gradient_accumulation cannot be used under record-level privacy: a private step is one"
+        " Poisson batch; set 1 and choose the sample rate"
+    ]
 
 
 def section_problems(section: TrainingSection) -> list[str]:

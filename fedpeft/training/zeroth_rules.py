@@ -9,8 +9,7 @@ from typing import Literal
 from fedpeft.config import RunConfig, TrainingSection
 from fedpeft.options import unknown_name
 from fedpeft.training.lean import SAVERS
-
-SEED_SPACES = ("seed-scalars", "projected")
+from fedpeft.traits import Trait, Traits, chosen
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,18 @@ class Rule:
     def replays(self) -> bool:
         """Whether a step is an integer times a direction, so that integers alone rebuild it."""
         return not self.hindrance
+
+    @property
+    def traits(self) -> Traits:
+        """What it is, as `fedpeft.compatibility` asks."""
+        tangent = self.measure != "difference"
+        return chosen(
+            {
+                Trait.NO_REPLAY: not self.replays,
+                Trait.FORWARD_DERIVATIVES: tangent,
+                Trait.MORE_THAN_SCALARS: tangent or self.above or self.step == "best-of-three",
+            }
+        )
 
     @property
     def hindrance(self) -> str:
@@ -94,16 +105,10 @@ MOMENTUM = 0.9  # of the rule of that name, where training.momentum says nothing
 
 
 def zeroth_problems(run: RunConfig) -> list[str]:
-    """What makes no sense in a run with a zeroth-order trainer or in an exact seed space, one line each."""
-    problems = []
-    if run.training.kind == "zeroth-order":
-        problems += _training_problems(run.training) + _rule_problems(run)
-        problems += _federation_problems(run)
-    if run.space.kind == "seed-scalars":
-        problems += _space_problems(run)
-    if run.space.kind == "projected":
-        problems += _projected_problems(run)
-    return problems
+    """What makes no sense in the values of a zeroth-order trainer's keys, one line each."""
+    if run.training.kind != "zeroth-order":
+        return []
+    return [*_training_problems(run.training), *_rule_problems(run.training), *_step_problems(run)]
 
 
 def _training_problems(training: TrainingSection) -> list[str]:
@@ -135,9 +140,9 @@ def _training_problems(training: TrainingSection) -> list[str]:
     ]
 
 
-def _rule_problems(run: RunConfig) -> list[str]:
-    """Keys that belong to one rule, and what a rule asks of the model."""
-    training, defaults, problems = run.training, TrainingSection(), []
+def _rule_problems(training: TrainingSection) -> list[str]:
+    """Keys that belong to one rule."""
+    defaults, problems = TrainingSection(), []
     for key, owner in _OWNERS.items():
         if training.rule != owner and getattr(training, key) != getattr(defaults, key):
             problems.append(f"training.{key}: only rule '{owner}' takes it; remove it, or set training.rule")
@@ -146,112 +151,13 @@ def _rule_problems(run: RunConfig) -> list[str]:
             "training.layers_below: rule 'hybrid' needs it; give the number of layers from the bottom that"
             " are trained by forward passes alone"
         )
-    if training.rule == "forward-grad" and run.model.quantization != "none":
-        problems.append(
-            f"model.quantization: forward-grad differentiates every product, and those on"
-            f" {run.model.quantization} weights have no forward-mode derivative; use rule 'zo-sgd'"
-        )
     return problems
 
 
-def _federation_problems(run: RunConfig) -> list[str]:
-    if run.federation.strategy.kind != "fedprox":
+def _step_problems(run: RunConfig) -> list[str]:
+    """Where every client visits the round's directions equally often, what the number of steps has to be."""
+    if run.space.options.get("mode") != "common":
         return []
-    return [
-        "federation.strategy: fedprox pulls on gradients, and a zeroth-order trainer has none; use fedavg"
-    ]
-
-
-_COMPARING = ("krum", "multikrum", "bulyan", "fedmedian", "fedtrimmedavg", "geometric-median")
-"""Rules that compare updates entry by entry, or by their distances."""
-
-
-def _space_problems(run: RunConfig) -> list[str]:
-    """What an exact seed space cannot carry."""
-    training, mode = run.training, str(run.space.options.get("mode", "fedkseed"))
-    problems = []
-    if training.kind not in ("zeroth-order", "none"):
-        problems.append(
-            f"space: {run.space.kind} carries moves along seeded directions, and a {training.kind} trainer"
-            " makes others; set training.kind 'zeroth-order' or space 'adapter-delta'"
-        )
-    rule = RULES.get(training.rule)
-    if training.kind == "zeroth-order" and rule is not None and not rule.replays:
-        problems.append(
-            f"training.rule: {training.rule} {rule.hindrance}"
-            " and can't be replayed from scalars; use space 'adapter-delta' or one of"
-            f" {', '.join(_replaying())}"
-        )
-    problems += _clip_problems(run)
-    problems += _strategy_problems(run, mode)
-    if mode == "common" and training.kind == "zeroth-order":
-        problems += _common_problems(run) + _baseline_problems(run)
-    return problems
-
-
-def _projected_problems(run: RunConfig) -> list[str]:
-    """What coefficients on a round's own directions cannot carry."""
-    problems = _clip_problems(run)
-    if run.training.kind == "zeroth-order":
-        problems.append(
-            "space: projected projects changes that a first-order trainer makes; a zeroth-order trainer's own"
-            " scalars are exact in space 'seed-scalars'"
-        )
-    return problems + _strategy_problems(run, "common") + _baseline_problems(run)
-
-
-def _baseline_problems(run: RunConfig) -> list[str]:
-    """A baseline is one long training, and here a state has room for one round's directions of it."""
-    if not run.evaluation.baselines:
-        return []
-    return [
-        "evaluation.baselines: clients alone and pooled data would be squeezed into one round's directions,"
-        " which is no fair comparison; run them with space 'adapter-delta'"
-    ]
-
-
-def _clip_problems(run: RunConfig) -> list[str]:
-    return [
-        f"stages.{place} (clip): scaling takes scalars off the integers; bound steps with"
-        " training.max_scalar or max_grad_norm"
-        for place, stage in enumerate(run.stages)
-        if stage.kind == "clip"
-    ]
-
-
-def _strategy_problems(run: RunConfig, mode: str) -> list[str]:
-    strategy, problems = run.federation.strategy, []
-    kind = strategy.kind
-    if kind == "qfedavg":
-        problems.append(
-            "federation.strategy: qfedavg scales updates by losses, which takes them off the integers; use"
-            " fedavg"
-        )
-    if kind in _COMPARING and mode != "common":
-        problems.append(
-            f"federation.strategy: {kind} compares clients' scalars, but with space.mode '{mode}' most seeds"
-            " are visited by one client or none; set space.mode 'common'"
-        )
-    if kind != "fedavg" and mode == "fedkseed-pro":
-        problems.append(
-            f"federation.strategy: {kind} would act on fedkseed-pro's visit counts as if they were scalars;"
-            " use fedavg"
-        )
-    if kind in ("fedavgm", "fedadam", "fedyogi", "fedadagrad") and mode == "common":
-        problems.append(
-            f"federation.strategy: {kind} remembers earlier rounds by position, but a position is"
-            " another direction in every round here; use fedavg, or space 'seed-scalars' with mode 'fedkseed'"
-        )
-    adaptive = kind in ("fedadam", "fedyogi", "fedadagrad") and mode == "fedkseed"
-    if adaptive and float(strategy.options.get("eta", 0.1)) < 1:
-        problems.append(
-            f"federation.strategy.eta: in seed space {kind} moves scalars by about eta quanta, and less than"
-            " 1 rounds to nothing; give eta = 32, say, and tau in quanta too"
-        )
-    return problems
-
-
-def _common_problems(run: RunConfig) -> list[str]:
     seeds, training = int(run.space.options.get("num_seeds", 4096)), run.training
     if training.steps is not None and training.steps * training.queries % seeds == 0:
         return []
@@ -260,7 +166,3 @@ def _common_problems(run: RunConfig) -> list[str]:
         f"training.steps: with space.mode 'common' every client visits the round's {seeds} directions equally"
         f" often, and {came} doesn't; set steps x queries to {math.lcm(seeds, training.queries)}, say"
     ]
-
-
-def _replaying() -> list[str]:
-    return sorted(name for name, rule in RULES.items() if rule.replays)

@@ -16,7 +16,9 @@ from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.folder_rounds import checkpoint_name
 from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import CHECKPOINTS
+from fedpeft.spaces import space_traits
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
+from fedpeft.traits import Trait
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.store import Reference, StoredRounds
 
@@ -99,7 +101,8 @@ def counts_alone(run: RunConfig) -> bool:
     """
     if run.federation.lora_rule is not None or run.groups or run.output.tensorboard:
         return False
-    if run.space.kind == "seed-scalars":
+    traits = space_traits(run.space.kind)
+    if Trait.SEEDED_MOVES in traits:
         some = run.training.kind == "zeroth-order" and run.training.rule in SUPPORTED_RULES
         return not some and find_spec("numba") is not None
-    return run.space.kind == "adapter-delta"
+    return Trait.SENDS_ENTRIES in traits

@@ -24,7 +24,7 @@ from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.options import build_option
 from fedpeft.planning.plan import make_plan
-from fedpeft.preflight import problems_of
+from fedpeft.preflight import refuse_problems
 from fedpeft.records import ClientOutcome, Round, parse_row
 from fedpeft.resident import set_loaded_run
 from fedpeft.runfile import build_run, run_digest, run_json
@@ -268,8 +268,7 @@ def test_state_messages_that_are_none_are_refused() -> None:
 def test_what_makes_no_sense_is_refused(tables: dict[str, Any], needle: str) -> None:
     run = build_run({"run": {"name": "x", "rounds": 1}, **tables}, source="x")
     with pytest.raises(RunFileError, match=needle):
-        build_downlink(run)
-    assert any("downlink" in problem for problem in problems_of(run))
+        refuse_problems(run, source="x")
 
 
 def run_tables() -> dict[str, Any]:

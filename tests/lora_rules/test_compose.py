@@ -76,7 +76,7 @@ RANKS = [{**GROUP, "peft": {"r": 2}}]
         (
             "fedit",
             {"federation": {"residual_rank": 8}},
-            "residual_rank belongs to lora_rule flora and exact-re",
+            "residual_rank: belongs to lora_rule .flora. or .exact-residual",
         ),
         ("flora", {"peft": {"rank_pattern": {"q_proj": 2}}}, "peft.rank_pattern: 'flora' takes one rank"),
         ("fedit", {"groups": RANKS}, "groups.0.peft: ranks and scalings differ"),

@@ -12,9 +12,10 @@ import pytest
 from fedpeft.codec.ternary import ALPHA_GRID
 from fedpeft.config import RunConfig
 from fedpeft.errors import RunFileError, UpdateError
+from fedpeft.preflight import refuse_problems
 from fedpeft.records import Round
 from fedpeft.runfile import build_run
-from fedpeft.stages import build_downlink, build_stages
+from fedpeft.stages import build_downlink
 from fedpeft.update import Arrays, Update
 from tests.simulation.conftest import tiny_tables
 from tests.simulation.runs import simulated
@@ -105,8 +106,8 @@ def run(stage: dict[str, Any], **more: Any) -> RunConfig:
 def test_a_search_that_makes_no_sense_is_refused_with_the_run_file(
     options: dict[str, Any], more: dict[str, Any], needle: str
 ) -> None:
-    with pytest.raises(RunFileError, match=rf"stages\.0\..*{needle}"):
-        build_stages(run({"kind": "compeft", **SEARCHED, **options}, **more))
+    with pytest.raises(RunFileError, match=rf"stages\.0.*{needle}"):
+        refuse_problems(run({"kind": "compeft", **SEARCHED, **options}, **more), source="test")
 
 
 def test_a_search_has_no_rows_on_the_way_down() -> None:
