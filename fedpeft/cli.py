@@ -14,7 +14,8 @@ import typer
 
 from fedpeft import __version__
 from fedpeft.cli_help import SectionedGroup, build_command
-from fedpeft.console import (
+from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
+from fedpeft.runtime.console import (
     INTERRUPTED,
     clean_interrupts,
     drop_output,
@@ -25,8 +26,7 @@ from fedpeft.console import (
     replace_unshown_signs,
     was_interrupted,
 )
-from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
-from fedpeft.safe_text import one_line
+from fedpeft.runtime.safe_text import one_line
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -338,21 +338,21 @@ def keys(
 
 
 def _run_model() -> type[BaseModel]:
-    from fedpeft.config import RunConfig
+    from fedpeft.config.sections import RunConfig
 
     return RunConfig
 
 
 def _server_model() -> type[BaseModel]:
-    from fedpeft_server.settings import Settings
+    from fedpeft_server.settings import ServerSettings
 
-    return Settings
+    return ServerSettings
 
 
 def _client_model() -> type[BaseModel]:
-    from fedpeft_client.settings import Settings
+    from fedpeft_client.settings import ClientSettings
 
-    return Settings
+    return ClientSettings
 
 
 _FILE_MODELS = {"run": _run_model, "server": _server_model, "client": _client_model}
@@ -390,9 +390,9 @@ def provision(
     """Make a federation's certificates: authority, server, agents, admins; add, renew, revoke, list."""
     from datetime import timedelta
 
-    from fedpeft.commands.provision import Asked, members_named, provision_command
+    from fedpeft.commands.provision import ProvisionRequest, members_named, provision_command
 
-    asked = Asked(
+    asked = ProvisionRequest(
         hosts=host or [],
         members=members_named(agent or [], submitter or [], admin or []),
         tokens=tokens,

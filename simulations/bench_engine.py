@@ -34,22 +34,22 @@ import psutil
 import torch
 from flwr.serverapp import Grid
 
+from fedpeft.config.run_file import build_run, run_json
 from fedpeft.data.collate import training_batches
 from fedpeft.data.embedded import pretraining_rows
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import run_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.randomness import stream
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import build_run, run_json
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import run_rounds
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.first_order import train
-from fedpeft.update import Arrays
+from fedpeft.transport.roster import Roster, roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import Arrays
 from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
 
 MIB = 2**20

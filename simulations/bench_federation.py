@@ -48,12 +48,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tomli_w
 
-from fedpeft.runfile import build_run, run_toml
+from fedpeft.config.run_file import build_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.admin_client import AdminClient, new_submission
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from simulations.deployment import (
     ROOT,
@@ -198,7 +198,7 @@ def empty_run(folder: Path, *, clients: int, rounds: int, name: str = "empty") -
 @contextmanager
 def agents_here(address: str, names: Sequence[str], folder: Path, data: Path) -> Iterator[None]:
     """Agents in this process."""
-    settings = Settings(server=address, data=data, insecure=True)
+    settings = ClientSettings(server=address, data=data, insecure=True)
 
     async def made() -> list[Agent]:
         return [
@@ -251,8 +251,8 @@ def prepared(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
     if processes:
         tables["data"]["partitioner"] = {"kind": "files", "clients": len(NAMES)}
     else:
-        from fedpeft.loading.simulated import load_simulated_run  # seconds, while others begin too
-        from fedpeft.resident import set_loaded_run
+        from fedpeft.participant.loaded_run import set_loaded_run
+        from fedpeft.participant.simulated import load_simulated_run  # seconds, while others begin too
 
         set_loaded_run(load_simulated_run(build_run(tables, source="bench")))
     return tables
@@ -295,7 +295,7 @@ def loads_per_agent(server: Daemon, folder: Path, *, agents: int, rounds: int) -
     async def made() -> list[Agent]:
         return [
             Agent(
-                Settings(
+                ClientSettings(
                     server=server.address, data=ROOT / "client" / "data" / f"{name}.jsonl", insecure=True
                 ),
                 name,

@@ -146,10 +146,10 @@ def work(folder: str, name: str, trainer: str, base: str, device: str) -> dict[s
     """Load the run and hold two rounds of its one client, or score as many batches; what that took."""
     import numpy as np
 
-    from fedpeft.loading.simulated import load_simulated_run
+    from fedpeft.config.run_file import build_run
     from fedpeft.models.device import peak_memory
+    from fedpeft.participant.simulated import load_simulated_run
     from fedpeft.planning.memory import estimate_memory, on_gpu
-    from fedpeft.runfile import build_run
 
     shape = SHAPES[name]
     resident = load_simulated_run(build_run(tables(folder, shape, trainer, base, device), source="bench"))

@@ -279,9 +279,9 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from fedpeft.loading.simulated import load_simulated_run
+    from fedpeft.config.run_file import build_run
+    from fedpeft.participant.simulated import load_simulated_run
     from fedpeft.planning.memory import estimate_memory
-    from fedpeft.runfile import build_run
     from fedpeft.wire.codec import Envelope, encode
 
     torch.set_num_threads(1)
@@ -395,9 +395,6 @@ def load_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # kernels that it could fetch, and need not
     import bitsandbytes  # noqa: F401 - loaded for its own sake
     import torch
-
-    import fedpeft.planning.memory
-    import fedpeft.resident  # noqa: F401 - loaded for its own sake
 
     torch.set_num_threads(1)
 

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 
 from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.jit_perturb import JustInTime
-from fedpeft.seedspace.layout import Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, tensor_ids
 from fedpeft.seedspace.perturb import perturb
 from fedpeft.seedspace.space import SeedSpace
-from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
+from fedpeft.seedspace.trainable_tensors import trainable_parameters, trainable_shapes
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.state_message import StateMessage, encode_state
 
@@ -109,7 +109,7 @@ def processor_seconds(work: Callable[[], object]) -> float:
 def replay_and_project(model: Model, turns: int) -> dict[str, object]:
     """K = 4096 scalars replayed over all weights, and projections onto K directions, against the peers."""
     shapes = trainable_shapes(model)
-    space = SeedSpace(Stream(1), NUM_SEEDS, EXPONENT, shapes)
+    space = SeedSpace(CounterStream(1), NUM_SEEDS, EXPONENT, shapes)
     base = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     into = {name: torch.empty_like(tensor) for name, tensor in base.items()}
     rng = np.random.default_rng(0)
@@ -246,7 +246,7 @@ def step_time(model: Model, turns: int) -> dict[str, object]:
     """
     torch.set_num_threads(1)
     tokens = torch.randint(0, 32000, (1, TOKENS))
-    jit = JustInTime(model, tensor_ids(trainable_shapes(model)), Stream(2))
+    jit = JustInTime(model, tensor_ids(trainable_shapes(model)), CounterStream(2))
     plain, steps = [], []
     with torch.no_grad():
         two_sided(jit, model, tokens, 0)
@@ -284,8 +284,8 @@ def peak_memory(kind: str) -> int:
     torch.set_num_threads(1)
     model = llama_15m()
     tokens = torch.randint(0, 32000, (1, TOKENS))
-    perturb(Stream(0), 0, 0, torch.zeros(300), SCALE)  # compiles
-    jit = JustInTime(model, tensor_ids(trainable_shapes(model)), Stream(2))
+    perturb(CounterStream(0), 0, 0, torch.zeros(300), SCALE)  # compiles
+    jit = JustInTime(model, tensor_ids(trainable_shapes(model)), CounterStream(2))
     loss_of(model, tokens[:, :2])  # threads and library buffers of first use
     before, peak, done = anonymous_bytes(), 0, threading.Event()
 
@@ -371,7 +371,7 @@ def local_amounts(client: int) -> NDArray[np.int64]:
     torch.set_num_threads(1)
     model = language_model()
     parameters = trainable_parameters(model)
-    ids, stream = tensor_ids(trainable_shapes(model)), Stream(7)
+    ids, stream = tensor_ids(trainable_shapes(model)), CounterStream(7)
     jit, rng = JustInTime(model, ids, stream), np.random.default_rng(100 + client)
     amounts = np.zeros(NUM_SEEDS, dtype=np.int64)
     learning_rate, typical = 1e-5, 8.0
@@ -409,7 +409,7 @@ def language_model() -> Model:
 def digests() -> dict[str, object]:
     """One replay by every backend and thread count of this machine, in three types, must reach one digest."""
     shapes = {"a": (301, 77), "b": (129,), "c": (1,), "d": (64, 256)}
-    space = SeedSpace(Stream(2**40 + 9), 300, -20, shapes)
+    space = SeedSpace(CounterStream(2**40 + 9), 300, -20, shapes)
     generator = torch.Generator().manual_seed(3)
     amounts = torch.randint(-99, 99, (300,), generator=generator)
     ways = [("cpu", "numba", 1), ("cpu", "numba", 2), ("cpu", "torch", 1)]
@@ -432,7 +432,7 @@ def on_a_card() -> dict[str, object]:
         return {"gpu": "no CUDA device: not measured"}
     size = 10**9
     base = {"w": torch.randn(size, device="cuda", dtype=torch.bfloat16)}
-    space = SeedSpace(Stream(1), NUM_SEEDS, EXPONENT, {"w": (size,)})
+    space = SeedSpace(CounterStream(1), NUM_SEEDS, EXPONENT, {"w": (size,)})
     amounts = torch.from_numpy(np.rint(np.random.default_rng(0).normal(0, 60, NUM_SEEDS)).astype(np.int64))
 
     def timed(work: Callable[[], object]) -> float:

@@ -26,11 +26,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedpeft.config.run_file import load_run
 from fedpeft.ledger import RunFolder
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Round, parse_row
+from fedpeft.ledger.records import Round, parse_row
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import load_run
 from fedpeft.simulation.engine import simulate
 from fedpeft.training.zeroth_rules import RULES
 

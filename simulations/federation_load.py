@@ -21,11 +21,11 @@ import grpc
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
-from fedpeft.flower.content import content_bytes
-from fedpeft.flower.tasks import HELLO
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft.stages import stage_list
-from fedpeft.update import Arrays, arrays_digest, layout_of
+from fedpeft.transport.record_bytes import content_bytes
+from fedpeft.transport.tasks import HELLO
+from fedpeft.updates.update import Arrays, arrays_digest, layout_of
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, encode
@@ -36,7 +36,7 @@ from fedpeft_server.options import TransportOptions, server_channel_options
 
 CHUNK = TransportOptions().chunk_bytes
 if TYPE_CHECKING:  # it takes seconds to import
-    from fedpeft.resident import LoadedRun
+    from fedpeft.participant.loaded_run import LoadedRun
 
 Answering = Callable[[pb.Task, int], tuple[bytes, bytes]]  # a body and its SHA-256
 
@@ -52,7 +52,7 @@ class Answers:
     @classmethod
     def of(cls, tables: dict[str, Any]) -> Answers:
         """Load the run as a server does, and draw an update that is as large as an honest one."""
-        from fedpeft.loading.serving import load_serving_run
+        from fedpeft.participant.serving import load_serving_run
 
         resident = load_serving_run(build_run(tables, source="bench"))
         state = resident.space.initial_state(resident.parameters)

@@ -35,13 +35,13 @@ from typing import Any
 
 import torch
 
-from fedpeft.clock import VirtualClock
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.ledger import RunFolder
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Round, Started, parse_row
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import build_run
+from fedpeft.rounds.simulated_clock import VirtualClock
 from fedpeft.simulation.engine import simulate
 
 HERE = Path(__file__).resolve().parent

@@ -48,13 +48,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedpeft.files import folder_atomically, write_atomically
+from fedpeft.config.run_file import load_run
 from fedpeft.ledger import RunFolder
-from fedpeft.models.base import model_path
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Round, Started, parse_row
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.models.base_model import model_path
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import load_run
+from fedpeft.runtime.files import folder_atomically, write_atomically
 from fedpeft.simulation.engine import simulate
 from simulations.experiment_cli import is_wanted, options, percent, seeds_of
 

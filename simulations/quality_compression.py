@@ -40,12 +40,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from fedpeft.files import write_atomically
+from fedpeft.config.run_file import load_run
 from fedpeft.ledger import RunFolder
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Round, Started, parse_row
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import load_run
+from fedpeft.runtime.files import write_atomically
 from fedpeft.simulation.engine import simulate
 from simulations.experiment_cli import TUNING_SEED, best_rate, is_wanted, options, seeds_of
 

@@ -38,12 +38,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedpeft.files import write_atomically
+from fedpeft.config.run_file import build_run
 from fedpeft.ledger import RunFolder
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Finished, Round, Started, parse_row
+from fedpeft.ledger.records import Finished, Round, Started, parse_row
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import build_run
+from fedpeft.runtime.files import write_atomically
 from fedpeft.simulation.engine import simulate
 from simulations.experiment_cli import TUNING_SEED, best_rate
 

@@ -35,17 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.adapters import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.codec import LeastSquaresScale, ternarise
 from fedpeft.commands.experts import Adapter, Weights, delta_of, moved, read_adapter
 from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.commands.merge import GRIDS
-from fedpeft.config import RunConfig
-from fedpeft.files import folder_atomically
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.ledger.run_place import write_run
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.merging import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.models.export import export_adapter
-from fedpeft.runfile import load_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.runtime.files import folder_atomically
 from simulations.experiment_cli import options, seeds_of
 
 RUN_FILE = Path(__file__).with_name("trec_minilm.toml")

@@ -40,14 +40,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedpeft.files import write_atomically
+from fedpeft.config.run_file import load_run
 from fedpeft.ledger import RunFolder
-from fedpeft.preflight import refuse_problems
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.privacy.accountant import noise_multiplier_for
 from fedpeft.privacy.events import ClientLevel, Event, RecordLevel
-from fedpeft.records import Round, Started, parse_row
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import load_run
+from fedpeft.runtime.files import write_atomically
 from fedpeft.simulation.engine import simulate
 from simulations.experiment_cli import is_wanted, options, percent, seeds_of
 

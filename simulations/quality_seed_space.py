@@ -42,20 +42,20 @@ import torch
 from torch import nn
 
 from fedpeft.codec import PublicSource, coded, top_k, unbiased_random_k
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.evaluation.evaluate import summarise
 from fedpeft.evaluation.scoring import score
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.preflight import refuse_problems
-from fedpeft.randomness import stream
-from fedpeft.records import Round, Started, parse_row
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
-from fedpeft.resident import LoadedRun
-from fedpeft.runfile import load_run
+from fedpeft.runtime.randomness import stream
 from fedpeft.simulation.engine import simulate
-from fedpeft.simulation.scoring import TEST, batches_of, rows_of
+from fedpeft.simulation.parallel_scoring import TEST, batches_of, rows_of
 from fedpeft.training.losses import PRECISE_LOSSES
 from fedpeft.wire.codec import Envelope, encode
 

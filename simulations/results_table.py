@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedpeft.records import Baseline, Evaluation, Finished, Row, parse_row
+from fedpeft.ledger.records import Baseline, Evaluation, Finished, Row, parse_row
 from fedpeft.reporting.summary import (
     LABELS,
     ModelLine,

@@ -34,8 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedpeft.clock import VirtualClock
-from fedpeft.config import ClockSection
+from fedpeft.config.sections import ClockSection
+from fedpeft.rounds.simulated_clock import VirtualClock
 from simulations.bench_federation import Daemon, daemon, gone, played, served_run
 from simulations.federation_load import Answers, Prepared, connected, name_of
 

@@ -49,14 +49,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 import tomli_w
 
+from fedpeft.config.run_file import load_run, run_toml
 from fedpeft.errors import FedPEFTError
-from fedpeft.frames import Frame
-from fedpeft.runfile import load_run, run_toml
+from fedpeft.runtime.frames import Frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.admin_client import AdminClient, new_submission
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_client.status import read_status
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from simulations.bad_network import Network, network
@@ -184,7 +184,7 @@ class Here:
 
     def start(self, name: str) -> None:
         """See `Fleet`."""
-        settings = Settings(
+        settings = ClientSettings(
             server=f"127.0.0.1:{self._lines.lines[name].port}",
             data=ROOT / "client" / "data" / f"{name}.jsonl",
             insecure=True,

@@ -18,54 +18,17 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "version",
-        "errors",
-        "traits",
-        "v1",
-        "presets",
-        "crash_points",
-        "parent_exit",
-        "repeats",
-        "safe_text",
-        "console",
-    ),
-    (
-        "files",
-        "frames",
-        "jit",
-        "run_identity",
-        "packed",
-        "lowrank",
-        "telemetry",
-        "cancellation",
-        "name_patterns",
-    ),
-    ("credentials",),
-    (
-        "update",
-        "config",
-        "records",
-        "options",
-        "key_reference",
-        "settings_file",
-        "randomness",
-        "codec",
-        "seedspace",
-    ),
-    ("key_hints", "deployment"),
-    ("runfile", "sampling", "clock", "aggregation", "staleness", "workers", "merging", "groups"),
-    ("device_task", "wire", "data", "privacy", "robust", "lora_rules"),
-    ("models",),
-    ("spaces", "stages", "attacks"),
-    ("training",),
-    ("evaluation",),
-    ("resident", "ledger"),
-    ("loading",),
-    ("flower",),
-    ("compatibility",),
-    ("preflight", "reporting"),
-    ("planning", "simulation"),
+    ("version", "errors", "v1"),
+    ("runtime", "config", "updates"),
+    ("codec", "credentials", "data", "ledger", "seedspace", "workers"),
+    ("adapters", "models", "wire"),
+    ("aggregation", "reporting", "transport"),
+    ("attacks", "privacy", "spaces"),
+    ("stages", "training"),
+    ("evaluation", "rounds"),
+    ("compatibility", "participant"),
+    ("flower", "planning"),
+    ("simulation",),
     ("commands",),
     ("cli_help",),
     ("cli",),
@@ -84,9 +47,21 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "peft": frozenset({"models"}),
     "bitsandbytes": frozenset({"models", "fedpeft/training/eight_bit.py"}),
     "dp_accounting": frozenset({"privacy"}),
-    "regex": frozenset({"name_patterns"}),
-    "flwr": frozenset({"flower", "fedpeft_server"}),
-    "flwr.supercore": frozenset({"fedpeft/flower/identity.py"}),
+    "regex": frozenset({"fedpeft/runtime/name_patterns.py"}),
+    "flwr": frozenset(
+        {
+            "flower",
+            "transport",
+            "fedpeft_server",
+            "fedpeft/rounds/strategies.py",
+            "fedpeft/rounds/strategy_table.py",
+            "fedpeft/rounds/round_context.py",
+            "fedpeft/rounds/replies.py",
+            "fedpeft/rounds/cohort_rounds.py",
+            "fedpeft/rounds/buffered/buffered_rounds.py",
+        }
+    ),
+    "flwr.supercore": frozenset({"fedpeft/transport/node_identity.py"}),
     "datasets": frozenset({"data"}),
     "flwr_datasets": frozenset({"data"}),
     "fedpeft.v1": frozenset({"v1", "wire", "fedpeft_server", "fedpeft_client"}),
@@ -99,7 +74,7 @@ ONLY_IMPORTERS: dict[str, frozenset[str]] = {
     "typer": frozenset({"cli", "cli_help"}),
     "cryptography": frozenset({"credentials"}),
     "sqlalchemy": frozenset({"fedpeft_server"}),
-    "prometheus_client": frozenset({"telemetry", "fedpeft_server", "fedpeft_client"}),
+    "prometheus_client": frozenset({"fedpeft/runtime/telemetry.py", "fedpeft_server", "fedpeft_client"}),
 }
 
 
@@ -120,7 +95,7 @@ class Import:
 
 
 def room_of(module: str) -> str:
-    """``fedpeft.models.base`` is in ``models``; the server and the client are one room each."""
+    """``fedpeft.models.base_model`` is in ``models``; the server and the client are one room each."""
     package, *rest = module.split(".")
     if package != "fedpeft":
         return package
@@ -227,8 +202,8 @@ LOADERS_OF_RUN_FILES = (
     "fedpeft.data.run_sources",
     "fedpeft.data.run_tables",
     "fedpeft.flower.client_app",
-    "fedpeft.loading.simulated",
-    "fedpeft.loading.serving",
+    "fedpeft.participant.simulated",
+    "fedpeft.participant.serving",
     "fedpeft.simulation",
     "fedpeft.commands",
     "fedpeft_server",
@@ -257,7 +232,7 @@ def test_an_agent_cannot_reach_what_reads_the_files_of_a_run_file() -> None:
     assert f"{DEVICE_APP}:app" == CLIENT_APP
     agent = [module for module in modules() if room_of(module) == "fedpeft_client"]
     reached = reached_from(*agent, DEVICE_APP)
-    assert {"fedpeft.loading.device", "fedpeft.resident", "fedpeft.data.tables"} <= reached
+    assert {"fedpeft.participant.device", "fedpeft.participant.loaded_run", "fedpeft.data.tables"} <= reached
     wrong = [
         module
         for module in reached

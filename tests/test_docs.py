@@ -13,8 +13,8 @@ import pytest
 import typer
 
 from fedpeft.cli import app
-from fedpeft.deployment import ignored_keys
-from fedpeft.runfile import build_run
+from fedpeft.config.deployment import ignored_keys
+from fedpeft.config.run_file import build_run
 from fedpeft_server.agent_wait import agents_wanted
 from fedpeft_server.store import Rules
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import PrivacyError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 from fedpeft.wire.failures import from_record
 from fedpeft_client.accounting import order_costs
 from fedpeft_client.answers import Answer, AnswerShelf

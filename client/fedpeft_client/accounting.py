@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedpeft.device_task import read_device_task
+from fedpeft.config.device_task import read_device_task
 from fedpeft.errors import FedPEFTError, PrivacyError
-from fedpeft.frames import Frame
+from fedpeft.runtime.frames import Frame
 from fedpeft.wire.failures import to_record
 
 ACCOUNT = "account"  # kind of order
@@ -62,7 +62,7 @@ def _costs(header: Mapping[str, Any]) -> dict[str, Any]:
     from fedpeft.privacy.budget_forecast import affordable_rounds
     from fedpeft.privacy.events import event_from_plain, event_to_plain
     from fedpeft.privacy.kinds import KINDS, budget_of, event_of
-    from fedpeft.privacy.rules import privacy_problems
+    from fedpeft.privacy.run_checks import privacy_problems
 
     run = read_device_task(header["device_task"]).described_run.of_client(header["client"])
     problems = privacy_problems(run)

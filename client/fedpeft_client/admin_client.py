@@ -17,7 +17,7 @@ import grpc
 
 from fedpeft.credentials import Material
 from fedpeft.errors import FederationError, UsageError
-from fedpeft.files import folder_atomically, storage
+from fedpeft.runtime.files import folder_atomically, storage
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import STEADY_S, error_of, open_channel

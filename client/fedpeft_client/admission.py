@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpeft.config import RunConfig
-from fedpeft.device_task import read_device_task
+from fedpeft.config.device_task import read_device_task
+from fedpeft.config.run_identity import identity_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError, UpdateError
-from fedpeft.run_identity import identity_digest
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.task_content import read_task_content
 from fedpeft.wire.task_kinds import TASK_KINDS, TRAIN

@@ -16,14 +16,14 @@ import psutil
 
 from fedpeft.credentials import Material
 from fedpeft.errors import FedPEFTError, ValidityError
-from fedpeft.files import hold_lock, make_private_folder
-from fedpeft.repeats import Repeats
+from fedpeft.runtime.files import hold_lock, make_private_folder
+from fedpeft.runtime.repeats import Repeats
 from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger
 from fedpeft_client.link import Link
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.settings import Settings
-from fedpeft_client.status import STATUS_FILE, Status
+from fedpeft_client.metrics import AgentMetrics
+from fedpeft_client.settings import ClientSettings
+from fedpeft_client.status import STATUS_FILE, AgentStatusFile
 from fedpeft_client.task_executor import AgentConfig, TaskExecutor
 from fedpeft_client.worker_process import CLIENT_APP, Bounds, Worker, WorkerPlace, WorkerProcess
 
@@ -50,13 +50,13 @@ class Agent:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ClientSettings,
         name: str,
         home: Path,
         material: Renewing | None,
         app: str = CLIENT_APP,
         workshop: Worker | None = None,
-        metrics: Metrics | None = None,
+        metrics: AgentMetrics | None = None,
         ledger: EgressLedger | None = None,
     ) -> None:
         self._settings, self._name, self._renewing = settings, name, material
@@ -69,9 +69,9 @@ class Agent:
         place = WorkerPlace(home, settings.data, settings.model)
         self.workshop = workshop or WorkerProcess(bounds, download=policy.allow_download, place=place)
         self._ledger = ledger or EgressLedger(home / EGRESS_FILE)
-        self.status = Status(home / STATUS_FILE, name=name, server=settings.server)
+        self.status = AgentStatusFile(home / STATUS_FILE, name=name, server=settings.server)
         trade = AgentConfig(name, settings.data, settings.model, policy, app, settings.device)
-        metrics = metrics or Metrics()
+        metrics = metrics or AgentMetrics()
         self._desk = TaskExecutor(trade, home, self.workshop, self.status, metrics)
         metrics.watch(self.status)
         self._stopping = asyncio.Event()
@@ -83,7 +83,7 @@ class Agent:
         """Work until `stop`; network and server may come and go.
 
         Raises:
-            FedPEFTError: the first contact failed for good; see `Settings.connect_s`.
+            FedPEFTError: the first contact failed for good; see `ClientSettings.connect_s`.
         """
         work = asyncio.create_task(self._desk.work())
         dial = asyncio.create_task(self._dial())

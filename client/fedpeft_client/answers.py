@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.files import keep_newest, remove_partial, storage, write_atomically
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import keep_newest, remove_partial, storage, write_atomically
 
 _KEPT = 32  # runs; of others there is nothing to send again
 _SUFFIX = ".answer"

@@ -17,15 +17,15 @@ from typing import Any
 
 from fedpeft.credentials import Material, Role, check_name, identity_of
 from fedpeft.errors import CredentialError, UsageError
-from fedpeft.files import make_private_folder
-from fedpeft.safe_text import one_line, replace_unprintable
-from fedpeft.telemetry import expose, set_up_log
+from fedpeft.runtime.files import make_private_folder
+from fedpeft.runtime.safe_text import one_line, replace_unprintable
+from fedpeft.runtime.telemetry import expose, set_up_log
 from fedpeft_client.agent import Agent
 from fedpeft_client.egress import EGRESS_FILE, EgressLedger, read_ledger
 from fedpeft_client.enrolment import has_unused_token, own_material, renewed
 from fedpeft_client.ledger_lines import ledger_lines
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.settings import Settings, read_settings
+from fedpeft_client.metrics import AgentMetrics
+from fedpeft_client.settings import ClientSettings, read_settings
 from fedpeft_client.status import STATUS_FILE, read_status
 
 LOG = logging.getLogger("fedpeft.client")
@@ -84,7 +84,7 @@ def client_ledger_command(home: Path | None, name: str, *, as_json: bool, last: 
         print(replace_unprintable(line))
 
 
-async def serve_agent(settings: Settings, token: str, made: Callable[[Agent], None]) -> None:
+async def serve_agent(settings: ClientSettings, token: str, made: Callable[[Agent], None]) -> None:
     """Be an agent until it is stopped.
 
     One whose certificate the server refuses enrols anew, where a token is left for that.
@@ -112,7 +112,7 @@ async def serve_agent(settings: Settings, token: str, made: Callable[[Agent], No
 
 
 async def _own_material(
-    settings: Settings, keys: Path, token: str, ledger: EgressLedger, refused: bool
+    settings: ClientSettings, keys: Path, token: str, ledger: EgressLedger, refused: bool
 ) -> Material:
     patience_s = settings.connect_s or math.inf
     return await own_material(
@@ -121,7 +121,7 @@ async def _own_material(
 
 
 async def _work(
-    settings: Settings,
+    settings: ClientSettings,
     name: str,
     home: Path,
     keys: Path | None,
@@ -130,7 +130,7 @@ async def _work(
 ) -> None:
     """Be an agent, with the certificate in `keys`, or in plaintext without one, until told to stop."""
     renewing = None if keys is None else lambda: renewed(keys, settings.server, ledger)
-    metrics = Metrics()
+    metrics = AgentMetrics()
     agent = Agent(settings, check_name(name), home, renewing, metrics=metrics, ledger=ledger)
     made(agent)
     with ExitStack() as stack:
@@ -148,7 +148,7 @@ def _heed_signals(agent: Agent) -> None:
     loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
 
 
-def _certified(material: Material, settings: Settings) -> str:
+def _certified(material: Material, settings: ClientSettings) -> str:
     who = identity_of(material.certificate)
     if who.role is not Role.AGENT:
         raise CredentialError(

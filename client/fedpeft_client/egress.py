@@ -22,7 +22,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import StateError, UpdateError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.content import decode_content

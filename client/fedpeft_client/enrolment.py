@@ -24,8 +24,8 @@ from fedpeft.credentials import (
 from fedpeft.credentials.certificates import check_dates, parse_certificate, renewal_due, valid_until
 from fedpeft.credentials.material import CERTIFICATE_FILE, adopt, pending_key
 from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ValidityError
-from fedpeft.files import storage, write_atomically
-from fedpeft.repeats import Repeats
+from fedpeft.runtime.files import storage, write_atomically
+from fedpeft.runtime.repeats import Repeats
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.dialing import error_of, open_channel, pauses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fedpeft.frames import Frame
+from fedpeft.runtime.frames import Frame
 from fedpeft_client.worker import done
 
 

@@ -12,13 +12,13 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from fedpeft_client.status import Status
+from fedpeft_client.status import AgentStatusFile
 
 PREFIX = "fedpeft_agent_"
 _TASK_S = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 
 
-class Metrics:
+class AgentMetrics:
     """An agent's registry."""
 
     def __init__(self) -> None:
@@ -36,13 +36,13 @@ class Metrics:
         """A task has had its turn: it was done, refused, failed, or withdrawn meanwhile."""
         self._tasks.labels(outcome).observe(seconds)
 
-    def watch(self, status: Status) -> None:
+    def watch(self, status: AgentStatusFile) -> None:
         """What the status says, read at every scrape."""
         self.registry.register(_Life(status))
 
 
 class _Life(Collector):
-    def __init__(self, status: Status) -> None:
+    def __init__(self, status: AgentStatusFile) -> None:
         self._status = status
 
     def describe(self) -> Iterable[Metric]:

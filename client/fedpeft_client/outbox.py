@@ -9,8 +9,8 @@ from pathlib import Path
 
 from google.protobuf.message import DecodeError
 
-from fedpeft.crash_points import crash_point
-from fedpeft.files import remove_partial, storage, write_atomically
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import remove_partial, storage, write_atomically
 from fedpeft.v1 import federation_pb2 as pb
 
 _KEPT = 64  # results; older ones are of tasks that nobody asks for any more
@@ -19,7 +19,7 @@ _SUFFIX = ".result"
 
 
 @dataclass(frozen=True)
-class Finished:
+class OutboxResult:
     """A result and the task that it answers (without the task's body)."""
 
     task: pb.Task
@@ -46,7 +46,7 @@ class Outbox:
     def __contains__(self, task: bytes) -> bool:
         return task in self._kept
 
-    def put(self, finished: Finished) -> None:
+    def put(self, finished: OutboxResult) -> None:
         """Keep a result durably; the oldest goes when there are too many."""
         header = finished.task.SerializeToString()
         crash_point("agent.result.begun")
@@ -58,14 +58,16 @@ class Outbox:
         while len(self._kept) > _KEPT:
             self.drop(next(iter(self._kept)))
 
-    def get(self, task: bytes) -> Finished | None:
+    def get(self, task: bytes) -> OutboxResult | None:
         """A kept result; None if it is gone or unreadable, and then it is done again."""
         path = self._path(task)
         try:
             content = path.read_bytes()
             (length,) = _LENGTH.unpack_from(content)
             start = _LENGTH.size
-            return Finished(pb.Task.FromString(content[start : start + length]), content[start + length :])
+            return OutboxResult(
+                pb.Task.FromString(content[start : start + length]), content[start + length :]
+            )
         except (OSError, struct.error, DecodeError):
             self.drop(task)
             return None

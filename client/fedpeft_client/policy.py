@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from fedpeft.config import MAX_DELTA, DataSection, RunConfig, Section, unit
+from fedpeft.config.device_task import EMBEDDED
+from fedpeft.config.sections import MAX_DELTA, DataSection, RunConfig, Section, unit
 from fedpeft.data.templates import compile_template
-from fedpeft.device_task import EMBEDDED
 from fedpeft.errors import DataError, PolicyError
 
 DELTA = 1e-5  # of the ledger's epsilons, where the owner names none

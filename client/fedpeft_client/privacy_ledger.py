@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.files import storage, sync_folder
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import storage, sync_folder
 
 VERSION = 1
 

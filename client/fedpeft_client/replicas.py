@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedpeft.files import keep_newest, storage
+from fedpeft.runtime.files import keep_newest, storage
 from fedpeft_client.starts import refuse_no_digest
 
 _KEPT = 8  # files; each is as large as what its run trains

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.config import RunConfig
-from fedpeft.deployment import clients_named, ignored_keys
+from fedpeft.config.deployment import clients_named, ignored_keys
+from fedpeft.config.run_file import load_run, run_toml
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StateError
+from fedpeft.ledger.records import Baseline, Finished, Round, Started, parse_row
 from fedpeft.ledger.run_place import holds_run
-from fedpeft.records import Baseline, Finished, Round, Started, parse_row
-from fedpeft.reporting import lines
+from fedpeft.reporting import event_lines
 from fedpeft.reporting.text import counted, metric_name, metric_value, printable
-from fedpeft.runfile import load_run, run_toml
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.admin_client import AdminClient, new_submission, run_and_answer
 
@@ -217,9 +217,9 @@ def _line_text(text: str, row: Mapping[str, Any], primary: str, rounds: int) -> 
         return printable(str(row["text"]))
     known = parse_row(text)
     if isinstance(known, Started):
-        return lines.started_line(known)
+        return event_lines.started_line(known)
     if isinstance(known, Round):
-        return lines.round_line(known, rounds, primary)
+        return event_lines.round_line(known, rounds, primary)
     if isinstance(known, Baseline):
-        return lines.baseline_line(known, primary)
-    return lines.finished_line(known) if isinstance(known, Finished) else text
+        return event_lines.baseline_line(known, primary)
+    return event_lines.finished_line(known) if isinstance(known, Finished) else text

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedpeft.config import DeviceName, Section, unit
+from fedpeft.config.sections import DeviceName, Section, unit
+from fedpeft.config.settings_file import beside, checked, read_table
 from fedpeft.errors import UsageError
-from fedpeft.settings_file import beside, checked, read_table
-from fedpeft.telemetry import LogFormat, is_address
+from fedpeft.runtime.telemetry import LogFormat, is_address
 from fedpeft_client.policy import Policy
 
 
-class Settings(Section):
+class ClientSettings(Section):
     """What an agent is started with."""
 
     server: str = Field(description="HOST:PORT to dial.")
@@ -75,13 +75,13 @@ class Settings(Section):
         return self.server.rpartition(":")[0]
 
 
-def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
+def read_settings(config: Path | None, given: Mapping[str, Any]) -> ClientSettings:
     """The file's settings with those given on the command line over them; relative paths are the file's.
 
     Raises:
         UsageError: every problem, in one line.
     """
-    settings = checked(Settings, {**_table(config), **given}, source=str(config or "fedpeft client"))
+    settings = checked(ClientSettings, {**_table(config), **given}, source=str(config or "fedpeft client"))
     host, colon, port = settings.server.rpartition(":")
     if not (host and colon and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
         raise UsageError(f"server {settings.server!r} is no address; give HOST:PORT")

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import storage, write_atomically
 
 Memory = Mapping[str, NDArray[Any]]
 _HELD = 2  # runs: a server holds one or two at a time

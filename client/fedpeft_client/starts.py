@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedpeft.errors import StateError
-from fedpeft.files import keep_newest, storage, write_atomically
+from fedpeft.runtime.files import keep_newest, storage, write_atomically
 from fedpeft.wire.task_content import is_digest
 
 _KEPT = 8  # files; each is as large as two adapters

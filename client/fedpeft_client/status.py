@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import StateError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 from fedpeft_client.usage import RunUsage, Usage
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ STATUS_FILE = "status.json"
 _EVERY_S = 1.0
 
 
-class Status:
+class AgentStatusFile:
     """The file is for people: written about once a second, not flushed, and never the source of anything."""
 
     def __init__(self, path: Path, *, name: str, server: str) -> None:

@@ -22,7 +22,6 @@ from typing import Any
 
 import grpc
 
-from fedpeft.crash_points import crash_point
 from fedpeft.credentials import Material, UpdateHeader, sign_body_digest
 from fedpeft.errors import (
     FederationError,
@@ -33,18 +32,19 @@ from fedpeft.errors import (
     UpdateError,
     WorkerError,
 )
-from fedpeft.frames import Frame
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.frames import Frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
 from fedpeft_client.admission import Admission
 from fedpeft_client.dialing import error_of, pauses
 from fedpeft_client.egress import contents
 from fedpeft_client.link import Link
-from fedpeft_client.metrics import Metrics
-from fedpeft_client.outbox import Finished, Outbox
+from fedpeft_client.metrics import AgentMetrics
+from fedpeft_client.outbox import Outbox, OutboxResult
 from fedpeft_client.policy import Policy, over_bytes, refuse, unwanted_metrics
 from fedpeft_client.stage_memory import Remembered, StageMemory
-from fedpeft_client.status import Status
+from fedpeft_client.status import AgentStatusFile
 from fedpeft_client.usage import UsageBook
 from fedpeft_client.worker_process import CLIENT_APP, REPLICAS, STARTS, Worker, WorkerKilledError
 
@@ -75,7 +75,7 @@ class TaskExecutor:
     """One agent's tasks."""
 
     def __init__(
-        self, trade: AgentConfig, home: Path, workshop: Worker, status: Status, metrics: Metrics
+        self, trade: AgentConfig, home: Path, workshop: Worker, status: AgentStatusFile, metrics: AgentMetrics
     ) -> None:
         self._trade, self._workshop, self._status, self._metrics = trade, workshop, status, metrics
         self._memory = StageMemory(home / "memory")
@@ -241,7 +241,7 @@ class TaskExecutor:
         refuse([over_bytes(self._trade.policy, self._book.today(_today()), more)])
 
     def _send_out(self, task: pb.Task, body: bytes) -> None:
-        self._outbox.put(Finished(_without_body(task), body))
+        self._outbox.put(OutboxResult(_without_body(task), body))
         self._errand(self._deliver(task.id))
 
     async def _carried_out(self, order: Frame) -> Frame:
@@ -387,7 +387,7 @@ class TaskExecutor:
         await asyncio.sleep(random.uniform(0.5, 2.0))
         await self._deliver(id_)
 
-    async def _send_result(self, link: Link, finished: Finished) -> None:
+    async def _send_result(self, link: Link, finished: OutboxResult) -> None:
         task, body = finished.task, finished.body
         digest = await asyncio.to_thread(lambda: hashlib.sha256(body).digest())
         result = pb.Result(task=task.id, signature=self._signature(task, digest, len(body)))

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpeft.errors import StateError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 
 VERSION = 2
 

@@ -13,14 +13,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.cancellation import clear_cancellation, install_cancellation
-from fedpeft.crash_points import crash_point
-from fedpeft.device_task import read_device_task
+from fedpeft.config.device_task import read_device_task
 from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
-from fedpeft.flower.disclosure import Disclosure
 from fedpeft.flower.execute import Outcome, execute, named_app
-from fedpeft.frames import Frame, pack, read_frame
-from fedpeft.parent_exit import exit_with_parent
+from fedpeft.runtime.cancellation import clear_cancellation, install_cancellation
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.frames import Frame, pack, read_frame
+from fedpeft.runtime.parent_exit import exit_with_parent
+from fedpeft.transport.disclosure import Disclosure
 from fedpeft.wire.failures import from_text, to_record
 from fedpeft.wire.task_content import read_task_content
 from fedpeft_client.accounting import ACCOUNT, costs_of_round
@@ -30,9 +30,9 @@ from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker_process import CLIENT_APP
 
 if TYPE_CHECKING:
-    from fedpeft.config import RunConfig
+    from fedpeft.config.sections import RunConfig
     from fedpeft.data.federated import FederatedData
-    from fedpeft.loading.assembly import Admit
+    from fedpeft.participant.assembly import Admit
 
 
 def main(fd: int) -> None:
@@ -93,8 +93,8 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
     if header["app"] != CLIENT_APP:
         return "", "", False
     # Here, as it brings torch and all that stands on it.
-    from fedpeft.loading.device import Own, load_own_resident
-    from fedpeft.resident import get_loaded_run, has_loaded_run, set_loaded_run
+    from fedpeft.participant.device import Own, load_own_resident
+    from fedpeft.participant.loaded_run import get_loaded_run, has_loaded_run, set_loaded_run
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
     if not has_loaded_run(digest):
@@ -127,7 +127,7 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
 
 def _refuse_problems(run: RunConfig, header: Any) -> None:
     """Check the run file here too, with this device's copy of the base model: the server's word is none."""
-    from fedpeft.preflight import refuse_problems
+    from fedpeft.planning.preflight import refuse_problems
 
     own = run.of_client(header["client"])
     if header["model"]:
@@ -164,7 +164,7 @@ def _disclosure(header: Any) -> Disclosure:
 def _admission(header: Any, device: str) -> Admit:
     """Refuse, before the base model is read, what there are too few rows or too little memory for."""
     from fedpeft.models.device import available_memory, device_named
-    from fedpeft.planning.admission import refuse_oversized, without_lengths
+    from fedpeft.planning.memory_admission import refuse_oversized, without_lengths
 
     most_mib = header.get("max_memory_mib")
     owners = float("inf") if most_mib is None else most_mib * 2**20

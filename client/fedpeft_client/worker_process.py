@@ -16,11 +16,11 @@ from typing import Protocol
 
 import psutil
 
-from fedpeft.cancellation import INTERRUPT
-from fedpeft.crash_points import ONCE
 from fedpeft.errors import FedPEFTError, MemoryLimitError, TimeLimitError, WorkerError
-from fedpeft.files import storage
-from fedpeft.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
+from fedpeft.runtime.cancellation import INTERRUPT
+from fedpeft.runtime.crash_points import ONCE
+from fedpeft.runtime.files import storage
+from fedpeft.runtime.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
 from fedpeft_client.confinement import Allowed
 
 CLIENT_APP = "fedpeft.flower.device_app:app"
@@ -69,7 +69,7 @@ class WorkerPlace:
         cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
         readable = [str(self.data.resolve()), *([str(Path(self.model).resolve())] if self.model else [])]
         writable += [os.environ[name] for name in CACHES if os.environ.get(name)]
-        if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.crash_points`
+        if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.runtime.crash_points`
             writable.append(str(Path(marker).parent))
         (writable if download else readable).append(cache)
         return Allowed(tuple(readable), tuple(writable), network=download)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
-from fedpeft.update import Arrays, Update
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.updates.update import Arrays, Update
 
 Labels = NDArray[np.int64]
 Wide = dict[str, NDArray[np.float64]]

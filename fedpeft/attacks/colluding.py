@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, Wide, sent
-from fedpeft.config import PositiveFloat, Section, unit
-from fedpeft.update import Update
+from fedpeft.config.sections import PositiveFloat, Section, unit
+from fedpeft.updates.update import Update
 
 Statistic = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 """Of a stack of one array, [attackers, ...], over its first axis."""

@@ -7,11 +7,11 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
+from fedpeft.aggregation.robust import lora_pairs
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
-from fedpeft.config import PeftSection, PositiveFloat, Section, unit
-from fedpeft.robust import lora_pairs
-from fedpeft.traits import Trait, Traits
-from fedpeft.update import Update, layout_of
+from fedpeft.config.sections import PeftSection, PositiveFloat, Section, unit
+from fedpeft.config.traits import Trait, Traits
+from fedpeft.updates.update import Update, layout_of
 
 
 class FactorRotation(Section):

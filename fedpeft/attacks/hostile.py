@@ -10,11 +10,11 @@ import numpy as np
 
 from fedpeft.attacks.base import Attack, AttackContext
 from fedpeft.attacks.table import attackers_of, build_attack
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.encoded import Encoded
 from fedpeft.data.tables import ClientRows
-from fedpeft.randomness import stream
-from fedpeft.update import Arrays, Update, arrays_digest
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Arrays, Update, arrays_digest
 
 Report = TypeVar("Report")
 Training = Callable[[str], tuple[Update, Report]]

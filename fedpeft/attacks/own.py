@@ -9,9 +9,9 @@ import numpy as np
 from pydantic import Field
 
 from fedpeft.attacks.base import AttackContext, Labels, sent, wide
-from fedpeft.config import PositiveFloat, Section, unit
-from fedpeft.traits import Trait, Traits
-from fedpeft.update import Update
+from fedpeft.config.sections import PositiveFloat, Section, unit
+from fedpeft.config.traits import Trait, Traits
+from fedpeft.updates.update import Update
 
 
 class SignFlip(Section):
@@ -58,7 +58,7 @@ class Scaled(Section):
         return sent(update, {name: self.scale * array for name, array in wide(update.arrays).items()})
 
 
-class Noise(Section):
+class NoiseAttack(Section):
     """Send normal noise instead of an update, per array `scale` times its root mean square.
 
     Source: Blanchard, El Mhamdi, Guerraoui and Stainer 2017, section 5 (Gaussian attackers). There the

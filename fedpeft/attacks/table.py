@@ -8,18 +8,18 @@ from typing import Any
 from fedpeft.attacks.base import Attack
 from fedpeft.attacks.colluding import InnerProduct, LittleIsEnough
 from fedpeft.attacks.factor_rotation import FactorRotation
-from fedpeft.attacks.own import LabelFlip, Noise, Scaled, SignFlip
-from fedpeft.config import RunConfig
+from fedpeft.attacks.own import LabelFlip, NoiseAttack, Scaled, SignFlip
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.options import build_option
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 
 ATTACKS: dict[str, Any] = {  # a class that is an Attack and takes its options by name
     "alie": LittleIsEnough,
     "gauge": FactorRotation,
     "inner-product": InnerProduct,
     "label-flip": LabelFlip,
-    "noise": Noise,
+    "noise": NoiseAttack,
     "scaled": Scaled,
     "sign-flip": SignFlip,
 }

@@ -9,7 +9,7 @@ from fedpeft.codec.expert_file import Expert, ReadBounds, read_expert, write_exp
 from fedpeft.codec.feedback import residual_after, with_residual
 from fedpeft.codec.masks import BernoulliMask, PublicSource, RandomKMask, tensor_stream
 from fedpeft.codec.named import Distortion, compress_named, dense_named, distortion
-from fedpeft.codec.positions import CODERS, DEFAULT_CODER
+from fedpeft.codec.position_coders import CODERS, DEFAULT_CODER
 from fedpeft.codec.quantise import default_channel_axis, quantise
 from fedpeft.codec.signs import sign_with_scale
 from fedpeft.codec.sparse import dare, random_k, top_k, unbiased_random_k

@@ -15,7 +15,7 @@ import numpy as np
 from fedpeft.codec.arrays import MAX_DIMENSIONS, Int8Array, Int32Array, Shape, Uint8Array, element_count
 from fedpeft.codec.cursor import Cursor, varint
 from fedpeft.codec.masks import BernoulliMask, PublicMask, PublicSource, RandomKMask
-from fedpeft.codec.positions import CODER_BYTES, DEFAULT_CODER, coder_named, coder_of_byte
+from fedpeft.codec.position_coders import CODER_BYTES, DEFAULT_CODER, coder_named, coder_of_byte
 from fedpeft.codec.quantise import pack_codes, unpack_codes
 from fedpeft.codec.tensors import (
     DenseTensor,
@@ -28,7 +28,7 @@ from fedpeft.codec.tensors import (
     channel_count,
 )
 from fedpeft.errors import UpdateError
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 FORMAT_VERSION = 1
 _NO_AXIS = 255

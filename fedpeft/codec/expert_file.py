@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedpeft.codec.coded import decode_up_to, encode
-from fedpeft.codec.positions import DEFAULT_CODER
+from fedpeft.codec.position_coders import DEFAULT_CODER
 from fedpeft.codec.tensors import Encoded
 from fedpeft.errors import StorageError, UpdateError
-from fedpeft.files import write_atomically
+from fedpeft.runtime.files import write_atomically
 
 MAGIC = b"\x89FPZ\r\n\x1a\n"
 VERSION = 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedpeft.codec.arrays import Int32Array, Uint8Array
 from fedpeft.errors import UpdateError
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 _LARGEST_PARAMETER = 31
 # How many ones a byte ends in, lowest bits first.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedpeft.codec.arrays import Int32Array, Uint8Array
 from fedpeft.errors import UpdateError
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 _PRECISION = 12
 _TOTAL = 1 << _PRECISION

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fedpeft.codec.arrays import Float32Array, Int8Array, Int32Array, flat_float32
 from fedpeft.errors import UpdateError
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 # Positive IEEE floats sort like their bit patterns, so all selection is done on integers.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)

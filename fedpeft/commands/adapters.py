@@ -6,18 +6,18 @@ from pathlib import Path
 
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.federated import encode
 from fedpeft.data.labels import label_map
 from fedpeft.data.run_tables import read_tables
-from fedpeft.loading.assembly import device_for
-from fedpeft.loading.row_length import refuse_long_rows
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
 from fedpeft.models.trainable import frozen_digest
-from fedpeft.randomness import derive_seed
-from fedpeft.resident import LoadedRun
+from fedpeft.participant.assembly import device_for
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.row_length import refuse_long_rows
+from fedpeft.runtime.randomness import derive_seed
 from fedpeft.spaces.adapter_delta import AdapterDelta
 
 

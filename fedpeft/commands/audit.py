@@ -14,15 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.commands.runs import run_of
-from fedpeft.config import RecordLevelPrivacy, RunConfig
-from fedpeft.data.records import Record, read_parts
+from fedpeft.commands.arguments import run_of
+from fedpeft.config.sections import RecordLevelPrivacy, RunConfig
+from fedpeft.data.row_records import RowRecord, read_parts
 from fedpeft.data.run_tables import source_records
 from fedpeft.data.sources import find_files
 from fedpeft.errors import DataError, PrivacyError, UsageError
-from fedpeft.preflight import refuse_problems
-from fedpeft.randomness import stream
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.text import printable
+from fedpeft.runtime.randomness import stream
 from fedpeft.simulation.sensitivity import Measurement, draw_records, measure_sensitivity
 
 
@@ -80,7 +80,7 @@ def report_sensitivity(run: RunConfig, records: int, found: Sequence[Measurement
         raise SystemExit(PrivacyError.exit_code)
 
 
-def _records(run: RunConfig, data: Path | None, rows: int, seed: int) -> list[Record]:
+def _records(run: RunConfig, data: Path | None, rows: int, seed: int) -> list[RowRecord]:
     """Draw records of the run's or of another file.
 
     Raises:

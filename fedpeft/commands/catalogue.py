@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedpeft.aggregation.lora_rules import LORA_RULES, LoraRule
+from fedpeft.aggregation.staleness import WEIGHTS
 from fedpeft.attacks import ATTACKS
 from fedpeft.evaluation.metrics import METRICS, TASKS
-from fedpeft.flower.rules import RULES
-from fedpeft.lora_rules import LORA_RULES, LoraRule
 from fedpeft.models.methods import METHODS, Method
 from fedpeft.privacy.kinds import KINDS
+from fedpeft.rounds.strategy_table import RULES
 from fedpeft.stages import STAGES
-from fedpeft.staleness import WEIGHTS
 from fedpeft.training.lean import SAVERS
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
 
 
 @dataclass(frozen=True)
-class Entry:
+class CatalogueEntry:
     """One name: what it is in a line, and what else must be known of it in a word or two each."""
 
     name: str
@@ -79,7 +79,7 @@ SAMPLING = {
 }
 
 
-def catalogue() -> dict[str, tuple[Entry, ...]]:
+def catalogue() -> dict[str, tuple[CatalogueEntry, ...]]:
     """Every section of names, by the run file's key."""
     return {
         "peft.method": tuple(_method(method) for method in METHODS.values()),
@@ -88,34 +88,37 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
         "training.optimizer": _entries(OPTIMIZERS),
         "training.schedule": _entries(SCHEDULES),
         "training (memory)": tuple(
-            Entry(name, saver.summary, (f"saves {saver.saves}", *(("CUDA only",) if saver.cuda else ())))
+            CatalogueEntry(
+                name, saver.summary, (f"saves {saver.saves}", *(("CUDA only",) if saver.cuda else ()))
+            )
             for name, saver in SAVERS.items()
         ),
         "training.rule": tuple(
-            Entry(name, rule.summary, () if rule.replays else ("adapter-delta only",))
+            CatalogueEntry(name, rule.summary, () if rule.replays else ("adapter-delta only",))
             for name, rule in ZEROTH_RULES.items()
         ),
         "space": _entries(SPACES),
-        "stages": tuple(Entry(name, _first_line(stage)) for name, stage in STAGES.items()),
+        "stages": tuple(CatalogueEntry(name, _first_line(stage)) for name, stage in STAGES.items()),
         "federation.strategy": tuple(
-            Entry(name, rule.summary, () if rule.folds else ("holds all updates",))
+            CatalogueEntry(name, rule.summary, () if rule.folds else ("holds all updates",))
             for name, rule in RULES.items()
         ),
         "federation.lora_rule": tuple(
-            Entry(name, rule.summary, _lora_flags(rule)) for name, rule in LORA_RULES.items()
+            CatalogueEntry(name, rule.summary, _lora_flags(rule)) for name, rule in LORA_RULES.items()
         ),
         "federation.sampling": _entries(SAMPLING),
         "federation.attack": tuple(
-            Entry(name, _first_line(attack), ("in simulations",)) for name, attack in ATTACKS.items()
+            CatalogueEntry(name, _first_line(attack), ("in simulations",)) for name, attack in ATTACKS.items()
         ),
         "federation.buffer.staleness_weight": tuple(
-            Entry(name, _first_line(weight)) for name, weight in WEIGHTS.items()
+            CatalogueEntry(name, _first_line(weight)) for name, weight in WEIGHTS.items()
         ),
         "privacy": tuple(
-            Entry(name, kind.summary, () if kind.joint else ("per client",)) for name, kind in KINDS.items()
+            CatalogueEntry(name, kind.summary, () if kind.joint else ("per client",))
+            for name, kind in KINDS.items()
         ),
         "evaluation.metrics": tuple(
-            Entry(
+            CatalogueEntry(
                 name,
                 metric.summary,
                 (*_tasks(tuple(metric.tasks)), *(("generates",) if metric.generates else ())),
@@ -125,7 +128,7 @@ def catalogue() -> dict[str, tuple[Entry, ...]]:
     }
 
 
-def _method(method: Method) -> Entry:
+def _method(method: Method) -> CatalogueEntry:
     """Flags that matter to a federation."""
     flags = [
         *_tasks(method.tasks),
@@ -140,7 +143,7 @@ def _method(method: Method) -> Entry:
             if holds
         ),
     ]
-    return Entry(method.name, method.summary, tuple(flags))
+    return CatalogueEntry(method.name, method.summary, tuple(flags))
 
 
 def _lora_flags(rule: LoraRule) -> tuple[str, ...]:
@@ -158,8 +161,8 @@ def _tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     return () if set(tasks) == set(TASKS) else tuple(f"{task} only" for task in tasks)
 
 
-def _entries(lines: Mapping[str, str]) -> tuple[Entry, ...]:
-    return tuple(Entry(name, summary) for name, summary in lines.items())
+def _entries(lines: Mapping[str, str]) -> tuple[CatalogueEntry, ...]:
+    return tuple(CatalogueEntry(name, summary) for name, summary in lines.items())
 
 
 def _first_line(stage: type) -> str:

@@ -17,6 +17,7 @@ from typing import Any, cast
 from fedpeft import __version__
 from fedpeft.codec import Distortion, Encoded, Expert, compress_named, dense_named, distortion, write_expert
 from fedpeft.codec.expert_file import SUFFIX
+from fedpeft.commands.arguments import adapter_and_run, adapter_folder
 from fedpeft.commands.experts import (
     Adapter,
     Weights,
@@ -28,17 +29,16 @@ from fedpeft.commands.experts import (
 )
 from fedpeft.commands.export import check_out
 from fedpeft.commands.held_out import AdapterScores, held_out_run
-from fedpeft.commands.runs import adapter_and_run, adapter_folder
+from fedpeft.config.option_tables import build_option
 from fedpeft.errors import FedPEFTError, ModelError, StateError, UsageError
-from fedpeft.files import folder_atomically, storage
 from fedpeft.ledger.run_place import run_folder_of
-from fedpeft.options import build_option
 from fedpeft.reporting.text import byte_size
+from fedpeft.runtime.files import folder_atomically, storage
 from fedpeft.stages import STAGES, StageContext
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.compeft import Compeft
 from fedpeft.stages.ternary import Ternary
-from fedpeft.update import Arrays, Update, arrays_digest
+from fedpeft.updates.update import Arrays, Update, arrays_digest
 
 METHODS: dict[str, Any] = {kind: STAGES[kind] for kind in ("ternary", "compeft")}
 _HERE = StageContext(seed=0, round=1, client="expert")

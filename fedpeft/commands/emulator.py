@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 
+from fedpeft.commands.arguments import adapter_folder
 from fedpeft.commands.export import check_out
-from fedpeft.commands.runs import adapter_folder
-from fedpeft.config import ModelSection
+from fedpeft.config.sections import ModelSection
 from fedpeft.errors import ModelError, UsageError
-from fedpeft.files import folder_atomically, storage
-from fedpeft.models.base import load_tokenizer, model_path
+from fedpeft.models.base_model import load_tokenizer, model_path
 from fedpeft.models.distil import distil
 from fedpeft.models.offsite import (
     NO_EMULATOR,
@@ -24,7 +23,8 @@ from fedpeft.models.offsite import (
     save_emulator,
     whole_model,
 )
-from fedpeft.randomness import stream
+from fedpeft.runtime.files import folder_atomically, storage
+from fedpeft.runtime.randomness import stream
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpeft.commands.adapters import resident_with_adapter
-from fedpeft.commands.runs import adapter_and_run
-from fedpeft.config import RunConfig
+from fedpeft.commands.arguments import adapter_and_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import DataError
 from fedpeft.evaluation.metrics import METRICS
+from fedpeft.ledger.records import Evaluation
 from fedpeft.models.export import adapter_digest
-from fedpeft.records import Evaluation
-from fedpeft.reporting.table import interval
+from fedpeft.participant.loaded_run import set_loaded_run
+from fedpeft.reporting.summary_table import interval
 from fedpeft.reporting.text import counted, direction, metric_name, metric_value, printable
-from fedpeft.resident import set_loaded_run
 from fedpeft.simulation.engine import run_metrics
-from fedpeft.simulation.scoring import TEST, Scorer, batches_of
+from fedpeft.simulation.parallel_scoring import TEST, Scorer, batches_of
 from fedpeft.workers import open_workers
 
 _BATCHES_PER_WORKER = 4  # with fewer, starting a process costs more than it saves

@@ -21,14 +21,14 @@ from torch import nn
 from fedpeft.codec import Expert, read_expert
 from fedpeft.codec.expert_file import SUFFIX
 from fedpeft.commands.adapters import label_names
-from fedpeft.commands.runs import adapter_folder
-from fedpeft.config import ModelSection, PeftSection, RunConfig, Section
+from fedpeft.commands.arguments import adapter_folder
+from fedpeft.config.run_file import run_digest
+from fedpeft.config.sections import ModelSection, PeftSection, RunConfig, Section
 from fedpeft.errors import ModelError, UpdateError
-from fedpeft.files import storage
 from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.ledger.run_place import CHECKPOINTS, read_run, run_folder_of, run_with_rows
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.comparison import made_up_rows, read_logits, refuse_difference
 from fedpeft.models.export import (
     CONFIG_FILE,
@@ -38,14 +38,14 @@ from fedpeft.models.export import (
     replace_adapter_weights,
 )
 from fedpeft.models.trainable import frozen_digest, trainable_parameters, write_parameters
-from fedpeft.randomness import derive_seed
-from fedpeft.runfile import run_digest
-from fedpeft.update import arrays_digest
+from fedpeft.runtime.files import storage
+from fedpeft.runtime.randomness import derive_seed
+from fedpeft.updates.update import arrays_digest
 
 Weights = dict[str, NDArray[np.float32]]
 
 
-class Start(Section):
+class AdapterStart(Section):
     """What it takes to draw an untrained adapter again.
 
     `digest` is the `arrays_digest` that it then has, `base_digest` the one of everything frozen around it.
@@ -72,7 +72,7 @@ class Adapter:
 
     config: Mapping[str, Any]
     weights: Weights
-    start: Start | None = None
+    start: AdapterStart | None = None
     initial: Weights | None = None
 
 
@@ -138,7 +138,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Weights) -> N
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def compare_written(folder: Path, weights: Weights, start: Start | None) -> None:
+def compare_written(folder: Path, weights: Weights, start: AdapterStart | None) -> None:
     """Refuse an adapter folder that makes another model of its base than these weights do.
 
     Args:
@@ -173,7 +173,7 @@ def moved(initial: Weights | None, delta: Mapping[str, NDArray[np.float32]]) -> 
     return {name: (array + initial[name]).astype(np.float32) for name, array in delta.items()}
 
 
-def start_of_run(folder: Path) -> tuple[Start, Weights]:
+def start_of_run(folder: Path) -> tuple[AdapterStart, Weights]:
     """Where the adapter of a run folder began: drawn again, in the first checkpoint's state where it is kept.
 
     Raises:
@@ -182,7 +182,7 @@ def start_of_run(folder: Path) -> tuple[Start, Weights]:
     """
     run = read_run(folder)
     labels = label_names(run_with_rows(folder))
-    start = Start(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(labels) or None)
+    start = AdapterStart(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(labels) or None)
     return _drawn(start, _first_checkpoint(folder, run))
 
 
@@ -202,7 +202,9 @@ class _Origin:
     state: Mapping[str, NDArray[Any]] | None = field(compare=False)
 
 
-def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> tuple[Start, Weights]:
+def _drawn(
+    start: AdapterStart, state: Mapping[str, NDArray[Any]] | None = None
+) -> tuple[AdapterStart, Weights]:
     """The untrained adapter by the names of its file, in `state` if given; and `start` with both digests."""
     plain = start.model_copy(update={"digest": "", "base_digest": ""})
     made, initial = _drawn_once(_Origin(plain.model_dump_json(), arrays_digest(state or {}), state))
@@ -210,8 +212,8 @@ def _drawn(start: Start, state: Mapping[str, NDArray[Any]] | None = None) -> tup
 
 
 @functools.lru_cache(maxsize=2)  # adapters that are merged began at one place: the base is loaded once
-def _drawn_once(origin: _Origin) -> tuple[Start, Weights]:
-    start, state = Start.model_validate_json(origin.start), origin.state
+def _drawn_once(origin: _Origin) -> tuple[AdapterStart, Weights]:
+    start, state = AdapterStart.model_validate_json(origin.start), origin.state
     model = _attached(start)
     if state is not None:
         write_parameters(trainable_parameters(model), state)
@@ -222,11 +224,11 @@ def _drawn_once(origin: _Origin) -> tuple[Start, Weights]:
     return start.model_copy(update=digests), initial
 
 
-def _base(start: Start) -> nn.Module:
+def _base(start: AdapterStart) -> nn.Module:
     return load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
 
 
-def _attached(start: Start) -> nn.Module:
+def _attached(start: AdapterStart) -> nn.Module:
     """The model with its untrained adapter."""
     seed = derive_seed(start.seed, "adapter")
     return attach(_base(start), start.peft, task=start.model.task, seed=seed)
@@ -255,10 +257,10 @@ def _from_file(path: Path, init: Path | None) -> Adapter:
     return Adapter(config, moved(initial, delta), start, initial)
 
 
-def _start_in(path: Path, expert: Expert) -> Start | None:
+def _start_in(path: Path, expert: Expert) -> AdapterStart | None:
     given = expert.metadata.get("start")
     try:
-        return None if given is None else Start.model_validate(given)
+        return None if given is None else AdapterStart.model_validate(given)
     except ValidationError as error:
         raise UpdateError(f"{path}: its start cannot be read ({error.error_count()} problems)") from error
 

@@ -11,15 +11,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedpeft.commands.adapters import model_with_adapter
-from fedpeft.commands.runs import adapter_and_run, adapter_folder
-from fedpeft.config import ModelSection
+from fedpeft.commands.arguments import adapter_and_run, adapter_folder
+from fedpeft.config.sections import ModelSection
 from fedpeft.errors import StateError, StorageError
-from fedpeft.files import folder_atomically, storage
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
 from fedpeft.models.device import available_memory
 from fedpeft.models.export import CONFIG_FILE, adapter_digest, merge_adapter
 from fedpeft.models.quiet import one_line, quiet
+from fedpeft.runtime.files import folder_atomically, storage
 
 _WRITTEN = (  # names of what a model, a tokenizer or an adapter is saved as
     "*config.json",

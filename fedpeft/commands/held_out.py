@@ -11,13 +11,13 @@ import torch
 
 from fedpeft.commands.adapters import resident_with_adapter
 from fedpeft.commands.experts import Weights, write_folder
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import DataError, PrivacyError
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.models.export import replace_adapter_weights
-from fedpeft.resident import LoadedRun, set_loaded_run
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
 from fedpeft.simulation.engine import run_metrics
-from fedpeft.simulation.scoring import Scorer
+from fedpeft.simulation.parallel_scoring import Scorer
 from fedpeft.workers import InlineWorkers
 
 

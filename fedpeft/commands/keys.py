@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from fedpeft.config import RunConfig
+from fedpeft.config.key_reference import Key, Table, schema_of, tables_of
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.key_reference import Key, Table, schema_of, tables_of
 
 
 def keys_command(model: type[BaseModel], place: str | None, *, as_schema: bool, as_json: bool) -> None:

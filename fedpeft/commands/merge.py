@@ -13,6 +13,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.adapters import (
+    AdapterStack,
+    FactorsOnly,
+    Merger,
+    adapter_stack,
+    best_on_held_out,
+    first_difference,
+    merger_named,
+    whole_tensors,
+)
 from fedpeft.commands.experts import (
     Adapter,
     Weights,
@@ -24,20 +34,10 @@ from fedpeft.commands.experts import (
 )
 from fedpeft.commands.export import check_out
 from fedpeft.commands.held_out import AdapterScores, held_out_run
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import ModelError, UsageError
-from fedpeft.files import folder_atomically, storage
-from fedpeft.merging import (
-    AdapterStack,
-    FactorsOnly,
-    Merger,
-    adapter_stack,
-    best_on_held_out,
-    first_difference,
-    merger_named,
-    whole_tensors,
-)
-from fedpeft.runfile import load_run
+from fedpeft.runtime.files import folder_atomically, storage
 
 LAM = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {  # what --select tries, per method

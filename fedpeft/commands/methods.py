@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 from rich.text import Text
 
-from fedpeft.commands.catalogue import Entry, catalogue
+from fedpeft.commands.catalogue import CatalogueEntry, catalogue
 
 
 def methods_command(*, as_json: bool) -> None:
@@ -34,5 +34,5 @@ def methods_command(*, as_json: bool) -> None:
             )
 
 
-def _plain(entry: Entry) -> dict[str, object]:
+def _plain(entry: CatalogueEntry) -> dict[str, object]:
     return {"name": entry.name, "summary": entry.summary, "flags": list(entry.flags)}

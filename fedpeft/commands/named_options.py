@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fedpeft.aggregation.staleness import WEIGHTS
 from fedpeft.attacks import ATTACKS
-from fedpeft.commands.catalogue import Entry, catalogue
-from fedpeft.config import RunConfig
-from fedpeft.flower.rules import RULES
-from fedpeft.key_reference import Key, Table, options_of, schema_of, to_toml
+from fedpeft.commands.catalogue import CatalogueEntry, catalogue
+from fedpeft.config.key_reference import Key, Table, options_of, schema_of, to_toml
+from fedpeft.config.sections import RunConfig
+from fedpeft.rounds.strategy_table import RULES
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
-from fedpeft.staleness import WEIGHTS
 
 _MODELS: Mapping[str, Mapping[str, type[BaseModel]]] = {
     "space": SPACES,
@@ -27,7 +27,7 @@ _MODELS: Mapping[str, Mapping[str, type[BaseModel]]] = {
 """Table of a run file to the models of what its `kind` names."""
 
 
-def entries_of(table: Table) -> dict[str, tuple[Entry, ...]]:
+def entries_of(table: Table) -> dict[str, tuple[CatalogueEntry, ...]]:
     """Return the names that a table's keys can hold, by key; those of no single key under an empty text."""
     sections = catalogue()
     found = {}

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedpeft.commands.runs import run_of
+from fedpeft.commands.arguments import run_of
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.planning.fit import proposals_json, propose
 from fedpeft.planning.loading import read_rows
 from fedpeft.planning.plan import make_plan, refused_plan
 from fedpeft.planning.predict import LIBRARIES
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.planning.show import show_plan
 from fedpeft.planning.show_fit import show_fit
-from fedpeft.preflight import refuse_problems
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 

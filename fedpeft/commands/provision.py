@@ -44,7 +44,7 @@ from fedpeft.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProvisionRequest:
     """The options of one call."""
 
     hosts: Sequence[str]
@@ -56,7 +56,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Done:
+class ProvisionResult:
     """What one call did: only tokens in it are secret, and only they are meant to be shown."""
 
     created: bool = False
@@ -66,7 +66,7 @@ class Done:
     revoked: Sequence[str] = ()
 
 
-def provision_command(folder: Path, asked: Asked, *, as_json: bool) -> None:
+def provision_command(folder: Path, asked: ProvisionRequest, *, as_json: bool) -> None:
     """Make a federation's folder, add to it, renew its server, revoke in it, or say what is in it.
 
     Raises:
@@ -104,7 +104,7 @@ def members_named(agents: Sequence[str], submitters: Sequence[str], admins: Sequ
     return members
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: ProvisionRequest) -> None:
     if asked.revoke and (asked.hosts or asked.members or asked.renew_server or asked.tokens):
         raise UsageError("--revoke goes alone; give the other options in a second call")
     if asked.tokens and not asked.members:
@@ -113,11 +113,11 @@ def _check(asked: Asked) -> None:
         )
 
 
-def _do(folder: Path, asked: Asked, now: datetime) -> Done:
+def _do(folder: Path, asked: ProvisionRequest, now: datetime) -> ProvisionResult:
     if asked.revoke:
         for name in asked.revoke:
             revoke_member(folder, name, now)
-        return Done(revoked=asked.revoke)
+        return ProvisionResult(revoked=asked.revoke)
     created = bool(asked.hosts) and not asked.renew_server
     if created:
         create_federation(folder, asked.hosts, now)
@@ -126,11 +126,13 @@ def _do(folder: Path, asked: Asked, now: datetime) -> Done:
         check_free(folder, member, now)
     if asked.tokens:
         invited = [invite_member(folder, member, now, asked.token_life) for member in asked.members]
-        return Done(created, renewed, invited=invited)
-    return Done(created, renewed, issued=[add_member(folder, member, now) for member in asked.members])
+        return ProvisionResult(created, renewed, invited=invited)
+    return ProvisionResult(
+        created, renewed, issued=[add_member(folder, member, now) for member in asked.members]
+    )
 
 
-def _plain(folder: Path, authority: Authority, done: Done, now: datetime) -> dict[str, Any]:
+def _plain(folder: Path, authority: Authority, done: ProvisionResult, now: datetime) -> dict[str, Any]:
     server = read_certificate(folder / SERVER / CERTIFICATE_FILE)
     return {
         "folder": str(folder),
@@ -165,7 +167,7 @@ def _warnings(folder: Path, authority: Authority, now: datetime) -> list[str]:
     return [line for line in lines if line is not None]
 
 
-def _show(folder: Path, authority: Authority, done: Done, now: datetime) -> None:
+def _show(folder: Path, authority: Authority, done: ProvisionResult, now: datetime) -> None:
     console = Console(file=sys.stdout, highlight=False)
     print(f"authority  SHA-256 {fingerprint(authority.certificate).hex()}")
     if done.revoked:
@@ -188,7 +190,7 @@ def _show(folder: Path, authority: Authority, done: Done, now: datetime) -> None
         print(f"warning: {line}", file=sys.stderr)
 
 
-def _copies(folder: Path, done: Done) -> list[tuple[str, str, str]]:
+def _copies(folder: Path, done: ProvisionResult) -> list[tuple[str, str, str]]:
     rows = []
     if done.created:
         rows.append((f"{folder / AUTHORITY}", "the server, if devices enrol there; else nowhere", ""))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedpeft.commands.export import check_out, write_merged
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config.sections import DataSection, RunConfig
+from fedpeft.config.traits import Trait
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.spaces import space_traits
-from fedpeft.traits import Trait
 
 
 def replay_command(run: Path, out: Path, *, force: bool) -> None:

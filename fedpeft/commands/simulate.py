@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpeft.commands.runs import run_of
-from fedpeft.config import RunConfig
-from fedpeft.console import at_work_on
+from fedpeft.commands.arguments import run_of
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.assembly import Admit, device_for, trainable_on
 from fedpeft.models.device import available_memory
-from fedpeft.planning.admission import refuse_oversized
-from fedpeft.preflight import refuse_problems, simulation_problems
+from fedpeft.participant.assembly import Admit, device_for, trainable_on
+from fedpeft.planning.memory_admission import refuse_oversized
+from fedpeft.planning.preflight import refuse_problems, simulation_problems
 from fedpeft.reporting.progress import make_progress
+from fedpeft.runtime.console import at_work_on
 from fedpeft.simulation.engine import simulate
 
 

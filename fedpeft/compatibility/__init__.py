@@ -1,6 +1,7 @@
 """What can't go with what: one table of conflicts between what the entries of a run declare, and its check.
 
-Entries say what they are (`fedpeft.traits`); the rows of `fedpeft.compatibility.table` name two such traits,
+Entries say what they are (`fedpeft.config.traits`); the rows of `fedpeft.compatibility.table` name two such
+traits,
 the reason and the advice. No row asks for a name, so an entry of a plugin is refused where one of ours with
 the same traits is. Checks of one section's own values stay with that section.
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from fedpeft.compatibility.conflict import Conflict
 from fedpeft.compatibility.entries import Entry, entries_of, names_declaring, tables
 from fedpeft.compatibility.table import CONFLICTS
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import Problem
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.traits import Trait
+from fedpeft.config.traits import Trait
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedpeft.aggregation.lora_rules import LORA_RULES
 from fedpeft.attacks import attack_traits, build_attack
-from fedpeft.config import RunConfig, StageSection
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.sections import RunConfig, StageSection
+from fedpeft.config.traits import Trait, Traits, chosen
 from fedpeft.errors import RunFileError
-from fedpeft.flower.rules import RULES, has_products, prefers_products
-from fedpeft.lora_rules import LORA_RULES
 from fedpeft.models.methods import METHODS, STARTS_FROM_WEIGHTS
 from fedpeft.models.offsite import emulator_at
-from fedpeft.options import build_option
 from fedpeft.privacy.kinds import KINDS
+from fedpeft.rounds.strategy_table import RULES, has_products, prefers_products
 from fedpeft.spaces import space_options
 from fedpeft.stages import STAGES, stage_traits
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
-from fedpeft.traits import Trait, Traits, chosen
 
 
 @dataclass(frozen=True)

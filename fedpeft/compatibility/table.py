@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.compatibility.conflict import Conflict
-from fedpeft.traits import Trait
+from fedpeft.config.traits import Trait
 
 _BUFFERED = "federation.mode 'buffered'"
 

@@ -41,7 +41,7 @@ from fedpeft.credentials.requests import requested_key
 from fedpeft.credentials.revocation import read_revocations, revocations_pem
 from fedpeft.credentials.tokens import Tokens
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 
 _ISSUED, _TOKENS, _LOCK = "issued", "tokens", ".lock"
 

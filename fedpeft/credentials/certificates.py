@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.errors import CredentialError, ValidityError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 
 MAX_PEM = 16_384  # bytes; ours are under 1,200
 _WARN = timedelta(days=14)

@@ -29,7 +29,7 @@ from fedpeft.credentials.material import (
     write_material,
 )
 from fedpeft.errors import CredentialError
-from fedpeft.files import folder_atomically, storage, write_atomically
+from fedpeft.runtime.files import folder_atomically, storage, write_atomically
 
 AUTHORITY, SERVER = "ca", "server"
 _FOLDERS = {Role.AGENT: "agents", Role.SUBMITTER: "submitters", Role.ADMIN: "admins"}

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 
 PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey
 

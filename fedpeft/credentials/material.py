@@ -25,7 +25,7 @@ from fedpeft.credentials.keys import (
     write_key,
 )
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage, sync_folder, write_atomically
+from fedpeft.runtime.files import storage, sync_folder, write_atomically
 
 KEY_FILE, CERTIFICATE_FILE, AUTHORITY_FILE, REVOKED_FILE = (
     "key.pem",

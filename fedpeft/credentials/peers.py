@@ -19,7 +19,7 @@ from fedpeft.credentials.identity import Identity, identity_of
 from fedpeft.credentials.material import issued_by
 from fedpeft.credentials.revocation import Revocations, read_revocations
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 
 _REMEMBERED = 4_096  # certificates whose signature was checked; a verification costs a tenth of a millisecond
 

@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from fedpeft.credentials.certificates import public_p256
 from fedpeft.credentials.keys import PrivateKey
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage
+from fedpeft.runtime.files import storage
 
 _FRESH_FOR = timedelta(days=365)
 

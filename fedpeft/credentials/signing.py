@@ -31,7 +31,7 @@ class UpdateHeader:
 
     Attributes:
         run_id: the server's name for the run; two runs of one run file differ in it.
-        run_digest: of what agents are told of the run (`fedpeft.device_task`), hexadecimal.
+        run_digest: of what agents are told of the run (`fedpeft.config.device_task`), hexadecimal.
         round: the round that it answers; 0 for the roll call.
         kind: of the task that it answers, such as "train".
         client: the name in the signer's certificate.

@@ -29,7 +29,7 @@ from typing import Any
 from fedpeft.credentials.identity import Identity, Role, check_name
 from fedpeft.credentials.keys import private_folder
 from fedpeft.errors import CredentialError
-from fedpeft.files import storage, sync_folder, write_atomically
+from fedpeft.runtime.files import storage, sync_folder, write_atomically
 
 _MARK = "fpt1"
 _BYTES = 32

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Frame:
+class TokenFrame:
     """The special tokens that a tokenizer puts before and after a text."""
 
     before: tuple[int, ...]
@@ -51,7 +51,7 @@ class Frame:
         return found
 
 
-def special_frame(tokenizer: Tokenizer) -> Frame:
+def special_frame(tokenizer: Tokenizer) -> TokenFrame:
     """Find the special tokens around a text by encoding one with and without them.
 
     Raises:
@@ -66,7 +66,7 @@ def special_frame(tokenizer: Tokenizer) -> Frame:
         framed = [int(token) for token in tokenizer(text)["input_ids"]]
         for start in range(len(framed) - len(bare) + 1):
             if framed[start : start + len(bare)] == bare:
-                return Frame(tuple(framed[:start]), tuple(framed[start + len(bare) :]))
+                return TokenFrame(tuple(framed[:start]), tuple(framed[start + len(bare) :]))
         raise DataError(
             f"the tokenizer encodes '{text}' as {framed} with special tokens and as {bare} without; "
             "needs one that puts special tokens around a text and leaves it as it is"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.embedded import Row, federated_rows
-from fedpeft.data.layout import EMBEDDED
 from fedpeft.data.readers import NumberedRow
+from fedpeft.data.section_layout import EMBEDDED
 from fedpeft.data.sources import Part
 
 DEFAULT_CLIENTS = 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.control_tokens import Tokenizer
 from fedpeft.data.encoded import Encoded, Task
 from fedpeft.data.row_digest import rows_digest

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpeft.config import PartitionerSection
+from fedpeft.config.sections import PartitionerSection
 from fedpeft.data.describe import listed
 from fedpeft.data.encoded import Indices
 from fedpeft.data.labels import natural_key

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.data.encoded import Texts
-from fedpeft.data.records import RowSet
+from fedpeft.data.row_records import RowSet
 from fedpeft.data.tables import RawFederated
 
 

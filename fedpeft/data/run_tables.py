@@ -7,15 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedpeft.config import DataSection, PartitionerSection
+from fedpeft.config.sections import DataSection, PartitionerSection
 from fedpeft.data.describe import listed, shown
 from fedpeft.data.embedded_source import embedded_parts
 from fedpeft.data.encoded import Task
 from fedpeft.data.labels import LabelMap, label_map
-from fedpeft.data.layout import BY_COLUMN, EMBEDDED, make_layout
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
-from fedpeft.data.records import Collected, Record, RowSet, Selection, collect, read_parts, row_set
+from fedpeft.data.row_records import CollectedRows, RowRecord, RowSet, Selection, collect, read_parts, row_set
 from fedpeft.data.run_sources import find_parts
+from fedpeft.data.section_layout import BY_COLUMN, EMBEDDED, make_layout
 from fedpeft.data.sources import Part
 from fedpeft.data.tables import (
     ClientRows,
@@ -59,7 +59,7 @@ def read_tables(section: DataSection, task: Task, seed: int, *, hides_rows: bool
     return replace(split(training, dealt, test, section.heldout, seed), notes=tuple(reading.notes))
 
 
-def source_records(section: DataSection, seed: int) -> Iterator[Record]:
+def source_records(section: DataSection, seed: int) -> Iterator[RowRecord]:
     """Return the training records that a run file names, as they are read: nothing is dealt or left out.
 
     Raises:
@@ -83,7 +83,7 @@ def read_test_table(section: DataSection, task: Task) -> RawFederated:
     refuse_problems(section, task)
     layout = make_layout(section, task)
     labels = None if layout.label is None or section.labels is None else label_map(section.labels)
-    nobody = row_set(Collected(), layout, None if labels is None else [])
+    nobody = row_set(CollectedRows(), layout, None if labels is None else [])
     named = section.test is not None and section.test != EMBEDDED
     reading = reading_of(section, hides_rows=False)
     test = None
@@ -119,7 +119,7 @@ def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: 
     return rows
 
 
-def _deal(spec: PartitionerSection, collected: Collected, parts: Sequence[Part], seed: int) -> Dealt:
+def _deal(spec: PartitionerSection, collected: CollectedRows, parts: Sequence[Part], seed: int) -> Dealt:
     if spec.kind == "files":
         return deal_by_file(collected.parts, [(part.name, part.owner or part.source) for part in parts], spec)
     if spec.kind in BY_COLUMN:

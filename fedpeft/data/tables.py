@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fedpeft.config import DataSection, PartitionerSection
+from fedpeft.config.sections import DataSection, PartitionerSection
 from fedpeft.data.encoded import Indices, Task
 from fedpeft.data.heldout import Draws, content_draws, split_heldout
 from fedpeft.data.labels import LabelMap, label_map, sorted_label_map
-from fedpeft.data.layout import make_layout, section_problems
 from fedpeft.data.partition import Dealt
-from fedpeft.data.records import (
-    Collected,
-    Record,
+from fedpeft.data.row_records import (
+    CollectedRows,
+    RowRecord,
     RowSet,
     Selection,
     collect,
@@ -24,6 +23,7 @@ from fedpeft.data.records import (
     refuse_row,
     row_set,
 )
+from fedpeft.data.section_layout import make_layout, section_problems
 from fedpeft.data.sources import find_files
 from fedpeft.data.text_files import Reading
 from fedpeft.errors import DataError
@@ -78,7 +78,7 @@ class Labelled:
 
     rows: RowSet
     labels: LabelMap | None
-    collected: Collected
+    collected: CollectedRows
     bad: tuple[DataError, ...] = ()
 
     @property
@@ -117,7 +117,7 @@ def reading_of(section: DataSection, *, hides_rows: bool) -> Reading:
 
 
 def client_table(
-    section: DataSection, records: Iterable[Record], task: Task, seed: int, name: str, *, hides_rows: bool
+    section: DataSection, records: Iterable[RowRecord], task: Task, seed: int, name: str, *, hides_rows: bool
 ) -> RawFederated:
     """`read_client_table` of records that are at hand; `section` is the client's own, and raises as there."""
     if task == "sequence-classification" and section.labels is None:
@@ -151,7 +151,7 @@ def refuse_problems(section: DataSection, task: Task) -> None:
 
 
 def training_rows(
-    section: DataSection, task: Task, records: Iterable[Record], *, hides_rows: bool
+    section: DataSection, task: Task, records: Iterable[RowRecord], *, hides_rows: bool
 ) -> Labelled:
     """Read the training rows; without `data.labels`, a classifier's label map comes from them.
 

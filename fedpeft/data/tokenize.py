@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpeft.data.control_tokens import Frame, TextEncoder, Tokenizer, special_frame
+from fedpeft.data.control_tokens import TextEncoder, TokenFrame, Tokenizer, special_frame
 from fedpeft.data.encoded import Encoded, Texts, offsets_of
-from fedpeft.data.records import RowSet
+from fedpeft.data.row_records import RowSet
 from fedpeft.errors import DataError
 
 PROMPT_SHARE = 4  # a row's prompt keeps at least max_length // this many tokens however long the answer is
@@ -74,7 +74,7 @@ Piece = tuple[Sequence[int], int, int]
 """A row's ids, where its answer starts, and its length before cutting."""
 
 
-def _plain_rows(texts: Texts, encoder: TextEncoder, frame: Frame, max_length: int) -> Iterator[Piece]:
+def _plain_rows(texts: Texts, encoder: TextEncoder, frame: TokenFrame, max_length: int) -> Iterator[Piece]:
     room = max_length - len(frame.before) - len(frame.after)
     _refuse_no_room(room, max_length)
     for written in encoder.encode(texts):
@@ -90,7 +90,7 @@ def _answered_rows(
     end: list[int],
     max_length: int,
 ) -> Iterator[Piece]:
-    lead, opening, closing = list(before), Frame(before, ()), Frame((), tuple(end))
+    lead, opening, closing = list(before), TokenFrame(before, ()), TokenFrame((), tuple(end))
     _refuse_no_room(max_length - len(lead) - 1, max_length)
     floor = max(len(lead) + 1, max_length // PROMPT_SHARE)
     for asked, bare in zip(encoder.encode(prompts), encoder.encode(answers), strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.evaluation.metrics import Column, Columns, interval, value
-from fedpeft.records import Evaluation, Score
+from fedpeft.ledger.records import Evaluation, Score
 
 
 def join(shards: Sequence[dict[str, Column]]) -> dict[str, NDArray[np.float64]]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedpeft.config.option_tables import unknown_name
 from fedpeft.errors import RunFileError
-from fedpeft.options import unknown_name
 
 Column = NDArray[np.float64]  # one value per example
 Columns = Mapping[str, Column]

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedpeft.data.collate import collate, prompt_batch
 from fedpeft.evaluation.metrics import METRICS, Column
-from fedpeft.models.base import Tokenizer
+from fedpeft.models.base_model import Tokenizer
 from fedpeft.models.generation import generate_greedily
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import SCORES

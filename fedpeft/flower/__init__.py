@@ -1,1 +1,1 @@
-"""The run on Flower: server app, client app, strategies, and the in-process grid."""
+"""The run on Flower: server app, client apps, and the grids that carry messages."""

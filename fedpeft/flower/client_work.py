@@ -9,19 +9,19 @@ from collections.abc import Callable
 import torch
 from flwr.app import Context, Message
 
-from fedpeft.config import LocalPrivacy, RecordLevelPrivacy
+from fedpeft.config.sections import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.tables import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.flower.disclosure import Disclosure
-from fedpeft.flower.exact_steps import steps_of
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
-from fedpeft.flower.replica import WHO, Replica, caught_up
-from fedpeft.flower.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
-from fedpeft.resident import LoadedRun
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.rounds.downlink.exact_steps import steps_of
+from fedpeft.rounds.downlink.replica import WHO, Replica, caught_up
 from fedpeft.spaces import Memory
 from fedpeft.stages import StageContext, on_client
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.transport.client_state_arrays import MEMORY, REPLICA, arrays_in, record_of
+from fedpeft.transport.disclosure import Disclosure
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
+from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.state_message import decode_state
 

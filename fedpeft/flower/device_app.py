@@ -12,8 +12,8 @@ from flwr.clientapp import ClientApp
 from fedpeft.errors import FederationError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
 from fedpeft.flower.execute import ROUND, RUN
-from fedpeft.flower.tasks import Task
-from fedpeft.resident import LoadedRun, get_loaded_run
+from fedpeft.participant.loaded_run import LoadedRun, get_loaded_run
+from fedpeft.transport.tasks import Task
 
 app = ClientApp()
 

@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
 from fedpeft.errors import FedPEFTError
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.disclosure import Disclosure
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.kept_arrays import MEMORY, REPLICA, arrays_in, record_of
+from fedpeft.transport.client_state_arrays import MEMORY, REPLICA, arrays_in, record_of
+from fedpeft.transport.disclosure import Disclosure
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.record_bytes import content_bytes, content_of
 from fedpeft.wire.failures import to_text
 
 # In a node's configuration: the digest of the only run that messages may be of, and the round.

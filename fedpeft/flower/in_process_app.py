@@ -8,11 +8,11 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpeft.device_task import device_task
+from fedpeft.config.device_task import device_task
 from fedpeft.errors import FederationError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
-from fedpeft.flower.tasks import Task
-from fedpeft.resident import LoadedRun, list_loaded_runs
+from fedpeft.participant.loaded_run import LoadedRun, list_loaded_runs
+from fedpeft.transport.tasks import Task
 
 app = ClientApp()
 

@@ -10,10 +10,10 @@ from flwr.app import Error, Message, RecordDict, UserConfig
 from numpy.typing import NDArray
 
 from fedpeft.flower.execute import Call, named_app
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.kept_arrays import MEMORY, arrays_in, record_of
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.tasks import ERROR_CODE
+from fedpeft.transport.client_state_arrays import MEMORY, arrays_in, record_of
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.tasks import ERROR_CODE
 from fedpeft.workers import AHEAD, Job, Shared, Workers
 
 CLIENT_APP = "fedpeft.flower.client_app:app"

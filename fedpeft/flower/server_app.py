@@ -11,22 +11,22 @@ from typing import Protocol
 from flwr.app import Context, Error, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedpeft.config import RunConfig
+from fedpeft.config.client_groups import own_base_of, refuse_unknown
+from fedpeft.config.run_file import run_json
+from fedpeft.config.run_identity import identity_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.private_rounds import BudgetStore
-from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.round_context import ClientMemory, History, Journal, Observer, RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import Task
-from fedpeft.groups import own_base_of, refuse_unknown
 from fedpeft.ledger import Checkpoint
-from fedpeft.records import Evaluation
-from fedpeft.run_identity import identity_digest
-from fedpeft.runfile import run_json
+from fedpeft.ledger.records import Evaluation
+from fedpeft.rounds.private_rounds import BudgetStore
+from fedpeft.rounds.round_context import ClientMemory, History, Journal, Observer, RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
 from fedpeft.spaces import ServerSpace
 from fedpeft.stages import Stage, build_downlink
-from fedpeft.update import Arrays
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.roster import Roster, roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import Arrays
 
 RUN_FILE_KEY, OUT_KEY = "fedpeft.run-file", "fedpeft.out"  # in the app's configuration
 
@@ -134,7 +134,7 @@ def execute_rounds(
         timeout_s: how long a round waits for answers; a simulation waits for all, its deadlines are virtual.
         gather: how the roll is called; None: every client whose rows the server has must answer.
         newcomers: see `RoundContext`.
-        device_task: text of `fedpeft.device_task.DeviceTask`, where clients are agents.
+        device_task: text of `fedpeft.config.device_task.DeviceTask`, where clients are agents.
 
     Raises:
         FederationError: a client is missing, or holds another base model than the server.

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpeft.errors import StateError
-from fedpeft.files import storage, write_atomically
-from fedpeft.records import Round
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.ledger.records import Round
+from fedpeft.runtime.files import storage, write_atomically
+from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 
 VERSION = 1
 _PARTS = ("state", "strategy", "client", "downlink", "privacy", "pending")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedpeft.records import ClientOutcome
+from fedpeft.ledger.records import ClientOutcome
 
 
 @dataclass(frozen=True)

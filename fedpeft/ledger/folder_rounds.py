@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Protocol
 
 from fedpeft.errors import StateError
-from fedpeft.files import storage, write_atomically
 from fedpeft.ledger.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedpeft.ledger.cohort import Cohort
+from fedpeft.runtime.files import storage, write_atomically
 
 
 class Rounds(Protocol):

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config.sections import DataSection, RunConfig
 from fedpeft.errors import StateError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 
 KEPT_ROWS = "rows-read.json"
 

@@ -14,13 +14,14 @@ from types import TracebackType
 
 from pydantic import ValidationError
 
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config.run_file import run_digest, run_toml
+from fedpeft.config.sections import DataSection, RunConfig
 from fedpeft.errors import RunExistsError, StateError
-from fedpeft.files import append_line, hold_lock, remove_partial, storage, write_atomically
 from fedpeft.ledger.checkpoint import Checkpoint
 from fedpeft.ledger.cohort import Cohort
 from fedpeft.ledger.folder_rounds import FolderRounds, Rounds
 from fedpeft.ledger.kept_rows import KeptRows, read_kept_rows
+from fedpeft.ledger.records import Baseline, Finished, Row, Started, parse_row
 from fedpeft.ledger.run_place import (
     ADAPTER,
     CHECKPOINTS,
@@ -37,8 +38,7 @@ from fedpeft.ledger.run_place import (
     refuse_foreign_files,
     write_run,
 )
-from fedpeft.records import Baseline, Finished, Row, Started, parse_row
-from fedpeft.runfile import run_digest, run_toml
+from fedpeft.runtime.files import append_line, hold_lock, remove_partial, storage, write_atomically
 
 
 class RunFolder:

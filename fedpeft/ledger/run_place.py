@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import flat_keys, load_run, run_from_json, run_from_toml, run_json, run_toml
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunExistsError, StateError
-from fedpeft.files import storage, write_atomically
 from fedpeft.ledger.kept_rows import KEPT_ROWS, KeptRows, read_kept_rows
-from fedpeft.runfile import flat_keys, load_run, run_from_json, run_from_toml, run_json, run_toml
+from fedpeft.runtime.files import storage, write_atomically
 
 RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK, PLUGGED = (
     "run.toml",
@@ -21,7 +21,7 @@ RUN_FILE, ROWS, CHECKPOINTS, ADAPTER, REPORT, LOCK, PLUGGED = (
     ".lock",
     "plugged-in",
 )
-IDENTITY = "run.json"  # marks a run, and says which (fedpeft.run_identity)
+IDENTITY = "run.json"  # marks a run, and says which (fedpeft.config.run_identity)
 SPENT = "privacy.json"
 _OURS = (
     ROWS,

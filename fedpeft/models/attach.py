@@ -8,9 +8,9 @@ import peft
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
-from fedpeft.models.base import head_modules
+from fedpeft.models.base_model import head_modules
 from fedpeft.models.explicit_names import with_explicit_names
 from fedpeft.models.loftq import loftq_problem, start_near_full_precision, start_of
 from fedpeft.models.methods import Method, base_refusal, method_named, with_options

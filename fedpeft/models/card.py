@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from fedpeft.config import HUB_MODEL, ModelSection, RunConfig
-from fedpeft.models.base import Tokenizer
+from fedpeft.config.sections import HUB_MODEL, ModelSection, RunConfig
+from fedpeft.models.base_model import Tokenizer
 from fedpeft.models.quiet import quiet
 
 CARD_FILE = "README.md"

@@ -1,7 +1,8 @@
 """Expressions of a run file over module names become the names that they matched, before `peft` sees them.
 
 `peft` matches an expression with `re`, at every module and for as long as it takes; see
-`fedpeft.name_patterns`. What it gets instead is an alternation of literal names, which means the same.
+`fedpeft.runtime.name_patterns`. What it gets instead is an alternation of literal names, which means the
+same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 
 from fedpeft.errors import ModelError
 from fedpeft.models.methods import Method
-from fedpeft.name_patterns import NamePattern, is_plain
+from fedpeft.runtime.name_patterns import NamePattern, is_plain
 
 __all__ = ["SELECTORS", "pattern_problems", "with_explicit_names"]
 

@@ -22,12 +22,12 @@ from torch import nn
 
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import float_heads
+from fedpeft.models.frozen_products import frozen_products
 from fedpeft.models.generation import save_settings
-from fedpeft.models.loftq import Decomposition, Start, start_near_full_precision
+from fedpeft.models.loftq import Decomposition, LoftqStart, start_near_full_precision
 from fedpeft.models.methods import METHODS
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
-from fedpeft.models.residual import frozen_products
 from fedpeft.models.rounded_loading import dequantise
 
 CONFIG_FILE = "adapter_config.json"
@@ -93,7 +93,7 @@ def load_adapter(
             float_heads(model)
             told = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             if told.get(_LOFTQ_KEY):
-                start = Start(str(told.get(_START_KEY, "loftq")), int(told[_LOFTQ_KEY]))
+                start = LoftqStart(str(told.get(_START_KEY, "loftq")), int(told[_LOFTQ_KEY]))
                 start_near_full_precision(model, start, known)
             state = load_file(folder / WEIGHTS_FILE)
             _check_names(_adapter_state(model).keys(), state.keys(), folder, _embeddings(model))
@@ -294,7 +294,7 @@ def _config(model: nn.Module) -> Any:
 
 
 def _config_text(
-    config: Any, base_name: str, start: Start | None = None, patterns: Mapping[str, Any] | None = None
+    config: Any, base_name: str, start: LoftqStart | None = None, patterns: Mapping[str, Any] | None = None
 ) -> str:
     """Render the config as `peft` reads it, with sets in sorted order so that the bytes repeat."""
     values = config.to_dict() | dict(patterns or {})

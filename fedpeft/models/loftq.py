@@ -27,13 +27,13 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.errors import ModelError
 from fedpeft.models.checkpoint_files import SavedWeights, saved_weights
 from fedpeft.models.lqlora import largest_directions
-from fedpeft.models.rounding import RoundedLinear, levels_of, unpacked
+from fedpeft.models.rounded_linear import RoundedLinear, levels_of, unpacked
 
 __all__ = [
     "KINDS",
     "STARTS",
     "Decomposition",
-    "Start",
+    "LoftqStart",
     "decompose",
     "loftq_problem",
     "start_near_full_precision",
@@ -143,7 +143,7 @@ def loftq_problem(method: str, options: dict[str, Any], quantization: str) -> st
 
 
 @dataclass(frozen=True)
-class Start:
+class LoftqStart:
     """Which decomposition a model starts from, by the run file's name for it, and its most iterations."""
 
     kind: str
@@ -155,16 +155,16 @@ class Start:
         return self.kind == "loftq" and self.iterations == 1
 
 
-def start_of(options: dict[str, Any]) -> Start | None:
+def start_of(options: dict[str, Any]) -> LoftqStart | None:
     """What the options ask for, once `loftq_problem` found nothing wrong; None: no such start."""
     kind = options.get(_OPTION)
     if kind not in STARTS:
         return None
-    return Start(kind, (options.get("loftq_config") or {}).get("loftq_iter", STARTS[kind]))
+    return LoftqStart(kind, (options.get("loftq_config") or {}).get("loftq_iter", STARTS[kind]))
 
 
 def start_near_full_precision(
-    model: nn.Module, start: Start, known: Mapping[str, Decomposition] | None = None
+    model: nn.Module, start: LoftqStart, known: Mapping[str, Decomposition] | None = None
 ) -> dict[str, Decomposition]:
     """Give every low-rank layer of `model` its start, one after another; what each was given, by name.
 

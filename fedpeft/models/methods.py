@@ -11,8 +11,8 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal
 
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
 from fedpeft.errors import ModelError
-from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
 
 Targets = Literal[
     "linear", "rounded", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"
@@ -110,7 +110,7 @@ class Method:
 
 
 ROUNDED = ("rtn8", "rtn4")
-"""Quantisations to frozen integers with scales of their own; see `fedpeft.models.rounding`."""
+"""Quantisations to frozen integers with scales of their own; see `fedpeft.models.rounded_linear`."""
 
 _PACKED = ("int8", "nf4", "fp4", *ROUNDED)
 _UNPACKED = MappingProxyType(dict.fromkeys(_PACKED, "it works on the unpacked weight matrix"))

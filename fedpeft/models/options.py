@@ -8,9 +8,9 @@ from typing import Any
 
 import peft
 
-from fedpeft.config import PeftSection
+from fedpeft.config.key_hints import suggest_option
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
-from fedpeft.key_hints import suggest_option
 from fedpeft.models.explicit_names import pattern_problems
 from fedpeft.models.methods import REFUSED_OPTIONS, Method, init_refusal, method_named
 from fedpeft.models.option_types import MODULE_OPTIONS, annotations_of, fits, is_open

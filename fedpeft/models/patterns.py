@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from fedpeft.errors import ModelError
-from fedpeft.name_patterns import NamePattern
+from fedpeft.runtime.name_patterns import NamePattern
 
 __all__ = ["check_layer_numbers", "check_matches", "wrapped_parameters"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.methods import METHODS
 
 __all__ = ["usable_positions", "virtual_tokens"]

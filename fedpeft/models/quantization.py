@@ -14,11 +14,11 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from fedpeft.config import ModelSection
+from fedpeft.config.sections import ModelSection
 from fedpeft.errors import MissingExtraError, ModelError
 from fedpeft.models.heads import outer_modules
+from fedpeft.models.rounded_linear import Levels
 from fedpeft.models.rounded_loading import RoundedConfig
-from fedpeft.models.rounding import Levels
 
 __all__ = [
     "DTYPES",
@@ -42,8 +42,8 @@ _OFTEN_NEW = "pooler"  # a layer that many encoders' files lack; what is drawn i
 def quantization_config(section: ModelSection, skeleton: Callable[[], nn.Module]) -> Any:
     """Return what `from_pretrained` takes for the section's quantisation.
 
-    int8, nf4 and fp4 are bitsandbytes'; rtn8 and rtn4 are `fedpeft.models.rounding`. The output head, tied
-    weights, a classifier's head and pooler stay as they are, with `keep_modules`.
+    int8, nf4 and fp4 are bitsandbytes'; rtn8 and rtn4 are `fedpeft.models.rounded_linear`. The output head,
+    tied weights, a classifier's head and pooler stay as they are, with `keep_modules`.
 
     Args:
         skeleton: makes the model without weights.

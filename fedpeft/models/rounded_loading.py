@@ -14,7 +14,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fedpeft.errors import ModelError
-from fedpeft.models.rounding import Levels, RoundedLinear, levels_of
+from fedpeft.models.rounded_linear import Levels, RoundedLinear, levels_of
 
 __all__ = ["RoundedConfig", "dequantise", "replace_layers", "round_layers"]
 

@@ -10,15 +10,15 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.models.attach import attach
-from fedpeft.models.base import skeleton_of
+from fedpeft.models.base_model import skeleton_of
 from fedpeft.models.quantization import DTYPES, LEAN_FROM, kept_modules, levels_asked, quantization_of
+from fedpeft.models.rounded_linear import RoundedLinear
 from fedpeft.models.rounded_loading import RoundedConfig, replace_layers
-from fedpeft.models.rounding import RoundedLinear
 from fedpeft.models.trainable import trainable_parameters
 
-__all__ = ["Sketch", "Weights", "sketch", "weights_of"]
+__all__ = ["ModelSketch", "Weights", "sketch", "weights_of"]
 
 _FLOAT = 4
 _BLOCK, _SCALES_BLOCK = 64, 256  # numbers that share a scale in bitsandbytes' 4-bit layers; scales that do
@@ -47,7 +47,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Sketch:
+class ModelSketch:
     """A model on torch's meta device, and what it would take."""
 
     model: nn.Module
@@ -72,7 +72,7 @@ def weights_of(model: nn.Module) -> Weights:
     )
 
 
-def sketch(section: ModelSection, peft: PeftSection, *, num_labels: int | None = None) -> Sketch:
+def sketch(section: ModelSection, peft: PeftSection, *, num_labels: int | None = None) -> ModelSketch:
     """Attach the method to the model's shapes; nothing but its configuration is read.
 
     Tuners that look at values while they are attached (BOFT, SHiRA, Uni-LoRA) cannot be sketched.
@@ -99,7 +99,7 @@ def sketch(section: ModelSection, peft: PeftSection, *, num_labels: int | None =
         method = PeftSection.model_validate({"method": peft.method, **given})
         model = attach(base, method, task=section.task, seed=0)
     more = [t for t in (*model.parameters(), *model.buffers()) if id(t) not in known and not t.requires_grad]
-    return Sketch(
+    return ModelSketch(
         model,
         Weights(
             frozen=frozen + sum(t.nbytes for t in more),

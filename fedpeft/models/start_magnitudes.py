@@ -14,7 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from fedpeft.errors import ModelError
-from fedpeft.models.rounding import RoundedLinear
+from fedpeft.models.rounded_linear import RoundedLinear
 from fedpeft.models.trainable import trainable_parameters
 
 __all__ = ["start_magnitudes"]

@@ -13,10 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import ModelError
-from fedpeft.models.base import head_modules
+from fedpeft.models.base_model import head_modules
 from fedpeft.models.methods import Method
-from fedpeft.models.rounding import RoundedLinear
-from fedpeft.name_patterns import NamePattern
+from fedpeft.models.rounded_linear import RoundedLinear
+from fedpeft.runtime.name_patterns import NamePattern
 
 NOTHING = "dummy-target-modules"
 """The value of `target_modules` for which `peft` wraps nothing."""

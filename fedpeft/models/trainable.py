@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fedpeft.errors import ModelError
-from fedpeft.models.rounding import RoundedLinear
-from fedpeft.packed import PackedArrays, Packing, packing_of
+from fedpeft.models.rounded_linear import RoundedLinear
+from fedpeft.updates.packed import PackedArrays, Packing, packing_of
 
 _CHUNK_BYTES = 1 << 24
 

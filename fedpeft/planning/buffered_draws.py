@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from fedpeft.config import ClockSection, RunConfig
-from fedpeft.flower.in_flight import InFlightTasks, buffer_of
-from fedpeft.flower.roster import Roster
+from fedpeft.config.sections import ClockSection, RunConfig
 from fedpeft.ledger import Cohort
-from fedpeft.records import ClientOutcome
+from fedpeft.ledger.records import ClientOutcome
+from fedpeft.rounds.buffered.in_flight import InFlightTasks, buffer_of
+from fedpeft.transport.roster import Roster
 
 
 @dataclass(frozen=True)

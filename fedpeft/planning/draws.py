@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from fedpeft.config import ClientLevelPrivacy, RunConfig
-from fedpeft.flower.cohort import draw_cohort
-from fedpeft.flower.roster import Member, Roster
-from fedpeft.flower.rules import RULES
+from fedpeft.config.sections import ClientLevelPrivacy, RunConfig
 from fedpeft.ledger import Cohort
 from fedpeft.planning.buffered_draws import BufferedPlan, draw_buffered
+from fedpeft.rounds.cohort_draw import draw_cohort
+from fedpeft.rounds.strategy_table import RULES
 from fedpeft.training.steps import examples_per_round, local_steps
+from fedpeft.transport.roster import Member, Roster
 
 MOST_DRAWS = 200_000  # client-rounds on the virtual clock; drawing takes about 50 microseconds each
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
-class Spread:
+class DrawSpread:
     """The least, the middle and the most of some numbers."""
 
     least: float
@@ -59,23 +59,23 @@ class RoundsPlan:
     rounds: int
     drawn_rounds: int
     clients: int
-    asked_per_round: Spread
-    asked_per_client: Spread
-    participations_per_client: Spread
-    steps_per_client_round: Spread
+    asked_per_round: DrawSpread
+    asked_per_client: DrawSpread
+    participations_per_client: DrawSpread
+    steps_per_client_round: DrawSpread
     steps: int
     examples: int
     exchanges: int
     lost: float
-    round_s: Spread | None
+    round_s: DrawSpread | None
     run_s: float | None
     buffered: BufferedPlan | None = None
     places: int | None = None
 
 
-def spread(values: list[float] | list[int]) -> Spread:
+def spread(values: list[float] | list[int]) -> DrawSpread:
     """Least, mean and most of at least one number."""
-    return Spread(min(values), fmean(values), max(values))
+    return DrawSpread(min(values), fmean(values), max(values))
 
 
 def draw_rounds(

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
-from fedpeft.config import RunConfig, TrainingSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig, TrainingSection
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import FedPEFTError
 from fedpeft.planning.memory import Memory
 from fedpeft.planning.predict import Predictor
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
 
 Changes = Mapping[str, Any]  # dotted key of the run file -> value
 LEAST_RANK = 4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedpeft.config import RunConfig
+from fedpeft.aggregation.lora_rules import rank_of
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FedPEFTError
-from fedpeft.lora_rules import rank_of
 from fedpeft.planning.loading import Loaded
 from fedpeft.planning.predict import Predictor
 from fedpeft.planning.traffic import measure_sizes

@@ -8,17 +8,17 @@ from typing import TypeVar
 
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.run_tables import read_tables
 from fedpeft.errors import FedPEFTError, RunFileError
-from fedpeft.loading.row_length import refuse_long_rows
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.device import available_memory
 from fedpeft.models.options import peft_problems
-from fedpeft.planning.admission import refuse_oversized
-from fedpeft.randomness import derive_seed
+from fedpeft.participant.row_length import refuse_long_rows
+from fedpeft.planning.memory_admission import refuse_oversized
+from fedpeft.runtime.randomness import derive_seed
 
 Result = TypeVar("Result")
 

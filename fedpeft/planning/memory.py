@@ -46,11 +46,11 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.config import RecordLevelPrivacy, RunConfig, TrainingSection
+from fedpeft.config.sections import RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.data.federated import FederatedData
 from fedpeft.evaluation.metrics import METRICS
-from fedpeft.flower.rules import proximal_mu
 from fedpeft.models.sketch import Shape, Weights, weights_of
+from fedpeft.rounds.strategy_table import proximal_mu
 from fedpeft.training.eight_bit import kept_bytes
 from fedpeft.training.layers import layer_of
 from fedpeft.training.projected_adam import kept_numbers
@@ -109,7 +109,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Geometry:
+class ModelSizes:
     """The sizes that activations depend on; see the module for the letters."""
 
     layers: int
@@ -242,7 +242,7 @@ def _copies(training: TrainingSection) -> bool:
 
 
 def activations(
-    geometry: Geometry,
+    geometry: ModelSizes,
     batch: BatchShape,
     training: TrainingSection,
     language: bool,
@@ -268,7 +268,7 @@ def activations(
 
 
 def evaluation_bytes(
-    geometry: Geometry, run: RunConfig, data: FederatedData, metrics: tuple[str, ...]
+    geometry: ModelSizes, run: RunConfig, data: FederatedData, metrics: tuple[str, ...]
 ) -> int:
     """Bytes of one evaluation batch without gradients, by the module's formula."""
     if not len(data.test):
@@ -281,7 +281,7 @@ def evaluation_bytes(
     return forward_bytes(geometry, batch, run.model.task == "causal-lm", new_tokens)
 
 
-def forward_bytes(geometry: Geometry, batch: BatchShape, language: bool, new_tokens: int = 0) -> int:
+def forward_bytes(geometry: ModelSizes, batch: BatchShape, language: bool, new_tokens: int = 0) -> int:
     """Bytes of one batch's forward pass without gradients, by the module's formula."""
     g, length = geometry, batch.tokens + geometry.virtual_tokens
     tokens = batch.rows * length
@@ -305,7 +305,7 @@ def training_batch(training: TrainingSection, data: FederatedData) -> BatchShape
     )
 
 
-def geometry_of(model: nn.Module) -> Geometry:
+def geometry_of(model: nn.Module) -> ModelSizes:
     """Read the sizes from the base model's configuration, by the names that `transformers` uses."""
     wrapped: Any = model
     config = wrapped.get_base_model().config
@@ -318,7 +318,7 @@ def geometry_of(model: nn.Module) -> Geometry:
     heads = size("num_attention_heads", "n_head", "n_heads", default=1)
     head = size("head_dim", default=hidden // heads)
     drops = [table.get(key) for key in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")]
-    return Geometry(
+    return ModelSizes(
         layers=size("num_hidden_layers", "n_layer", "n_layers", default=1),
         hidden=hidden,
         keys=head * size("num_key_value_heads", default=heads),

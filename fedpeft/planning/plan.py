@@ -8,27 +8,27 @@ from typing import Any
 
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config.client_groups import refuse_idle, refuse_unknown
+from fedpeft.config.run_file import run_digest
+from fedpeft.config.sampling import cohort_size
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import RunFileError
 from fedpeft.evaluation.metrics import metrics_of
-from fedpeft.flower.rules import strategy_problems
-from fedpeft.groups import refuse_idle, refuse_unknown
-from fedpeft.loading.assembly import trainable_on
 from fedpeft.models.coverage import coverage_notes
 from fedpeft.models.methods import METHODS, with_options
 from fedpeft.models.trainable import count_parameters, trainable_parameters
+from fedpeft.participant.assembly import trainable_on
 from fedpeft.planning.draws import RoundsPlan, draw_rounds
 from fedpeft.planning.groups import GroupPlan, plan_groups
 from fedpeft.planning.loading import Loaded, Problems, load
 from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory, on_gpu
-from fedpeft.planning.privacy import PrivacyPlan, plan_privacy
+from fedpeft.planning.preflight import has_answers, problems_of, simulation_problems
+from fedpeft.planning.privacy_forecast import PrivacyPlan, plan_privacy
 from fedpeft.planning.rule import RulePlan, plan_rule
 from fedpeft.planning.traffic import Sizes, measure_sizes
 from fedpeft.planning.walk import WalkPlan, plan_walk
-from fedpeft.preflight import has_answers, problems_of, simulation_problems
-from fedpeft.runfile import run_digest
-from fedpeft.sampling import cohort_size
+from fedpeft.rounds.strategy_table import strategy_problems
 from fedpeft.spaces import Space, build_space
 from fedpeft.spaces.directions import direction_stream
 from fedpeft.stages import build_stages
@@ -74,7 +74,7 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class PlannedTraffic:
     """Serialised bytes: per client and round, per client over the run (mean), and of all clients in all."""
 
     down_per_round: int
@@ -114,7 +114,7 @@ class Plan:
     space: SpacePlan | None
     rounds: RoundsPlan | None
     privacy: PrivacyPlan | None
-    traffic: Traffic | None
+    traffic: PlannedTraffic | None
     memory: Memory | None
     problems: tuple[str, ...]
     lora_rule: str | None = None
@@ -252,9 +252,9 @@ def _rounds(
     return drawn[0]
 
 
-def _traffic(sizes: Sizes | None, rounds: RoundsPlan | None) -> Traffic | None:
+def _traffic(sizes: Sizes | None, rounds: RoundsPlan | None) -> PlannedTraffic | None:
     if sizes is None or rounds is None:
         return None
     down, up = sizes.down * rounds.exchanges, sizes.up * rounds.exchanges
     each = rounds.clients
-    return Traffic(sizes.down, sizes.up, sizes.up_zero, round(down / each), round(up / each), down, up)
+    return PlannedTraffic(sizes.down, sizes.up, sizes.up_zero, round(down / each), round(up / each), down, up)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.federated import FederatedData
 from fedpeft.errors import ModelError
 from fedpeft.evaluation.metrics import metrics_of
-from fedpeft.models.sketch import Sketch, sketch
+from fedpeft.models.sketch import ModelSketch, sketch
 from fedpeft.planning.memory import OPTIMIZER_BYTES, Memory, estimate_memory
-from fedpeft.preflight import has_answers
+from fedpeft.planning.preflight import has_answers
 
 LIBRARIES = 400 * 2**20
 """Bytes of a process that has loaded everything but a model; measured 394 MiB (RssAnon)."""
@@ -22,7 +22,7 @@ class Predictor:
     """Predicts runs over the same rows; a model is sketched once for all runs that share it."""
 
     data: FederatedData
-    _sketches: dict[str, Sketch] = field(default_factory=dict)
+    _sketches: dict[str, ModelSketch] = field(default_factory=dict)
 
     def memory(self, run: RunConfig) -> Memory:
         """What the clients that need most take; libraries and rows come on top.
@@ -42,7 +42,7 @@ class Predictor:
         )
         return max(each, key=lambda memory: memory.peak)
 
-    def _sketch(self, run: RunConfig) -> Sketch:
+    def _sketch(self, run: RunConfig) -> ModelSketch:
         key = json.dumps([section.model_dump(mode="json") for section in (run.model, run.peft)])
         if key not in self._sketches:
             self._sketches[key] = sketch(run.model, run.peft, num_labels=self.data.num_labels)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from fedpeft.attacks import attackers_of
-from fedpeft.config import RunConfig
-from fedpeft.flower.rules import RULES, geometry_of
+from fedpeft.config.sections import RunConfig
+from fedpeft.rounds.strategy_table import RULES, geometry_of
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.lora_rules import LORA_RULES
+from fedpeft.aggregation.lora_rules import LORA_RULES
 from fedpeft.planning.buffered_draws import BufferedPlan
-from fedpeft.planning.draws import RoundsPlan, Spread
+from fedpeft.planning.draws import DrawSpread, RoundsPlan
 from fedpeft.planning.memory import Memory
-from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, SpacePlan, Traffic
-from fedpeft.planning.privacy import PrivacyPlan
+from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, PlannedTraffic, SpacePlan
+from fedpeft.planning.privacy_forecast import PrivacyPlan
 from fedpeft.planning.rule import RulePlan
 from fedpeft.planning.walk import WalkPlan
 from fedpeft.reporting.text import byte_size, counted, duration, listed, printable
@@ -181,7 +181,7 @@ def _privacy_lines(privacy: PrivacyPlan) -> Iterator[Line]:
         yield "  noise", "seeded", "THE RUN IS NOT PRIVATE: whoever knows the seed can subtract it"
 
 
-def _traffic_lines(traffic: Traffic) -> Iterator[Line]:
+def _traffic_lines(traffic: PlannedTraffic) -> Iterator[Line]:
     zero = ""
     if traffic.up_per_round_if_zero != traffic.up_per_round:
         zero = f"; depends on the values, all zero: {byte_size(traffic.up_per_round_if_zero)}"
@@ -232,5 +232,5 @@ def _short_time(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else duration(seconds)
 
 
-def _range(spread: Spread, before: str = "") -> str:
+def _range(spread: DrawSpread, before: str = "") -> str:
     return "" if spread.least == spread.most else f"{before}{spread.least:,.4g} to {spread.most:,.4g}"

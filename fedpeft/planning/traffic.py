@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpeft.config import RunConfig
+from fedpeft.aggregation.lora_rules import Shares
+from fedpeft.config.run_file import run_digest
+from fedpeft.config.sampling import cohort_size
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError
-from fedpeft.flower.steps import CompressedSteps
-from fedpeft.lora_rules import Shares
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.planning.loading import Loaded
-from fedpeft.randomness import stream
-from fedpeft.runfile import run_digest
-from fedpeft.sampling import cohort_size
+from fedpeft.rounds.downlink.state_steps import CompressedSteps
+from fedpeft.runtime.randomness import stream
 from fedpeft.spaces import Space
 from fedpeft.stages import Stage, StageContext, build_downlink, on_client, stage_list
 from fedpeft.training.steps import examples_per_round, local_steps
-from fedpeft.update import Arrays, Update, arrays_digest, layout_of
+from fedpeft.updates.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.state_message import StateMessage, encode_state
 

@@ -18,7 +18,7 @@ from statistics import fmean
 import numpy as np
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.collate import collate
 from fedpeft.data.federated import FederatedData
 from fedpeft.planning.draws import RoundsPlan

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import MAX_DELTA
+from fedpeft.config.sections import MAX_DELTA
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import Event, one_kind
 

@@ -1,8 +1,8 @@
 """Client-level privacy at the server: an exact sum of clipped updates, noise in its quanta, one release.
 
 The server is trusted with the clients' updates; whoever sees the models is not. Everything that is added is a
-whole number of quanta (`fedpeft.aggregation.ExactSum`), the noise too, and the sensitivity prices the
-rounding to quanta. Nothing that depends on who came leaves: the sum is divided by the cohort that was
+whole number of quanta (`fedpeft.aggregation.exact_sum.ExactSum`), the noise too, and the sensitivity prices
+the rounding to quanta. Nothing that depends on who came leaves: the sum is divided by the cohort that was
 *expected*, and neither the realised cohort, nor weights, losses or row counts belong into what is published.
 """
 
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.aggregation import HEADROOM_BITS, ExactSum
-from fedpeft.config import FederationSection
+from fedpeft.aggregation.exact_sum import HEADROOM_BITS, ExactSum
+from fedpeft.config.sections import FederationSection
 from fedpeft.errors import PrivacyError, UpdateError
 from fedpeft.privacy.clipping import AdaptiveClipping, check_clip_norm, clip
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.privacy.noise import NoiseSource, coins
-from fedpeft.update import Layout, Update
+from fedpeft.updates.update import Layout, Update
 
 NOISE_REACH = 40.0  # standard deviations that int64 must have room for; beyond lies less than exp(-800)
 

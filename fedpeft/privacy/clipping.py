@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import PrivacyError, UpdateError
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.noise import NoiseSource
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 
 # Rounding scaled entries to float32 lengthens a vector by at most 2**-24 of itself, float64 sums by less.
 INWARD = 1.0 - 2.0**-20

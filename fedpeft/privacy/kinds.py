@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fedpeft.config import ClientLevelPrivacy, LocalPrivacy, RecordLevelPrivacy, RunConfig
+from fedpeft.config.sections import ClientLevelPrivacy, LocalPrivacy, RecordLevelPrivacy, RunConfig
+from fedpeft.config.traits import Trait, Traits
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.budget import FEDERATION, Budget
 from fedpeft.privacy.central import sample_rate_of
 from fedpeft.privacy.events import ClientLevel, Event, Local, PersonLevel, RecordLevel
-from fedpeft.traits import Trait, Traits
 
 KindName = Literal["client-level", "record-level", "local"]
 

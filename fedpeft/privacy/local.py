@@ -19,7 +19,7 @@ from fedpeft.privacy.central import noise_like, sensitivity_quanta
 from fedpeft.privacy.clipping import check_clip_norm, clip
 from fedpeft.privacy.events import Local
 from fedpeft.privacy.noise import NoiseSource
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 
 GRID_BITS = 30  # quanta per clip_norm, as a power of two: rounding adds a billionth of the bound per entry
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedpeft.records import ClientOutcome, Round
+from fedpeft.ledger.records import ClientOutcome, Round
 from fedpeft.reporting.summary import LineKey, Summary, higher_is_better, spread_of
 from fedpeft.reporting.svg import COLOUR, draw
 from fedpeft.reporting.text import byte_unit, direction, is_share, metric_name, metric_value

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedpeft.records import Baseline, ClientOutcome, Row
+from fedpeft.ledger.records import Baseline, ClientOutcome, Row
 from fedpeft.reporting.charts import Chart, Key
 from fedpeft.reporting.summary import (
     Summary,

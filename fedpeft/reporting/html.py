@@ -11,16 +11,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from fedpeft.files import write_atomically
-from fedpeft.records import Round, Row
+from fedpeft.ledger.records import Round, Row
 from fedpeft.reporting import charts, text
-from fedpeft.reporting.aggregation import aggregation_charts
+from fedpeft.reporting.aggregation_error import aggregation_charts
 from fedpeft.reporting.clients import client_charts, client_rows
-from fedpeft.reporting.lines import attackers_text, clients_text, trouble_line
-from fedpeft.reporting.privacy import privacy_charts, privacy_statement
+from fedpeft.reporting.event_lines import attackers_text, clients_text, trouble_line
+from fedpeft.reporting.privacy_statement import privacy_charts, privacy_statement
 from fedpeft.reporting.scalars import scalar_charts
 from fedpeft.reporting.snippet import load_snippet
-from fedpeft.reporting.staleness import rounds_fact, staleness_charts
+from fedpeft.reporting.staleness_chart import rounds_fact, staleness_charts
 from fedpeft.reporting.summary import (
     Summary,
     build_summary,
@@ -29,9 +28,10 @@ from fedpeft.reporting.summary import (
     rounds_in_order,
     spread_of,
 )
-from fedpeft.reporting.table import interval
+from fedpeft.reporting.summary_table import interval
 from fedpeft.reporting.transfers import traffic_stats_of
 from fedpeft.reporting.verdict import verdict
+from fedpeft.runtime.files import write_atomically
 
 _MOST_MESSAGES = 50  # notes and troubles shown; the rest is counted
 

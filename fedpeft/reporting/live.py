@@ -23,8 +23,8 @@ from rich.progress import (
 from rich.progress import Progress as Bars
 from rich.text import Text
 
-from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Started
-from fedpeft.reporting import lines
+from fedpeft.ledger.records import Baseline, ClientOutcome, Finished, Round, Started
+from fedpeft.reporting import event_lines
 from fedpeft.reporting.result import print_result
 from fedpeft.reporting.summary import Summary
 from fedpeft.reporting.text import printable
@@ -83,7 +83,7 @@ class LiveProgress:
         self._end("setup")
         self._primary, self._rounds = row.primary_metric, row.rounds
         self._work = row.rounds * (1 + len(_LIKE_ALL_ROUNDS) * row.baselines)
-        self._print(lines.started_line(row))
+        self._print(event_lines.started_line(row))
 
     def round_started(self, number: int, asked: int) -> None:
         """Move the bar of rounds and begin one for the round's clients."""
@@ -102,7 +102,7 @@ class LiveProgress:
         if self._asked:
             self._advance("clients", f"clients of round {self._current}", done, asked, f"{done}/{asked}")
             self._advance_rounds(within)
-        line = lines.trouble_line(outcome)
+        line = event_lines.trouble_line(outcome)
         if line is not None:
             self._print(line, style="yellow")
 
@@ -113,7 +113,7 @@ class LiveProgress:
             self._end("rounds")
         elif row.round > 0:
             self._advance_rounds(row.round)
-        self._print(lines.round_line(row, self._rounds, self._primary))
+        self._print(event_lines.round_line(row, self._rounds, self._primary))
         for note in row.notes:
             self.note(note)
 
@@ -127,13 +127,13 @@ class LiveProgress:
     def baseline_done(self, row: Baseline) -> None:
         """Take its bar away and print its value."""
         self._end(f"baseline {row.name}")
-        self._print(lines.baseline_line(row, self._primary))
+        self._print(event_lines.baseline_line(row, self._primary))
 
     def finished(self, row: Finished) -> None:
         """Take all bars away."""
         for name in list(self._tasks):
             self._end(name)
-        self._print(lines.finished_line(row))
+        self._print(event_lines.finished_line(row))
 
     def note(self, text: str) -> None:
         """Print the note above the bars."""

@@ -9,8 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.text import Text
 
-from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Started
-from fedpeft.reporting import lines
+from fedpeft.ledger.records import Baseline, ClientOutcome, Finished, Round, Started
+from fedpeft.reporting import event_lines
 from fedpeft.reporting.result import print_result
 from fedpeft.reporting.summary import Summary
 from fedpeft.reporting.text import printable
@@ -36,20 +36,20 @@ class PlainProgress:
     def started(self, row: Started) -> None:
         """Print what the run is."""
         self._primary, self._rounds = row.primary_metric, row.rounds
-        self._print(lines.started_line(row))
+        self._print(event_lines.started_line(row))
 
     def round_started(self, number: int, asked: int) -> None:
         """Nothing: the round is printed when it is done."""
 
     def client_done(self, outcome: ClientOutcome) -> None:
         """Print a failure with its reason."""
-        line = lines.trouble_line(outcome)
+        line = event_lines.trouble_line(outcome)
         if line is not None:
             self._print(line)
 
     def round_done(self, row: Round) -> None:
         """Print the round and its notes."""
-        self._print(lines.round_line(row, self._rounds, self._primary))
+        self._print(event_lines.round_line(row, self._rounds, self._primary))
         for note in row.notes:
             self.note(note)
 
@@ -58,11 +58,11 @@ class PlainProgress:
 
     def baseline_done(self, row: Baseline) -> None:
         """Print the baseline's value."""
-        self._print(lines.baseline_line(row, self._primary))
+        self._print(event_lines.baseline_line(row, self._primary))
 
     def finished(self, row: Finished) -> None:
         """Print how long it took."""
-        self._print(lines.finished_line(row))
+        self._print(event_lines.finished_line(row))
 
     def note(self, text: str) -> None:
         """Print the note."""

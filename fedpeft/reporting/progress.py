@@ -15,7 +15,7 @@ from typing import Literal, Protocol, Self, TextIO
 from rich.console import Console
 
 from fedpeft.errors import UsageError
-from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Row, Started
+from fedpeft.ledger.records import Baseline, ClientOutcome, Finished, Round, Row, Started
 from fedpeft.reporting.live import LiveProgress
 from fedpeft.reporting.plain import PlainProgress
 from fedpeft.reporting.result import print_result

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fedpeft.reporting.summary import Summary
-from fedpeft.reporting.table import summary_table
+from fedpeft.reporting.summary_table import summary_table
 from fedpeft.reporting.text import printable
 from fedpeft.reporting.verdict import verdict
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-from fedpeft.records import Round, Scalars
+from fedpeft.ledger.records import Round, Scalars
 from fedpeft.reporting.charts import Chart, Key, round_axis
 from fedpeft.reporting.svg import COLOUR, draw
 

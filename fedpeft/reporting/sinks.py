@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedpeft.errors import MissingExtraError, UsageError
-from fedpeft.records import Baseline, Evaluation, Finished, Round, Row, Started
+from fedpeft.ledger.records import Baseline, Evaluation, Finished, Round, Row, Started
 from fedpeft.reporting.summary import spread_of
 
 Scalar = tuple[str, float, int]  # tag, value, step

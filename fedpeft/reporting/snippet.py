@@ -65,8 +65,8 @@ def _with_our_base(model: Mapping[str, Any], adapter: str, extra: str) -> str:
     return "\n".join(
         [
             "from pathlib import Path",
-            "from fedpeft.config import ModelSection",
-            "from fedpeft.models.base import load_base",
+            "from fedpeft.config.sections import ModelSection",
+            "from fedpeft.models.base_model import load_base",
             "from fedpeft.models.export import load_adapter",
             f"base = load_base(ModelSection({section}){extra})",
             f"model = load_adapter(base, Path({adapter!r}))",

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fedpeft.errors import StateError
-from fedpeft.records import Baseline, Evaluation, Finished, Round, Row, Score, Started
+from fedpeft.ledger.records import Baseline, Evaluation, Finished, Round, Row, Score, Started
 from fedpeft.reporting.transfers import TransferSummary, summarise_transfers
 
 LineKey = Literal[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedpeft.safe_text import replace_unprintable
+from fedpeft.runtime.safe_text import replace_unprintable
 
 # Metrics whose value is a share of one; they are shown in percent. Anything else is shown as it is.
 _SHARES = frozenset({"accuracy", "exact-match", "token-accuracy", "rouge-l", "rougel", "f1"})

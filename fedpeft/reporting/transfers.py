@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from fedpeft.records import Round, Started, TrafficStats
+from fedpeft.ledger.records import Round, Started, TrafficStats
 
 Direction = Literal["up", "down"]
 FP32, BF16 = 4, 2  # bytes per trained parameter

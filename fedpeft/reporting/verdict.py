@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedpeft.records import Score
+from fedpeft.ledger.records import Score
 from fedpeft.reporting.summary import LineKey, Summary, higher_is_better
 from fedpeft.reporting.text import counted, metric_difference, metric_name, metric_value
 

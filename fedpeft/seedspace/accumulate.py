@@ -4,11 +4,11 @@ import torch
 
 from fedpeft.seedspace.backends import kernels_for
 from fedpeft.seedspace.bounds import check_amounts
-from fedpeft.seedspace.layout import Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Span
 
 
 def accumulate(
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     directions: torch.Tensor,
     amounts: torch.Tensor,

@@ -10,7 +10,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from fedpeft.errors import MissingExtraError, TrainingError
-from fedpeft.seedspace.layout import Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Span
 
 
 class Accumulate(Protocol):
@@ -18,7 +18,7 @@ class Accumulate(Protocol):
 
     def __call__(
         self,
-        stream: Stream,
+        stream: CounterStream,
         span: Span,
         directions: torch.Tensor,
         amounts: torch.Tensor,
@@ -32,7 +32,7 @@ class Project(Protocol):
     """<delta, z_k> for every direction."""
 
     def __call__(
-        self, stream: Stream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
+        self, stream: CounterStream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
     ) -> torch.Tensor:
         """int64 [K] on the CPU, from int64 [span.size] `delta` on any device."""
 
@@ -42,7 +42,7 @@ class Perturb(Protocol):
 
     def __call__(
         self,
-        stream: Stream,
+        stream: CounterStream,
         tensor_id: int,
         direction: int,
         source: torch.Tensor,
@@ -60,7 +60,7 @@ Shift: TypeAlias = Callable[[int, float, torch.Tensor], None]
 class Prepare(Protocol):
     """Perturbs the same weights again and again."""
 
-    def __call__(self, stream: Stream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
+    def __call__(self, stream: CounterStream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
         """For contiguous float32 or float64 `source`, whose first element is coordinate `start`."""
 
 

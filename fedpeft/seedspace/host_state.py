@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.seedspace.layout import Span, Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, Span, tensor_ids
 
 _CHUNK = 2**18  # weights that are summed and rounded at a time: 2 MB of int64
 _DTYPE = "torch.float32"  # as `digest` names it
@@ -28,7 +28,7 @@ class HostState:
     """
 
     def __init__(
-        self, stream: Stream, num_seeds: int, exponent: int, base: Mapping[str, NDArray[np.float32]]
+        self, stream: CounterStream, num_seeds: int, exponent: int, base: Mapping[str, NDArray[np.float32]]
     ) -> None:
         self._stream, self._quantum = stream, 2.0**exponent
         self._base = {name: base[name] for name in sorted(base)}

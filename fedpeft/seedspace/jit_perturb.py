@@ -21,9 +21,9 @@ from torch import nn
 from fedpeft.errors import TrainingError
 from fedpeft.seedspace.backends import Shift
 from fedpeft.seedspace.bounds import check_scale
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.perturb import perturb_rows, prepare
-from fedpeft.seedspace.trainable import ids_by_identity
+from fedpeft.seedspace.trainable_tensors import ids_by_identity
 
 # Each block costs a call of the matrix product; it and the weights that it is made of should fit the cache of
 # the second level together. Small beside a language model's logits.
@@ -61,7 +61,7 @@ class Scratch:
 class Point:
     """Where the model is evaluated: theta + scale * z, z being `direction`; `JustInTime` moves it."""
 
-    def __init__(self, stream: Stream, backend: str | None, block_bytes: int) -> None:
+    def __init__(self, stream: CounterStream, backend: str | None, block_bytes: int) -> None:
         self.stream = stream
         self.backend = backend
         self.block_bytes = block_bytes
@@ -250,7 +250,7 @@ class JustInTime:
         self,
         model: nn.Module,
         ids: Mapping[str, int],
-        stream: Stream,
+        stream: CounterStream,
         *,
         backend: str | None = None,
         block_bytes: int = BLOCK_BYTES,

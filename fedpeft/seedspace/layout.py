@@ -42,7 +42,7 @@ class Purpose(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
+class CounterStream:
     """The part of the counter and key that one run, purpose and step share.
 
     `seed` is the run's, 64 bits. `step` is for purposes that need fresh bits as time goes by; directions

@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.jit import compiled
-from fedpeft.seedspace.layout import BLOCK, Span, Stream
+from fedpeft.runtime.jit import compiled
+from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 from fedpeft.seedspace.parallel import over_ranges
 from fedpeft.seedspace.schedule import DIRECTIONS_PER_CHUNK, Schedule, schedule_of
@@ -128,7 +128,7 @@ def _tiles(
 
 
 def accumulate(
-    stream: Stream, span: Span, directions: NDArray[np.int64], amounts: NDArray[np.int64], threads: int
+    stream: CounterStream, span: Span, directions: NDArray[np.int64], amounts: NDArray[np.int64], threads: int
 ) -> NDArray[np.int64]:
     """int64 [span.size]: sum_k amounts[k] * z_k over the span; the caller has checked the bound."""
     plan: Schedule = schedule_of(directions.tobytes(), amounts.tobytes())

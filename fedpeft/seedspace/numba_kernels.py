@@ -5,11 +5,11 @@ import torch
 
 from fedpeft.seedspace import numba_accumulate, numba_perturb, numba_project
 from fedpeft.seedspace.backends import Shift
-from fedpeft.seedspace.layout import Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Span
 
 
 def accumulate(
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     directions: torch.Tensor,
     amounts: torch.Tensor,
@@ -22,7 +22,7 @@ def accumulate(
 
 
 def project(
-    stream: Stream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
+    stream: CounterStream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
 ) -> torch.Tensor:
     """int64 [K]: <delta, z_k> over the span."""
     return torch.from_numpy(
@@ -31,7 +31,7 @@ def project(
 
 
 def perturb(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     source: torch.Tensor,
@@ -43,7 +43,7 @@ def perturb(
     numba_perturb.perturb(stream, tensor_id, direction, source.numpy(), starts.numpy(), scale, out.numpy())
 
 
-def prepare(stream: Stream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
+def prepare(stream: CounterStream, tensor_id: int, source: torch.Tensor, start: int) -> Shift:
     """As `perturb` for one piece, with everything worked out that depends on neither direction nor scale."""
     shift = numba_perturb.prepare(stream, tensor_id, source.view(1, -1).numpy(), np.array([start]))
     return lambda direction, scale, out: shift(direction, scale, out.view(1, -1).numpy())

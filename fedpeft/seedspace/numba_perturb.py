@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.jit import compiled
-from fedpeft.seedspace.layout import BLOCK, Stream
+from fedpeft.runtime.jit import compiled
+from fedpeft.seedspace.layout import BLOCK, CounterStream
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 
 TILE_BLOCKS = 64  # one kilobyte of packed signs
@@ -77,7 +77,7 @@ def _pieces(
 
 
 def perturb(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     source: Floats,
@@ -90,7 +90,7 @@ def perturb(
 
 
 def prepare(
-    stream: Stream, tensor_id: int, source: Floats, starts: NDArray[np.int64]
+    stream: CounterStream, tensor_id: int, source: Floats, starts: NDArray[np.int64]
 ) -> Callable[[int, float, Floats], None]:
     """`perturb` with the last three arguments, direction, scale and out, still open."""
     tail = np.array(stream.counter_words(tensor_id), dtype=np.uint64)

@@ -9,8 +9,8 @@ so the order of tiles, threads and directions cannot show.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.jit import compiled
-from fedpeft.seedspace.layout import BLOCK, Span, Stream
+from fedpeft.runtime.jit import compiled
+from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 from fedpeft.seedspace.parallel import over_ranges
 
@@ -108,7 +108,7 @@ def _tiles(
 
 
 def project(
-    stream: Stream, span: Span, directions: NDArray[np.int64], delta: NDArray[np.int64], threads: int
+    stream: CounterStream, span: Span, directions: NDArray[np.int64], delta: NDArray[np.int64], threads: int
 ) -> NDArray[np.int64]:
     """int64 [K]: <delta, z_k> over the span; the caller has checked the bound."""
     if not span.size:

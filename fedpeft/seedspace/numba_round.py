@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 
 @compiled

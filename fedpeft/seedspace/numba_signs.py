@@ -8,7 +8,7 @@ processor has 512-bit registers, four with 256 bits.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 from fedpeft.seedspace.philox_constants import MULTIPLIERS, ROUNDS, WEYL
 
 Words = NDArray[np.uint64]

@@ -7,14 +7,14 @@ import torch
 from fedpeft.errors import TrainingError
 from fedpeft.seedspace.backends import Shift, kernels_for
 from fedpeft.seedspace.bounds import check_scale
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 
 _COMPUTED_AS_ITSELF = (torch.float32, torch.float64)
 _COMPUTED_IN_FLOAT32 = (torch.float16, torch.bfloat16)
 
 
 def perturb(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     weights: torch.Tensor,
@@ -40,7 +40,12 @@ def perturb(
 
 
 def prepare(
-    stream: Stream, tensor_id: int, weights: torch.Tensor, *, start: int = 0, backend: str | None = None
+    stream: CounterStream,
+    tensor_id: int,
+    weights: torch.Tensor,
+    *,
+    start: int = 0,
+    backend: str | None = None,
 ) -> Shift:
     """`perturb` of the same weights for many directions: `shift(direction, scale, out)`, with a finite scale.
 
@@ -63,7 +68,7 @@ def prepare(
 
 
 def perturb_rows(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     table: torch.Tensor,
@@ -84,7 +89,7 @@ def perturb_rows(
 
 
 def _write(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     source: torch.Tensor,

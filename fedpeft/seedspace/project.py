@@ -7,13 +7,13 @@ import torch
 from fedpeft.errors import UpdateError
 from fedpeft.seedspace.backends import kernels_for
 from fedpeft.seedspace.bounds import check_delta, check_directions
-from fedpeft.seedspace.layout import Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Span
 
 MIN_EXPONENT, MAX_EXPONENT = -1000, 900
 
 
 def project(
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     directions: torch.Tensor,
     delta: torch.Tensor,

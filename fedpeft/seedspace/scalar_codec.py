@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.jit import compiled
+from fedpeft.runtime.jit import compiled
 
 FORMAT = 0x51
 MAX_PARAMETER = 62

@@ -8,7 +8,7 @@ import torch
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.bounds import check_amounts
-from fedpeft.seedspace.layout import MAX_DIRECTION, Span, Stream, tensor_ids
+from fedpeft.seedspace.layout import MAX_DIRECTION, CounterStream, Span, tensor_ids
 from fedpeft.seedspace.project import MAX_EXPONENT, MIN_EXPONENT, project
 from fedpeft.seedspace.rounding import combine
 
@@ -32,7 +32,7 @@ class SeedSpace:
     Raises: ModelError for no tensors; UpdateError for K or a quantum out of range.
     """
 
-    stream: Stream
+    stream: CounterStream
     num_seeds: int
     exponent: int
     shapes: Mapping[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ import torch
 
 from fedpeft.errors import UpdateError
 from fedpeft.seedspace.accumulate import accumulate
-from fedpeft.seedspace.layout import Purpose, Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Purpose, Span
 from fedpeft.seedspace.philox import philox_numpy
 
 # Blocks that are transformed together: 4 MB of int64 at n = 2^14.
@@ -102,8 +102,8 @@ class BlockHadamard:
             yield first, last, torch.tensor(kept, dtype=torch.int64, device=device)
 
     @property
-    def _stream_of_rows(self) -> Stream:
-        return Stream(self.seed, Purpose.HADAMARD_ROWS, self.step)
+    def _stream_of_rows(self) -> CounterStream:
+        return CounterStream(self.seed, Purpose.HADAMARD_ROWS, self.step)
 
     def _signed(self, delta: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """[blocks, n]: D x, padded with zeros."""
@@ -114,7 +114,7 @@ class BlockHadamard:
 
     def _signs(self, begin: int, end: int, device: torch.device) -> torch.Tensor:
         one = torch.ones(1, dtype=torch.int64)
-        stream = Stream(self.seed, Purpose.HADAMARD_SIGNS, self.step)
+        stream = CounterStream(self.seed, Purpose.HADAMARD_SIGNS, self.step)
         return accumulate(stream, Span(self.tensor_id, begin, end), one - 1, one, device=device)
 
 
@@ -133,7 +133,7 @@ def hadamard(values: torch.Tensor) -> torch.Tensor:
     return values.reshape(blocks, length)
 
 
-def sample_rows(stream: Stream, tensor_id: int, block: int, length: int, count: int) -> list[int]:
+def sample_rows(stream: CounterStream, tensor_id: int, block: int, length: int, count: int) -> list[int]:
     """`count` different numbers below `length`, ascending, the same on every machine.
 
     The first `count` steps of a Fisher-Yates shuffle; draw i is (word * (length - i)) >> 32, which favours

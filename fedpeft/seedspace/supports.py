@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fedpeft.seedspace.digest import digest
-from fedpeft.seedspace.layout import Purpose, Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, Purpose, tensor_ids
 from fedpeft.seedspace.philox import philox_torch
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 
 _NUMBERED = re.compile(r"\.(\d+)\.")
 
@@ -34,7 +34,7 @@ class SomeTensors:
 
 def _choice(seed: int, directions: torch.Tensor) -> torch.Tensor:
     """int64 [K]: 32 public bits for each of int64 [K] directions."""
-    stream = Stream(seed, Purpose.CHOICE)
+    stream = CounterStream(seed, Purpose.CHOICE)
     return philox_torch((0, *stream.counter_words(0)), (directions, stream.key_word))[0]
 
 

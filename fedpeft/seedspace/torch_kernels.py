@@ -2,14 +2,14 @@
 
 import torch
 
-from fedpeft.seedspace.layout import BLOCK, Span, Stream
+from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.torch_signs import torch_signs
 
 TILE_BLOCKS = 1024
 
 
 def accumulate(
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     directions: torch.Tensor,
     amounts: torch.Tensor,
@@ -28,7 +28,7 @@ def accumulate(
 
 
 def project(
-    stream: Stream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
+    stream: CounterStream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
 ) -> torch.Tensor:
     """int64 [K] on the CPU: <delta, z_k> over the span."""
     del threads
@@ -43,7 +43,7 @@ def project(
 
 
 def perturb(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     source: torch.Tensor,

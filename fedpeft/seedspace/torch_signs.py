@@ -2,11 +2,11 @@
 
 import torch
 
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.philox import philox_torch
 
 
-def torch_signs(stream: Stream, tensor_id: int, direction: int, blocks: torch.Tensor) -> torch.Tensor:
+def torch_signs(stream: CounterStream, tensor_id: int, direction: int, blocks: torch.Tensor) -> torch.Tensor:
     """int64 [..., 128 * blocks] of +1 and -1 for int64 block numbers [..., blocks], on their device."""
     words = philox_torch(
         (blocks, *stream.counter_words(tensor_id)), (direction, stream.key_word), device=blocks.device

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fedpeft.seedspace.layout import BLOCK, Span, Stream
+from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.triton_signs import kernel, sign_words, signed
 
 LANES = 32  # blocks per program: 4096 coordinates, 32 accumulators per thread of a 128-thread program
@@ -102,7 +102,7 @@ def _perturb(  # type: ignore[no-untyped-def]  # Triton types its own arguments
 
 
 def accumulate(
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     directions: torch.Tensor,
     amounts: torch.Tensor,
@@ -124,7 +124,7 @@ def accumulate(
 
 
 def project(
-    stream: Stream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
+    stream: CounterStream, span: Span, directions: torch.Tensor, delta: torch.Tensor, threads: int
 ) -> torch.Tensor:
     """int64 [K] on the CPU: <delta, z_k> over the span."""
     del threads
@@ -143,7 +143,7 @@ def project(
 
 
 def perturb(
-    stream: Stream,
+    stream: CounterStream,
     tensor_id: int,
     direction: int,
     source: torch.Tensor,
@@ -165,6 +165,8 @@ def perturb(
     )  # fmt: skip
 
 
-def _parameters(stream: Stream, tensor_id: int, first_block: int, device: torch.device) -> torch.Tensor:
+def _parameters(
+    stream: CounterStream, tensor_id: int, first_block: int, device: torch.device
+) -> torch.Tensor:
     words = (first_block, *stream.counter_words(tensor_id), stream.key_word)
     return torch.tensor(words, dtype=torch.int64, device=device)

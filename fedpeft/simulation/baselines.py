@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.evaluation.evaluate import summarise
-from fedpeft.randomness import stream
-from fedpeft.records import Baseline, Evaluation, Round
-from fedpeft.resident import get_loaded_run
-from fedpeft.simulation.scoring import (
+from fedpeft.ledger.records import Baseline, Evaluation, Round
+from fedpeft.participant.loaded_run import get_loaded_run
+from fedpeft.runtime.randomness import stream
+from fedpeft.simulation.parallel_scoring import (
     TEST,
     Scorer,
     batches_of,
@@ -22,7 +22,7 @@ from fedpeft.simulation.scoring import (
     test_rows_of_clients,
 )
 from fedpeft.training.steps import local_steps
-from fedpeft.update import Arrays
+from fedpeft.updates.update import Arrays
 from fedpeft.workers import Job, Shared
 
 MOST_ALONE = 32  # clients trained alone; of more, an even sample

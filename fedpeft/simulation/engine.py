@@ -18,20 +18,18 @@ import torch
 from rich.console import Console
 
 from fedpeft.attacks import refuse_attack
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config.run_file import load_run, run_toml
+from fedpeft.config.sections import DataSection, RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
-from fedpeft.files import folder_atomically, write_atomically
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Order, Server, execute_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger.records import ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import PLUGGED
-from fedpeft.loading.assembly import Admit, device_for
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.card import public_name, write_card, write_tokenizer
 from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
 from fedpeft.models.coverage import coverage_notes
@@ -39,23 +37,25 @@ from fedpeft.models.device import available_memory, full_memory_refused, move, p
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter
 from fedpeft.models.starts import decomposition_of_model
 from fedpeft.models.trainable import count_parameters
-from fedpeft.preflight import has_answers, refuse_problems, simulation_problems
+from fedpeft.participant.assembly import Admit, device_for
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.planning.preflight import has_answers, refuse_problems, simulation_problems
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
-from fedpeft.privacy.sources import refuse_seeded
-from fedpeft.randomness import derive_seed
-from fedpeft.records import ClientOutcome, Finished, Promise, Round, Started
+from fedpeft.privacy.noise_sources import refuse_seeded
+from fedpeft.reporting.event_lines import attack_notes, promise_notes
 from fedpeft.reporting.html import write_report
-from fedpeft.reporting.lines import attack_notes, promise_notes
 from fedpeft.reporting.plain import PlainProgress
 from fedpeft.reporting.progress import Progress
 from fedpeft.reporting.sinks import MetricSink, open_sink
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.summary import Summary, build_summary, summary_json
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import load_run, run_toml
+from fedpeft.runtime.files import folder_atomically, write_atomically
+from fedpeft.runtime.randomness import derive_seed
 from fedpeft.simulation.baselines import run_baselines
-from fedpeft.simulation.offsite import emulator_to_plug, offsite_scores, write_plugged
-from fedpeft.simulation.scoring import TEST, Scorer, may_score, rows_of
+from fedpeft.simulation.offsite_scores import emulator_to_plug, offsite_scores, write_plugged
+from fedpeft.simulation.parallel_scoring import TEST, Scorer, may_score, rows_of
+from fedpeft.transport.roster import Roster
 from fedpeft.workers import Workers, open_workers
 
 Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
@@ -86,7 +86,8 @@ class Deployment:
     Attributes:
         name: as the report calls it.
         hold: holds the rounds.
-        load: loads the run into this process, as one that `fedpeft.resident.get_loaded_run` finds.
+        load: loads the run into this process, as one that `fedpeft.participant.loaded_run.get_loaded_run`
+        finds.
     """
 
     name: str

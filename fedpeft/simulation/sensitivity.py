@@ -19,18 +19,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import DataSection, PartitionerSection, RecordLevelPrivacy, RunConfig
+from fedpeft.config.sections import DataSection, PartitionerSection, RecordLevelPrivacy, RunConfig
 from fedpeft.data.federated import FederatedData, encode
 from fedpeft.data.labels import plain_value
-from fedpeft.data.records import Record
+from fedpeft.data.row_records import RowRecord
 from fedpeft.data.tables import RawFederated, client_table
 from fedpeft.errors import PrivacyError
-from fedpeft.loading.assembly import assemble, trainable_on
-from fedpeft.privacy.sources import noise_source
-from fedpeft.randomness import stream
-from fedpeft.resident import LoadedRun
+from fedpeft.participant.assembly import assemble, trainable_on
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.privacy.noise_sources import noise_source
+from fedpeft.runtime.randomness import stream
 from fedpeft.training import private
-from fedpeft.update import Arrays
+from fedpeft.updates.update import Arrays
 
 CLIENT = "audit"  # the name under which the records train
 
@@ -59,9 +59,9 @@ class Measurement:
         return not self.measured <= self.bound
 
 
-def draw_records(records: Iterable[Record], count: int, rng: np.random.Generator) -> list[Record]:
+def draw_records(records: Iterable[RowRecord], count: int, rng: np.random.Generator) -> list[RowRecord]:
     """Return `count` records of a stream, any of them alike, in the stream's order; all if it has no more."""
-    kept: list[tuple[int, Record]] = []
+    kept: list[tuple[int, RowRecord]] = []
     for place, record in enumerate(records):
         if len(kept) < count:
             kept.append((place, record))
@@ -71,7 +71,7 @@ def draw_records(records: Iterable[Record], count: int, rng: np.random.Generator
 
 
 def measure_sensitivity(
-    run: RunConfig, records: Sequence[Record], *, neighbours: int, seed: int = 0
+    run: RunConfig, records: Sequence[RowRecord], *, neighbours: int, seed: int = 0
 ) -> Iterator[Measurement]:
     """Yield one measurement per unit that is left out, `neighbours` of them; the run trains between two.
 
@@ -109,7 +109,7 @@ def measure_sensitivity(
         state = _next_state(resident, round_ + 1, state)
 
 
-def _units(section: DataSection, records: Sequence[Record]) -> list[frozenset[int]]:
+def _units(section: DataSection, records: Sequence[RowRecord]) -> list[frozenset[int]]:
     """The places of each unit's records: single ones, or those of one person."""
     if section.user is None:
         return [frozenset({place}) for place in range(len(records))]
@@ -120,14 +120,14 @@ def _units(section: DataSection, records: Sequence[Record]) -> list[frozenset[in
     return [frozenset(places) for places in persons.values()]
 
 
-def _table(run: RunConfig, records: Sequence[Record]) -> RawFederated:
+def _table(run: RunConfig, records: Sequence[RowRecord]) -> RawFederated:
     """Records as an agent reads them."""
     one = PartitionerSection(kind="iid", clients=1)
     section = run.data.model_copy(update={"test": None, "limit": None, "partitioner": one})
     return client_table(section, records, run.model.task, run.run.seed, CLIENT, hides_rows=True)
 
 
-def _encoded(run: RunConfig, resident: LoadedRun, records: Sequence[Record]) -> FederatedData:
+def _encoded(run: RunConfig, resident: LoadedRun, records: Sequence[RowRecord]) -> FederatedData:
     return encode(_table(run, records), resident.tokenizer, run.data, run.model.task, hides_rows=True)
 
 

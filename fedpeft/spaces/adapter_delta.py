@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.aggregation import moved
-from fedpeft.config import RunConfig, Section
-from fedpeft.packed import PackedArrays, pack, packing_of
+from fedpeft.aggregation.exact_sum import moved
+from fedpeft.config.sections import RunConfig, Section
+from fedpeft.config.traits import Trait, Traits
 from fedpeft.seedspace.layout import MAX_DIRECTION
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
-from fedpeft.traits import Trait, Traits
-from fedpeft.update import Arrays, Layout, frozen_arrays, layout_of
+from fedpeft.updates.packed import PackedArrays, pack, packing_of
+from fedpeft.updates.update import Arrays, Layout, frozen_arrays, layout_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import RunConfig
-from fedpeft.traits import Traits
-from fedpeft.update import Arrays, Layout
+from fedpeft.config.sections import RunConfig
+from fedpeft.config.traits import Traits
+from fedpeft.updates.update import Arrays, Layout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -184,7 +184,7 @@ class SpaceOptions(Protocol):
 
     @property
     def traits(self) -> Traits:
-        """What it is with its options; see `fedpeft.traits`."""
+        """What it is with its options; see `fedpeft.config.traits`."""
         ...
 
     def open(self, run: RunConfig, model: nn.Module) -> Space:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.models.start_magnitudes import start_magnitudes
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.support import Support
 from fedpeft.seedspace.supports import lowest_blocks, one_block, smallest_weights
 
@@ -19,7 +19,7 @@ SUPPORTS: dict[str, Callable[[RunConfig, nn.Module], Support]] = {  # by trainin
 }
 
 
-def direction_stream(run: RunConfig, model: nn.Module) -> Stream:
+def direction_stream(run: RunConfig, model: nn.Module) -> CounterStream:
     """The stream of all directions of a run; `model` is as it was loaded, at theta_0."""
     choose = SUPPORTS.get(run.training.rule) if run.training.kind == "zeroth-order" else None
-    return Stream(run.run.seed, support=None if choose is None else choose(run, model))
+    return CounterStream(run.run.seed, support=None if choose is None else choose(run, model))

@@ -20,7 +20,7 @@ from fedpeft.spaces.projections import Projection
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, rounded
 from fedpeft.spaces.seed_rules import FINGERPRINT
 from fedpeft.spaces.timing import least_s
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, frozen_arrays
 
 LARGEST = 2**30  # quanta of one coefficient
 MOST = 2**53  # of all coefficients of a tensor in magnitude: sums stay exact

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpeft.config import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
+from fedpeft.config.sections import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
+from fedpeft.config.traits import Trait, Traits
 from fedpeft.seedspace.layout import tensor_ids
-from fedpeft.traits import Trait, Traits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,7 +72,9 @@ class ProjectedOptions(Section):
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
         """Take theta_0 from the model."""
-        from fedpeft.seedspace.trainable import trainable_parameters  # with a model, as they bring torch
+        from fedpeft.seedspace.trainable_tensors import (
+            trainable_parameters,  # with a model, as they bring torch
+        )
         from fedpeft.spaces.projected import Projected
         from fedpeft.spaces.projections import PROJECTIONS
 

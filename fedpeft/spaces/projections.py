@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from fedpeft.seedspace.accumulate import accumulate
-from fedpeft.seedspace.layout import Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Span
 from fedpeft.seedspace.project import project
 from fedpeft.seedspace.srht import BlockHadamard
 
@@ -63,13 +63,17 @@ class Signs:
 
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
         """Each dot product times the factor, rounded to the nearest integer."""
-        dots = project(Stream(self.seed), self._span, self._directions(round_), change)
+        dots = project(CounterStream(self.seed), self._span, self._directions(round_), change)
         return divided(dots, self.count)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The directions, each times its coefficient."""
         return accumulate(
-            Stream(self.seed), self._span, self._directions(round_), coefficients, device=coefficients.device
+            CounterStream(self.seed),
+            self._span,
+            self._directions(round_),
+            coefficients,
+            device=coefficients.device,
         )
 
     @property

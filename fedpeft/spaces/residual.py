@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.lora_rules import is_residual, residuals_of
-from fedpeft.models.residual import FrozenProducts
+from fedpeft.aggregation.lora_rules import is_residual, residuals_of
+from fedpeft.models.frozen_products import FrozenProducts
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, frozen_arrays
 
 
 class ResidualSpace:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import TrainingError, UpdateError
 from fedpeft.spaces.base import Trail
-from fedpeft.update import Arrays, Layout
+from fedpeft.updates.update import Arrays, Layout
 
 AMOUNTS, MAGNITUDES, VISITS, NEXT = "amounts", "magnitudes", "visits", "next"
 Integers = NDArray[np.int64]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from fedpeft.config import Count, RunConfig, Section, TrainingSection, unit
-from fedpeft.deployment import clients_named
+from fedpeft.config.deployment import clients_named
+from fedpeft.config.sampling import cohort_size
+from fedpeft.config.sections import Count, RunConfig, Section, TrainingSection, unit
+from fedpeft.config.traits import Trait, Traits
 from fedpeft.errors import RunFileError
-from fedpeft.sampling import cohort_size
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, Mode, WeightedSeeds
-from fedpeft.traits import Trait, Traits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,7 @@ class SeedScalarsOptions(Section):
             UpdateError: K or the quantum is out of range.
         """
         from fedpeft.seedspace.space import SeedSpace  # with a model, as all of these bring torch
-        from fedpeft.seedspace.trainable import trainable_shapes
+        from fedpeft.seedspace.trainable_tensors import trainable_shapes
         from fedpeft.spaces.directions import direction_stream
         from fedpeft.spaces.seed_scalars import SeedScalars
 

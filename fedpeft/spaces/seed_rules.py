@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.seedspace.layout import MAX_INT32
 from fedpeft.spaces.seed_modes import AMOUNTS, Integers, Mode
-from fedpeft.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, frozen_arrays
 
 FINGERPRINT = "fingerprint"  # of the weights that a state stands for, as int64 [8]
 

@@ -14,14 +14,14 @@ from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.layout import Span
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import SeedState
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.spaces.fingerprint import fingerprint, refuse_other_weights
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, Mode
 from fedpeft.spaces.seed_options import LARGEST, RESOLUTION
 from fedpeft.spaces.seed_rules import FINGERPRINT, SeedRules, checked_amounts
 from fedpeft.spaces.timing import least_s
-from fedpeft.update import Arrays, Layout
+from fedpeft.updates.update import Arrays, Layout
 
 __all__ = ["LARGEST", "SeedScalars"]
 

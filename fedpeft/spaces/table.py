@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedpeft.config import RunConfig, SpaceSection
-from fedpeft.lora_rules import rule_of
-from fedpeft.options import build_option
+from fedpeft.aggregation.lora_rules import rule_of
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.sections import RunConfig, SpaceSection
+from fedpeft.config.traits import NO_TRAITS, Traits
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Space, SpaceOptions
 from fedpeft.spaces.projected_options import ProjectedOptions
 from fedpeft.spaces.seed_options import SeedScalarsOptions
-from fedpeft.traits import NO_TRAITS, Traits
 
 if TYPE_CHECKING:
     from torch import nn

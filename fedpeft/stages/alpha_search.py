@@ -16,7 +16,7 @@ from fedpeft.codec import TernaryTensor, distortion, rescaled
 from fedpeft.codec.ternary import ALPHA_GRID
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import StageContext
-from fedpeft.update import EncodedArray, Update
+from fedpeft.updates.update import EncodedArray, Update
 
 SEARCH = "search"
 

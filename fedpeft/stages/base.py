@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.randomness import stream
-from fedpeft.traits import NO_TRAITS, Trait, Traits, chosen
-from fedpeft.update import Arrays, Update
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Arrays, Update
 from fedpeft.wire.payloads import Payload
 
 Role = Literal["weigh", "neutral", "bound", "noise", "lossy", "mask"]

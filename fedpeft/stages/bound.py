@@ -6,10 +6,10 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedpeft.config import PositiveFloat, Section, unit
+from fedpeft.config.sections import PositiveFloat, Section, unit
 from fedpeft.privacy.clipping import clip
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

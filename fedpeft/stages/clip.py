@@ -6,11 +6,11 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedpeft.config import PositiveFloat, Section, unit
+from fedpeft.config.sections import PositiveFloat, Section, unit
+from fedpeft.config.traits import Trait, Traits
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.traits import Trait, Traits
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 ROUNDING = 1e-5  # float32 scaling of d entries moves the norm by far less than this share

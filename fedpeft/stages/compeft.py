@@ -11,13 +11,13 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, StdScale, TernaryTensor, ternarise_together
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import Section, unit
+from fedpeft.config.sections import Section, unit
+from fedpeft.config.traits import Trait, Traits, chosen
 from fedpeft.errors import UpdateError
 from fedpeft.stages.alpha_search import SEARCH, searched
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
-from fedpeft.traits import Trait, Traits, chosen
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from fedpeft.codec import BernoulliMask, Encoded, MaskedTensor, dare
 from fedpeft.codec.masks import keep_threshold
-from fedpeft.config import Section, unit
+from fedpeft.config.sections import Section, unit
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import (
     EVERY,
@@ -21,7 +21,7 @@ from fedpeft.stages.lossy import (
     public_source,
     restored,
 )
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

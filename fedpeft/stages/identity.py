@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from fedpeft.config import Section
+from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 
-class Identity(Section):
+class IdentityStage(Section):
     """Both hooks return the update as it is."""
 
     kind: ClassVar[str] = "identity"

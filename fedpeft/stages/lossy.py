@@ -21,11 +21,11 @@ from fedpeft.codec import (
     with_residual,
 )
 from fedpeft.codec.masks import PublicSource
-from fedpeft.config import unit
+from fedpeft.config.sections import unit
 from fedpeft.errors import UpdateError
-from fedpeft.randomness import derive_seed
+from fedpeft.runtime.randomness import derive_seed
 from fedpeft.stages.base import Stage, StageContext
-from fedpeft.update import Layout, Update
+from fedpeft.updates.update import Layout, Update
 
 Float32Array = NDArray[np.float32]
 Density = Annotated[

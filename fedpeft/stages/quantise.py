@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, QuantisedTensor, default_channel_axis, quantise
-from fedpeft.config import Section, unit
+from fedpeft.config.sections import Section, unit
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

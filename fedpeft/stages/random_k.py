@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from fedpeft.codec import Encoded, MaskedTensor, RandomKMask, random_k, unbiased_random_k
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import Section
+from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import (
     EVERY,
@@ -20,7 +20,7 @@ from fedpeft.stages.lossy import (
     public_source,
     restored,
 )
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

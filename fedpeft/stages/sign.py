@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fedpeft.codec import Encoded, SignTensor, sign_with_scale
-from fedpeft.config import Section
+from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

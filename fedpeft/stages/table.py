@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedpeft.config import ClientLevelPrivacy, LocalPrivacy, RunConfig, StageSection
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.sections import ClientLevelPrivacy, LocalPrivacy, RunConfig, StageSection
 from fedpeft.errors import RunFileError
-from fedpeft.options import build_option
 from fedpeft.stages.alpha_search import SEARCH
 from fedpeft.stages.base import Stage
 from fedpeft.stages.bound import Bound
@@ -14,7 +14,7 @@ from fedpeft.stages.clip import Clip
 from fedpeft.stages.compeft import Compeft
 from fedpeft.stages.composition import composition_problems
 from fedpeft.stages.dare import Dare
-from fedpeft.stages.identity import Identity
+from fedpeft.stages.identity import IdentityStage
 from fedpeft.stages.noise import Noise
 from fedpeft.stages.quantise import Quantise
 from fedpeft.stages.random_k import RandomK
@@ -27,7 +27,7 @@ STAGES: dict[str, Any] = {  # a class that is a Stage and takes its options by n
     "clip": Clip,
     "compeft": Compeft,
     "dare": Dare,
-    "identity": Identity,
+    "identity": IdentityStage,
     "quantise": Quantise,
     "random-k": RandomK,
     "sign": Sign,

@@ -11,10 +11,10 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, FixedScale, LeastSquaresScale, TernaryTensor, ternarise
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import PositiveFloat, Section, unit
+from fedpeft.config.sections import PositiveFloat, Section, unit
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

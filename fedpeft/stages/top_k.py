@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from fedpeft.codec import Encoded, SparseTensor, top_k
 from fedpeft.codec.topk import kept_count
-from fedpeft.config import Section
+from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from fedpeft.config import Section
+from fedpeft.config.sections import Section
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
 MAX_EXAMPLES = 2**31

@@ -25,14 +25,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedpeft.cancellation import check_cancelled
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.events import PersonLevel, RecordLevel
 from fedpeft.privacy.noise import NoiseSource
+from fedpeft.runtime.cancellation import check_cancelled
 from fedpeft.training.dp_losses import EXAMPLE_LOSSES
 from fedpeft.training.first_order import (
     Rows,

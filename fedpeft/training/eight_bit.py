@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.errors import MissingExtraError, TrainingError
 
 CLASSES = {"adamw8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw8bit": "PagedAdamW8bit"}

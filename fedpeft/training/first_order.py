@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedpeft.cancellation import check_cancelled
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import Task, collate, training_batches
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import TrainingError
+from fedpeft.runtime.cancellation import check_cancelled
 from fedpeft.training.layers import Periods
 from fedpeft.training.losses import LOSSES
 from fedpeft.training.optimizers import build_optimizer, build_schedule

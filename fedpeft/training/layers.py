@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.errors import TrainingError
 
 _NUMBERED = re.compile(r"\.(?:layers?|h|blocks?|block)\.(\d+)\.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fedpeft.config import RunConfig, TrainingSection
+from fedpeft.config.sections import RunConfig, TrainingSection
 
 GALORE = "galore"
 PAGED = ("paged-adamw", "paged-adamw8bit")

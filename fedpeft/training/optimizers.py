@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.option_tables import unknown_name
+from fedpeft.config.sections import TrainingSection
 from fedpeft.errors import RunFileError
-from fedpeft.options import unknown_name
 from fedpeft.training.eight_bit import eight_bit
 from fedpeft.training.projected_adam import ProjectedAdam
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import RecordLevelPrivacy, TrainingSection
+from fedpeft.config.sections import RecordLevelPrivacy, TrainingSection
 from fedpeft.privacy.noise import NoiseSource
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training import dp_sgd, zeroth_private

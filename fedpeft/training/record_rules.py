@@ -6,7 +6,7 @@ gradient is its own by construction, and `fedpeft.training.row_isolation` looks 
 
 from __future__ import annotations
 
-from fedpeft.config import RecordLevelPrivacy, RunConfig, TrainingSection
+from fedpeft.config.sections import RecordLevelPrivacy, RunConfig, TrainingSection
 from fedpeft.training.lean import SAVERS
 
 _ROW_BY_ROW = frozenset({"gradient_checkpointing"})

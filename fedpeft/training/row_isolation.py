@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.data.encoded import Encoded, Task, offsets_of
 from fedpeft.errors import PrivacyError

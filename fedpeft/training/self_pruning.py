@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import PruningSection
-from fedpeft.merging.lora_names import factor_role
+from fedpeft.adapters.lora_names import factor_role
+from fedpeft.config.sections import PruningSection
 
 _TINY = 1e-12  # a norm below counts as zero, which has no direction to shrink in
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 
 
 def local_steps(section: TrainingSection, rows: int) -> int:

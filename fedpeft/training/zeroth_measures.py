@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import Batch
 from fedpeft.training.first_order import Rows
 from fedpeft.training.zeroth_prober import Prober

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import Batch
 from fedpeft.errors import TrainingError
 from fedpeft.seedspace.perturb import perturb

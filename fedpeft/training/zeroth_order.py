@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.cancellation import check_cancelled
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import Batch, collate, training_batches
 from fedpeft.errors import TrainingError
+from fedpeft.runtime.cancellation import check_cancelled
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training.first_order import Rows, TrainingReport
 from fedpeft.training.zeroth_measures import MEASURES, Slope

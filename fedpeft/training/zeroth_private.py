@@ -16,13 +16,13 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.cancellation import check_cancelled
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.collate import collate
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.clipping import INWARD
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.noise import NoiseSource
+from fedpeft.runtime.cancellation import check_cancelled
 from fedpeft.spaces.base import Route, Trail
 from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows

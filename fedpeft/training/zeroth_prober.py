@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedpeft.data.collate import Batch
 from fedpeft.seedspace.jit_perturb import JustInTime
-from fedpeft.seedspace.layout import Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, tensor_ids
 from fedpeft.seedspace.perturb import perturb
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import PRECISE_LOSSES, SCORED_LOSSES
 
@@ -33,7 +33,7 @@ class Prober:
     """
 
     model: nn.Module
-    stream: Stream
+    stream: CounterStream
     parameters: Mapping[str, nn.Parameter]
     ids: Mapping[str, int]
     nearby: JustInTime
@@ -106,7 +106,7 @@ class Prober:
             perturb(self.stream, self.ids[name], direction, weights, length, out=weights)
 
 
-def prober(model: nn.Module, stream: Stream) -> Prober:
+def prober(model: nn.Module, stream: CounterStream) -> Prober:
     """Prepare a model; nothing of it is copied."""
     parameters = trainable_parameters(model)
     ids = tensor_ids(parameters)

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fedpeft.config import RunConfig, TrainingSection
-from fedpeft.options import unknown_name
+from fedpeft.config.option_tables import unknown_name
+from fedpeft.config.sections import RunConfig, TrainingSection
+from fedpeft.config.traits import Trait, Traits, chosen
 from fedpeft.training.lean import SAVERS
-from fedpeft.traits import Trait, Traits, chosen
 
 
 @dataclass(frozen=True)
-class Rule:
+class ZerothOrderRule:
     """One member of the family.
 
     Attributes:
@@ -66,36 +66,40 @@ class Rule:
         return "moves its upper layers by gradients, which are dense" if self.above else ""
 
 
-RULES: dict[str, Rule] = {
-    "zo-sgd": Rule("scalar", "move by the directional derivative (Malladi et al. 2023, MeZO)"),
-    "sign": Rule("sign", "move by its sign alone (Zhang et al. 2024, ZO-Sign-SGD)"),
-    "conservative": Rule(
+RULES: dict[str, ZerothOrderRule] = {
+    "zo-sgd": ZerothOrderRule("scalar", "move by the directional derivative (Malladi et al. 2023, MeZO)"),
+    "sign": ZerothOrderRule("sign", "move by its sign alone (Zhang et al. 2024, ZO-Sign-SGD)"),
+    "conservative": ZerothOrderRule(
         "best-of-three",
         "move, stay or move back, whichever has the least loss (Zhang et al. 2024)",
         forwards=5,
     ),
-    "forward-grad": Rule(
+    "forward-grad": ZerothOrderRule(
         "scalar",
         "move by the exact derivative, by forward-mode differentiation (Baydin et al. 2022)",
         measure="tangent",
         forwards=3,
     ),
-    "block-wise": Rule(
+    "block-wise": ZerothOrderRule(
         "scalar",
         "each direction moves one layer, chosen by its index (Zhang et al. 2024)",
         one_layer=True,
     ),
-    "sparse": Rule(
+    "sparse": ZerothOrderRule(
         "scalar", "only the smallest weights of theta_0 move (Liu et al. 2024, Sparse MeZO); training.density"
     ),
-    "hybrid": Rule(
+    "hybrid": ZerothOrderRule(
         "scalar",
         "zeroth order up to training.layers_below, first order above (Zhang et al. 2024)",
         above=True,
         forwards=5,
     ),
-    "momentum": Rule("dense", "SGD with momentum on the estimated gradient (Zhang et al. 2024)", dense="sgd"),
-    "adam": Rule("dense", "Adam on the estimated gradient (Zhang et al. 2024, ZO-Adam)", dense="adam"),
+    "momentum": ZerothOrderRule(
+        "dense", "SGD with momentum on the estimated gradient (Zhang et al. 2024)", dense="sgd"
+    ),
+    "adam": ZerothOrderRule(
+        "dense", "Adam on the estimated gradient (Zhang et al. 2024, ZO-Adam)", dense="adam"
+    ),
 }
 
 _OWNERS = {"density": "sparse", "layers_below": "hybrid", "lr_above": "hybrid"}  # keys of one rule each

@@ -15,14 +15,14 @@ from typing import cast, get_args
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Arrays, EncodedArray, Layout, frozen_arrays, layout_of
+from fedpeft.updates.update import Arrays, EncodedArray, Layout, frozen_arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.bounds import DIGEST_BYTES, check_header, check_size
 from fedpeft.wire.checksum import SIZE, check_seal, sealed
 from fedpeft.wire.dense import Pieces, dense_field, find_dense, read_dense
 from fedpeft.wire.exact import Exact, codable, exact_payload, read_exact, write_exact
 from fedpeft.wire.fields import Field, MalformedError
 from fedpeft.wire.payloads import Payload, payload_of, read_coded, write_coded
+from fedpeft.wire.size_limits import DIGEST_BYTES, check_header, check_size
 
 PROTOCOL_VERSION = 1
 

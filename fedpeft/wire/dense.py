@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from fedpeft.codec.arrays import element_count
 from fedpeft.errors import UpdateError
-from fedpeft.packed import PackedArrays, Packing, packable, packing_of
-from fedpeft.update import Arrays, Layout, layout_of
+from fedpeft.updates.packed import PackedArrays, Packing, packable, packing_of
+from fedpeft.updates.update import Arrays, Layout, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.bounds import MAX_TENSORS
 from fedpeft.wire.fields import Field, MalformedError, key_of, length_delimited, number_of, varint
+from fedpeft.wire.size_limits import MAX_TENSORS
 
 ALIGNMENT = 8  # bytes: what the widest dtype needs to be read in place
 

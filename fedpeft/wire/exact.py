@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.packed import Packing
 from fedpeft.seedspace.scalar_codec import decode_amounts, encode_amounts
-from fedpeft.update import Arrays, Layout
+from fedpeft.updates.packed import Packing
+from fedpeft.updates.update import Arrays, Layout
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.bounds import MAX_TENSORS
+from fedpeft.wire.size_limits import MAX_TENSORS
 
 AMOUNTS = "amounts"  # the one array that travels as seed-scalars; others go by their names
 MOST_ENTRIES = 2**26  # of all arrays of a message whose layout the receiver doesn't know

@@ -18,7 +18,7 @@ from fedpeft.codec import (
     encode,
 )
 from fedpeft.errors import UpdateError
-from fedpeft.update import EncodedArray, Layout
+from fedpeft.updates.update import EncodedArray, Layout
 from fedpeft.v1 import update_pb2 as pb
 
 Payload = Literal["dense", "sparse", "ternary", "quantised", "sign"]

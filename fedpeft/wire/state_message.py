@@ -8,8 +8,8 @@ from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
 from fedpeft.v1 import state_pb2 as pb
-from fedpeft.wire.bounds import DIGEST_BYTES, MAX_TENSORS
 from fedpeft.wire.codec import PROTOCOL_VERSION
+from fedpeft.wire.size_limits import DIGEST_BYTES, MAX_TENSORS
 
 MAX_STEPS = MAX_TENSORS
 

@@ -25,10 +25,10 @@ class Task:
         run_digest: which run: of its device task for agents, of its run file elsewhere.
         state: the global state as `fedpeft.wire` bytes.
         run_json: the run, for processes of engines that load it by themselves; else empty.
-        device_task: what agents are told of the run (`fedpeft.device_task`); else empty.
+        device_task: what agents are told of the run (`fedpeft.config.device_task`); else empty.
         proximal_mu: FedProx's pull towards the state.
         start: at roll call, what spares the receiver to compute the model's start; see
-            `fedpeft.resident.LoadedRun.start_bytes`.
+            `fedpeft.participant.loaded_run.LoadedRun.start_bytes`.
     """
 
     run_digest: str

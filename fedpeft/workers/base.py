@@ -16,7 +16,7 @@ class Shared(Protocol):
         ...
 
 
-class Held:
+class InlineValue:
     """A shared value of this very process."""
 
     def __init__(self, value: Any) -> None:

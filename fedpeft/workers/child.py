@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.parent_exit import exit_with_parent
+from fedpeft.runtime.parent_exit import exit_with_parent
 from fedpeft.workers.allocator import keep_freed_memory
 from fedpeft.workers.slots import Slot
 

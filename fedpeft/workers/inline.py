@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedpeft.workers.allocator import keep_freed_memory
-from fedpeft.workers.base import Held, Job, Result, Shared
+from fedpeft.workers.base import InlineValue, Job, Result, Shared
 
 
 class InlineWorkers:
@@ -22,7 +22,7 @@ class InlineWorkers:
 
     def share(self, value: Any) -> Shared:
         """The value itself."""
-        return Held(value)
+        return InlineValue(value)
 
     def submit(self, function: Callable[..., Result], *args: Any) -> Job[Result]:
         """Run at once; an exception is kept in the job."""

@@ -31,7 +31,7 @@ import torch
 
 from fedpeft.errors import FederationError, StorageError
 from fedpeft.workers.allocator import keep_freed_memory
-from fedpeft.workers.base import Held, Job, Result, Shared, Workers
+from fedpeft.workers.base import InlineValue, Job, Result, Shared, Workers
 from fedpeft.workers.child import STOP, Note, receive, send, work
 from fedpeft.workers.inline import InlineWorkers
 from fedpeft.workers.slots import Slot
@@ -95,7 +95,7 @@ class ProcessWorkers:
         """Pickle once; large values go to a file, of which the newest few are kept."""
         pickled = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
         if len(pickled) < _LARGE:
-            return Held(value)
+            return InlineValue(value)
         self._shared += 1
         path = self.folder / str(self._shared)
         try:

@@ -9,12 +9,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from fedpeft import __version__
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_from_toml
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StateError, UsageError
-from fedpeft.files import storage
+from fedpeft.ledger.records import Round, parse_row
 from fedpeft.ledger.run_place import ADAPTER, CHECKPOINTS, IDENTITY, REPORT, ROWS, RUN_FILE
-from fedpeft.records import Round, parse_row
-from fedpeft.runfile import run_from_toml
+from fedpeft.runtime.files import storage
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.members import incomplete
 from fedpeft_server.options import LONGEST_REQUEST

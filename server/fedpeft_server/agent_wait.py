@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 
 from flwr.serverapp import Grid
 
-from fedpeft.config import RunConfig
-from fedpeft.deployment import clients_named
+from fedpeft.config.deployment import clients_named
+from fedpeft.config.sampling import cohort_size
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
-from fedpeft.flower.in_flight import concurrency_problems
-from fedpeft.flower.roster import Roster, roll_call
-from fedpeft.flower.tasks import Task
-from fedpeft.sampling import cohort_size
+from fedpeft.rounds.buffered.in_flight import concurrency_problems
+from fedpeft.transport.roster import Roster, roll_call
+from fedpeft.transport.tasks import Task
 from fedpeft_server.control import Control
 from fedpeft_server.grid import node_id
 from fedpeft_server.store import Rules

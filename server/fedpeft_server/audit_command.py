@@ -12,7 +12,7 @@ from typing import Any
 from fedpeft.errors import StateError
 from fedpeft.reporting.text import printable
 from fedpeft_server.settings import with_given
-from fedpeft_server.store.audit import HEAD, Entry, Head, find_faults, read_entries, read_head
+from fedpeft_server.store.audit import HEAD, AuditEntry, Head, find_faults, read_entries, read_head
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.store import DATABASE
 
@@ -55,7 +55,7 @@ def audit_command(
         print(f"last     {last}\n         every entry follows the one before; note this line elsewhere")
 
 
-def _printed(entries: Iterator[Entry], *, as_json: bool) -> Iterator[Entry]:
+def _printed(entries: Iterator[AuditEntry], *, as_json: bool) -> Iterator[AuditEntry]:
     for entry in entries:
         if as_json:
             print(json.dumps({**vars(entry), "detail": _detail(entry)}))
@@ -64,7 +64,7 @@ def _printed(entries: Iterator[Entry], *, as_json: bool) -> Iterator[Entry]:
         yield entry
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: AuditEntry) -> str:
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.at_ms / 1000))
     detail = " ".join(f"{name}={value}" for name, value in sorted(_detail(entry).items()))
     who = f"{entry.actor} ({entry.role})"
@@ -72,7 +72,7 @@ def _line(entry: Entry) -> str:
     return printable(line.rstrip())  # a reason is its sender's, and a changed entry may hold anything
 
 
-def _detail(entry: Entry) -> Mapping[str, Any]:
+def _detail(entry: AuditEntry) -> Mapping[str, Any]:
     try:
         fields = json.loads(entry.detail)
     except ValueError:

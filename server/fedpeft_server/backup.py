@@ -30,10 +30,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedpeft import __version__
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.files import storage, sync_folder
-from fedpeft_server.store import Status, Store
+from fedpeft.runtime.files import storage, sync_folder
+from fedpeft_server.store import RunStatus, Store
 from fedpeft_server.store.audit import HEAD, SERVER, Action, Head
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import copy_tables
 from fedpeft_server.store.store import BLOBS, DATABASE, RUNS
 
@@ -114,7 +114,7 @@ def _staged(places: Places, staged: Path) -> bool:
     (staged / HEAD).unlink(missing_ok=True)
     if last is not None:
         (staged / HEAD).write_text(f"{Head(*last)}\n", encoding="ascii")
-    there = Blobs(places.state / BLOBS)
+    there = BlobFolder(places.state / BLOBS)
     for digest in contents:
         place = staged / BLOBS / digest[:2] / digest
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -307,4 +307,4 @@ def _stop_private(store: Store, taken: str) -> None:
     why = f"restored from a backup of {taken}: what it has spent since then is not known; submit it again"
     for stored in store.runs.unended():
         if stored.problem or stored.run.privacy is not None:  # one that cannot be read may be private
-            store.runs.set_status(stored.id, Status.STOPPED, why)
+            store.runs.set_status(stored.id, RunStatus.STOPPED, why)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedpeft.errors import UsageError
 from fedpeft_server.backup import Manifest, Places, back_up, restore
-from fedpeft_server.settings import Settings, read_settings, with_given
+from fedpeft_server.settings import ServerSettings, read_settings, with_given
 
 
 def server_command(config: Path | None, given: Mapping[str, Any], *, migrate: bool) -> int:
@@ -46,7 +46,7 @@ def restore_command(
     _say(manifest, file, f"restored to {places.state}; start the server", as_json=as_json)
 
 
-def _places(settings: Settings, *, with_keys: bool) -> Places:
+def _places(settings: ServerSettings, *, with_keys: bool) -> Places:
     if with_keys and settings.tls.keys is None:
         raise UsageError("--with-keys needs --config with a [tls] table that says where they are")
     keys, authority = (settings.tls.keys, settings.tls.authority) if with_keys else (None, None)

@@ -72,7 +72,7 @@ class Acceptor(Protocol):
         ...
 
 
-class Partial(Protocol):
+class PartialBlob(Protocol):
     """A blob on its way in. One thread at a time uses it."""
 
     @property
@@ -102,14 +102,14 @@ class Partial(Protocol):
         ...
 
 
-class Blobs(Protocol):
+class BlobStore(Protocol):
     """Bytes by their SHA-256 (hex)."""
 
     def has(self, digest: str) -> bool:
         """Whether the whole blob is there."""
         ...
 
-    def begin(self, digest: str, size: int) -> Partial:
+    def begin(self, digest: str, size: int) -> PartialBlob:
         """Open a partial blob, new or begun before.
 
         Raises:

@@ -16,8 +16,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import UsageError
-from fedpeft.flower.message_exchange import Cancels, Spares
-from fedpeft.flower.polled_grid import PolledGrid
+from fedpeft.transport.message_exchange import Cancels, Spares
+from fedpeft.transport.polled_grid import PolledGrid
 
 TOLERANCE_S = 5.0
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from flwr.serverapp import Grid
 
-from fedpeft.crash_points import crash_point
+from fedpeft.config.device_task import device_task
 from fedpeft.credentials import (
     REVOKED_FILE,
     Authority,
@@ -23,10 +23,10 @@ from fedpeft.credentials import (
     open_authority,
     read_material,
 )
-from fedpeft.device_task import device_task
 from fedpeft.errors import FedPEFTError, StateError, StorageError
-from fedpeft.flower.in_flight import overlap_of
-from fedpeft.telemetry import expose, set_up_log
+from fedpeft.rounds.buffered.in_flight import overlap_of
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.telemetry import expose, set_up_log
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.control import Patience
 from fedpeft_server.end_watch import end_within
@@ -35,11 +35,11 @@ from fedpeft_server.expiry import ExpiryWatch
 from fedpeft_server.fd_limit import raise_fd_limit
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.malloc_arenas import limit_malloc_arenas
-from fedpeft_server.metrics import Metrics
+from fedpeft_server.metrics import ServerMetrics
 from fedpeft_server.model_process_pool import ModelProcessPool
 from fedpeft_server.risks import CRASH, Risks
 from fedpeft_server.serving import RunningServer, serve
-from fedpeft_server.settings import Settings
+from fedpeft_server.settings import ServerSettings
 from fedpeft_server.store import Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from fedpeft_server.tls import Doors, certificate_doors
@@ -50,7 +50,7 @@ WATCH_S = 5.0  # between two looks whether the database is still this server's
 END_S = 20.0  # after `drain_s`, for goodbyes and what cannot be cut short; then the process is killed
 
 
-def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
+def run_daemon(settings: ServerSettings, *, migrate: bool = False) -> int:
     """Serve until SIGTERM or SIGINT; the exit code.
 
     Whatever a kill cuts short goes on at the next start; the signals only make the end polite: commits are
@@ -91,7 +91,7 @@ def run_daemon(settings: Settings, *, migrate: bool = False) -> int:
 
 @contextmanager
 def standing(
-    settings: Settings, *, migrate: bool = False
+    settings: ServerSettings, *, migrate: bool = False
 ) -> Iterator[tuple[Store, Supervisor, RunningServer]]:
     """A server that listens, and is taken down when the block ends; its runs wait for `Supervisor.start`.
 
@@ -99,7 +99,7 @@ def standing(
         FedPEFTError: as `run_daemon`.
     """
     doors, authority = doors_of(settings)
-    metrics = Metrics()
+    metrics = ServerMetrics()
     with ExitStack() as stack:
         if settings.metrics.address:
             address, end = expose(metrics.registry, settings.metrics.address)
@@ -137,12 +137,12 @@ def standing(
         yield store, supervisor, running
 
 
-def _model_room(settings: Settings) -> ModelProcessPool:
+def _model_room(settings: ServerSettings) -> ModelProcessPool:
     limits = settings.limits
     return ModelProcessPool(settings.model_s, task_s=limits.model_task_s, check_s=limits.check_s)
 
 
-def doors_of(settings: Settings) -> tuple[Doors, Authority | None]:
+def doors_of(settings: ServerSettings) -> tuple[Doors, Authority | None]:
     """Who is let in, by the settings' certificates; everyone on this machine where it is insecure.
 
     Raises:

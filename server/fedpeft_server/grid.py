@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 
 from fedpeft.errors import FederationError, FedPEFTError, UpdateError
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.tasks import HELLO, error_reply, read_hello
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import HELLO, error_reply, read_hello
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_server.contracts import Acceptor, Blobs, ReceivedResult
+from fedpeft_server.contracts import Acceptor, BlobStore, ReceivedResult
 from fedpeft_server.refusals import Reason
 from fedpeft_server.sessions import Hub
-from fedpeft_server.work import Body, Done, Failed, Outcome, Work, work_id
+from fedpeft_server.work import DurableResult, Failed, Outcome, TaskBody, Work, work_id
 
 WAIT_S = 0.25  # how long `pull_messages` waits for the first reply; bounds how late a deadline is noticed
 
@@ -37,7 +37,7 @@ class RunIdentity:
 
     Attributes:
         id: the server's name for it.
-        digest: of what its agents are told of it (`fedpeft.device_task`), hex.
+        digest: of what its agents are told of it (`fedpeft.config.device_task`), hex.
         overlap: rounds whose work goes on when that of a later one is asked for.
     """
 
@@ -66,7 +66,7 @@ class GrpcGrid(PolledGrid):
         hub: Hub,
         loop: asyncio.AbstractEventLoop,
         acceptor: Acceptor,
-        blobs: Blobs,
+        blobs: BlobStore,
         *,
         agents: Collection[str] | None = None,
         max_result_bytes: int,
@@ -80,7 +80,7 @@ class GrpcGrid(PolledGrid):
         self._max_result_bytes = max_result_bytes
         self._names: dict[int, str] = {}
         self._count = 0
-        self._content: tuple[RecordDict, Body] | None = None
+        self._content: tuple[RecordDict, TaskBody] | None = None
         self._changed = threading.Condition()
         self._waiting: dict[str, tuple[Message, Work]] = {}  # by message id
         self._ready: dict[str, Outcome] = {}
@@ -135,7 +135,7 @@ class GrpcGrid(PolledGrid):
                 self._waiting[ids[-1]] = (message, work)
                 arrival = recalled.get(work.id)
                 if arrival is not None:
-                    self._ready[ids[-1]] = Done(arrival.digest, arrival.size, arrival.body)
+                    self._ready[ids[-1]] = DurableResult(arrival.digest, arrival.size, arrival.body)
                 else:
                     self._ids[work.id] = ids[-1]
                     fresh.append(work)
@@ -212,10 +212,10 @@ class GrpcGrid(PolledGrid):
             max_result_bytes=self._max_result_bytes,
         )
 
-    def _body(self, content: RecordDict) -> Body:
+    def _body(self, content: RecordDict) -> TaskBody:
         """Serialised once for all messages that share a content object."""
         if self._content is None or self._content[0] is not content:
-            self._content = (content, Body.of(content_bytes(content)))
+            self._content = (content, TaskBody.of(content_bytes(content)))
         return self._content[1]
 
     def _recalled(self, works: Sequence[Work]) -> Mapping[bytes, ReceivedResult]:
@@ -259,7 +259,7 @@ class GrpcGrid(PolledGrid):
             return error_reply(error, message)
         return reply
 
-    def _content_of(self, work: Work, done: Done) -> RecordDict:
+    def _content_of(self, work: Work, done: DurableResult) -> RecordDict:
         if done.body is not None:
             return content_of(done.body, who=work.agent)
         with self._blobs.reading(done.digest) as body:

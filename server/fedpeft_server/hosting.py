@@ -16,18 +16,18 @@ from typing import Protocol
 import numpy as np
 from flwr.serverapp import Grid
 
-from fedpeft.crash_points import crash_point
-from fedpeft.device_task import device_task
+from fedpeft.config.client_groups import own_base_of
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import run_json
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import RunView, Server, check_base, execute_rounds
-from fedpeft.flower.tasks import Task
-from fedpeft.groups import own_base_of
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_place import ROWS
 from fedpeft.privacy.kinds import is_cohort_secret
-from fedpeft.runfile import run_json
-from fedpeft.update import layout_of
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.transport.roster import Roster
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import layout_of
 from fedpeft_server.agent_wait import agents_wanted, wait_for_agents
 from fedpeft_server.control import PATIENCE, Control, Patience, Stopped, WatchedGrid
 from fedpeft_server.joining import Joining, Strangers
@@ -43,7 +43,7 @@ from fedpeft_server.model_host import (
 )
 from fedpeft_server.model_process_pool import ModelProcessPool
 from fedpeft_server.risks import Risks
-from fedpeft_server.store import Quota, Status, Store, StoredRounds, StoredRun
+from fedpeft_server.store import Quota, RunStatus, Store, StoredRounds, StoredRun
 
 LOG = logging.getLogger("fedpeft.server")
 
@@ -185,7 +185,7 @@ class Host:
         if is_cohort_secret(self.stored.run):
             return
         with suppress(StorageError):  # a word for people is no reason to leave the round
-            self.store.runs.set_status(self.stored.id, Status.RUNNING, why)
+            self.store.runs.set_status(self.stored.id, RunStatus.RUNNING, why)
 
     def _held(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """Bring the run to its end where its model is; kept for the next attempt."""
@@ -253,7 +253,7 @@ class Host:
                 roster = self._roster(server, grid, task)
                 agents.know(roster.names)
                 joining.begin(task, roster)
-                self.store.runs.set_status(self.stored.id, Status.RUNNING)
+                self.store.runs.set_status(self.stored.id, RunStatus.RUNNING)
                 return roster
 
             return execute_rounds(
@@ -282,7 +282,7 @@ class Host:
             control=self.control,
             check=lambda came: check_base(came, server.resident),
             own_base=own_base_of(self.stored.run),
-            waiting=lambda why: self.store.runs.set_status(self.stored.id, Status.WAITING, why),
+            waiting=lambda why: self.store.runs.set_status(self.stored.id, RunStatus.WAITING, why),
         )
         return self.store.runs.keep_roster(self.stored.id, roster)
 

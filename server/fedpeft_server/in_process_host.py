@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.files import storage
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
+from fedpeft.ledger.records import Evaluation
 from fedpeft.ledger.run_place import ROWS
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.records import Evaluation
-from fedpeft.resident import LoadedRun, add_loaded_run, drop_loaded_run
+from fedpeft.participant.loaded_run import LoadedRun, add_loaded_run, drop_loaded_run
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.runtime.files import storage
 from fedpeft.simulation.engine import Deployment, execute_run, write_adapter, write_summary
-from fedpeft.update import Arrays
+from fedpeft.updates.update import Arrays
 from fedpeft.workers import Workers
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.model_host import Hold, RunStorage, write_checkpoints

@@ -15,11 +15,11 @@ from typing import Protocol
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpeft.config import ClientLevelPrivacy, RunConfig
+from fedpeft.config.client_groups import own_base_of
+from fedpeft.config.sections import ClientLevelPrivacy, RunConfig
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.flower.roster import Member, Roster
-from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
-from fedpeft.groups import own_base_of
+from fedpeft.transport.roster import Member, Roster
+from fedpeft.transport.tasks import HELLO, Hello, Task, read_hello, task_content
 
 
 class Strangers(Protocol):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
-from fedpeft.records import Baseline, ClientOutcome, Finished, Round, Started
-from fedpeft.reporting.lines import trouble_line
+from fedpeft.ledger.records import Baseline, ClientOutcome, Finished, Round, Started
+from fedpeft.reporting.event_lines import trouble_line
 from fedpeft.reporting.summary import Summary
 
 LOG = logging.getLogger("fedpeft.server")

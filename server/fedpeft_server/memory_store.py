@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedpeft.errors import StateError, UpdateError
-from fedpeft_server.contracts import Partial, ReceivedResult
+from fedpeft_server.contracts import PartialBlob, ReceivedResult
 
 
 class MemoryAcceptor:
@@ -47,7 +47,7 @@ class MemoryBlobs:
         """See `Blobs`."""
         return digest in self._whole
 
-    def begin(self, digest: str, size: int) -> Partial:
+    def begin(self, digest: str, size: int) -> PartialBlob:
         """See `Blobs`."""
         return _MemoryPartial(self._begun.setdefault(digest, bytearray()), self, digest, size)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from fedpeft_server.metrics import Metrics
+from fedpeft_server.metrics import ServerMetrics
 
 _OURS = "/fedpeft."
 _CODES = {code.value[0]: code.name.lower().replace("_", "-") for code in grpc.StatusCode}
@@ -20,7 +20,7 @@ _CODES = {code.value[0]: code.name.lower().replace("_", "-") for code in grpc.St
 class Meter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no annotations
     """Wraps the handlers of our own services; those of health and reflection pass as they are."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: ServerMetrics) -> None:
         self._metrics = metrics
 
     async def intercept_service(

@@ -24,7 +24,7 @@ _CALL_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 600.0)
 _ROUND_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 100_000.0)
 
 
-class Metrics:
+class ServerMetrics:
     """A server's; every method may be called on any thread, whether anyone scrapes or not."""
 
     def __init__(self) -> None:

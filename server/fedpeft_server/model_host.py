@@ -8,17 +8,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-from fedpeft.config import RunConfig
-from fedpeft.crash_points import crash_point
-from fedpeft.files import storage, write_atomically
+from fedpeft.config.sections import RunConfig
+from fedpeft.config.traits import Trait
 from fedpeft.flower.server_app import Server
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.folder_rounds import checkpoint_name
 from fedpeft.ledger.run_folder import begun_or_new
 from fedpeft.ledger.run_place import CHECKPOINTS
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import storage, write_atomically
 from fedpeft.spaces import space_traits
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
-from fedpeft.traits import Trait
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.store import Reference, StoredRounds
 

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from io import BufferedReader
 from typing import Any
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, StorageError
-from fedpeft.frames import Frame, pack, read_frame
-from fedpeft.parent_exit import start_child
-from fedpeft.runfile import run_json
+from fedpeft.runtime.frames import Frame, pack, read_frame
+from fedpeft.runtime.parent_exit import start_child
 from fedpeft.wire.failures import from_record
 from fedpeft_server.control import ProcessLostError
 
@@ -199,7 +199,7 @@ class ModelProcessPool:
         process.close()
 
     def check(self, run: RunConfig) -> None:
-        """Refuse a run whose file has problems, as `fedpeft.preflight.refuse_problems` does.
+        """Refuse a run whose file has problems, as `fedpeft.planning.preflight.refuse_problems` does.
 
         Raises:
             RunFileError: all of them, or that they could not be found in time.

@@ -21,26 +21,26 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from fedpeft.config.run_file import run_digest, run_from_json
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.flower.server_app import Server
-from fedpeft.frames import Frame, pack, read_frame
 from fedpeft.ledger import Checkpoint
-from fedpeft.parent_exit import exit_with_parent
-from fedpeft.preflight import refuse_problems
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.privacy.kinds import is_cohort_secret
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import run_digest, run_from_json
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.runtime.frames import Frame, pack, read_frame
+from fedpeft.runtime.parent_exit import exit_with_parent
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.simulation.engine import Deployment, execute_run, run_metrics, started_row, write_adapter
-from fedpeft.simulation.scoring import Scorer, may_score
-from fedpeft.update import Arrays
+from fedpeft.simulation.parallel_scoring import Scorer, may_score
+from fedpeft.updates.update import Arrays
 from fedpeft.wire.failures import to_record
 from fedpeft.workers import InlineWorkers, Workers
 from fedpeft_server.in_process_host import load_for_server, write_snapshot
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.model_host import RunStorage
 from fedpeft_server.store import Reference, StoredRounds, say
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import Database
 
 LOG = logging.getLogger("fedpeft.server")
@@ -188,7 +188,7 @@ def _array_of(tensor: torch.Tensor) -> NDArray[Any]:
 def _opened(order: Frame) -> tuple[RunStorage, Database]:
     """The run's place in the daemon's database and folders, which this process has for itself meanwhile."""
     header, run = order.header, run_from_json(order.header["run"])
-    database, blobs = Database(header["database"], epoch=header["epoch"]), Blobs(Path(header["blobs"]))
+    database, blobs = Database(header["database"], epoch=header["epoch"]), BlobFolder(Path(header["blobs"]))
     rounds = StoredRounds(database, blobs, header["id"], run_digest(run), keep=run.output.keep_checkpoints)
     reference = Reference(header["database"], blobs.folder, header["epoch"])
     return RunStorage(header["id"], run, reference, Path(header["folder"]), rounds), database

@@ -14,14 +14,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import CredentialError, FedPEFTError, UpdateError
+from fedpeft.runtime.crash_points import crash_point
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.callers import Caller, Gate
-from fedpeft_server.contracts import ENOUGH, Acceptor, Blobs, ReceivedResult
+from fedpeft_server.contracts import ENOUGH, Acceptor, BlobStore, ReceivedResult
 from fedpeft_server.refusals import Reason, Refused
 from fedpeft_server.sessions import Hub
-from fedpeft_server.work import Done, Failed, Outcome, Work
+from fedpeft_server.work import DurableResult, Failed, Outcome, Work
 
 RETRY_S = 1.0  # between attempts to store, while the disk is full or the database locked
 _REASON = 4096
@@ -52,7 +52,7 @@ class ResultIngest:
         self,
         hub: Hub,
         acceptor: Acceptor,
-        blobs: Blobs,
+        blobs: BlobStore,
         gate: Gate,
         *,
         capacity: int,
@@ -184,7 +184,7 @@ class ResultIngest:
                     continue
                 self._hub.shares.count(item.caller.name, why, reason)
             outcome: Outcome = (
-                Done(arrival.digest, arrival.size, arrival.body)
+                DurableResult(arrival.digest, arrival.size, arrival.body)
                 if reason is None
                 else Failed(UpdateError(reason[:_REASON]))
             )

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 
 LOG = logging.getLogger("fedpeft.server")
 NOTES, CRASH = "risks", "crash.txt"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedpeft.config import HUB_MODEL, RunConfig
+from fedpeft.config.sections import HUB_MODEL, RunConfig
 from fedpeft.data.hub import PREFIX, parse_hub_source
 from fedpeft.errors import DataError, RunFileError
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from fedpeft.errors import StorageError
-from fedpeft.repeats import Repeats
-from fedpeft_server.store import Status, Store, StoredRun
+from fedpeft.runtime.repeats import Repeats
+from fedpeft_server.store import RunStatus, Store, StoredRun
 
 LOG = logging.getLogger("fedpeft.server")
 RETRY_S = 0.5  # between attempts to write what must be written
@@ -32,14 +32,14 @@ class RunStatuses:
     def as_it_stands(self, stored: StoredRun) -> StoredRun:
         """The run with what could not be written of it."""
         reason = self._unwritten.get(stored.id)
-        return stored if reason is None else replace(stored, status=Status.PAUSED, reason=reason)
+        return stored if reason is None else replace(stored, status=RunStatus.PAUSED, reason=reason)
 
     def pause(self, run_id: str, why: Exception) -> None:
         """Something is in the run's way, and it is tried again."""
         self._warn(
             _STORAGE if isinstance(why, StorageError) else run_id, f"run {run_id}: paused: {why}", run_id
         )
-        self._note(run_id, Status.PAUSED, one_line(why))
+        self._note(run_id, RunStatus.PAUSED, one_line(why))
 
     def trouble(self, run_ids: Iterable[str], line: str | None) -> None:
         """What keeps the updates of these runs from being stored, in one line; None: nothing any more."""
@@ -49,11 +49,11 @@ class RunStatuses:
             LOG.info("updates can be stored again")
         for run_id in run_ids:
             if line is not None:
-                self._note(run_id, Status.PAUSED, line)
+                self._note(run_id, RunStatus.PAUSED, line)
             elif self._is_paused(run_id):
-                self._note(run_id, Status.RUNNING, "")
+                self._note(run_id, RunStatus.RUNNING, "")
 
-    def settle(self, run_id: str, status: Status, reason: str) -> None:
+    def settle(self, run_id: str, status: RunStatus, reason: str) -> None:
         """Write a final status for as long as it takes; if the server ends before, the run is tried again."""
         facts = {"event": "status", "run": run_id, "status": str(status)}
         LOG.info("run %s: %s %s", run_id, status, reason, extra=facts)
@@ -77,7 +77,7 @@ class RunStatuses:
             else:
                 return
 
-    def _note(self, run_id: str, status: Status, reason: str) -> None:
+    def _note(self, run_id: str, status: RunStatus, reason: str) -> None:
         """Write a passing status if that is possible; it says why it may not be."""
         try:
             self._store.runs.set_status(run_id, status, reason)
@@ -88,13 +88,13 @@ class RunStatuses:
 
     def _is_paused(self, run_id: str) -> bool:
         try:
-            return self.as_it_stands(self._store.runs.get(run_id)).status == Status.PAUSED
+            return self.as_it_stands(self._store.runs.get(run_id)).status == RunStatus.PAUSED
         except StorageError:
             return False
 
     def _warn(self, kind: str, line: str, run_id: str = "") -> None:
         if self._repeats.due(kind):
-            facts = {"event": "status", "run": run_id, "status": str(Status.PAUSED)} if run_id else {}
+            facts = {"event": "status", "run": run_id, "status": str(RunStatus.PAUSED)} if run_id else {}
             LOG.warning("%s", " ".join(line.split()), extra=facts)
 
 

@@ -16,11 +16,11 @@ from grpc_reflection.v1alpha import reflection
 from fedpeft.errors import FederationError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
-from fedpeft_server.contracts import Acceptor, Blobs
+from fedpeft_server.contracts import Acceptor, BlobStore
 from fedpeft_server.grid import WAIT_S, GrpcGrid, RunIdentity
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.meter import Meter
-from fedpeft_server.metrics import Metrics
+from fedpeft_server.metrics import ServerMetrics
 from fedpeft_server.options import TransportOptions, server_channel_options
 from fedpeft_server.rate_limits import RateLimits
 from fedpeft_server.refusals import NOBODY, Reason, Refusals
@@ -39,12 +39,12 @@ _THREADS = 8  # for files, hashes, and the admin service's calls
 def serve(
     options: TransportOptions,
     acceptor: Acceptor,
-    blobs: Blobs,
+    blobs: BlobStore,
     *,
     doors: Doors | None = None,
     admin: rpc.AdminServicer | None = None,
     trouble: Callable[[str | None], None] = lambda line: None,
-    metrics: Metrics | None = None,
+    metrics: ServerMetrics | None = None,
 ) -> RunningServer:
     """Listen, and come back once agents can connect.
 
@@ -63,7 +63,7 @@ def serve(
             f"{options.host} can be reached from elsewhere and would be plaintext; provision certificates, or"
             " listen on 127.0.0.1 with --insecure"
         )
-    return RunningServer(options, acceptor, blobs, doors, admin, trouble, metrics or Metrics())
+    return RunningServer(options, acceptor, blobs, doors, admin, trouble, metrics or ServerMetrics())
 
 
 def is_loopback(host: str) -> bool:
@@ -85,11 +85,11 @@ class RunningServer:
         self,
         options: TransportOptions,
         acceptor: Acceptor,
-        blobs: Blobs,
+        blobs: BlobStore,
         doors: Doors,
         admin: rpc.AdminServicer | None,
         trouble: Callable[[str | None], None],
-        metrics: Metrics,
+        metrics: ServerMetrics,
     ) -> None:
         self._options, self._acceptor, self._blobs = options, acceptor, blobs
         self._doors, self._started = doors, time.time()
@@ -164,7 +164,7 @@ class RunningServer:
         doors: Doors,
         admin: rpc.AdminServicer | None,
         trouble: Callable[[str | None], None],
-        metrics: Metrics,
+        metrics: ServerMetrics,
     ) -> None:
         options = self._options
         self._hub = Hub(options.max_inline_bytes, self._shares)
@@ -195,7 +195,7 @@ class RunningServer:
         await self._server.start()
         self._watched(metrics)
 
-    def _watched(self, metrics: Metrics) -> None:
+    def _watched(self, metrics: ServerMetrics) -> None:
         hub, intake = self._hub, self._intake
         metrics.watch("agents_connected", "Agents with an open session", lambda: len(hub.connected))
         metrics.watch("tasks_pending", "Tasks asked of agents and not answered yet", hub.asked)

@@ -19,7 +19,7 @@ from fedpeft.wire.failures import from_message
 from fedpeft_server.callers import Caller
 from fedpeft_server.rate_limits import RateLimits
 from fedpeft_server.refusals import Reason
-from fedpeft_server.work import Body, Failed, Outcome, Work
+from fedpeft_server.work import Failed, Outcome, TaskBody, Work
 
 LOG = logging.getLogger("fedpeft.server")
 _RETRY_MS = 1000  # after which an agent that was sent away dials again
@@ -89,7 +89,7 @@ class Connection:
 
 
 @dataclass
-class Agent:
+class AgentRecord:
     """What is known of one agent while the server runs.
 
     Attributes:
@@ -167,7 +167,7 @@ class Hub:
 
     def __init__(self, max_inline_bytes: int, shares: RateLimits) -> None:
         self.max_inline_bytes, self.shares = max_inline_bytes, shares
-        self._agents: dict[str, Agent] = {}
+        self._agents: dict[str, AgentRecord] = {}
         self._sessions = 0
         self._began_s, self._left_s = time.monotonic(), dict[str, float]()
         self.connected: frozenset[str] = frozenset()  # replaced, never changed: any thread may read it
@@ -175,7 +175,7 @@ class Hub:
 
     def open(self, caller: Caller, address: str, hello: pb.Hello) -> Connection:
         """A new connection of an agent; an older one of the same name ends. Pending work is pushed again."""
-        agent = self._agents.setdefault(caller.name, Agent(caller.name))
+        agent = self._agents.setdefault(caller.name, AgentRecord(caller.name))
         if agent.connection is not None:
             agent.connection.close("another connection of the same agent took its place")
         self._sessions += 1
@@ -225,7 +225,7 @@ class Hub:
     def offer(self, works: Iterable[Work]) -> None:
         """Push work, now or when its agent connects."""
         for work in works:
-            agent = self._agents.setdefault(work.agent, Agent(work.agent))
+            agent = self._agents.setdefault(work.agent, AgentRecord(work.agent))
             agent.pending[work.id] = work
             if work.id in agent.withdrawn:
                 agent.withdrawn.remove(work.id)
@@ -327,7 +327,7 @@ class Hub:
             self.shares.count(name, Reason.MALFORMED, str(error))
             return error
 
-    def body(self, name: str, task: bytes, digest: bytes) -> Body | None:
+    def body(self, name: str, task: bytes, digest: bytes) -> TaskBody | None:
         """A body that the agent may fetch: that of a task of its own."""
         work = self.pending(name, task)
         return work.body if work is not None and work.body.digest == digest else None
@@ -370,7 +370,7 @@ def _facts(event: str, connection: Connection) -> dict[str, object]:
     return {"event": event, "agent": connection.caller.name, "session": connection.session}
 
 
-def _done_with(agent: Agent, work: Work) -> None:
+def _done_with(agent: AgentRecord, work: Work) -> None:
     del agent.pending[work.id]
     agent.spare.pop(work.id, None)
     agent.announced.pop(work.id, None)

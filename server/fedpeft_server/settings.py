@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedpeft.config import Count, Section, unit
+from fedpeft.config.sections import Count, Section, unit
+from fedpeft.config.settings_file import beside, checked, read_table
 from fedpeft.data.hub import PREFIX
 from fedpeft.errors import UsageError
-from fedpeft.settings_file import beside, checked, read_table
-from fedpeft.telemetry import LogFormat, LogLevel, is_address
+from fedpeft.runtime.telemetry import LogFormat, LogLevel, is_address
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.roots import Roots
 from fedpeft_server.serving import is_loopback
@@ -126,7 +126,7 @@ class MetricsSection(Section):
     address: str = Field("", description="HOST:PORT where they are served; empty: nowhere.")
 
 
-class Settings(Section):
+class ServerSettings(Section):
     """What a server is started with."""
 
     listen: str = Field(
@@ -206,7 +206,7 @@ class Settings(Section):
         return Quota(limits.submitter_runs, limits.submitter_rounds, limits.submitter_gib << 30)
 
 
-def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
+def read_settings(config: Path | None, given: Mapping[str, Any]) -> ServerSettings:
     """The file's settings with those given on the command line over them; relative paths are the file's.
 
     Args:
@@ -235,9 +235,9 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def with_given(config: Path | None, given: Mapping[str, Any]) -> Settings:
+def with_given(config: Path | None, given: Mapping[str, Any]) -> ServerSettings:
     """As `read_settings`, for commands beside a server's: whether a server could start so is not asked."""
-    return checked(Settings, _over(_table(config), given), source=str(config or "fedpeft server"))
+    return checked(ServerSettings, _over(_table(config), given), source=str(config or "fedpeft server"))
 
 
 def _over(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

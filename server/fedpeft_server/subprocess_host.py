@@ -17,24 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.files import storage
-from fedpeft.flower.roster import Roster
 from fedpeft.flower.server_app import Server
-from fedpeft.frames import Frame
 from fedpeft.ledger import RunFolder
-from fedpeft.records import Evaluation, Started, parse_row
-from fedpeft.reporting.lines import promise_notes
-from fedpeft.runfile import run_json
+from fedpeft.ledger.records import Evaluation, Started, parse_row
+from fedpeft.reporting.event_lines import promise_notes
+from fedpeft.runtime.files import storage
+from fedpeft.runtime.frames import Frame
 from fedpeft.seedspace.host_state import HostState
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.spaces import ServerSpace, space_options
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.seed_options import SeedScalarsOptions, largest_amount
 from fedpeft.spaces.seed_rules import SeedRules
 from fedpeft.stages import Stage, build_stages
-from fedpeft.update import Arrays, frozen_arrays
+from fedpeft.transport.roster import Roster
+from fedpeft.updates.update import Arrays, frozen_arrays
 from fedpeft_server.control import Control
 from fedpeft_server.journal_lines import LoggedProgress
 from fedpeft_server.model_host import HeldElsewhereError, Hold, RunStorage
@@ -213,7 +213,7 @@ def _space(run: RunConfig, weights: dict[str, NDArray[np.float32]]) -> ServerSpa
     if not isinstance(options, SeedScalarsOptions):
         return AdapterDelta()
     exponent, mode = options.exponent(run.training.lr), options.mode_of(run)
-    state = HostState(Stream(run.run.seed), mode.num_seeds, exponent, weights)
+    state = HostState(CounterStream(run.run.seed), mode.num_seeds, exponent, weights)
     return SeedRules(mode, largest_amount(run, exponent), state.fingerprint)
 
 

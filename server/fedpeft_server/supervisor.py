@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpeft.attacks import refuse_attack
-from fedpeft.config import RunConfig
+from fedpeft.config.device_task import device_task
+from fedpeft.config.sections import RunConfig
 from fedpeft.credentials import Role
-from fedpeft.device_task import device_task
 from fedpeft.errors import DataError, FedPEFTError, QuorumError, StorageError, UsageError
-from fedpeft.privacy.sources import refuse_seeded
+from fedpeft.privacy.noise_sources import refuse_seeded
 from fedpeft_server.agent_wait import agents_wanted
 from fedpeft_server.control import (
     PATIENCE,
@@ -34,7 +34,7 @@ from fedpeft_server.control import (
 from fedpeft_server.risks import Risks
 from fedpeft_server.roots import Roots
 from fedpeft_server.run_statuses import RunStatuses, one_line
-from fedpeft_server.store import Quota, Rules, Status, Store, StoredRun
+from fedpeft_server.store import Quota, Rules, RunStatus, Store, StoredRun
 
 if TYPE_CHECKING:
     from fedpeft_server.hosting import Host, OpenGrid
@@ -100,15 +100,15 @@ class Supervisor:
         self._risks.take_stock([stored.id for stored in unended])
         for stored in unended:
             losses = self._risks.losses(stored.id)
-            if stored.status == Status.STOPPING:
-                self._store.runs.set_status(stored.id, Status.STOPPED, stored.reason)
+            if stored.status == RunStatus.STOPPING:
+                self._store.runs.set_status(stored.id, RunStatus.STOPPED, stored.reason)
             elif losses >= MOST_LOSSES:
                 aside = f"set aside, as the server was lost {losses} times while it was at this run's model"
-                self._store.runs.set_status(stored.id, Status.FAILED, aside)
+                self._store.runs.set_status(stored.id, RunStatus.FAILED, aside)
             elif stored.problem:
                 self._set_aside(stored)
             else:
-                self._store.runs.set_status(stored.id, Status.QUEUED, "the server was started")
+                self._store.runs.set_status(stored.id, RunStatus.QUEUED, "the server was started")
         self._fill()
 
     def submit(
@@ -158,7 +158,7 @@ class Supervisor:
         if self._models is not None:
             self._models.check(run)
             return
-        from fedpeft.preflight import refuse_problems  # with a first run, as it brings torch
+        from fedpeft.planning.preflight import refuse_problems  # with a first run, as it brings torch
 
         refuse_problems(run, source="run file")
 
@@ -189,11 +189,11 @@ class Supervisor:
             StorageError: it cannot be written down; the run goes on.
         """
         self._store.runs.get(run_id)
-        self._store.runs.set_status(run_id, Status.STOPPING, reason)
+        self._store.runs.set_status(run_id, RunStatus.STOPPING, reason)
         with self._lock:
             active = self._active.get(run_id)
         if active is None:
-            self._store.runs.set_status(run_id, Status.STOPPED, reason)
+            self._store.runs.set_status(run_id, RunStatus.STOPPED, reason)
         else:
             active.control.halt(Stopped(reason))
             active.thread.join(timeout=STOP_S)
@@ -262,7 +262,7 @@ class Supervisor:
     def _set_aside(self, stored: StoredRun) -> None:
         """Pause a run that this version cannot read: until it is stopped, or a version comes that can."""
         LOG.error("run %s: set aside: %s", stored.id, stored.problem)
-        self._store.runs.set_status(stored.id, Status.PAUSED, f"set aside: {stored.problem}")
+        self._store.runs.set_status(stored.id, RunStatus.PAUSED, f"set aside: {stored.problem}")
 
     def _start(self, stored: StoredRun) -> None:
         control = Control(self._clock)
@@ -320,16 +320,16 @@ class Supervisor:
                 self._statuses.pause(run_id, why)
                 return True
             aside = f"set aside, as its model's process was lost {MOST_LOSSES} times at one point"
-            self._statuses.settle(host.stored.id, Status.FAILED, f"{aside}: {one_line(why)}")
+            self._statuses.settle(host.stored.id, RunStatus.FAILED, f"{aside}: {one_line(why)}")
         except (Paused, StorageError, QuorumError) as why:
             self._statuses.pause(run_id, why)
             return True
         except FedPEFTError as error:
-            self._statuses.settle(host.stored.id, Status.FAILED, _told(run_id, error))
+            self._statuses.settle(host.stored.id, RunStatus.FAILED, _told(run_id, error))
         except Exception as error:
             LOG.exception("run %s failed", run_id)
             self._statuses.settle(
-                host.stored.id, Status.FAILED, f"internal error: {type(error).__name__}: {one_line(error)}"
+                host.stored.id, RunStatus.FAILED, f"internal error: {type(error).__name__}: {one_line(error)}"
             )
         return False
 
@@ -347,7 +347,7 @@ class Supervisor:
             host.export()
         except (FedPEFTError, Halt) as error:
             LOG.warning("run %s: its adapter cannot be written: %s", host.stored.id, one_line(error))
-        self._statuses.settle(host.stored.id, Status.STOPPED, reason)
+        self._statuses.settle(host.stored.id, RunStatus.STOPPED, reason)
 
     def _leave(self, run_id: str) -> None:
         """A place is free: tidy up, and take the next run before anyone sees the place empty."""

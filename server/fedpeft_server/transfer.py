@@ -20,7 +20,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import HEAD_BYTES, is_head_of_record
 from fedpeft.wire.pace import Pace
 from fedpeft_server.callers import Caller
-from fedpeft_server.contracts import Blobs, Partial
+from fedpeft_server.contracts import BlobStore, PartialBlob
 from fedpeft_server.fair_queue import FairQueue, Turn
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.refusals import Reason, Refused
@@ -33,7 +33,7 @@ _OPENING = 64  # uploads whose first message is awaited at a time: one of each c
 _FLUSHES = 4  # at a time, so that threads are left for what comes in
 
 
-class Stream(Protocol):
+class UploadStream(Protocol):
     """What is used of gRPC's stream of an upload: `read` ends with an object that is no message."""
 
     async def read(self) -> object:
@@ -56,7 +56,7 @@ class Transfers:
     def __init__(
         self,
         hub: Hub,
-        blobs: Blobs,
+        blobs: BlobStore,
         options: TransportOptions,
         executor: Executor,
         trouble: Callable[[str | None], None] = lambda line: None,
@@ -68,7 +68,7 @@ class Transfers:
         self._down = FairQueue(options.download_credits, options.turn_s)
         self._flushing = asyncio.Semaphore(_FLUSHES)
 
-    async def receive(self, caller: Caller, stream: Stream) -> int:
+    async def receive(self, caller: Caller, stream: UploadStream) -> int:
         """One upload, from `BlobOpen` until it is durable; its bytes.
 
         Raises:
@@ -96,7 +96,7 @@ class Transfers:
         await self._finish(partial)
         return int(open_.size)
 
-    async def _finish(self, partial: Partial) -> None:
+    async def _finish(self, partial: PartialBlob) -> None:
         """Verify and flush, without a turn: nothing of the blob is in memory any more, and disks are slow."""
         try:
             async with self._flushing:
@@ -129,7 +129,7 @@ class Transfers:
                 pace.took(time.monotonic() - began)
                 offset += len(data)
 
-    async def _opened(self, caller: Caller, stream: Stream) -> pb.BlobOpen:
+    async def _opened(self, caller: Caller, stream: UploadStream) -> pb.BlobOpen:
         message = await self._next(stream)
         if message is None or message.WhichOneof("message") != "open":
             raise _malformed("an upload begins with what it is; another message came")
@@ -152,7 +152,9 @@ class Transfers:
             )
         return open_
 
-    async def _fill(self, partial: Partial, size: int, stream: Stream, caller: Caller, turn: Turn) -> None:
+    async def _fill(
+        self, partial: PartialBlob, size: int, stream: UploadStream, caller: Caller, turn: Turn
+    ) -> None:
         """Read to the end, and write while the next chunks come; what came is written in any case."""
         pages = _Pages(self, partial, size)
         try:
@@ -175,7 +177,7 @@ class Transfers:
         finally:
             await asyncio.shield(pages.flush())
 
-    async def _next(self, stream: Stream) -> pb.BlobUpload | None:
+    async def _next(self, stream: UploadStream) -> pb.BlobUpload | None:
         async with asyncio.timeout(self._options.stall_s):
             message = await stream.read()
         if isinstance(message, Unreadable):
@@ -206,7 +208,7 @@ class _Pages:
     is written before it is seen that the upload begins as a result does.
     """
 
-    def __init__(self, transfers: Transfers, partial: Partial, size: int) -> None:
+    def __init__(self, transfers: Transfers, partial: PartialBlob, size: int) -> None:
         self._transfers, self._partial, self._size = transfers, partial, size
         self._is_result = partial.offset > 0  # the rest of one that began so
         self.offset = partial.offset
@@ -261,7 +263,7 @@ class _Pages:
             await asyncio.shield(task)
 
 
-def _append(partial: Partial, batch: list[tuple[bytes, int]]) -> None:
+def _append(partial: PartialBlob, batch: list[tuple[bytes, int]]) -> None:
     for data, crc32 in batch:
         if zlib.crc32(data) != crc32:
             raise UpdateError(f"the chunk at {partial.offset} was changed on its way; send it again")

@@ -13,20 +13,20 @@ ID_BYTES = 16
 
 
 @dataclass(frozen=True)
-class Body:
+class TaskBody:
     """A task's content, shared by all agents that get the same."""
 
     content: bytes
     digest: bytes
 
     @classmethod
-    def of(cls, content: bytes) -> Body:
+    def of(cls, content: bytes) -> TaskBody:
         """With its SHA-256."""
         return cls(content, hashlib.sha256(content).digest())
 
 
 @dataclass(frozen=True)
-class Done:
+class DurableResult:
     """A result that is durable: its body, or where it lies."""
 
     digest: str
@@ -41,7 +41,7 @@ class Failed:
     error: FedPEFTError
 
 
-Outcome = Done | Failed
+Outcome = DurableResult | Failed
 
 
 class Owner(Protocol):
@@ -66,7 +66,7 @@ class Work:
     round: int
     kind: str
     agent: str
-    body: Body
+    body: TaskBody
     owner: Owner
     max_result_bytes: int
 
@@ -86,7 +86,7 @@ class Work:
         return pb.ServerMessage(task=task)
 
 
-def work_id(run: str, round_: int, kind: str, agent: str, body: Body) -> bytes:
+def work_id(run: str, round_: int, kind: str, agent: str, body: TaskBody) -> bytes:
     """The same for the same work, also after a restart, so that a result finds its task again."""
     digest = hashlib.sha256()
     for part in (run.encode(), str(round_).encode(), kind.encode(), agent.encode(), body.digest):

@@ -17,11 +17,11 @@ from fedpeft.attacks import (
     refuse_attack,
 )
 from fedpeft.attacks.colluding import reach
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
-from fedpeft.update import Update
+from fedpeft.planning.preflight import problems_of
+from fedpeft.updates.update import Update
 
 NAMES = [f"client-{number}" for number in range(10)]
 RANK = 3

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedpeft.flower.tasks import read_task
+from fedpeft.transport.tasks import read_task
 
 app = ClientApp()
 

@@ -17,7 +17,7 @@ from fedpeft_client.agent import Agent
 from fedpeft_client.command import client_status_command
 from fedpeft_client.dialing import error_named, is_final
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_client.status import read_status
 from fedpeft_server.grid import RunIdentity
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, played, server, wait_for
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 async def agent(home: Path, address: str, name: str = "site-a", **settings: Any) -> Agent:
-    made = Settings(server=address, data=home, insecure=True, **settings)
+    made = ClientSettings(server=address, data=home, insecure=True, **settings)
     return Agent(made, name, home, None, APP, InlineWorkshop())
 
 
@@ -133,7 +133,7 @@ def test_idle_agents_give_their_memory_back(tmp_path: Path) -> None:
     workshop = Counting()
 
     async def live() -> None:
-        settings = Settings(server="127.0.0.1:1", data=tmp_path, insecure=True, idle_release_s=0.1)
+        settings = ClientSettings(server="127.0.0.1:1", data=tmp_path, insecure=True, idle_release_s=0.1)
         made = Agent(settings, "site-a", tmp_path, None, APP, workshop)
         asyncio.get_running_loop().call_later(0.5, made.stop)
         await made.run()

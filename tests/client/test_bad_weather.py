@@ -21,7 +21,7 @@ from fedpeft_client.command import client_status_command, serve_agent
 from fedpeft_client.dialing import is_final
 from fedpeft_client.enrolment import own_material, renewed
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_client.status import read_status
 from tests.client.test_agent import agent, free_port
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, played, server, wait_for
@@ -61,7 +61,7 @@ def test_a_certificate_that_has_not_begun_is_waited_for(
         read_material(keys, datetime.now(UTC))
 
     async def live() -> None:
-        settings = Settings(server=ours.running.address, data=tmp_path, connect_s=1.0)
+        settings = ClientSettings(server=ours.running.address, data=tmp_path, connect_s=1.0)
         renewing = lambda: renewed(keys, ours.running.address)  # noqa: E731 - as the command does
         made = Agent(settings, name, tmp_path / "home", renewing, APP, InlineWorkshop())
         run = asyncio.create_task(made.run())
@@ -153,7 +153,7 @@ def test_an_agent_whose_certificate_is_revoked_uses_its_token(
     ours.authority.revoke("revoked", now)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("")
-    settings = Settings(server=ours.running.address, data=rows, keys=keys, home=tmp_path / "home")
+    settings = ClientSettings(server=ours.running.address, data=rows, keys=keys, home=tmp_path / "home")
     made: list[Agent] = []
     with pytest.raises(CredentialError, match="revoked"):
         played(serve_agent(settings, "", made.append), 60.0)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.tasks import TRAIN, Task, task_content
-from fedpeft.frames import Frame
+from fedpeft.runtime.frames import Frame
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft_client.confinement import landlock_version
 from fedpeft_client.worker_process import Bounds, WorkerPlace, WorkerProcess
 

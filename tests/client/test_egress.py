@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import fedpeft_client
 from fedpeft.cli import app as command_line
-from fedpeft.flower.content import content_bytes
-from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
-from fedpeft.update import arrays_digest, frozen_arrays
+from fedpeft.transport.record_bytes import content_bytes
+from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
+from fedpeft.updates.update import arrays_digest, frozen_arrays
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.codec import Envelope, encode

@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import StateError
-from fedpeft.frames import Frame, pack, read_frame
+from fedpeft.runtime.frames import Frame, pack, read_frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.agent import Agent
 from fedpeft_client.dialing import FIRST_PAUSE_S, LONGEST_PAUSE_S, pauses
-from fedpeft_client.outbox import Finished, Outbox
+from fedpeft_client.outbox import Outbox, OutboxResult
 from fedpeft_client.replicas import ReplicaShelf
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_client.stage_memory import Remembered, StageMemory, memory_bytes, memory_of
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.usage import RunUsage, UsageBook
 
 
-def finished(number: int, body: bytes = b"body") -> Finished:
-    return Finished(pb.Task(id=number.to_bytes(16, "big"), run="r", round=number), body)
+def finished(number: int, body: bytes = b"body") -> OutboxResult:
+    return OutboxResult(pb.Task(id=number.to_bytes(16, "big"), run="r", round=number), body)
 
 
 def test_results_survive_a_restart_and_the_oldest_go_first(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_memories_of_old_runs_go(tmp_path: Path) -> None:
 
 
 def test_a_home_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    home, settings = tmp_path / "home", Settings(server="127.0.0.1:9", data=tmp_path, insecure=True)
+    home, settings = tmp_path / "home", ClientSettings(server="127.0.0.1:9", data=tmp_path, insecure=True)
     home.mkdir()
     home.chmod(0o750)
     with pytest.raises(StateError, match=f"its mode is 0750, .* run: chmod 700 '{home}'"):

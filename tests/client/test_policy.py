@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.runfile import build_run
 from fedpeft.wire.failures import policy_keys
 from fedpeft_client.policy import (
     Policy,

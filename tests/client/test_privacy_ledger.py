@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 
 import pytest
 
-from fedpeft.config import RunConfig
-from fedpeft.device_task import device_task
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import PolicyError, PrivacyError, StateError, StorageError
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel, Event, Local, RecordLevel
-from fedpeft.runfile import build_run, run_digest
 from fedpeft_client.accountant import LEDGER_FILE, MAX_FAILURES, Accountant
 from fedpeft_client.answers import Answer, AnswerShelf
 from fedpeft_client.inline import InlineWorkshop

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from fedpeft.device_task import device_task
-from fedpeft.flower.content import content_bytes
-from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
-from fedpeft.frames import Frame
-from fedpeft.loading.serving import load_serving_run
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run
 from fedpeft.models.starts import decomposition_bytes, decomposition_of
-from fedpeft.resident import drop_loaded_run
-from fedpeft.runfile import build_run
+from fedpeft.participant.loaded_run import drop_loaded_run
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.runtime.frames import Frame
+from fedpeft.transport.record_bytes import content_bytes
+from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft_client.starts import StartShelf
 from fedpeft_client.worker import done
 from fedpeft_client.worker_process import CLIENT_APP

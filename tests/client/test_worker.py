@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.device_task import device_task
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import DataError, PolicyError, StateError
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.exact_steps import steps_of
-from fedpeft.flower.tasks import HELLO, TRAIN, Task, task_content
-from fedpeft.frames import Frame
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.resident import drop_loaded_run, has_loaded_run
-from fedpeft.runfile import build_run, run_digest, run_json
-from fedpeft.update import arrays_digest
+from fedpeft.participant.loaded_run import drop_loaded_run, has_loaded_run
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.rounds.downlink.exact_steps import steps_of
+from fedpeft.runtime.frames import Frame
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
+from fedpeft.updates.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.failures import from_record
 from fedpeft.wire.state_message import StateMessage, encode_state

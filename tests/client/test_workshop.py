@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from fedpeft.errors import MemoryLimitError, TimeLimitError, WorkerError
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.tasks import TRAIN, Task, task_content
-from fedpeft.frames import Frame
+from fedpeft.runtime.frames import Frame
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft_client.policy import Policy
 from fedpeft_client.worker_process import Bounds, WorkerProcess
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, reason, server, wait_for

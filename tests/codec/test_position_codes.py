@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedpeft.codec.entropy import ternary_entropy_bits
 from fedpeft.codec.golomb import rice_parameter
-from fedpeft.codec.positions import CODER_BYTES, CODERS, DEFAULT_CODER, coder_named, coder_of_byte
+from fedpeft.codec.position_coders import CODER_BYTES, CODERS, DEFAULT_CODER, coder_named, coder_of_byte
 from fedpeft.codec.rans import gap_model
 from fedpeft.errors import UpdateError
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedpeft.commands.runs import run_of
-from fedpeft.config import RecordLevelPrivacy
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.commands.arguments import run_of
+from fedpeft.config.sections import RecordLevelPrivacy
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.memory import estimate_memory
-from fedpeft.privacy.sources import noise_source
-from fedpeft.resident import LoadedRun
+from fedpeft.privacy.noise_sources import noise_source
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.training.first_order import Rows, train
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from fedpeft.cli import end_cleanly
-from fedpeft.console import INTERRUPTED, clean_interrupts
+from fedpeft.runtime.console import INTERRUPTED, clean_interrupts
 
 
 def interrupted_import() -> int:

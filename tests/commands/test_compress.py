@@ -13,14 +13,14 @@ import torch
 from safetensors.numpy import load_file
 
 from fedpeft.codec import read_expert
-from fedpeft.config import ModelSection
+from fedpeft.config.run_file import build_run, load_run, run_toml
+from fedpeft.config.sections import ModelSection
 from fedpeft.ledger.run_place import write_run
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.randomness import derive_seed
-from fedpeft.runfile import build_run, load_run, run_toml
+from fedpeft.runtime.randomness import derive_seed
 from tests.commands.calling import Call
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from fedpeft.config import ModelSection, PeftSection, RunConfig
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import ModelSection, PeftSection, RunConfig
 from fedpeft.ledger.run_place import write_run
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.runfile import load_run
 from tests.commands.calling import Call
 
 IDS = torch.arange(3, 35).reshape(2, 16)

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from fedpeft.commands.plan import bytes_of
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.data.embedded import model_folder
 from fedpeft.errors import ModelError, UsageError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.device import available_memory
 from fedpeft.models.methods import base_refusal, method_named
 from fedpeft.models.offsite import whole_model
 from fedpeft.models.sketch import sketch, weights_of
-from fedpeft.planning.admission import refuse_oversized
 from fedpeft.planning.fit import propose
 from fedpeft.planning.loading import read_rows
+from fedpeft.planning.memory_admission import refuse_oversized
 from fedpeft.planning.predict import Predictor
-from fedpeft.runfile import build_run
 from tests.commands.calling import TINY, Call, overrides
 
 MIB = 2**20

@@ -13,8 +13,8 @@ from fedpeft.codec.ternary import ALPHA_GRID
 from fedpeft.commands.experts import read_adapter
 from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.commands.merge import LAM
+from fedpeft.config.run_file import build_run, load_run, run_toml
 from fedpeft.errors import ModelError, PrivacyError
-from fedpeft.runfile import build_run, load_run, run_toml
 from tests.commands.calling import Call
 
 WEIGHTS = "adapter_model.safetensors"

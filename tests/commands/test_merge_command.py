@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpeft.config import ModelSection
+from fedpeft.config.sections import ModelSection
 from fedpeft.errors import ModelError
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.comparison import made_up_rows, read_logits
 from fedpeft.models.export import load_adapter
 from fedpeft.models.quiet import quiet

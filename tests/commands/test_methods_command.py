@@ -9,16 +9,16 @@ from typing import Any, get_args
 
 import pytest
 
+from fedpeft.aggregation.lora_rules import LORA_RULES
+from fedpeft.aggregation.staleness import WEIGHTS
 from fedpeft.attacks import ATTACKS
-from fedpeft.config import ModelSection, PartitionerSection, SamplingSection
+from fedpeft.config.sections import ModelSection, PartitionerSection, SamplingSection
 from fedpeft.evaluation.metrics import METRICS
-from fedpeft.flower.rules import RULES
-from fedpeft.lora_rules import LORA_RULES
 from fedpeft.models.methods import METHODS
 from fedpeft.privacy.kinds import KINDS
+from fedpeft.rounds.strategy_table import RULES
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
-from fedpeft.staleness import WEIGHTS
 from fedpeft.training.lean import SAVERS
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES

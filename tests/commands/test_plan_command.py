@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.planning.draws import draw_rounds
 from fedpeft.planning.loading import Problems, load
 from fedpeft.planning.plan import make_plan
-from fedpeft.runfile import build_run
 from fedpeft.spaces import build_space
 from fedpeft.spaces.projected import Projected
 from fedpeft.spaces.seed_scalars import SeedScalars

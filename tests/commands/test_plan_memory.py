@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import TrainingSection
 from fedpeft.planning.memory import (
     OPTIMIZER_BYTES,
     BatchShape,
-    Geometry,
     Memory,
+    ModelSizes,
     activations,
     on_gpu,
     optimizer_bytes,
 )
-from fedpeft.runfile import build_run
 from fedpeft.training.lean import PAGED
 from fedpeft.training.optimizers import OPTIMIZERS, build_optimizer
 
@@ -50,7 +50,7 @@ def test_optimizer_bytes_are_what_torch_keeps(name: str, momentum: float) -> Non
 
 
 def test_activations_by_hand() -> None:
-    shape = Geometry(
+    shape = ModelSizes(
         layers=2,
         hidden=8,
         keys=4,

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
+from fedpeft.aggregation.lora_rules import LORA_RULES
 from fedpeft.attacks import ATTACKS
 from fedpeft.compatibility import CONFLICTS, conflicts_of
+from fedpeft.config.run_file import build_run
+from fedpeft.config.traits import Trait
 from fedpeft.errors import codes_of
-from fedpeft.flower.rules import RULES
-from fedpeft.lora_rules import LORA_RULES
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
+from fedpeft.rounds.strategy_table import RULES
 from fedpeft.stages import STAGES
 from fedpeft.training.zeroth_rules import RULES as ZEROTH_RULES
-from fedpeft.traits import Trait
 
 COPY = "a-copy"
 PROMISE = {"noise_multiplier": 1.0, "target_delta": 1e-5, "max_epsilon": 50.0}

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedpeft.update import Layout, Update
+from fedpeft.updates.update import Layout, Update
 
 NAMES = st.sampled_from(["a", "b.weight", "layers.0.q", "z"])
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.aggregation import HEADROOM_BITS, ExactSum, _add_quanta, prepare_sums
+from fedpeft.aggregation.exact_sum import HEADROOM_BITS, ExactSum, _add_quanta, prepare_sums
 from fedpeft.errors import UpdateError
-from fedpeft.update import Layout, Update, arrays_digest, layout_of
+from fedpeft.updates.update import Layout, Update, arrays_digest, layout_of
 from tests.core.strategies import FLOAT, INT, several
 
 EXPONENT = -20

@@ -9,7 +9,7 @@ import pytest
 from flwr.app import Array
 from numpy.typing import NDArray
 
-from fedpeft.flower.array_bytes import array_of, values_of
+from fedpeft.transport.array_bytes import array_of, values_of
 
 CASES = [
     np.arange(12.0).reshape(3, 4),

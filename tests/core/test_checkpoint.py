@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from fedpeft.errors import StateError, StorageError
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.checkpoint import read_checkpoint, write_checkpoint
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.update import Layout, Update, arrays_digest, layout_of
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.updates.update import Layout, Update, arrays_digest, layout_of
 from tests.core.strategies import several
 
 DIGEST = "ab" * 32

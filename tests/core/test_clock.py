@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fedpeft.clock import VirtualClock
-from fedpeft.config import ClockSection
+from fedpeft.config.sections import ClockSection
+from fedpeft.rounds.simulated_clock import VirtualClock
 
 SIGMAS = 6.0  # of a normal: a correct clock fails one such check in 5e8 seeds
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from fedpeft.config import SamplingSection, Section
+from fedpeft.config.option_tables import build_option, unknown_name
+from fedpeft.config.sections import SamplingSection, Section
 from fedpeft.errors import RunFileError
-from fedpeft.options import build_option, unknown_name
 
 
 class Knob(Section):

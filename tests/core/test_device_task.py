@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from fedpeft.config import DataSection, FederationSection, ModelSection, RunConfig
-from fedpeft.device_task import (
+from fedpeft.config.device_task import (
     DeviceData,
     DeviceFederation,
     DeviceModel,
@@ -18,9 +17,10 @@ from fedpeft.device_task import (
     device_task,
     read_device_task,
 )
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.run_identity import identity_digest
+from fedpeft.config.sections import DataSection, FederationSection, ModelSection, RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.run_identity import identity_digest
-from fedpeft.runfile import build_run, run_digest
 
 TABLES: dict[str, Any] = {
     "run": {"name": "t", "rounds": 3, "seed": 7},

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import RunExistsError, StorageError
-from fedpeft.files import append_line, folder_atomically, remove_partial, storage, write_atomically
+from fedpeft.runtime.files import append_line, folder_atomically, remove_partial, storage, write_atomically
 
 
 def names(folder: Path) -> list[str]:

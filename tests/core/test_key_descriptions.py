@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from fedpeft.aggregation.staleness import WEIGHTS
 from fedpeft.attacks import ATTACKS
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
-from fedpeft.staleness import WEIGHTS
-from fedpeft_client.settings import Settings as ClientSettings
-from fedpeft_server.settings import Settings as ServerSettings
+from fedpeft_client.settings import ClientSettings as ClientSettings
+from fedpeft_server.settings import ServerSettings as ServerSettings
 
 OPTION_MODELS: dict[str, type[BaseModel]] = {
     f"{table} {name}": model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fedpeft.config.key_hints import ELSEWHERE, OPEN, known_keys, suggest_key, suggest_option
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
-from fedpeft.key_hints import ELSEWHERE, OPEN, known_keys, suggest_key, suggest_option
-from fedpeft.runfile import build_run
 
 
 def test_every_key_that_is_suggested_is_one() -> None:

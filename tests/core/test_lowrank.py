@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
-from fedpeft.lowrank import (
+from fedpeft.updates.low_rank import (
     LoraFactors,
     Split,
     merged_in_product_space,

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from fedpeft.errors import ModelError
-from fedpeft.name_patterns import LIMIT_S, LONGEST, NamePattern
+from fedpeft.runtime.name_patterns import LIMIT_S, LONGEST, NamePattern
 
 NAMES = ("q_proj", "model.layers.0.self_attn.q_proj", "model.layers.10.mlp.up_proj", "lm_head")
 ENDLESS = ("(a|aa)+$", "(.|..|...|....)+[?-]")  # more ways to match than there are atoms

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.randomness import derive_seed, stream
+from fedpeft.runtime.randomness import derive_seed, stream
 
 
 def test_seeds_are_bits_of_sha256_over_seed_and_name() -> None:

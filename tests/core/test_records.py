@@ -8,7 +8,7 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from fedpeft.records import (
+from fedpeft.ledger.records import (
     Baseline,
     ClientOutcome,
     Evaluation,

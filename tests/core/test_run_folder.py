@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run, run_digest, run_json, run_toml
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunExistsError, RunFileError, StateError, StorageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.records import Baseline, Evaluation, Finished, Round, Started
-from fedpeft.runfile import build_run, run_digest, run_json, run_toml
+from fedpeft.ledger.records import Baseline, Evaluation, Finished, Round, Started
 
 STARTED = Started(
     run_name="x", run_digest="d", seed=0, rounds=3, engine="local", clients={"a": 1}, test_examples=1,

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from pydantic import create_model
 
-from fedpeft.config import ModelSection, RunConfig, TrainingSection
+from fedpeft.config.run_file import build_run, load_run, run_digest, run_from_json, run_json
+from fedpeft.config.run_identity import RUN_SCHEMA, differing_keys, identity_text, read_identity
+from fedpeft.config.sections import ModelSection, RunConfig, TrainingSection
 from fedpeft.errors import RunFileError
-from fedpeft.run_identity import RUN_SCHEMA, differing_keys, identity_text, read_identity
-from fedpeft.runfile import build_run, load_run, run_digest, run_from_json, run_json
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_FILES = sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("fedpeft/presets/*.toml")])
+RUN_FILES = sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("fedpeft/config/presets/*.toml")])
 TABLES: dict[str, Any] = {
     "run": {"name": "small", "rounds": 2},
     "peft": {"method": "lora", "r": 4},

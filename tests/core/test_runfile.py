@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run, load_run, run_digest, run_from_json, run_json, run_toml
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, UsageError
-from fedpeft.runfile import build_run, load_run, run_digest, run_from_json, run_json, run_toml
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN_FILES = sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("fedpeft/presets/*.toml")])
+RUN_FILES = sorted([*ROOT.glob("simulations/*.toml"), *ROOT.glob("fedpeft/config/presets/*.toml")])
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small", "rounds": 2},

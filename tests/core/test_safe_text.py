@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.safe_text import one_line, replace_unprintable
-from fedpeft.telemetry import LogFormat, set_up_log
+from fedpeft.runtime.safe_text import one_line, replace_unprintable
+from fedpeft.runtime.telemetry import LogFormat, set_up_log
 from fedpeft_client.command import client_status_command
-from fedpeft_client.status import STATUS_FILE, Status
+from fedpeft_client.status import STATUS_FILE, AgentStatusFile
 
 HOSTILE = "run-1\n2030-01-01 00:00:00 WARNING all is well\r\x1b[2J\x9b31m\u202etxt.exe\u2028end\x07\x00"
 
@@ -59,7 +59,7 @@ def test_no_text_of_others_makes_a_line_of_a_log(how: LogFormat) -> None:
 def test_what_a_server_said_is_shown_without_its_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = Status(tmp_path / STATUS_FILE, name="site-a", server="host:1")
+    status = AgentStatusFile(tmp_path / STATUS_FILE, name="site-a", server="host:1")
     status.noticed(HOSTILE)
     client_status_command(tmp_path, "", as_json=False)
     shown = capsys.readouterr().out

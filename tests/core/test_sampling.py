@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.config import SamplingSection
+from fedpeft.config.sampling import cohort_size, sample_cohort
+from fedpeft.config.sections import SamplingSection
 from fedpeft.errors import FederationError
-from fedpeft.randomness import stream
-from fedpeft.sampling import cohort_size, sample_cohort
+from fedpeft.runtime.randomness import stream
 
 NAMES = [f"client-{index:03d}" for index in range(40)]
 SIGMAS = 6.0  # of a normal: a correct sampler fails one such check in 5e8 seeds

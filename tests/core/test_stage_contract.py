@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError, UpdateError
-from fedpeft.options import build_option
-from fedpeft.runfile import build_run
 from fedpeft.stages import STAGES, Stage, StageContext, build_stages, on_client, on_server
 from fedpeft.stages.clip import Clip
 from fedpeft.stages.weigh import MAX_EXAMPLES, Weigh
-from fedpeft.update import Update, arrays_digest, layout_of
+from fedpeft.updates.update import Update, arrays_digest, layout_of
 from tests.core.strategies import FLOAT, several
 
 # Options with which each stage is put through the contract; a new stage adds its line.

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Arrays, Update, arrays_digest, check_layout, layout_of
+from fedpeft.updates.update import Arrays, Update, arrays_digest, check_layout, layout_of
 from tests.core.strategies import FLOAT, INT, several
 
 FLOATS, INTEGERS = st.just(FLOAT), st.just(INT)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.aggregation import ExactSum
+from fedpeft.aggregation.exact_sum import ExactSum
 from fedpeft.errors import UpdateError
-from fedpeft.packed import Packing
-from fedpeft.update import Layout, Update, arrays_digest, layout_of
+from fedpeft.updates.packed import Packing
+from fedpeft.updates.update import Layout, Update, arrays_digest, layout_of
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.checksum import SIZE, sealed
 from fedpeft.wire.codec import PROTOCOL_VERSION, Envelope, decode, encode

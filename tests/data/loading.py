@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.control_tokens import Tokenizer
 from fedpeft.data.encoded import Task
 from fedpeft.data.federated import FederatedData, encode

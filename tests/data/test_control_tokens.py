@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fedpeft.config import DataSection
-from fedpeft.data.control_tokens import Frame, special_frame
-from fedpeft.data.layout import make_layout
-from fedpeft.data.records import Record, RowSet, Selection, collect, row_set
+from fedpeft.config.sections import DataSection
+from fedpeft.data.control_tokens import TokenFrame, special_frame
+from fedpeft.data.row_records import RowRecord, RowSet, Selection, collect, row_set
+from fedpeft.data.section_layout import make_layout
 from fedpeft.data.tokenize import tokenize
 from fedpeft.errors import DataError
 
@@ -45,7 +45,7 @@ def chat_tokenizer() -> Any:
 def rows_of(fields: Sequence[dict[str, Any]], **templates: str) -> RowSet:
     section = DataSection.model_validate({"train": "x.jsonl", **templates})
     layout = make_layout(section, "causal-lm")
-    records = [Record(0, "f", number, row) for number, row in enumerate(fields, start=1)]
+    records = [RowRecord(0, "f", number, row) for number, row in enumerate(fields, start=1)]
     return row_set(collect(records, layout, Selection(), None), layout, None)
 
 
@@ -115,7 +115,7 @@ def test_the_frame_is_found_for_tokenizers_of_other_signs() -> None:
             known = [self.get_vocab()[sign] for sign in text if sign in "éü"]
             return {"input_ids": [0, *known, 1] if options.get("add_special_tokens", True) else known}
 
-    assert special_frame(Skipping()) == Frame((0,), (1,))
+    assert special_frame(Skipping()) == TokenFrame((0,), (1,))
 
 
 def test_a_tokenizer_of_control_tokens_alone_is_refused() -> None:
@@ -159,4 +159,4 @@ def test_the_frame_is_found_where_every_text_is_unknown() -> None:
         def __call__(self, text: str, **options: Any) -> Any:
             return {"input_ids": [0, 1, 2] if options.get("add_special_tokens", True) else [1]}
 
-    assert special_frame(Unknowing()) == Frame((0,), (2,))
+    assert special_frame(Unknowing()) == TokenFrame((0,), (2,))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.embedded import federated_rows
 from fedpeft.data.encoded import Task
 from fedpeft.data.federated import FederatedData
@@ -210,7 +210,7 @@ def test_bad_input_is_one_line(
 
 def test_a_home_that_cannot_be_written_is_no_hindrance(write_rows: Any) -> None:
     script = (
-        "import sys\nfrom fedpeft.config import DataSection\n"
+        "import sys\nfrom fedpeft.config.sections import DataSection\n"
         "from fedpeft.data.run_tables import read_tables\n"
         "part = {'kind': 'dirichlet', 'clients': 2, 'by': 'y', 'alpha': 1.0}\n"
         "s = DataSection.model_validate({'train': sys.argv[1], 'text': '{q}', 'partitioner': part})\n"

@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.config import DataSection, RunConfig
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import DataSection, RunConfig
 from fedpeft.data.labels import natural_key
 from fedpeft.data.run_sources import find_parts
 from fedpeft.data.run_tables import read_tables
@@ -23,7 +24,6 @@ from fedpeft.data.sources import find_files
 from fedpeft.data.tables import RawFederated, read_client_table
 from fedpeft.data.text_files import Reading
 from fedpeft.errors import DataError
-from fedpeft.runfile import load_run
 
 ROWS: list[dict[str, Any]] = [{"text": f"row {i} é", "label": "ab"[i % 2]} for i in range(6)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

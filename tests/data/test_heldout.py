@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom  # type: ignore[import-untyped]  # scipy ships no types
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.federated import FederatedData
 from fedpeft.data.heldout import content_draws, split_heldout
 from fedpeft.errors import DataError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.config import PartitionerSection
+from fedpeft.config.sections import PartitionerSection
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
 from fedpeft.errors import DataError
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.row_digest import rows_digest
 from fedpeft.data.run_tables import read_tables
 from tests.data.loading import load_client, load_federated

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import DataSection
+from fedpeft.config.sections import DataSection
 from fedpeft.data.encoded import Task
-from fedpeft.data.layout import make_layout, section_problems
-from fedpeft.data.records import Layout, Record, Selection, collect, select
+from fedpeft.data.row_records import Layout, RowRecord, Selection, collect, select
+from fedpeft.data.section_layout import make_layout, section_problems
 from fedpeft.data.templates import compile_template
 from fedpeft.errors import DataError
 
 
-def records(*rows: dict[str, Any]) -> list[Record]:
-    return [Record(0, "f.jsonl", number, row) for number, row in enumerate(rows, start=1)]
+def records(*rows: dict[str, Any]) -> list[RowRecord]:
+    return [RowRecord(0, "f.jsonl", number, row) for number, row in enumerate(rows, start=1)]
 
 
 def chosen(selection: Selection, *rows: dict[str, Any]) -> list[dict[str, Any]]:

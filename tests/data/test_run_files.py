@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import load_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.run_tables import read_tables
 from fedpeft.data.tables import RawFederated
-from fedpeft.runfile import load_run
 from tests.data.loading import load_federated
 
 SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.data.control_tokens import Frame, special_frame
+from fedpeft.data.control_tokens import TokenFrame, special_frame
 from fedpeft.data.encoded import Texts
-from fedpeft.data.records import RowSet
+from fedpeft.data.row_records import RowSet
 from fedpeft.data.tokenize import Tokenized, tokenize
 from fedpeft.errors import DataError
 
@@ -94,8 +94,10 @@ def test_more_rows_than_one_call_of_the_tokenizer(tokenizer: Any) -> None:
 
 
 def test_special_tokens_are_found(make_tokenizer: Any) -> None:
-    assert special_frame(make_tokenizer(before=(), after=())) == Frame((), ())
-    assert special_frame(make_tokenizer(before=("<s>", "<s>"), after=("</s>",))) == Frame((BOS, BOS), (EOS,))
+    assert special_frame(make_tokenizer(before=(), after=())) == TokenFrame((), ())
+    assert special_frame(make_tokenizer(before=("<s>", "<s>"), after=("</s>",))) == TokenFrame(
+        (BOS, BOS), (EOS,)
+    )
 
 
 def test_a_tokenizer_that_changes_a_framed_text_is_refused() -> None:

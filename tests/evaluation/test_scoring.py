@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedpeft.config import ModelSection
+from fedpeft.config.sections import ModelSection
 from fedpeft.data.embedded import pretraining_rows
 from fedpeft.data.encoded import Encoded, Texts, offsets_of
 from fedpeft.evaluation.scoring import generate, score
-from fedpeft.models.base import Tokenizer, load_base, load_tokenizer
+from fedpeft.models.base_model import Tokenizer, load_base, load_tokenizer
 from fedpeft.training.first_order import Rows
 
 

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from fedpeft.errors import TrainingError
-from fedpeft.flower.tasks import Hello, error_reply, hello_reply, read_task, update_reply
+from fedpeft.transport.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.wire.codec import Envelope, decode, encode
 
 Answer = Callable[[Envelope, Message], Message]

@@ -10,7 +10,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.errors import TrainingError
-from fedpeft.flower.tasks import Hello, error_reply, hello_reply, read_task, update_reply
+from fedpeft.transport.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.wire.codec import Envelope, decode, encode
 
 BASE = "ba5e" * 16

@@ -8,10 +8,10 @@ from dataclasses import replace
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedpeft.config.run_file import run_from_json
 from fedpeft.errors import TrainingError
-from fedpeft.flower.tasks import Hello, error_reply, hello_reply, read_task, update_reply
-from fedpeft.runfile import run_from_json
 from fedpeft.stages import build_stages, stage_list
+from fedpeft.transport.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.wire.codec import encode
 from tests.flower.apps import envelope_for
 

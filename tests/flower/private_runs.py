@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run, run_digest, run_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
-from fedpeft.update import frozen_arrays
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import frozen_arrays
 from fedpeft.workers import InlineWorkers
 
 SIZE = 4

@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.clock import VirtualClock
-from fedpeft.config import BufferSection, RunConfig, StalenessSection
+from fedpeft.aggregation.staleness import UNIT, weight_problems, weight_units
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import BufferSection, RunConfig, StalenessSection
 from fedpeft.errors import FederationError, QuorumError, StateError, TrainingError
-from fedpeft.flower.in_flight import InFlightTasks
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import Member, Roster, roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.rounds.buffered.in_flight import InFlightTasks
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
+from fedpeft.rounds.simulated_clock import VirtualClock
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, CommonDirections
 from fedpeft.stages import build_stages
-from fedpeft.staleness import UNIT, weight_problems, weight_units
-from fedpeft.update import frozen_arrays
+from fedpeft.transport.roster import Member, Roster, roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import frozen_arrays
 from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
 from tests.flower.buffered_apps import EXAMPLES, point, weight
 

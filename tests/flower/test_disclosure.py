@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import UpdateError
-from fedpeft.flower.disclosure import Disclosure
-from fedpeft.flower.replies import _refuse_weight
-from fedpeft.flower.roster import Member, Roster
-from fedpeft.runfile import build_run
+from fedpeft.rounds.replies import _refuse_weight
+from fedpeft.transport.disclosure import Disclosure
+from fedpeft.transport.roster import Member, Roster
 from fedpeft.wire.codec import Envelope
 
 METRICS = {"loss": 0.5, "steps": 2.0, "examples": 7.0}

@@ -10,28 +10,28 @@ import numpy as np
 import pytest
 import tomli_w
 
+from fedpeft.config.option_tables import build_option
+from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import FederationError, RunFileError, UpdateError
-from fedpeft.flower.broadcast import Broadcast
 from fedpeft.flower.client_app import app
-from fedpeft.flower.content import content_bytes
 from fedpeft.flower.execute import execute
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.replica import Replica, caught_up
 from fedpeft.flower.server_app import Order
-from fedpeft.flower.steps import CompressedSteps
-from fedpeft.flower.tasks import TRAIN, Task, task_content
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.options import build_option
+from fedpeft.ledger.records import ClientOutcome, Round, parse_row
+from fedpeft.participant.loaded_run import set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import ClientOutcome, Round, parse_row
-from fedpeft.resident import set_loaded_run
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.planning.preflight import refuse_problems
+from fedpeft.rounds.downlink.broadcast import Broadcast
+from fedpeft.rounds.downlink.replica import Replica, caught_up
+from fedpeft.rounds.downlink.state_steps import CompressedSteps
 from fedpeft.simulation.engine import serve
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import STAGES, build_downlink
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.transport.record_bytes import content_bytes
+from fedpeft.transport.tasks import TRAIN, Task, task_content
+from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.state_message import StateMessage, decode_state, encode_state
 from fedpeft.workers import InlineWorkers

@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import FederationError, UpdateError
-from fedpeft.flower.broadcast import Broadcast
-from fedpeft.flower.exact_steps import ExactSteps, steps_of
-from fedpeft.flower.replica import Replica, caught_up
+from fedpeft.ledger.records import ClientOutcome
 from fedpeft.models.attach import attach
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.records import ClientOutcome
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.rounds.downlink.broadcast import Broadcast
+from fedpeft.rounds.downlink.exact_steps import ExactSteps, steps_of
+from fedpeft.rounds.downlink.replica import Replica, caught_up
 from fedpeft.seedspace.digest import digest
 from fedpeft.spaces import Space, Trail, build_space
-from fedpeft.update import Arrays, arrays_digest
+from fedpeft.updates.update import Arrays, arrays_digest
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.state_message import decode_state
 from tests.models.tiny import tiny_base

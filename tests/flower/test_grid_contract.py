@@ -9,10 +9,10 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.tasks import HELLO, Task, read_hello, task_content
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import HELLO, Task, read_hello, task_content
 from fedpeft.workers import InlineWorkers
 
 
@@ -74,13 +74,13 @@ def test_roll_call_needs_enough_nodes() -> None:
 
 
 def test_messages_can_be_made_only_after_the_identity_is_set() -> None:
-    """The contract of `fedpeft.flower.identity`: Flower still needs what it sets, and takes it."""
+    """The contract of `fedpeft.transport.node_identity`: Flower still needs what it sets, and takes it."""
     script = (
         "from flwr.app import Message, RecordDict\n"
         "def make(): return Message(RecordDict(), 5, 'train')\n"
         "try:\n    make()\nexcept RuntimeError: pass\n"
         "else: raise SystemExit('Flower no longer needs an identity')\n"
-        "from fedpeft.flower.identity import SERVER_NODE_ID, ensure_identity\n"
+        "from fedpeft.transport.node_identity import SERVER_NODE_ID, ensure_identity\n"
         "ensure_identity(); message = make()\n"
         "assert message.metadata.src_node_id == SERVER_NODE_ID and message.metadata.run_id == 1\n"
         "from flwr.supercore.task_identity import TaskIdentity\n"

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.mailbox import Mailbox
-from fedpeft.flower.message_exchange import Cancels
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.tasks import TRAIN
+from fedpeft.transport.mailbox import Mailbox
+from fedpeft.transport.message_exchange import Cancels
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.tasks import TRAIN
 
 NODES = {"ann": 1, "bob": 2, "eve": 3}
 

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from scipy.stats import kstest, norm  # type: ignore[import-untyped]  # scipy ships no types
 
 from fedpeft.errors import PrivacyError, StateError
-from fedpeft.flower.private_rounds import open_privacy
+from fedpeft.ledger.records import ClientOutcome, Round
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.budget import BudgetLedger
 from fedpeft.privacy.events import ClientLevel, Event, Local, RecordLevel
-from fedpeft.records import ClientOutcome, Round
+from fedpeft.rounds.private_rounds import open_privacy
 from tests.flower.private_runs import CLIENT_LEVEL, CLIENTS, Disk, KilledError, hold, private_run
 
 DELTA = 1e-5

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
-from fedpeft.flower.rules import RULES, geometry_problems, strategy_problems
-from fedpeft.flower.strategies import StrategyRunner
-from fedpeft.runfile import build_run
-from fedpeft.update import Arrays, Update, layout_of
+from fedpeft.rounds.strategies import StrategyRunner
+from fedpeft.rounds.strategy_table import RULES, geometry_problems, strategy_problems
+from fedpeft.updates.update import Arrays, Update, layout_of
 
 CLIENTS, RANK, M, N = 7, 2, 6, 9
 A, B, HEAD = "x.lora_A.weight", "x.lora_B.weight", "head"
@@ -154,7 +154,7 @@ def test_norm_bound_on_entries_is_the_mean_of_cut_updates() -> None:
 @pytest.mark.parametrize("kind", ["krum", "multikrum"])
 def test_ours_on_entries_choose_as_flower_s(kind: str) -> None:
     """Two implementations of one definition: the arrays have no pairs, so 'entries' is Flower's."""
-    from fedpeft.robust import Entries
+    from fedpeft.aggregation.robust import Entries
 
     state = {HEAD: np.zeros(20, dtype=np.float32)}
     for seed in range(5):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import FederationError, RunFileError, UpdateError
-from fedpeft.flower.rules import RULES, strategy_problems
-from fedpeft.flower.strategies import StrategyRunner
-from fedpeft.runfile import build_run
-from fedpeft.update import Layout, Update, layout_of
+from fedpeft.rounds.strategies import StrategyRunner
+from fedpeft.rounds.strategy_table import RULES, strategy_problems
+from fedpeft.updates.update import Layout, Update, layout_of
 
 Vector = NDArray[np.float64]
 CLIENTS = 7

@@ -14,10 +14,10 @@ import pytest
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedpeft.errors import FederationError, UsageError
-from fedpeft.flower.identity import ensure_identity
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.message_exchange import exchange
 from fedpeft.flower.server_app import NodeGrid, read_order
+from fedpeft.transport.message_exchange import exchange
+from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.workers import InlineWorkers
 from simulations.deployment import Superlink, program, superlink
 from tests.simulation.runs import strip

@@ -190,8 +190,8 @@ def held(
 
 def submit_when_up(chains: list[Chain], run_file: Path, address: str) -> None:
     """Submit as soon as a server stays up for long enough to take it; the same submission counts once."""
+    from fedpeft.config.run_file import load_run, run_toml
     from fedpeft.errors import FederationError
-    from fedpeft.runfile import load_run, run_toml
     from fedpeft.v1 import federation_pb2 as pb
 
     request = pb.SubmitRunRequest(run_toml=run_toml(load_run(run_file)), submission="one")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.lora_rules import LORA_RULES
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.aggregation.lora_rules import LORA_RULES
+from fedpeft.config.run_file import build_run
+from fedpeft.planning.preflight import problems_of
 
 CLIENT_LEVEL = {
     "kind": "client-level",

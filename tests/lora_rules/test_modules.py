@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedpeft.lora_rules import Combined, ModuleReplies, combine_named, distance_of, together
-from fedpeft.lora_rules.modules import squeezed
-from fedpeft.lowrank import LoraFactors, product_norm
+from fedpeft.aggregation.lora_rules import Combined, ModuleReplies, combine_named, distance_of, together
+from fedpeft.aggregation.lora_rules.modules import squeezed
+from fedpeft.updates.low_rank import LoraFactors, product_norm
 
 Matrix = NDArray[np.float64]
 M, N, RANK, SCALING = 9, 7, 3, 2.0

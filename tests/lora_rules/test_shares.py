@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.config import RunConfig
-from fedpeft.lora_rules import LORA_RULES, Shares
-from fedpeft.runfile import build_run
-from fedpeft.update import Arrays, layout_of
+from fedpeft.aggregation.lora_rules import LORA_RULES, Shares
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
+from fedpeft.updates.update import Arrays, layout_of
 
 M, N, R = 6, 5, 4
 X = "model.layers.1.q_proj"

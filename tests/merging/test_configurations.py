@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.merging import (
+from fedpeft.adapters import (
     Average,
     FactorsOnly,
     TaskArithmetic,

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from fedpeft.adapters.lora_names import LoraArrays, put_together, take_apart
 from fedpeft.errors import UpdateError
-from fedpeft.lowrank import Split, merged_in_product_space
-from fedpeft.merging.lora_names import LoraArrays, put_together, take_apart
+from fedpeft.updates.low_rank import Split, merged_in_product_space
 
 PREFIX = "base_model.model.layers.0.self_attn.q_proj"
 RNG = np.random.default_rng(0)

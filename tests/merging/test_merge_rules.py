@@ -8,15 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.codec.masks import BernoulliMask, PublicSource, tensor_stream
-from fedpeft.codec.topk import kept_count
-from fedpeft.errors import UpdateError
-from fedpeft.merging import (
+from fedpeft.adapters import (
     METHODS,
     AdapterStack,
     Average,
     Breadcrumbs,
-    Dare,
+    DareMerge,
     Lines,
     Pcb,
     TaskArithmetic,
@@ -26,7 +23,10 @@ from fedpeft.merging import (
     merger_named,
     scale_blocks,
 )
-from fedpeft.merging.lines import block_index
+from fedpeft.adapters.lines import block_index
+from fedpeft.codec.masks import BernoulliMask, PublicSource, tensor_stream
+from fedpeft.codec.topk import kept_count
+from fedpeft.errors import UpdateError
 from tests.merging import oracles
 
 Array = npt.NDArray[np.float32]
@@ -137,15 +137,15 @@ def test_dare(stack: AdapterStack, drop_rate: float) -> None:
             kept = BernoulliMask(PublicSource(5, task, tensor_stream(name)), threshold).indices(size)
             thinned.append([v / (1 - drop_rate) for v in oracles.masked(row, kept.tolist())])
         expected[name] = oracles.weighted_sum(thinned, stack.weights)
-    check(Dare(seed=5, drop_rate=drop_rate).merge(stack), expected, stack)
+    check(DareMerge(seed=5, drop_rate=drop_rate).merge(stack), expected, stack)
 
 
 def test_dare_masks_differ_by_task_and_repeat_by_seed() -> None:
     same = {"w": np.ones(1000, dtype=np.float32)}
     pair = adapter_stack([same, same])
-    first = Dare(seed=1, drop_rate=0.5).merge(pair)["w"]
-    assert np.array_equal(first, Dare(seed=1, drop_rate=0.5).merge(pair)["w"])
-    assert not np.array_equal(first, Dare(seed=2, drop_rate=0.5).merge(pair)["w"])
+    first = DareMerge(seed=1, drop_rate=0.5).merge(pair)["w"]
+    assert np.array_equal(first, DareMerge(seed=1, drop_rate=0.5).merge(pair)["w"])
+    assert not np.array_equal(first, DareMerge(seed=2, drop_rate=0.5).merge(pair)["w"])
     # One shared mask would leave only 0 and 4.
     assert set(first.tolist()) == {0.0, 2.0, 4.0}
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_merged_is_refused() -> None:
 def test_rules_by_name() -> None:
     assert set(METHODS) == {"average", "task-arithmetic", "ties", "dare", "lines", "pcb", "breadcrumbs"}
     assert merger_named("ties", density=0.3) == Ties(0.3)
-    assert merger_named("dare", seed=3) == Dare(seed=3)
+    assert merger_named("dare", seed=3) == DareMerge(seed=3)
     with pytest.raises(UpdateError, match="choose one of average"):
         merger_named("mean")
     with pytest.raises(UpdateError, match="gamma"):

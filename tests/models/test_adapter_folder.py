@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
 from fedpeft.models.methods import METHODS, base_refusal, with_options

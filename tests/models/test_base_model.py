@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tokenizers import processors
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import (
+from fedpeft.models.base_model import (
     head_modules,
     load_base,
     load_tokenizer,

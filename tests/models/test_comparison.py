@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from fedpeft.commands.export import write_merged
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.comparison import made_up_rows, read_logits, refuse_difference
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.coverage import coverage_notes
 from tests.models.tiny import tiny_base

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.device import (
     CPU,
     device_named,

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
 from fedpeft.models.explicit_names import with_explicit_names
 from fedpeft.models.methods import METHODS
 from fedpeft.models.options import peft_problems
-from fedpeft.name_patterns import LIMIT_S
+from fedpeft.runtime.name_patterns import LIMIT_S
 from tests.models.tiny import TASKS, tiny_base
 
 ENDLESS = "(.|..|...|....|.....)+[!-]"  # more ways through a name of thirty letters than anyone waits for

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedpeft.commands.export import write_merged
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.data.embedded import model_folder
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.export import export_adapter
 from fedpeft.models.generation import end_tokens, generate_greedily
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.loftq import KINDS, decompose, without
+from fedpeft.models.rounded_linear import Levels, levels_of, unpacked
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.rounding import Levels, levels_of, unpacked
 from fedpeft.models.trainable import frozen_digest, get_arrays, trainable_parameters
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
 from tests.models.tiny import batch, logits, saved, tiny_base
 
 pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.loftq import decompose, loftq_problem, without
 from fedpeft.models.lqlora import largest_directions
-from fedpeft.models.rounding import Levels, levels_of, unpacked
+from fedpeft.models.rounded_linear import Levels, levels_of, unpacked
 from fedpeft.models.trainable import frozen_digest, get_arrays
 from tests.models.tiny import logits, saved
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter, merge_adapter
 from fedpeft.models.methods import METHODS
+from fedpeft.models.rounded_linear import Levels
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.rounding import Levels
 from fedpeft.models.trainable import frozen_digest, get_arrays, set_arrays, trainable_parameters
 from tests.models.tiny import TASKS, batch, logits, tiny_base
 

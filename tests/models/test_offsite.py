@@ -12,10 +12,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.distil import distil
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.offsite import (
@@ -29,7 +29,7 @@ from fedpeft.models.offsite import (
     whole_model,
 )
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 
 DEPTH = 6
 IDS = torch.arange(1, 11)[None]

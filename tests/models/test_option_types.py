@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.methods import METHODS
 from fedpeft.models.option_types import annotations_of, is_open
 from fedpeft.models.options import _OURS, config_class, peft_problems

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.positions import usable_positions, virtual_tokens
 
 SMALL = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

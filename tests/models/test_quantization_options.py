@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import ModelSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection
 from fedpeft.errors import ModelError, RunFileError
-from fedpeft.models.base import load_base
-from fedpeft.models.rounding import RoundedLinear
+from fedpeft.models.base_model import load_base
+from fedpeft.models.rounded_linear import RoundedLinear
 from fedpeft.models.trainable import frozen_digest
-from fedpeft.runfile import build_run
 from tests.models.tiny import LABELS, logits, saved
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter, merge_adapter
+from fedpeft.models.rounded_linear import Levels, RoundedLinear, levels_of, unpacked
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.rounding import Levels, RoundedLinear, levels_of, unpacked
 from fedpeft.models.trainable import frozen_digest, get_arrays, set_arrays
 from fedpeft.models.tuners.peqa import PEQAConfig, PEQALayer
 from tests.models.tiny import logits, saved, tiny_base

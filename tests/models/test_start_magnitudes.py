@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
+from fedpeft.models.rounded_linear import Levels
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.rounding import Levels
 from fedpeft.models.start_magnitudes import start_magnitudes
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.seedspace.layout import tensor_ids

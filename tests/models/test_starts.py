@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection
+from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter
 from fedpeft.models.loftq import without
 from fedpeft.models.starts import decomposition_bytes, decomposition_of, start_of_model

@@ -20,12 +20,12 @@ import typer
 import yaml  # type: ignore[import-untyped]  # brought by transformers
 
 from fedpeft.cli import app, main
+from fedpeft.config.run_file import load_run
 from fedpeft.errors import CredentialError, StateError, UsageError
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import load_run
-from fedpeft_client.settings import Settings as ClientSettings
+from fedpeft.planning.preflight import problems_of
+from fedpeft_client.settings import ClientSettings as ClientSettings
 from fedpeft_client.settings import read_settings as read_client
-from fedpeft_server.settings import Settings as ServerSettings
+from fedpeft_server.settings import ServerSettings as ServerSettings
 from fedpeft_server.settings import read_settings as read_server
 
 ROOT = Path(__file__).resolve().parents[2]

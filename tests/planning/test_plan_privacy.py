@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from fedpeft.planning.privacy import plan_privacy
+from fedpeft.config.run_file import build_run
+from fedpeft.planning.privacy_forecast import plan_privacy
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel, Event, Local
-from fedpeft.runfile import build_run
 
 ROUNDS, DELTA, STEP = 30, 1e-4, 1e-3
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.planning.plan import make_plan
 from fedpeft.planning.walk import WalkPlan
-from fedpeft.runfile import build_run
 
 
 def walk_of(lr: float, **training: Any) -> WalkPlan | None:

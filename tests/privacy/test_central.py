@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, kstest, norm  # type: ignore[import-untyped]  # scipy ships no types
 
-from fedpeft.config import FederationSection
+from fedpeft.config.sections import FederationSection
 from fedpeft.errors import PrivacyError, UpdateError
 from fedpeft.privacy.central import (
     CentralMechanism,
@@ -22,8 +22,8 @@ from fedpeft.privacy.central import (
 from fedpeft.privacy.clipping import AdaptiveClipping
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.privacy.noise import SeededNoise, SystemNoise
-from fedpeft.randomness import stream
-from fedpeft.update import Update, layout_of
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Update, layout_of
 
 QUANTUM = -36
 FALSE_ALARM = 1e-6

@@ -12,8 +12,8 @@ from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.central import CentralMechanism, PrivateSum
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.privacy.noise import NoiseSource, SeededNoise
-from fedpeft.randomness import stream
-from fedpeft.update import Update, layout_of
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Update, layout_of
 from tests.privacy.audit import epsilon_lower_bound
 
 DELTA = 1e-5

@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from fedpeft.errors import PrivacyError, UpdateError
 from fedpeft.privacy.clipping import AdaptiveClipping, clip
 from fedpeft.privacy.noise import SeededNoise
-from fedpeft.randomness import stream
-from fedpeft.update import Update
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Update
 
 
 def length(update: Update) -> float:

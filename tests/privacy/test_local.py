@@ -12,8 +12,8 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import Local
 from fedpeft.privacy.local import LocalMechanism
 from fedpeft.privacy.noise import SeededNoise, SystemNoise
-from fedpeft.randomness import stream
-from fedpeft.update import Update, layout_of
+from fedpeft.runtime.randomness import stream
+from fedpeft.updates.update import Update, layout_of
 
 FALSE_ALARM = 1e-6
 SIZE = 20_000

@@ -20,7 +20,7 @@ from fedpeft.errors import PrivacyError
 from fedpeft.privacy.bernoulli import bernoulli_exp, exp_bounds, settle
 from fedpeft.privacy.discrete_gaussian import discrete_gaussian
 from fedpeft.privacy.noise import NoiseSource, SeededNoise, SystemNoise, coins, require_secure
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 
 FALSE_ALARM = 1e-6
 TESTS = 24  # 6 laws, 9 for wide noise, 2 on the system's words, 6 kinds of coins, 1 spare

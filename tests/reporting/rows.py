@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fedpeft.records import Baseline, ClientOutcome, Evaluation, Finished, Round, Row, Score, Started
+from fedpeft.ledger.records import Baseline, ClientOutcome, Evaluation, Finished, Round, Row, Score, Started
 
 METRICS = ("exact-match", "loss", "perplexity")
 CLIENTS = tuple(f"client-{index:02d}" for index in range(8))

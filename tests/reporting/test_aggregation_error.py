@@ -6,9 +6,9 @@ import math
 
 import pytest
 
-from fedpeft.records import Aggregation, ClientOutcome, Round
-from fedpeft.reporting.aggregation import aggregation_charts, error_text
-from fedpeft.reporting.lines import round_line
+from fedpeft.ledger.records import Aggregation, ClientOutcome, Round
+from fedpeft.reporting.aggregation_error import aggregation_charts, error_text
+from fedpeft.reporting.event_lines import round_line
 from fedpeft.reporting.sinks import scalars
 
 

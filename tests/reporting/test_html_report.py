@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import StateError, StorageError
-from fedpeft.records import Evaluation, Finished, Round, Row, Score
+from fedpeft.ledger.records import Evaluation, Finished, Round, Row, Score
 from fedpeft.reporting.html import render_report, write_report
 from fedpeft.reporting.snippet import load_snippet
 from fedpeft.reporting.svg import COLOUR

@@ -9,11 +9,11 @@ import re
 import pytest
 from rich.console import Console
 
-from fedpeft.records import Round, Row, TrafficStats
+from fedpeft.ledger.records import Round, Row, TrafficStats
 from fedpeft.reporting.html import render_report
 from fedpeft.reporting.sinks import scalars
 from fedpeft.reporting.summary import build_summary, summary_json
-from fedpeft.reporting.table import summary_table
+from fedpeft.reporting.summary_table import summary_table
 from tests.reporting.rows import started, whole_run
 
 ENTRIES = 65_536

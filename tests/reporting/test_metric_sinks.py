@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import UsageError
-from fedpeft.records import ClientOutcome, Evaluation, Round, Score
+from fedpeft.ledger.records import ClientOutcome, Evaluation, Round, Score
 from fedpeft.reporting.sinks import SINKS, open_sink, scalars
 from tests.reporting.rows import started, whole_run
 

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from fedpeft.errors import UsageError
-from fedpeft.records import Baseline, ClientOutcome, Round, Row, Started, parse_row
+from fedpeft.ledger.records import Baseline, ClientOutcome, Round, Row, Started, parse_row
 from fedpeft.reporting.live import LiveProgress
 from fedpeft.reporting.progress import PROGRESS, Progress, make_progress
 from fedpeft.reporting.summary import build_summary

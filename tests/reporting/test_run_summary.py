@@ -8,7 +8,7 @@ import math
 import pytest
 
 from fedpeft.errors import StateError
-from fedpeft.records import Baseline, ClientOutcome, Evaluation, Finished, Round, Row, Score, Started
+from fedpeft.ledger.records import Baseline, ClientOutcome, Evaluation, Finished, Round, Row, Score, Started
 from fedpeft.reporting.clients import ClientRow, compare_with_alone
 from fedpeft.reporting.summary import build_summary, metrics_of, spread_of, summary_json
 from fedpeft.reporting.verdict import verdict

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.flower.scalars import scalars_in, scalars_of
-from fedpeft.records import Round, parse_row
+from fedpeft.ledger.records import Round, parse_row
 from fedpeft.reporting.html import render_report
 from fedpeft.reporting.scalars import scalar_charts
+from fedpeft.rounds.scalar_counts import scalars_in, scalars_of
 from tests.reporting.rows import started
 
 

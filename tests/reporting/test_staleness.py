@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.reporting.lines import round_line, staleness_text
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.reporting.event_lines import round_line, staleness_text
 from fedpeft.reporting.sinks import scalars
-from fedpeft.reporting.staleness import rounds_fact, staleness_charts
+from fedpeft.reporting.staleness_chart import rounds_fact, staleness_charts
 from fedpeft.reporting.summary import build_summary, summary_json
 from tests.reporting.rows import started
 

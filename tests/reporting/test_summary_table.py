@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from fedpeft.records import Round, Row
+from fedpeft.ledger.records import Round, Row
 from fedpeft.reporting.summary import build_summary
-from fedpeft.reporting.table import summary_table
+from fedpeft.reporting.summary_table import summary_table
 from tests.reporting.rows import evaluation, started, whole_run
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedpeft.robust import geometric_median, krum, krum_selection, multikrum, norm_bound
+from fedpeft.aggregation.robust import geometric_median, krum, krum_selection, multikrum, norm_bound
 
 Vectors = NDArray[np.float64]
 CLIENTS, SIZE = 9, 14

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedpeft.config import PeftSection
-from fedpeft.robust import Entries, Products, krum_selection, lora_pairs
-from fedpeft.robust.coefficients import geometric_median, krum, multikrum, norm_bound
-from fedpeft.update import Arrays, layout_of
+from fedpeft.aggregation.robust import Entries, Products, krum_selection, lora_pairs
+from fedpeft.aggregation.robust.coefficients import geometric_median, krum, multikrum, norm_bound
+from fedpeft.config.sections import PeftSection
+from fedpeft.updates.update import Arrays, layout_of
 
 CLIENTS, RANK = 6, 3
 SHAPES = {"query": (10, 7), "value": (5, 12)}  # m, n

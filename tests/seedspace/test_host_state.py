@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fedpeft.seedspace.host_state import HostState, moved
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.rounding import combine
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import SeedState
@@ -27,16 +27,16 @@ def words(hexadecimal: str) -> list[int]:
 
 def test_fingerprints_of_a_walk_are_those_of_torch() -> None:
     base = weights(0)
-    host = HostState(Stream(5), K, EXPONENT, base)
+    host = HostState(CounterStream(5), K, EXPONENT, base)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in base.items()}
-    state = SeedState(SeedSpace(Stream(5), K, EXPONENT, SHAPES), tensors)
+    state = SeedState(SeedSpace(CounterStream(5), K, EXPONENT, SHAPES), tensors)
     rng = np.random.default_rng(1)
     for _ in range(4):
         amounts = rng.integers(-1000, 1000, K)
         state.advance(torch.from_numpy(amounts) - state.amounts)
         assert host.fingerprint(amounts).tolist() == words(state.fingerprint())
     assert host.fingerprint(np.zeros(K, dtype=np.int64)).tolist() == words(
-        SeedState(SeedSpace(Stream(5), K, EXPONENT, SHAPES), tensors).fingerprint()
+        SeedState(SeedSpace(CounterStream(5), K, EXPONENT, SHAPES), tensors).fingerprint()
     )
 
 
@@ -54,5 +54,5 @@ def test_a_base_that_cannot_be_written_is_only_read() -> None:
     for array in base.values():
         array.flags.writeable = False
     before = {name: array.tobytes() for name, array in base.items()}
-    HostState(Stream(1), K, EXPONENT, base).fingerprint(np.arange(K))
+    HostState(CounterStream(1), K, EXPONENT, base).fingerprint(np.arange(K))
     assert {name: array.tobytes() for name, array in base.items()} == before

@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedpeft.errors import ModelError, TrainingError, UpdateError
 from fedpeft.seedspace.digest import digest
 from fedpeft.seedspace.jit_perturb import JustInTime
-from fedpeft.seedspace.layout import Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, tensor_ids
 from fedpeft.seedspace.perturb import perturb, prepare
-from fedpeft.seedspace.trainable import materialise, trainable_parameters, trainable_shapes
+from fedpeft.seedspace.trainable_tensors import materialise, trainable_parameters, trainable_shapes
 
-STREAM, DIRECTION, SCALE = Stream(11), 6, 1e-2
+STREAM, DIRECTION, SCALE = CounterStream(11), 6, 1e-2
 
 
 class Scaled(nn.Module):

@@ -12,10 +12,10 @@ from torch import nn
 
 from fedpeft.seedspace import space as space_module
 from fedpeft.seedspace.digest import digest
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import SeedState
-from fedpeft.seedspace.trainable import trainable_parameters, trainable_shapes
+from fedpeft.seedspace.trainable_tensors import trainable_parameters, trainable_shapes
 
 SignsOf = Callable[[int, int, int, int, int, Iterable[int]], list[int]]
 K, EXPONENT = 24, -16
@@ -64,7 +64,7 @@ def test_everyone_reaches_one_digest(
 ) -> None:
     """A veteran on two threads, one without compiled code who missed a round, one who starts at the end."""
     models = [model_of(vocabulary, width, tied, dtype) for _ in range(3)]
-    space = SeedSpace(Stream(seed), K, EXPONENT, trainable_shapes(models[0]))
+    space = SeedSpace(CounterStream(seed), K, EXPONENT, trainable_shapes(models[0]))
     bases = [{n: p.detach().clone() for n, p in trainable_parameters(model).items()} for model in models]
     veteran, other = SeedState(space, bases[0]), SeedState(space, bases[1])
     changes = [amounts_of(number) for number in rounds]
@@ -95,7 +95,7 @@ def test_each_weight_is_the_exact_sum_rounded_once(
     live = trainable_parameters(model)
     base = {name: parameter.detach().clone() for name, parameter in live.items()}
     amounts = amounts_of(vocabulary)
-    SeedSpace(Stream(seed), K, EXPONENT, trainable_shapes(model)).replay(base, amounts, live)
+    SeedSpace(CounterStream(seed), K, EXPONENT, trainable_shapes(model)).replay(base, amounts, live)
     rank, name = data.draw(st.sampled_from(list(enumerate(sorted(live)))))
     place = data.draw(st.integers(0, base[name].numel() - 1))
     total = sum(
@@ -108,7 +108,7 @@ def test_each_weight_is_the_exact_sum_rounded_once(
 
 def test_tensors_beyond_one_chunk_are_cut_without_a_trace() -> None:
     size = space_module.chunk_of(torch.device("cpu")) + 131
-    space = SeedSpace(Stream(5), 3, EXPONENT, {"w": (size,)})
+    space = SeedSpace(CounterStream(5), 3, EXPONENT, {"w": (size,)})
     base, amounts = {"w": torch.linspace(-1, 1, size)}, torch.tensor([7, 0, -90])
     state = SeedState(space, base)
     state.advance(amounts, threads=2)
@@ -116,7 +116,7 @@ def test_tensors_beyond_one_chunk_are_cut_without_a_trace() -> None:
     space.replay(base, amounts, into)
     assert digest(into) == state.fingerprint()
     edge = slice(size - 140, size)
-    alone = SeedSpace(Stream(5), 3, EXPONENT, {"w": (size,)})
+    alone = SeedSpace(CounterStream(5), 3, EXPONENT, {"w": (size,)})
     torch_only = {"w": torch.empty(size)}
     alone.replay(base, amounts, torch_only, backend="torch")
     assert torch_only["w"][edge].equal(into["w"][edge])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedpeft.errors import MissingExtraError, TrainingError, UpdateError
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.backends import kernels_for
-from fedpeft.seedspace.layout import Purpose, Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Purpose, Span
 from fedpeft.seedspace.perturb import perturb, perturb_rows
 from fedpeft.seedspace.project import project
 
@@ -19,7 +19,7 @@ SignsOf = Callable[[int, int, int, int, int, Iterable[int]], list[int]]
 CPU_BACKENDS = ["numba", "torch"]
 
 streams = st.builds(
-    Stream,
+    CounterStream,
     seed=st.integers(0, 2**64 - 1),
     purpose=st.sampled_from(Purpose),
     step=st.integers(0, 2**24 - 1),
@@ -34,7 +34,7 @@ spans = st.builds(
 directions = st.integers(0, 2**32 - 1)
 
 
-def matrix(signs_of: SignsOf, stream: Stream, span: Span, which: list[int]) -> list[list[int]]:
+def matrix(signs_of: SignsOf, stream: CounterStream, span: Span, which: list[int]) -> list[list[int]]:
     return [
         signs_of(stream.seed, stream.purpose, stream.step, span.tensor_id, k, range(span.start, span.stop))
         for k in which
@@ -45,7 +45,7 @@ def matrix(signs_of: SignsOf, stream: Stream, span: Span, which: list[int]) -> l
 @settings(deadline=None, max_examples=25)
 @given(streams, spans, st.lists(st.tuples(directions, st.integers(-(2**49), 2**49)), max_size=6))
 def test_accumulate(
-    signs_of: SignsOf, backend: str, stream: Stream, span: Span, pairs: list[tuple[int, int]]
+    signs_of: SignsOf, backend: str, stream: CounterStream, span: Span, pairs: list[tuple[int, int]]
 ) -> None:
     which, amounts = [k for k, _ in pairs], [a for _, a in pairs]
     rows = matrix(signs_of, stream, span, which)
@@ -64,7 +64,7 @@ def test_accumulate(
 @settings(deadline=None, max_examples=25)
 @given(streams, spans, st.lists(directions, max_size=4), st.integers(0, 50), st.integers(0, 2**32))
 def test_project(
-    signs_of: SignsOf, backend: str, stream: Stream, span: Span, which: list[int], bits: int, seed: int
+    signs_of: SignsOf, backend: str, stream: CounterStream, span: Span, which: list[int], bits: int, seed: int
 ) -> None:
     delta = np.random.default_rng(seed).integers(-(2**bits), 2**bits, size=span.size, endpoint=True)
     expected = [
@@ -85,7 +85,7 @@ def test_perturb(
     signs_of: SignsOf,
     dtype: torch.dtype,
     backend: str,
-    stream: Stream,
+    stream: CounterStream,
     span: Span,
     direction: int,
     scale: float,
@@ -107,7 +107,10 @@ def test_perturb(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 5, 128, 200])
 def test_looked_up_rows_are_rows_of_the_perturbed_table(backend: str, dtype: torch.dtype, width: int) -> None:
-    stream, table = Stream(3), torch.randn(40, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    stream, table = (
+        CounterStream(3),
+        torch.randn(40, width, generator=torch.Generator().manual_seed(1)).to(dtype),
+    )
     rows = torch.tensor([39, 0, 7, 7, 38])
     whole = perturb(stream, 2, 5, table, 1e-2, backend=backend)
     assert perturb_rows(stream, 2, 5, table, rows, 1e-2, backend=backend).equal(whole[rows])
@@ -117,7 +120,7 @@ def test_looked_up_rows_are_rows_of_the_perturbed_table(backend: str, dtype: tor
 def test_no_cut_order_or_number_of_threads_shows(size: int) -> None:
     """Sizes beyond one tile, more directions than one chunk of the schedule, both backends."""
     generator = torch.Generator().manual_seed(size)
-    stream, which = Stream(2**50 + 3), torch.randperm(1000, generator=generator)[:150]
+    stream, which = CounterStream(2**50 + 3), torch.randperm(1000, generator=generator)[:150]
     amounts = torch.randint(-5000, 5000, (150,), generator=generator)
     whole = accumulate(stream, Span(4, 0, size), which, amounts)
     order = torch.randperm(150, generator=generator)
@@ -140,8 +143,8 @@ def test_projection_and_accumulation_are_adjoint() -> None:
     span, which = Span(1, 64, 3000), torch.arange(50)
     amounts = torch.randint(-99, 99, (50,), generator=generator)
     delta = torch.randint(-999, 999, (span.size,), generator=generator)
-    left = accumulate(Stream(9), span, which, amounts) @ delta
-    assert left == amounts @ project(Stream(9), span, which, delta)
+    left = accumulate(CounterStream(9), span, which, amounts) @ delta
+    assert left == amounts @ project(CounterStream(9), span, which, delta)
 
 
 def test_purposes_steps_tensors_and_directions_differ() -> None:
@@ -149,12 +152,12 @@ def test_purposes_steps_tensors_and_directions_differ() -> None:
     span = Span(0, 0, 20_000)
     one, unit = torch.tensor([1]), torch.tensor([1])
     draws = [
-        accumulate(Stream(1), span, one, unit),
-        accumulate(Stream(1), span, one + 1, unit),
-        accumulate(Stream(1, step=1), span, one, unit),
-        accumulate(Stream(1, Purpose.MASK), span, one, unit),
-        accumulate(Stream(1 + 2**32), span, one, unit),
-        accumulate(Stream(1), Span(1, 0, 20_000), one, unit),
+        accumulate(CounterStream(1), span, one, unit),
+        accumulate(CounterStream(1), span, one + 1, unit),
+        accumulate(CounterStream(1, step=1), span, one, unit),
+        accumulate(CounterStream(1, Purpose.MASK), span, one, unit),
+        accumulate(CounterStream(1 + 2**32), span, one, unit),
+        accumulate(CounterStream(1), Span(1, 0, 20_000), one, unit),
         torch.ones(span.size, dtype=torch.int64),
     ]
     gram = torch.stack(draws).double()
@@ -169,8 +172,8 @@ class TestRefusals:
     def test_amounts_that_could_overflow(self) -> None:
         half = torch.tensor([2**52, -(2**52)])
         with pytest.raises(UpdateError, match=r"below 2\^53"):
-            accumulate(Stream(0), self.span, torch.arange(2), half)
-        accumulate(Stream(0), self.span, torch.arange(2), half - torch.tensor([1, 0]))
+            accumulate(CounterStream(0), self.span, torch.arange(2), half)
+        accumulate(CounterStream(0), self.span, torch.arange(2), half - torch.tensor([1, 0]))
 
     @pytest.mark.parametrize(
         "amounts",
@@ -183,35 +186,35 @@ class TestRefusals:
     )
     def test_amounts_of_another_shape_or_type(self, amounts: torch.Tensor) -> None:
         with pytest.raises(UpdateError, match="need one int64 each"):
-            accumulate(Stream(0), self.span, self.one, amounts)
+            accumulate(CounterStream(0), self.span, self.one, amounts)
 
     @pytest.mark.parametrize("which", [-1, 2**32])
     def test_directions_out_of_range(self, which: int) -> None:
         with pytest.raises(UpdateError, match="direction indices"):
-            accumulate(Stream(0), self.span, torch.tensor([which]), self.one)
+            accumulate(CounterStream(0), self.span, torch.tensor([which]), self.one)
 
     def test_a_delta_that_could_overflow(self) -> None:
         delta = torch.zeros(10, dtype=torch.int64)
         delta[3] = -(2**58)
         with pytest.raises(UpdateError, match="coarser quantum"):
-            project(Stream(0), self.span, self.one, delta)
+            project(CounterStream(0), self.span, self.one, delta)
 
     def test_a_delta_of_another_size(self) -> None:
         with pytest.raises(UpdateError, match=r"need int64 \[10\]"):
-            project(Stream(0), self.span, self.one, torch.zeros(9, dtype=torch.int64))
+            project(CounterStream(0), self.span, self.one, torch.zeros(9, dtype=torch.int64))
 
     @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
     def test_a_scale_that_is_not_finite(self, scale: float) -> None:
         with pytest.raises(UpdateError, match="not finite"):
-            perturb(Stream(0), 0, 0, torch.zeros(3), scale)
+            perturb(CounterStream(0), 0, 0, torch.zeros(3), scale)
 
     def test_integer_weights(self) -> None:
         with pytest.raises(TrainingError, match="only floating-point"):
-            perturb(Stream(0), 0, 0, torch.zeros(3, dtype=torch.int8), 0.1)
+            perturb(CounterStream(0), 0, 0, torch.zeros(3, dtype=torch.int8), 0.1)
 
     def test_a_strided_buffer(self) -> None:
         with pytest.raises(TrainingError, match="contiguous"):
-            perturb(Stream(0), 0, 0, torch.zeros(3), 0.1, out=torch.zeros(6)[::2])
+            perturb(CounterStream(0), 0, 0, torch.zeros(3), 0.1, out=torch.zeros(6)[::2])
 
     def test_unknown_backends_and_devices(self) -> None:
         with pytest.raises(TrainingError, match="choose one of"):

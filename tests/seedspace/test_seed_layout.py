@@ -1,7 +1,14 @@
 import pytest
 
 from fedpeft.errors import ModelError, TrainingError
-from fedpeft.seedspace.layout import MAX_COORDINATES, Purpose, Span, Stream, canonical_names, tensor_ids
+from fedpeft.seedspace.layout import (
+    MAX_COORDINATES,
+    CounterStream,
+    Purpose,
+    Span,
+    canonical_names,
+    tensor_ids,
+)
 
 
 def test_ids_are_ranks_of_sorted_names_whatever_their_order() -> None:
@@ -25,7 +32,7 @@ def test_tied_weights_share_the_smallest_name() -> None:
 
 
 def test_every_field_has_bits_of_its_own() -> None:
-    stream = Stream(seed=0x0123456789ABCDEF, purpose=Purpose.HADAMARD_ROWS, step=0xABCDEF)
+    stream = CounterStream(seed=0x0123456789ABCDEF, purpose=Purpose.HADAMARD_ROWS, step=0xABCDEF)
     assert stream.counter_words(0x55) == (0x01234567, 0x55, 0x04ABCDEF)
     assert stream.key_word == 0x89ABCDEF
 
@@ -33,7 +40,7 @@ def test_every_field_has_bits_of_its_own() -> None:
 @pytest.mark.parametrize(("seed", "step"), [(-1, 0), (2**64, 0), (0, -1), (0, 2**24)])
 def test_fields_that_do_not_fit_are_refused(seed: int, step: int) -> None:
     with pytest.raises(TrainingError, match="does not fit"):
-        Stream(seed, step=step)
+        CounterStream(seed, step=step)
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 0), (5, 4), (0, MAX_COORDINATES + 1)])

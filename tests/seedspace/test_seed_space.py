@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.seedspace.digest import digest
-from fedpeft.seedspace.layout import Stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.project import exponent_for, quantise
 from fedpeft.seedspace.space import SeedSpace
 from fedpeft.seedspace.state import SeedState
@@ -34,7 +34,7 @@ def amounts_of(seed: int, largest: int = 50) -> torch.Tensor:
     return torch.randint(-largest, largest, (K,), generator=torch.Generator().manual_seed(seed))
 
 
-SPACE = SeedSpace(Stream(77), K, -14, SHAPES)
+SPACE = SeedSpace(CounterStream(77), K, -14, SHAPES)
 
 
 def test_replay_is_the_formula(signs_of: SignsOf) -> None:
@@ -173,11 +173,11 @@ class TestRefusals:
 
     def test_spaces_that_are_none(self) -> None:
         with pytest.raises(ModelError, match="no tensors"):
-            SeedSpace(Stream(0), 1, 0, {})
+            SeedSpace(CounterStream(0), 1, 0, {})
         with pytest.raises(UpdateError, match="seeds"):
-            SeedSpace(Stream(0), 0, 0, SHAPES)
+            SeedSpace(CounterStream(0), 0, 0, SHAPES)
         with pytest.raises(UpdateError, match="out of range"):
-            SeedSpace(Stream(0), 1, -2000, SHAPES)
+            SeedSpace(CounterStream(0), 1, -2000, SHAPES)
 
     def test_a_delta_that_could_overflow_over_all_tensors(self) -> None:
         delta = {name: torch.full(shape, 2**53) for name, shape in SHAPES.items()}

@@ -11,7 +11,7 @@ import torch
 
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.digest import digest
-from fedpeft.seedspace.layout import Purpose, Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Purpose, Span
 from fedpeft.seedspace.perturb import perturb, perturb_rows
 from fedpeft.seedspace.project import project
 from fedpeft.seedspace.space import SeedSpace
@@ -69,7 +69,10 @@ def cuda() -> torch.device:
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_kernels_on_the_card_equal_the_cpu(cuda: torch.device, backend: str) -> None:
     generator = torch.Generator().manual_seed(1)
-    stream, which = Stream(2**40 + 1, Purpose.PERTURB, 5), torch.randperm(5000, generator=generator)[:300]
+    stream, which = (
+        CounterStream(2**40 + 1, Purpose.PERTURB, 5),
+        torch.randperm(5000, generator=generator)[:300],
+    )
     for size, start in ((1, 127), (129, 0), (100_001, 77)):
         span = Span(9, start, start + size)
         for largest in (100, 2**40):
@@ -89,8 +92,8 @@ def test_kernels_on_the_card_equal_the_cpu(cuda: torch.device, backend: str) -> 
 @pytest.mark.gpu
 def test_looked_up_rows_on_the_card(cuda: torch.device) -> None:
     table, rows = torch.randn(50, 300, generator=torch.Generator().manual_seed(2)), torch.tensor([3, 49, 3])
-    here = perturb_rows(Stream(1), 0, 2, table, rows, 1e-2)
-    assert perturb_rows(Stream(1), 0, 2, table.to(cuda), rows.to(cuda), 1e-2).cpu().equal(here)
+    here = perturb_rows(CounterStream(1), 0, 2, table, rows, 1e-2)
+    assert perturb_rows(CounterStream(1), 0, 2, table.to(cuda), rows.to(cuda), 1e-2).cpu().equal(here)
 
 
 @pytest.mark.gpu
@@ -99,7 +102,7 @@ def test_replay_on_the_card_reaches_the_cpu_digest(cuda: torch.device, dtype: to
     generator = torch.Generator().manual_seed(3)
     shapes = {"w": (700, 900), "b": (901,)}
     base = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    space = SeedSpace(Stream(5), 512, -16, shapes)
+    space = SeedSpace(CounterStream(5), 512, -16, shapes)
     amounts = torch.randint(-200, 200, (512,), generator=generator)
     here = {name: torch.empty_like(tensor) for name, tensor in base.items()}
     there = {name: tensor.to(cuda) for name, tensor in base.items()}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedpeft.errors import UpdateError
-from fedpeft.seedspace.layout import Purpose, Stream
+from fedpeft.seedspace.layout import CounterStream, Purpose
 from fedpeft.seedspace.srht import BlockHadamard, hadamard, sample_rows
 
 SignsOf = Callable[[int, int, int, int, int, Iterable[int]], list[int]]
@@ -33,7 +33,7 @@ def test_projection_and_reconstruction_by_explicit_matrices(
     signs = torch.tensor(signs_of(2**33 + 5, Purpose.HADAMARD_SIGNS, 4, 9, 0, range(size)))
     padded = torch.zeros(transform.num_blocks * block, dtype=torch.int64)
     padded[:size] = delta * signs
-    stream = Stream(2**33 + 5, Purpose.HADAMARD_ROWS, 4)
+    stream = CounterStream(2**33 + 5, Purpose.HADAMARD_ROWS, 4)
     expected, back = [], []
     for number, part in enumerate(padded.view(-1, block)):
         kept = sylvester(block)[sample_rows(stream, 9, number, block, rows)]
@@ -74,11 +74,11 @@ def test_rows_by_the_shuffle_written_out(philox_of: Callable[..., tuple[int, ...
     for place in range(10):
         other = place + words[place] * (20 - place) // 2**32
         order[place], order[other] = order[other], order[place]
-    assert sample_rows(Stream(3, Purpose.HADAMARD_ROWS, 2), 6, 11, 20, 10) == sorted(order[:10])
+    assert sample_rows(CounterStream(3, Purpose.HADAMARD_ROWS, 2), 6, 11, 20, 10) == sorted(order[:10])
 
 
 def test_rows_are_different_and_all_occur() -> None:
-    stream = Stream(1, Purpose.HADAMARD_ROWS)
+    stream = CounterStream(1, Purpose.HADAMARD_ROWS)
     assert sample_rows(stream, 0, 0, 16, 16) == list(range(16))
     seen = {row for block in range(200) for row in sample_rows(stream, 0, block, 16, 2)}
     assert seen == set(range(16))

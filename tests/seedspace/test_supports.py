@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.seedspace.accumulate import accumulate
 from fedpeft.seedspace.jit_perturb import JustInTime
-from fedpeft.seedspace.layout import Span, Stream, tensor_ids
+from fedpeft.seedspace.layout import CounterStream, Span, tensor_ids
 from fedpeft.seedspace.perturb import perturb, perturb_rows
 from fedpeft.seedspace.project import project
 from fedpeft.seedspace.space import SeedSpace
@@ -29,7 +29,7 @@ from fedpeft.seedspace.supports import (
     one_block,
     smallest_weights,
 )
-from fedpeft.seedspace.trainable import materialise, trainable_parameters, trainable_shapes
+from fedpeft.seedspace.trainable_tensors import materialise, trainable_parameters, trainable_shapes
 from tests.models.tiny import batch, tiny_base
 from tests.spaces.oracles import _philox, sign
 
@@ -42,8 +42,8 @@ def z(direction: int, tensor: int = 0, size: int = SIZE) -> torch.Tensor:
     return torch.tensor([sign(SEED, tensor, direction, place) for place in range(size)])
 
 
-def masked() -> Stream:
-    return Stream(SEED, support=Masked({0: MASK}, "d"))
+def masked() -> CounterStream:
+    return CounterStream(SEED, support=Masked({0: MASK}, "d"))
 
 
 def test_a_mask_zeroes_the_coordinates_it_leaves_out() -> None:
@@ -90,7 +90,7 @@ def test_each_direction_chooses_its_block_by_the_public_generator() -> None:
 def test_directions_of_other_blocks_move_nothing() -> None:
     support = OneBlock(SEED, {0: 0, 1: 1}, 2)
     chosen = support.chosen(torch.arange(8)).tolist()
-    stream = Stream(SEED, support=support)
+    stream = CounterStream(SEED, support=support)
     for tensor in (0, 1):
         expected = torch.zeros(SIZE, dtype=torch.int64)
         for k in range(8):
@@ -117,7 +117,7 @@ CHOICES: dict[str, Callable[[nn.Module], Support]] = {
 @pytest.mark.parametrize("name", sorted(CHOICES))
 def test_replay_and_forward_agree_with_perturbed_copies(name: str) -> None:
     model, choose = tied(), CHOICES[name]
-    stream = Stream(SEED, support=choose(model))
+    stream = CounterStream(SEED, support=choose(model))
     space = SeedSpace(stream, 6, -10, trainable_shapes(model))
     base = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     amounts = torch.tensor([1, -2, 0, 4, 0, 3])
@@ -182,6 +182,6 @@ def test_the_lowest_blocks() -> None:
     blocks, ids = block_of_names(model), tensor_ids(trainable_parameters(model))
     assert lowest_blocks(model, 1).ids == {ids[name] for name, block in blocks.items() if block <= 1}
     support = SomeTensors(frozenset({0}))
-    stream = replace(Stream(SEED), support=support)
+    stream = replace(CounterStream(SEED), support=support)
     assert torch.equal(perturb(stream, 1, 0, torch.zeros(5), 1.0), torch.zeros(5))
     assert torch.equal(perturb(stream, 0, 0, torch.zeros(5), 1.0), z(0, size=5).float())

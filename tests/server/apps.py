@@ -11,8 +11,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedpeft.cancellation import check_cancelled
-from fedpeft.flower.tasks import Hello, hello_reply, read_task
+from fedpeft.runtime.cancellation import check_cancelled
+from fedpeft.transport.tasks import Hello, hello_reply, read_task
 
 app = ClientApp()
 

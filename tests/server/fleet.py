@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import grpc
 from flwr.app import Message
 
-from fedpeft.flower.tasks import TRAIN, Task, task_content
+from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.policy import Policy
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_client.worker_process import CLIENT_APP
-from fedpeft_server.contracts import Acceptor, Blobs
+from fedpeft_server.contracts import Acceptor, BlobStore
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
@@ -35,7 +35,7 @@ RUN = RunIdentity("run-1", "ab" * 32)
 @contextmanager
 def server(
     acceptor: Acceptor | None = None,
-    blobs: Blobs | None = None,
+    blobs: BlobStore | None = None,
     trouble: Callable[[str | None], None] = lambda line: None,
     **options: Any,
 ) -> Iterator[RunningServer]:
@@ -87,7 +87,7 @@ def agents_with_rows(
     loop = get_grpc_event_loop()
 
     def one(name: str) -> Agent:
-        settings = Settings(server=address, data=rows[name], insecure=True, policy=policy or Policy())
+        settings = ClientSettings(server=address, data=rows[name], insecure=True, policy=policy or Policy())
         return Agent(settings, name, home / name, None, app, None if processes else InlineWorkshop())
 
     async def start() -> dict[str, Agent]:

@@ -13,8 +13,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.tasks import TRAIN, read_update, update_reply
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.tasks import TRAIN, read_update, update_reply
 from fedpeft.workers import InlineWorkers
 from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun

@@ -26,14 +26,14 @@ from fedpeft.credentials import (
 )
 from fedpeft.credentials.federation import create_federation
 from fedpeft.errors import CredentialError
-from fedpeft.records import ClientOutcome, Round
+from fedpeft.ledger.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.admin_client import AdminClient
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.options import TransportOptions
 from fedpeft_server.serving import RunningServer, serve
-from fedpeft_server.store import Status, Store
+from fedpeft_server.store import RunStatus, Store
 from fedpeft_server.supervisor import Supervisor
 from fedpeft_server.tls import Doors, certificate_doors
 from tests.server.fleet import played
@@ -124,7 +124,7 @@ def test_a_run_that_goes_on_is_pulled_as_far_as_it_is(site: Site, capsys: pytest
     assert answer.startswith("tiny-1  ")
     assert "begins when 4 agents are connected, as many as the run file has clients" in answer
     assert "data.partitioner plays no part: each agent brings its own rows" in answer
-    site.daemon.reaches("tiny-1", Status.RUNNING)
+    site.daemon.reaches("tiny-1", RunStatus.RUNNING)
     assert site.daemon.grids[0].held.wait(LONG_S)
     assert "as of    round 1 of 2, not final" in said(capsys, "run", "pull", "tiny-1", "--out", str(out), *at)
     told = json.loads(said(capsys, "run", "pull", "tiny-1", "--out", str(out), "--force", "--json", *at))
@@ -171,7 +171,7 @@ def test_a_waiting_run_is_shown_and_stopped(site: Site, capsys: pytest.CaptureFi
     site.daemon.prepared = lambda grid: grid.away.update(range(1, 5))
     at = ("--server", site.address)
     said(capsys, "run", "submit", site.run_file(tables()), "--min-agents", "3", *at)
-    site.daemon.reaches("tiny-1", Status.WAITING)
+    site.daemon.reaches("tiny-1", RunStatus.WAITING)
     assert "waiting-for-agents: 0 of 3 agents are connected" in said(capsys, "run", "show", "tiny-1", *at)
     answer = said(capsys, "run", "submit", site.run_file(tables()), "--agent", "nobody", *at)
     assert "begins when 1 agent is connected\n" in answer

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from fedpeft.cli import main
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import FedPEFTError, StateError, UsageError
-from fedpeft.runfile import build_run
 from fedpeft_server.backup import Places, back_up, restore
-from fedpeft_server.store import Rules, Status, Store
+from fedpeft_server.store import Rules, RunStatus, Store
 from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.postgres import Cluster
 from tests.server.store.things import checkpoint, cohort, update
@@ -46,7 +46,7 @@ def taken_in_round_2(state: Path, url: str | None, out: Path) -> tuple[str, int]
         daemon = Daemon(store)
         daemon.prepared = hold_in_round_2
         stored = daemon.submit(tables())
-        daemon.reaches(stored.id, Status.RUNNING)
+        daemon.reaches(stored.id, RunStatus.RUNNING)
         assert daemon.grids[0].held.wait(LONG_S)
         back_up(Places(state, url), out)
         assert stat.S_IMODE(out.stat().st_mode) == 0o600
@@ -61,7 +61,7 @@ def ends(state: Path, url: str | None, run_id: str) -> tuple[str, set[int]]:
         daemon = Daemon(store)
         daemon.supervisor.start()
         stored = daemon.ended(run_id)
-        assert stored.status == Status.FINISHED, stored.reason
+        assert stored.status == RunStatus.FINISHED, stored.reason
         return stored.adapter_digest, {node for round_, node in daemon.grids[0].worked if round_ == 2}
 
 
@@ -214,7 +214,7 @@ def test_a_private_run_goes_on_only_if_nothing_was_released_since(
     restore(tmp_path / "b.tar", Places(tmp_path / "again"), nothing_since=nothing_since)
     with Store(tmp_path / "again") as store:
         stored = store.runs.get(run_id)
-    assert stored.status == (Status.QUEUED if nothing_since else Status.STOPPED)
+    assert stored.status == (RunStatus.QUEUED if nothing_since else RunStatus.STOPPED)
     assert ("not known" in stored.reason) != nothing_since
 
 

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StorageError
-from fedpeft.flower.in_flight import overlap_of
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.runfile import run_digest
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.rounds.buffered.in_flight import overlap_of
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
-from fedpeft.update import frozen_arrays
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import frozen_arrays
 from fedpeft_server.grid import RunIdentity
 from fedpeft_server.store import Rules, Store, StoredRun
 from fedpeft_server.store.rounds import StoredRounds

@@ -33,7 +33,7 @@ from fedpeft_client.dialing import error_of, open_channel
 from fedpeft_client.enrolment import own_material, renewed
 from fedpeft_client.inline import InlineWorkshop
 from fedpeft_client.link import Link
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_server.callers import Caller, CertificateGate
 from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
@@ -145,7 +145,7 @@ def test_results_are_signed_and_refused_if_anything_differs(ours: House, tmp_pat
         return material
 
     async def agent() -> Agent:
-        settings = Settings(server=ours.running.address, data=tmp_path)
+        settings = ClientSettings(server=ours.running.address, data=tmp_path)
         return Agent(settings, "hospital-3", tmp_path / "home", renewing, APP, InlineWorkshop())
 
     made = played(agent())

@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.data.embedded import federated_rows
-from fedpeft.device_task import device_task
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import Server, execute_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import build_run
-from fedpeft.update import arrays_digest
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.transport.roster import Roster, roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import arrays_digest
 from fedpeft.workers import InlineWorkers
 from fedpeft_server.grid import RunIdentity
 from tests.server.fleet import server

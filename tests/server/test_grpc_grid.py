@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedpeft.errors import FederationError, UpdateError
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.tasks import HELLO, Task, task_content
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import HELLO, Task, task_content
 from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
 from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
 from fedpeft_server.serving import RunningServer

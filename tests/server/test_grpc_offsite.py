@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 
 from fedpeft.commands.emulator import plug_in_command
-from fedpeft.config import ModelSection, RunConfig
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection, RunConfig
 from fedpeft.data.embedded import federated_rows, model_folder
-from fedpeft.device_task import device_task
-from fedpeft.flower.roster import Roster, roll_call
 from fedpeft.flower.server_app import execute_rounds
-from fedpeft.flower.tasks import Task
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.models.base import load_tokenizer
+from fedpeft.models.base_model import load_tokenizer
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.offsite import make_emulator, whole_model
-from fedpeft.resident import LoadedRun
-from fedpeft.runfile import build_run
-from fedpeft.update import Arrays
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.transport.roster import Roster, roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import Arrays
 from fedpeft_server.grid import RunIdentity
 from tests.server.fleet import server
 from tests.server.test_grpc_equivalence import Notes, agents, locally, serving

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
+from fedpeft.participant.serving import load_serving_run
 from fedpeft.stages import StageContext, on_client, stage_list
-from fedpeft.update import Update, layout_of
+from fedpeft.updates.update import Update, layout_of
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_server.hosting import largest_update
 

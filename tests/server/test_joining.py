@@ -12,21 +12,21 @@ import pytest
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError
-from fedpeft.flower.identity import ensure_identity
-from fedpeft.flower.polled_grid import PolledGrid
-from fedpeft.flower.roster import Member, Roster
-from fedpeft.flower.tasks import Hello, Task, hello_reply
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.randomness import stream
-from fedpeft.resident import drop_loaded_run, set_loaded_run
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.participant.loaded_run import drop_loaded_run, set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.runtime.randomness import stream
+from fedpeft.transport.node_identity import ensure_identity
+from fedpeft.transport.polled_grid import PolledGrid
+from fedpeft.transport.roster import Member, Roster
+from fedpeft.transport.tasks import Hello, Task, hello_reply
 from fedpeft_client.command import client_status_command
 from fedpeft_server.daemon import standing
 from fedpeft_server.joining import Joining
 from fedpeft_server.settings import read_settings
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from tests.server.fleet import RUN, fleet, server, wait_for
 
 BASE = "ba5e" * 16
@@ -65,7 +65,7 @@ def test_an_agent_that_comes_later_is_drawn_from_the_next_rounds(tmp_path: Path)
             with agents([LATE]):
                 wait_for(lambda: counted(store, LATE), 60.0)
             # It has left again: it is a member that does not answer, and no stranger when it returns.
-            assert supervisor.stop(stored.id, "enough").status == Status.STOPPED
+            assert supervisor.stop(stored.id, "enough").status == RunStatus.STOPPED
         roster = store.runs.roster(stored.id)
         assert roster is not None
         (since,) = {roster.members[LATE].since}

@@ -16,13 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.resident import add_loaded_run, drop_loaded_run
-from fedpeft.runfile import build_run, run_digest, run_json
+from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft_server.control import Control, ProcessLostError, SteadyClock, Stopped
 from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool, TookTooLongError
-from fedpeft_server.store import Rules, Status, Store
+from fedpeft_server.store import Rules, RunStatus, Store
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, ROOT, tables
@@ -60,14 +60,14 @@ def test_a_child_in_an_endless_native_call_ends_with_its_parent_and_not_with_the
 ):
     child = (
         "import os, re, sys\n"
-        "from fedpeft.parent_exit import end_with\n"
+        "from fedpeft.runtime.parent_exit import end_with\n"
         "end_with(int(sys.argv[1]))\n"
         "print(os.getpid(), flush=True)\n"
         f"{ENDLESS}\n"
     )
     parent = started(
         "import os, sys, threading, time\n"
-        "from fedpeft.parent_exit import start_child\n"
+        "from fedpeft.runtime.parent_exit import start_child\n"
         f"words = [sys.executable, '-c', {child!r}, str(os.getpid())]\n"
         "thread = threading.Thread(target=start_child, args=(words,))\n"
         "thread.start(); thread.join(); time.sleep(600)\n"
@@ -202,7 +202,7 @@ def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_g
         add_loaded_run(load_simulated_run(sound))
 
         def hostile_runs() -> bool:
-            return store.runs.get(second.id).status == Status.QUEUED
+            return store.runs.get(second.id).status == RunStatus.QUEUED
 
         try:
             with seized(room, signal.SIGKILL, hostile_runs):
@@ -211,11 +211,11 @@ def test_a_run_that_takes_its_process_down_twice_is_set_aside_and_the_next_one_g
         finally:
             drop_loaded_run(run_digest(sound))
         aside, finished = store.runs.get(first.id), store.runs.get(second.id)
-    assert aside.status == Status.FAILED
+    assert aside.status == RunStatus.FAILED
     assert re.match(
         "set aside, as its model's process was lost 2 times at one point: .*SIGKILL", aside.reason
     )
-    assert finished.status == Status.FINISHED, finished.reason
+    assert finished.status == RunStatus.FINISHED, finished.reason
 
 
 @pytest.mark.slow
@@ -237,9 +237,9 @@ def test_an_expression_without_end_is_refused_and_in_a_queued_run_holds_up_nobod
         finally:
             drop_loaded_run(run_digest(sound))
         failed, finished = store.runs.get(first.id), store.runs.get(second.id)
-    assert failed.status == Status.FAILED
+    assert failed.status == RunStatus.FAILED
     assert "peft.target_modules" in failed.reason
-    assert finished.status == Status.FINISHED, finished.reason
+    assert finished.status == RunStatus.FINISHED, finished.reason
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_run_whose_process_stands_still_can_be_stopped(tmp_path: Path) -> None
             assert eventually(lambda: any(process.pid is not None for process in tuple(room._taken)), LONG_S)
             time.sleep(0.5)
             stopped = supervisor.stop(stored.id, "enough of that")
-        assert (stopped.status, stopped.reason) == (Status.STOPPED, "enough of that")
+        assert (stopped.status, stopped.reason) == (RunStatus.STOPPED, "enough of that")
         assert supervisor.wait_idle(LONG_S)
 
 
@@ -277,15 +277,15 @@ def test_a_stop_is_durable_before_it_acts(tmp_path: Path) -> None:
 
         first = Supervisor(store, open_grid)
         stored = first.submit(build_run(tables(), source="test"), Rules(), submission="one", submitter="me")
-        assert first.stop(stored.id, "enough").status == Status.STOPPING
-        store.runs.set_status(stored.id, Status.RUNNING)  # a word of its thread, which comes too late
-        assert store.runs.get(stored.id).status == Status.STOPPING
+        assert first.stop(stored.id, "enough").status == RunStatus.STOPPING
+        store.runs.set_status(stored.id, RunStatus.RUNNING)  # a word of its thread, which comes too late
+        assert store.runs.get(stored.id).status == RunStatus.STOPPING
         second = Supervisor(store, standins(store, grids))  # as after a restart
         second.start()
         assert (store.runs.get(stored.id).status, store.runs.get(stored.id).reason) == (
-            Status.STOPPED,
+            RunStatus.STOPPED,
             "enough",
         )
         let_go.set()
         assert first.wait_idle(LONG_S)
-        assert store.runs.get(stored.id).status == Status.STOPPED
+        assert store.runs.get(stored.id).status == RunStatus.STOPPED

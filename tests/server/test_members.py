@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from fedpeft.repeats import EVERY_S, Repeats
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
+from fedpeft.runtime.repeats import EVERY_S, Repeats
 from fedpeft_client.run_commands import info_table
 from fedpeft_server.admin_messages import incomplete_members, run_info
 from fedpeft_server.control import Patience
 from fedpeft_server.members import MemberRounds, incomplete, waits_for
 from fedpeft_server.run_statuses import RunStatuses
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.test_supervisor import LONG_S, Daemon, tables
 
@@ -63,7 +63,7 @@ def rows(store: Store, run_id: str) -> list[dict[str, Any]]:
 def test_a_round_does_without_a_member_that_is_away_for_longer_than_its_grace(daemon: Daemon) -> None:
     gone(daemon, 61.0, NORTH)
     stored = daemon.ended(daemon.submit(tables()).id)
-    assert stored.status == Status.FINISHED, stored.reason
+    assert stored.status == RunStatus.FINISHED, stored.reason
     outcomes = [row["outcomes"] for row in rows(daemon.store, stored.id) if row["event"] == "round"][1:]
     for of_round in outcomes:
         told = {item["client"]: (item["status"], item["reason"]) for item in of_round}
@@ -78,19 +78,19 @@ def test_a_round_does_without_a_member_that_is_away_for_longer_than_its_grace(da
 def test_until_then_the_round_waits_and_says_for_whom(daemon: Daemon) -> None:
     gone(daemon, 5.0, NORTH)
     stored = waiting(daemon, daemon.submit(tables()).id)
-    assert stored.status == Status.RUNNING
+    assert stored.status == RunStatus.RUNNING
     assert stored.reason.startswith(f"waits for {NORTH}, away since ")
     assert stored.reason in [row.get("reason") for row in rows(daemon.store, stored.id)]
     daemon.grids[0].gone_s[NORTH] = 61.0
     ended = daemon.ended(stored.id)
-    assert (ended.status, ended.reason) == (Status.FINISHED, "")
+    assert (ended.status, ended.reason) == (RunStatus.FINISHED, "")
 
 
 def test_a_round_waits_for_its_quorum_however_long_members_are_away(daemon: Daemon) -> None:
     gone(daemon, 1e6, 1, 2, 3)
     stored = waiting(daemon, daemon.submit(tables()).id)
     time.sleep(0.5)
-    assert daemon.supervisor.get(stored.id).status == Status.RUNNING
+    assert daemon.supervisor.get(stored.id).status == RunStatus.RUNNING
     daemon.supervisor.stop(stored.id, "enough")
 
 
@@ -98,7 +98,7 @@ def test_a_deadline_of_the_run_file_is_the_runs_own_word(daemon: Daemon) -> None
     gone(daemon, 1e6, NORTH)
     began = time.monotonic()
     stored = daemon.ended(daemon.submit(tables(deadline_s=2.0)).id)
-    assert stored.status == Status.FINISHED
+    assert stored.status == RunStatus.FINISHED
     assert time.monotonic() - began > 2 * 2.0
 
 
@@ -177,11 +177,11 @@ def test_a_database_that_is_away_is_one_warning_however_often_it_is_tried(
             other.execute("BEGIN IMMEDIATE")
             for _ in range(20):
                 statuses.trouble([stored.id], "the database is locked")
-                statuses.patiently(lambda: store.runs.set_status(stored.id, Status.RUNNING))
+                statuses.patiently(lambda: store.runs.set_status(stored.id, RunStatus.RUNNING))
             assert statuses.as_it_stands(store.runs.get(stored.id)).reason == "the database is locked"
             other.execute("ROLLBACK")
         warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
         assert warnings == ["updates cannot be stored, and runs wait: the database is locked"]
         statuses.trouble([stored.id], None)
         assert [r.getMessage() for r in caplog.records][-1] == "updates can be stored again"
-        assert statuses.as_it_stands(store.runs.get(stored.id)).status == Status.RUNNING
+        assert statuses.as_it_stands(store.runs.get(stored.id)).status == RunStatus.RUNNING

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.resident import add_loaded_run, drop_loaded_run
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.spaces.directions import SUPPORTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
 from fedpeft_server.model_host import counts_alone
 from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 
@@ -134,7 +134,10 @@ def test_a_model_elsewhere_changes_no_byte(
     run = build_run(tables(**parts), source="test")
     there, apart = held(tmp_path / "apart", run, room)
     here, beside = held(tmp_path / "here", run, None)
-    assert (apart.status, beside.status) == (Status.FINISHED, Status.FINISHED), (apart.reason, beside.reason)
+    assert (apart.status, beside.status) == (RunStatus.FINISHED, RunStatus.FINISHED), (
+        apart.reason,
+        beside.reason,
+    )
     assert apart.adapter_digest == beside.adapter_digest
     assert records(there, apart) == records(here, beside)
     assert (there.run_folder(apart.id) / "report.html").is_file()
@@ -196,7 +199,7 @@ def test_a_process_that_was_killed_is_started_anew_and_costs_the_run_nothing_but
     finally:
         ended.set()
         killer.join()
-    assert stored.status == Status.FINISHED, stored.reason
+    assert stored.status == RunStatus.FINISHED, stored.reason
     _, beside = held(tmp_path / "here", run, None)
     assert stored.adapter_digest == beside.adapter_digest
 
@@ -206,7 +209,7 @@ def test_a_process_that_was_killed_is_started_anew_and_costs_the_run_nothing_but
 def test_a_process_without_work_goes_and_comes_back_when_there_is_some() -> None:
     process = ModelProcess(0.2, LONG_S)
     run = build_run(tables(), source="test")
-    from fedpeft.runfile import run_json
+    from fedpeft.config.run_file import run_json
 
     with closing(process):
         process.ask("check", {"run": run_json(run)})

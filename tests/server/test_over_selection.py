@@ -10,12 +10,12 @@ import pytest
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StorageError
-from fedpeft.flower.tasks import TRAIN
 from fedpeft.ledger import Cohort
-from fedpeft.records import Round
-from fedpeft.runfile import build_run
+from fedpeft.ledger.records import Round
+from fedpeft.transport.tasks import TRAIN
 from fedpeft_server.grid import GrpcGrid, RunIdentity
 from fedpeft_server.store import Rules, Store
 from tests.flower.buffered_apps import point, weight

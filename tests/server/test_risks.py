@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft_server.risks import CRASH, NOTES, Risks
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_lost_processes import PATHS
@@ -96,9 +96,9 @@ def test_a_run_over_which_the_server_was_lost_twice_is_set_aside_and_the_next_go
         supervisor.start()
         assert supervisor.wait_idle(LONG_S)
         aside, finished = store.runs.get(hostile.id), store.runs.get(sound.id)
-    assert aside.status == Status.FAILED
+    assert aside.status == RunStatus.FAILED
     assert aside.reason == "set aside, as the server was lost 2 times while it was at this run's model"
-    assert finished.status == Status.FINISHED, finished.reason
+    assert finished.status == RunStatus.FINISHED, finished.reason
 
 
 def eventually(process: subprocess.Popen[Any], log: Path, is_so: Callable[[], bool]) -> None:
@@ -146,4 +146,4 @@ def test_a_daemon_that_crashes_over_a_model_says_so_at_its_next_start(tmp_path: 
     with Store(state) as store:
         Supervisor(store, standins(store, [])).start()
         aside = store.runs.get(stored.id)
-    assert (aside.status, aside.reason[:9]) == (Status.FAILED, "set aside")
+    assert (aside.status, aside.reason[:9]) == (RunStatus.FAILED, "set aside")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, UsageError
-from fedpeft.runfile import build_run
 from fedpeft_server.roots import Roots
 from fedpeft_server.settings import read_settings
 from fedpeft_server.store import Rules, Store

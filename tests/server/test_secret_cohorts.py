@@ -19,7 +19,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.admin_messages import pulled_files, run_info
 from fedpeft_server.sessions import AgentStatus, ServerStatus
-from fedpeft_server.store import Status, Store
+from fedpeft_server.store import RunStatus, Store
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_supervisor import Daemon, tables
@@ -66,7 +66,7 @@ def test_neither_the_log_nor_the_files_of_a_run_tell_whom_it_asked(
     daemon.supervisor.start()
     with caplog.at_level(logging.INFO, logger="fedpeft.server"):
         stored = daemon.ended(daemon.submit(secret(deadline_s=3.0)).id)
-    assert (stored.status, stored.round) == (Status.FINISHED, 4), stored.reason
+    assert (stored.status, stored.round) == (RunStatus.FINISHED, 4), stored.reason
     lines = [json.loads(line.text) for line in daemon.store.runs.lines(stored.id)]
     told = [line for line in lines if line["event"] not in ("started", "finished")]
     assert [line["text"] for line in told if line["event"] == "step" and "round" in line["text"]] == [

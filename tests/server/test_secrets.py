@@ -17,11 +17,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from fedpeft.cli import main
 from fedpeft.credentials import Identity, Material, PeerCheck, Role, read_material
 from fedpeft.credentials.federation import add_member, create_federation, invite_member
-from fedpeft.files import make_private_folder
+from fedpeft.runtime.files import make_private_folder
 from fedpeft_client.agent import Agent
 from fedpeft_client.enrolment import own_material
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_server.admin import Admin, Administration
 from fedpeft_server.grid import RunIdentity
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
@@ -125,7 +125,7 @@ def _worked(running: RunningServer, material: Material, home: Path) -> None:
         async def renewing() -> Material:
             return material
 
-        settings = Settings(server=running.address, data=home)
+        settings = ClientSettings(server=running.address, data=home)
         return Agent(settings, "north", home, renewing, APP, InlineWorkshop())
 
     agent = played(made())

@@ -18,22 +18,22 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fedpeft.cli import main
+from fedpeft.config.run_file import build_run
 from fedpeft.credentials import read_material
 from fedpeft.errors import FederationError
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.participant.loaded_run import set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
-from fedpeft.resident import set_loaded_run
-from fedpeft.runfile import build_run
-from fedpeft.telemetry import JsonLines, expose
+from fedpeft.runtime.telemetry import JsonLines, expose
 from fedpeft_client.agent import Agent
-from fedpeft_client.metrics import Metrics as AgentMetrics
-from fedpeft_client.settings import Settings as AgentSettings
+from fedpeft_client.metrics import AgentMetrics as AgentMetrics
+from fedpeft_client.settings import ClientSettings as AgentSettings
 from fedpeft_client.status import read_status
 from fedpeft_server.daemon import standing
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.settings import read_settings
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from simulations.soak import Turns
 from tests.server.fleet import played, wait_for
 from tests.server.store.things import checkpoint, cohort, rows, update
@@ -164,7 +164,7 @@ def test_a_real_runs_numbers_are_the_ledgers(
             set_loaded_run(load_simulated_run(run))  # what the agents of this process work with
             stored = supervisor.submit(run, Rules(), submission="one", submitter="me")
             assert supervisor.wait_idle(60.0)
-            assert supervisor.get(stored.id).status == Status.FINISHED, supervisor.get(stored.id).reason
+            assert supervisor.get(stored.id).status == RunStatus.FINISHED, supervisor.get(stored.id).reason
             at_work = page(address)
             agent_address, end = expose(own.registry, "127.0.0.1:0")
             agent_page = page(agent_address)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError, UsageError
-from fedpeft.runfile import build_run
 from fedpeft_server.control import PATIENCE, Control, Patience, SteadyClock
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.simulation.runs import simulated
@@ -65,7 +65,7 @@ class Daemon:
         assert self.supervisor.wait_idle(LONG_S), self.supervisor.get(run_id)
         return self.supervisor.get(run_id)
 
-    def reaches(self, run_id: str, status: Status) -> StoredRun:
+    def reaches(self, run_id: str, status: RunStatus) -> StoredRun:
         deadline = time.monotonic() + LONG_S
         while time.monotonic() < deadline:
             stored = self.supervisor.get(run_id)
@@ -99,7 +99,7 @@ def test_a_run_ends_where_the_simulation_ends(daemon: Daemon, adapter: str) -> N
     daemon.supervisor.start()
     submitted = daemon.submit(tables())
     stored = daemon.ended(submitted.id)
-    assert (stored.status, stored.round, stored.adapter_digest) == (Status.FINISHED, 2, adapter)
+    assert (stored.status, stored.round, stored.adapter_digest) == (RunStatus.FINISHED, 2, adapter)
     folder = daemon.store.run_folder(stored.id)
     for name in ("adapter", "report.html", "metrics.jsonl", "summary.json", "run.toml"):
         assert (folder / name).exists()
@@ -113,11 +113,11 @@ def test_runs_wait_for_each_other_and_a_submission_counts_once(daemon: Daemon) -
     same = daemon.submit(tables(), "one")
     twin = daemon.submit(tables(), "two")
     assert (same.id, twin.id) == (first.id, "tiny-2")
-    assert daemon.ended(twin.id).status == Status.FINISHED
+    assert daemon.ended(twin.id).status == RunStatus.FINISHED
     runs = daemon.supervisor.list()
     assert [(run.id, run.status) for run in runs] == [
-        (twin.id, Status.FINISHED),
-        (first.id, Status.FINISHED),
+        (twin.id, RunStatus.FINISHED),
+        (first.id, RunStatus.FINISHED),
     ]
     assert runs[0].adapter_digest == runs[1].adapter_digest
     with pytest.raises(UsageError, match="came before with another run file"):
@@ -152,7 +152,7 @@ def test_a_restart_in_the_middle_of_a_round_asks_nobody_twice(tmp_path: Path, ad
 
         first.prepared = leave_after_two
         stored = first.submit(tables())
-        first.reaches(stored.id, Status.RUNNING)
+        first.reaches(stored.id, RunStatus.RUNNING)
         assert first.grids[0].held.wait(LONG_S)
         assert first.supervisor.drain(LONG_S)
         asked = [number for round_, number in first.grids[0].worked if round_ == 1]
@@ -178,10 +178,10 @@ def test_a_stopped_run_leaves_the_adapter_of_its_last_round(daemon: Daemon) -> N
 
     daemon.prepared = hold
     stored = daemon.submit(tables())
-    daemon.reaches(stored.id, Status.RUNNING)
+    daemon.reaches(stored.id, RunStatus.RUNNING)
     assert daemon.grids[0].held.wait(LONG_S)
     stopped = daemon.supervisor.stop(stored.id, "enough")
-    assert (stopped.status, stopped.reason, stopped.round) == (Status.STOPPED, "enough", 1)
+    assert (stopped.status, stopped.reason, stopped.round) == (RunStatus.STOPPED, "enough", 1)
     folder = daemon.store.run_folder(stored.id)
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert not (folder / "report.html").exists()
@@ -191,15 +191,15 @@ def test_a_stopped_run_leaves_the_adapter_of_its_last_round(daemon: Daemon) -> N
 def test_a_queued_run_is_stopped_at_once(daemon: Daemon) -> None:
     daemon.prepared = lambda grid: grid.away.update(range(1, 5))
     first, second = daemon.submit(tables(), "one"), daemon.submit(tables(quorum=0.9), "two")
-    daemon.reaches(first.id, Status.WAITING)
-    assert daemon.supervisor.stop(second.id, "").status == Status.STOPPED
-    assert daemon.supervisor.stop(first.id, "").status == Status.STOPPED
+    daemon.reaches(first.id, RunStatus.WAITING)
+    assert daemon.supervisor.stop(second.id, "").status == RunStatus.STOPPED
+    assert daemon.supervisor.stop(first.id, "").status == RunStatus.STOPPED
 
 
 def test_a_run_waits_for_its_agents_and_says_so(daemon: Daemon, adapter: str) -> None:
     daemon.prepared = lambda grid: grid.away.update({2, 4})
     stored = daemon.submit(tables())
-    waiting = daemon.reaches(stored.id, Status.WAITING)
+    waiting = daemon.reaches(stored.id, RunStatus.WAITING)
     assert waiting.reason == "2 of 4 agents are connected"
     daemon.grids[0].away.clear()
     assert daemon.ended(stored.id).adapter_digest == adapter
@@ -214,7 +214,7 @@ def test_a_run_says_which_of_the_agents_that_it_asks_are_away(daemon: Daemon) ->
 def test_a_run_gives_up_when_its_agents_do_not_come(daemon: Daemon) -> None:
     daemon.prepared = lambda grid: grid.away.update(range(1, 5))
     stored = daemon.ended(daemon.submit(tables(), wait_s=0.2).id)
-    assert stored.status == Status.FAILED
+    assert stored.status == RunStatus.FAILED
     assert "0 of 4 agents are connected; waited for 0.2 s" in stored.reason
 
 
@@ -226,7 +226,7 @@ def test_a_round_without_a_quorum_is_tried_again(daemon: Daemon, adapter: str) -
     daemon.prepared = leave
     # The deadline is no part of the training: the adapter is that of the undisturbed run.
     stored = daemon.submit(tables(deadline_s=0.3))
-    paused = daemon.reaches(stored.id, Status.PAUSED)
+    paused = daemon.reaches(stored.id, RunStatus.PAUSED)
     assert "round 1: 1 of 4 clients counted, the quorum is 2" in paused.reason
     daemon.grids[0].leaving = set()
     daemon.grids[0].away.clear()
@@ -244,7 +244,7 @@ def test_a_member_that_never_answers_does_not_stop_a_run_without_a_deadline(tmp_
 
         daemon.prepared = silent
         stored = daemon.ended(daemon.submit(tables()).id)
-        assert (stored.status, stored.round) == (Status.FINISHED, 2)
+        assert (stored.status, stored.round) == (RunStatus.FINISHED, 2)
         rows = [json.loads(line.text) for line in store.runs.lines(stored.id)]
         outcomes = [row["outcomes"] for row in rows if row["event"] == "round" and row["round"]]
         assert [[o["status"] for o in each] for each in outcomes] == [
@@ -262,7 +262,7 @@ def test_a_locked_database_pauses_the_run(tmp_path: Path, adapter: str) -> None:
 
         daemon.prepared = lock
         stored = daemon.submit(tables())
-        paused = daemon.reaches(stored.id, Status.PAUSED)
+        paused = daemon.reaches(stored.id, RunStatus.PAUSED)
         assert "locked by another process" in paused.reason
         daemon.grids[0].before_accept = lambda: None
         locker.execute("ROLLBACK")
@@ -281,7 +281,7 @@ def test_a_clock_that_jumps_pauses_the_run(tmp_path: Path, adapter: str) -> None
 
         daemon.prepared = jump
         stored = daemon.submit(tables())
-        paused = daemon.reaches(stored.id, Status.PAUSED)
+        paused = daemon.reaches(stored.id, RunStatus.PAUSED)
         assert "the clock jumped by +3600 s" in paused.reason
         assert daemon.ended(stored.id).adapter_digest == adapter
         assert daemon.statuses(stored.id) == ["running", "paused", "running", "finished"]
@@ -291,7 +291,7 @@ def test_a_broken_client_fails_the_run_with_its_reason(daemon: Daemon) -> None:
     broken = tables()
     broken["training"] |= {"lr": 1e30, "optimizer": "sgd", "steps": 3}
     stored = daemon.ended(daemon.submit(broken).id)
-    assert stored.status == Status.FAILED
+    assert stored.status == RunStatus.FAILED
     assert "TrainingError" in stored.reason
     assert "\n" not in stored.reason
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import StateError
-from fedpeft.runfile import build_run
 from fedpeft_server.admin_messages import incomplete_members, run_info
-from fedpeft_server.store import Quota, Rules, Status, Store
+from fedpeft_server.store import Quota, Rules, RunStatus, Store
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, tables
@@ -43,7 +43,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_the_others_go_on(tmp_path: P
         supervisor = Supervisor(store, standins(store, grids), quota=QUOTA)
         supervisor.start()
         shown = supervisor.get(aside)
-        assert shown.status == Status.PAUSED
+        assert shown.status == RunStatus.PAUSED
         assert shown.reason.startswith(f"set aside: this version cannot read run {aside} (")
         assert "of_a_later_version" in shown.reason
         with pytest.raises(StateError, match="this version cannot read run"):
@@ -59,7 +59,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_the_others_go_on(tmp_path: P
         told = [run_info(store, stored) for stored in supervisor.list(reader="me")]
         assert [(info.name, info.status) for info in told] == [("sound", "finished"), ("later", "paused")]
         assert incomplete_members(store, shown) == []
-        assert supervisor.stop(aside, "enough").status == Status.STOPPED
+        assert supervisor.stop(aside, "enough").status == RunStatus.STOPPED
         assert supervisor.drain(LONG_S)
 
 
@@ -71,24 +71,24 @@ def test_a_run_of_an_earlier_version_goes_on_when_that_one_is_back(tmp_path: Pat
         stored = store.runs.submit(run, Rules(), submission="later", submitter="me")
         changed(store, stored.id, run_json="{}{")
         Supervisor(store, standins(store, grids)).start()
-        assert store.runs.get(stored.id).status == Status.PAUSED
+        assert store.runs.get(stored.id).status == RunStatus.PAUSED
         changed(store, stored.id, run_json=stored.text)
         supervisor = Supervisor(store, standins(store, grids))
         supervisor.start()
         assert supervisor.wait_idle(LONG_S)
-        assert store.runs.get(stored.id).status == Status.FINISHED
+        assert store.runs.get(stored.id).status == RunStatus.FINISHED
 
 
 @pytest.mark.parametrize(
     ("columns", "status", "problem"),
     [
-        ({"status": "dreaming"}, Status.FAILED, "does not know the status 'dreaming'"),
-        ({"rules": '{"moon": "full"}'}, Status.QUEUED, "cannot read the rules"),
-        ({"roster": '{"moon": "full"}'}, Status.QUEUED, ""),
+        ({"status": "dreaming"}, RunStatus.FAILED, "does not know the status 'dreaming'"),
+        ({"rules": '{"moon": "full"}'}, RunStatus.QUEUED, "cannot read the rules"),
+        ({"roster": '{"moon": "full"}'}, RunStatus.QUEUED, ""),
     ],
 )
 def test_what_else_of_a_row_cannot_be_read_hides_no_other_run(
-    tmp_path: Path, columns: dict[str, Any], status: Status, problem: str
+    tmp_path: Path, columns: dict[str, Any], status: RunStatus, problem: str
 ) -> None:
     with Store(tmp_path) as store:
         run = build_run(tables(), source="test")
@@ -102,5 +102,5 @@ def test_what_else_of_a_row_cannot_be_read_hides_no_other_run(
         assert problem in listed[ours].problem
         assert bool(listed[ours].problem) == bool(problem)
         assert run_info(store, listed[ours]).id == ours
-        store.runs.set_status(ours, Status.STOPPED, "enough")
-        assert store.runs.get(ours).status == Status.STOPPED
+        store.runs.set_status(ours, RunStatus.STOPPED, "enough")
+        assert store.runs.get(ours).status == RunStatus.STOPPED

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpeft.config.run_file import build_run
 from fedpeft.ledger import RunFolder
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import build_run
 from fedpeft.simulation.engine import RunResult, simulate
 
 

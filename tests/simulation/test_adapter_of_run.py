@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fedpeft.config import ModelSection
+from fedpeft.config.sections import ModelSection
 from fedpeft.data.embedded import model_folder
 from fedpeft.models.card import public_name
 from tests.simulation.runs import simulated

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
-from fedpeft.loading.device import Own, load_own_resident
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.participant.device import Own, load_own_resident
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
-from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import LoadedRun
-from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, simulated
 
 LABELS = ("no", "perhaps", "yes")

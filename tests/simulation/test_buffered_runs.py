@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import StateError, UsageError
-from fedpeft.flower.roster import Member, Roster
 from fedpeft.ledger import RunFolder
 from fedpeft.planning.buffered_draws import draw_buffered
 from fedpeft.planning.draws import draw_rounds
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
+from fedpeft.transport.roster import Member, Roster
 from tests.flower.buffered_apps import EXAMPLES
 from tests.flower.test_buffered_rounds import CLOCK, held, run_of
 from tests.simulation.runs import fingerprint, resumed, simulated

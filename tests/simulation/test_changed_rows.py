@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from fedpeft.commands.runs import adapter_and_run
+from fedpeft.commands.arguments import adapter_and_run
+from fedpeft.config.run_file import run_digest
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.kept_rows import KEPT_ROWS
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import run_digest
 from fedpeft.simulation.engine import simulate
 from tests.simulation.runs import fingerprint, resumed, simulated
 

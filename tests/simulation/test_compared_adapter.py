@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import ModelError
 from fedpeft.ledger import RunFolder
 from fedpeft.reporting.plain import PlainProgress
-from fedpeft.runfile import build_run
 from fedpeft.simulation.engine import simulate
 from tests.models.tiny import saved, tiny_base
 from tests.simulation.runs import resumed

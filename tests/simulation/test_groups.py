@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedpeft.config.run_file import build_run, run_digest, run_from_json, run_json, run_toml
 from fedpeft.errors import RunFileError
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.ledger.records import Round
+from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
-from fedpeft.preflight import problems_of
-from fedpeft.records import Round
-from fedpeft.runfile import build_run, run_digest, run_from_json, run_json, run_toml
+from fedpeft.planning.preflight import problems_of
 from tests.simulation.runs import fingerprint, simulated
 
 ZEROTH = {"kind": "zeroth-order", "lr": 1e-3, "steps": 3, "batch_size": 2}

@@ -13,26 +13,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from fedpeft.config import RunConfig
+from fedpeft.aggregation.lora_rules import LORA_RULES
+from fedpeft.config.client_groups import own_base_of
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError, RunFileError
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import roll_call
 from fedpeft.flower.server_app import check_base
-from fedpeft.flower.tasks import Task
-from fedpeft.groups import own_base_of
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.loading.device import Own, load_own_resident
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.lora_rules import LORA_RULES
-from fedpeft.models.base import load_base
+from fedpeft.ledger.records import Round, parse_row
+from fedpeft.models.base_model import load_base
 from fedpeft.models.export import load_adapter
-from fedpeft.preflight import problems_of
-from fedpeft.records import Round, parse_row
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import build_run, run_digest
-from fedpeft.update import Arrays
+from fedpeft.participant.device import Own, load_own_resident
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.planning.preflight import problems_of
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import Arrays
 from fedpeft.workers import InlineWorkers
 from tests.simulation.runs import fingerprint, resumed, simulated
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from fedpeft.config import ModelSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection
 from fedpeft.data.embedded import model_folder
-from fedpeft.models.base import load_tokenizer
+from fedpeft.models.base_model import load_tokenizer
 from fedpeft.models.offsite import make_emulator, whole_model
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
 from tests.simulation.runs import simulated
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import PrivacyError, RunFileError
-from fedpeft.preflight import problems_of
-from fedpeft.privacy.sources import refuse_seeded
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
+from fedpeft.privacy.noise_sources import refuse_seeded
 
 COMMON = {"noise_multiplier": 1.0, "target_delta": 1e-5, "max_epsilon": 50.0}
 PRIVACY: dict[str, dict[str, Any]] = {

@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run, run_digest, run_json, run_toml
 from fedpeft.errors import PrivacyError
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import roll_call
 from fedpeft.flower.server_app import Order
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, Cohort, RunFolder
 from fedpeft.ledger.folder_rounds import FolderRounds
+from fedpeft.ledger.records import Round, Started
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.budget import BudgetLedger
 from fedpeft.privacy.events import ClientLevel, Event, Local, PersonLevel, RecordLevel
-from fedpeft.records import Round, Started
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import build_run, run_digest, run_json, run_toml
 from fedpeft.simulation.engine import serve, simulate
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task
 from fedpeft.workers import InlineWorkers
 from tests.simulation.runs import fingerprint, resumed, simulated
 

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunExistsError, StateError
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.run_place import write_run
-from fedpeft.runfile import build_run
 from tests.simulation.runs import fingerprint, resumed, simulated
 
 ROOT = Path(__file__).parents[2]

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import ModelError
 from fedpeft.planning.plan import make_plan
-from fedpeft.runfile import build_run
 from tests.models.tiny import VOCABULARY, tiny_tokenizer
 from tests.simulation.runs import simulated
 

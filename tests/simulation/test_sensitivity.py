@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from fedpeft.commands.audit import report_sensitivity, sensitivity_command
-from fedpeft.config import RunConfig
-from fedpeft.data.records import Record
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
+from fedpeft.data.row_records import RowRecord
 from fedpeft.data.run_tables import source_records
 from fedpeft.errors import DataError, PrivacyError, RunFileError, UsageError
-from fedpeft.runfile import build_run
 from fedpeft.simulation.sensitivity import Measurement, draw_records, measure_sensitivity
 
 PRIVACY = {
@@ -135,7 +135,7 @@ def test_other_privacy_and_unsound_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_any_records_of_a_stream_are_drawn_alike() -> None:
-    records = [Record(0, "s", number, {}) for number in range(20)]
+    records = [RowRecord(0, "s", number, {}) for number in range(20)]
     counts = np.zeros(20)
     for seed in range(2000):
         drawn = [record.number for record in draw_records(records, 5, np.random.default_rng(seed))]

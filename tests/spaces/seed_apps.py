@@ -10,8 +10,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedpeft.errors import TrainingError
-from fedpeft.flower.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.spaces.seed_scalars import LARGEST
+from fedpeft.transport.tasks import Hello, error_reply, hello_reply, read_task, update_reply
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.state_message import decode_state
 

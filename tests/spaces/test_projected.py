@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection, RunConfig, TrainingSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import PeftSection, RunConfig, TrainingSection
 from fedpeft.errors import ModelError, TrainingError, UpdateError
 from fedpeft.models.attach import attach
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
+from fedpeft.planning.preflight import problems_of
 from fedpeft.seedspace.project import quantise
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces import build_space
 from fedpeft.spaces.projected import LARGEST, Projected
 from fedpeft.spaces.projected_options import expected_move, fitting_exponent
 from fedpeft.spaces.projections import PROJECTIONS, divided
-from fedpeft.update import Arrays, arrays_digest, layout_of
+from fedpeft.updates.update import Arrays, arrays_digest, layout_of
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import sign
 

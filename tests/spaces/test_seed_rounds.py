@@ -15,22 +15,22 @@ import torch
 from safetensors.torch import load_file
 
 from fedpeft.cli import main
+from fedpeft.config.run_file import build_run, run_digest
 from fedpeft.errors import ModelError
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
 from fedpeft.flower.server_app import Server, execute_rounds
-from fedpeft.flower.tasks import Task
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.loading.simulated import load_simulated_run
-from fedpeft.preflight import problems_of
-from fedpeft.records import Round
+from fedpeft.ledger.records import Round
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.planning.preflight import problems_of
 from fedpeft.reporting.progress import make_progress
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
 from fedpeft.simulation.engine import Deployment, execute_run
 from fedpeft.spaces import build_space
 from fedpeft.stages import build_stages
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.workers import InlineWorkers, Workers
 from tests.flower.test_round_loop import Recorder

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedpeft.aggregation import ExactSum
-from fedpeft.config import PeftSection, RunConfig, SpaceSection
+from fedpeft.aggregation.exact_sum import ExactSum
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import PeftSection, RunConfig, SpaceSection
 from fedpeft.errors import ModelError, RunFileError, TrainingError, UpdateError
 from fedpeft.models.attach import attach
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.runfile import build_run
-from fedpeft.seedspace.trainable import trainable_parameters as canonical
+from fedpeft.seedspace.trainable_tensors import trainable_parameters as canonical
 from fedpeft.spaces import Space, Trail, build_space, space_options
 from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, WeightedSeeds, rounded
 from fedpeft.spaces.seed_scalars import LARGEST, SeedScalars
-from fedpeft.update import Arrays, Update, arrays_digest, layout_of
+from fedpeft.updates.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import weight

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.stages import STAGES, Stage, StageContext, on_client, on_server, promised_payload, stage_list
-from fedpeft.update import Update, layout_of
+from fedpeft.updates.update import Update, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
 SHAPES: Mapping[str, tuple[int, ...]] = {

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from fedpeft.codec.ternary import ALPHA_GRID
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, UpdateError
-from fedpeft.preflight import refuse_problems
-from fedpeft.records import Round
-from fedpeft.runfile import build_run
+from fedpeft.ledger.records import Round
+from fedpeft.planning.preflight import refuse_problems
 from fedpeft.stages import build_downlink
-from fedpeft.update import Arrays, Update
+from fedpeft.updates.update import Arrays, Update
 from tests.simulation.conftest import tiny_tables
 from tests.simulation.runs import simulated
 from tests.stages.passing import built, context, drawn, passed, wide

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from fedpeft.compatibility import conflicts_of
-from fedpeft.config import RunConfig
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
-from fedpeft.preflight import problems_of
+from fedpeft.planning.preflight import problems_of
 from fedpeft.stages import build_stages, promised_payload, stage_list
 from fedpeft.stages.base import Role
 from fedpeft.stages.composition import composition_problems

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from fedpeft.config.run_file import build_run, run_digest
 from fedpeft.errors import UpdateError
 from fedpeft.ledger.checkpoint import read_checkpoint
-from fedpeft.records import Finished, Round, parse_row
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.ledger.records import Finished, Round, parse_row
 from tests.simulation.conftest import tiny_tables
 from tests.simulation.runs import fingerprint, resumed, simulated
 

@@ -12,7 +12,7 @@ import pytest
 from fedpeft.errors import UpdateError
 from fedpeft.stages import STAGES, on_client, promised_payload
 from fedpeft.stages.composition import REFUSED
-from fedpeft.update import Update, arrays_digest, layout_of
+from fedpeft.updates.update import Update, arrays_digest, layout_of
 from tests.stages.oracles import CHECKS, largest
 from tests.stages.passing import SHAPES, built, context, drawn, passed, received, sent, wide, zeros
 

@@ -9,7 +9,7 @@ import pytest
 
 from fedpeft.codec import sign_with_scale
 from fedpeft.errors import UpdateError
-from fedpeft.update import Update
+from fedpeft.updates.update import Update
 
 PLAIN = np.array([1, -2, 3], np.float32)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.models.attach import attach
 from fedpeft.training.first_order import Rows

@@ -14,12 +14,12 @@ from scipy.stats import kstest  # type: ignore[import-untyped]  # scipy ships no
 from scipy.stats import norm as normal
 from torch import Tensor
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.errors import PrivacyError
 from fedpeft.models.trainable import get_arrays, trainable_parameters
 from fedpeft.privacy.events import RecordLevel
 from fedpeft.privacy.noise import NoiseSource, SeededNoise, SystemNoise
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.dp_losses import causal_example_losses
 from fedpeft.training.dp_sgd import (
     PrivateReport,

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.config import ModelSection, PeftSection, TrainingSection
+from fedpeft.config.sections import ModelSection, PeftSection, TrainingSection
 from fedpeft.data.embedded import federated_rows
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import RunFileError, TrainingError
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base, load_tokenizer
+from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.trainable import get_arrays, trainable_parameters
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.first_order import Rows, train
 from fedpeft.training.lean import PAGED
 from fedpeft.training.optimizers import OPTIMIZERS, SCHEDULES, build_optimizer, build_schedule, check_names

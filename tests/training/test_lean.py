@@ -11,15 +11,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import ModelSection, PeftSection, TrainingSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import ModelSection, PeftSection, TrainingSection
 from fedpeft.errors import RunFileError, TrainingError
-from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.attach import attach
-from fedpeft.models.base import load_base
+from fedpeft.models.base_model import load_base
 from fedpeft.models.trainable import get_arrays, trainable_parameters
-from fedpeft.preflight import problems_of
-from fedpeft.randomness import stream
-from fedpeft.runfile import build_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.planning.preflight import problems_of
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.eight_bit import BLOCK, SMALLEST, kept_bytes
 from fedpeft.training.first_order import train
 from fedpeft.training.layers import layer_of, layers_of

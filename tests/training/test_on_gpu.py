@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
-from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.export import adapter_digest, export_adapter
-from fedpeft.resident import LoadedRun, set_loaded_run
-from fedpeft.runfile import build_run
-from fedpeft.update import Arrays, Update
+from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.updates.update import Arrays, Update
 from tests.simulation.runs import simulated
 
 # bitsandbytes warns at each 8-bit product that it casts to float16.

@@ -12,18 +12,18 @@ import pytest
 from flwr.app import Message
 
 from fedpeft.commands.adapters import resident_with_adapter
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import FederationError
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.message_exchange import exchange
-from fedpeft.flower.roster import roll_call
 from fedpeft.flower.server_app import check_base
-from fedpeft.flower.tasks import Task, read_update, task_content
-from fedpeft.loading.simulated import load_simulated_run
+from fedpeft.ledger.records import Round, Started, parse_row
 from fedpeft.models.trainable import frozen_digest, get_arrays
-from fedpeft.records import Round, Started, parse_row
-from fedpeft.resident import LoadedRun, get_loaded_run, set_loaded_run
-from fedpeft.runfile import build_run
-from fedpeft.update import arrays_digest
+from fedpeft.participant.loaded_run import LoadedRun, get_loaded_run, set_loaded_run
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.transport.message_exchange import exchange
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import Task, read_update, task_content
+from fedpeft.updates.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.workers import InlineWorkers
 from tests.simulation.runs import fingerprint, simulated

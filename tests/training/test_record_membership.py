@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.models.trainable import get_arrays, set_arrays, trainable_parameters
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.noise import SeededNoise
-from fedpeft.randomness import stream
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.dp_sgd import train
 from fedpeft.training.first_order import Rows
 from fedpeft.training.record_mechanism import RecordMechanism

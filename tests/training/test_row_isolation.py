@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedpeft.config import PeftSection, TrainingSection
+from fedpeft.config.sections import PeftSection, TrainingSection
 from fedpeft.errors import PrivacyError
 from fedpeft.models.attach import attach
 from fedpeft.models.trainable import trainable_parameters

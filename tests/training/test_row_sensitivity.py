@@ -17,15 +17,15 @@ import pytest
 from numpy.typing import NDArray
 from torch import nn
 
-from fedpeft.config import DataSection, PeftSection, RecordLevelPrivacy, TrainingSection
+from fedpeft.config.sections import DataSection, PeftSection, RecordLevelPrivacy, TrainingSection
 from fedpeft.data.federated import encode
 from fedpeft.data.tables import read_client_table
 from fedpeft.models.attach import attach
 from fedpeft.models.methods import METHODS
 from fedpeft.models.trainable import get_arrays, set_arrays, trainable_parameters
 from fedpeft.privacy.noise import SeededNoise
-from fedpeft.randomness import stream
-from fedpeft.seedspace.layout import Stream
+from fedpeft.runtime.randomness import stream
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.spaces.base import Route
 from fedpeft.training import private
 from fedpeft.training.first_order import Rows
@@ -129,7 +129,7 @@ class Scene:
         set_arrays(self.model, self.start)
         told = self.told(rows, training, seed)
         route = Route(np.arange(QUERIES) + 3, exponent=-40, largest=2**60)
-        _, trail = private.train_by_scalars(prober(self.model, Stream(11)), route, told)
+        _, trail = private.train_by_scalars(prober(self.model, CounterStream(11)), route, told)
         return np.ldexp(trail.amounts.astype(np.float64), -40) * QUERIES
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PruningSection
+from fedpeft.config.run_file import build_run, run_digest
+from fedpeft.config.sections import PruningSection
 from fedpeft.ledger.checkpoint import read_checkpoint
+from fedpeft.ledger.records import Round, parse_row
 from fedpeft.models.trainable import trainable_parameters
-from fedpeft.preflight import problems_of
-from fedpeft.randomness import stream
-from fedpeft.records import Round, parse_row
-from fedpeft.runfile import build_run, run_digest
+from fedpeft.planning.preflight import problems_of
+from fedpeft.runtime.randomness import stream
 from fedpeft.training.first_order import train
 from fedpeft.training.self_pruning import SelfPruning, self_pruning
 from tests.simulation.runs import fingerprint, simulated

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import PeftSection
 from fedpeft.data.collate import collate
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import FederationError, ModelError, TrainingError
 from fedpeft.ledger import RunFolder
-from fedpeft.loading.simulated import load_simulated_run
 from fedpeft.models.attach import attach
-from fedpeft.runfile import build_run
-from fedpeft.seedspace.layout import Stream
+from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.support import Support
 from fedpeft.seedspace.supports import OneBlock, lowest_blocks, one_block, smallest_weights
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces import Route, Trail
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import PRECISE_LOSSES
@@ -63,7 +63,7 @@ def trained(
     **keys: object,
 ) -> Trail:
     section = section_of(**keys)
-    probe = prober(model, Stream(SEED, support=support))
+    probe = prober(model, CounterStream(SEED, support=support))
     route = Route(np.array(directions, dtype=np.int64), exponent, 2**30)
     steps = len(directions) // section.queries
     return train(probe, ROWS, section, route, steps=steps, rng=np.random.default_rng(0))[1]
@@ -93,7 +93,7 @@ def test_forward_gradients_of_classifiers(kind: str) -> None:
     encoded = Encoded(ids, offsets_of([9, 11]), np.zeros(2, dtype=np.int32), np.array([0, 2]), None)
     rows = Rows(encoded, np.arange(2), "sequence-classification", 0)
     batch = collate(encoded, rows.indices, 0, task=rows.task)
-    probe = prober(model, Stream(SEED))
+    probe = prober(model, CounterStream(SEED))
     loss, slope = probe.tangent([batch], rows, 3)
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = nn.functional.cross_entropy(logits, batch.labels)
@@ -251,7 +251,7 @@ def _mean_loss(model: nn.Module) -> torch.Tensor:
 def test_evaluate_reads_each_batch_where_it_is_asked() -> None:
     """What a trainer that clips per example builds on."""
     model = model_of("ln-tuning")
-    probe: Prober = prober(model, Stream(SEED))
+    probe: Prober = prober(model, CounterStream(SEED))
     batches = [collate(ROWS.encoded, np.array(part), 0, task=ROWS.task) for part in ([0, 1], [2, 3])]
     parts = probe.evaluate(batches, PRECISE_LOSSES["causal-lm"], 5, 1e-2)
     assert sum(parts) / 23 == pytest.approx(at(model, signs(model, 5), 1e-2), rel=1e-5)

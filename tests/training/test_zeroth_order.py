@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedpeft.config import PeftSection, TrainingSection
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import PeftSection, TrainingSection
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import TrainingError
 from fedpeft.models.attach import attach
-from fedpeft.preflight import problems_of
-from fedpeft.runfile import build_run
-from fedpeft.seedspace.layout import Stream
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.planning.preflight import problems_of
+from fedpeft.seedspace.layout import CounterStream
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces import Route, Trail
 from fedpeft.training.first_order import Rows, TrainingReport
 from fedpeft.training.zeroth_order import train
@@ -89,7 +89,7 @@ def trained(
     exponent: int | None = -24,
     **keys: Any,
 ) -> tuple[Prober, TrainingReport, Trail]:
-    probe = prober(model, Stream(SEED))
+    probe = prober(model, CounterStream(SEED))
     route = Route(np.array(directions, dtype=np.int64), exponent, keys.get("largest", 2**24))
     steps = len(directions) // section.queries
     report, trail = train(

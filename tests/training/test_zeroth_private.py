@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from scipy.stats import binom, kstest  # type: ignore[import-untyped]  # scipy ships no types
 from scipy.stats import norm as normal
 
-from fedpeft.config import TrainingSection
+from fedpeft.config.sections import TrainingSection
 from fedpeft.data.encoded import Encoded
 from fedpeft.errors import PrivacyError
 from fedpeft.privacy.events import PersonLevel, RecordLevel
 from fedpeft.privacy.noise import NoiseSource, SeededNoise, SystemNoise
-from fedpeft.randomness import stream
-from fedpeft.seedspace.layout import Stream
-from fedpeft.seedspace.trainable import trainable_parameters
+from fedpeft.runtime.randomness import stream
+from fedpeft.seedspace.layout import CounterStream
+from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces.base import Route
 from fedpeft.training.first_order import Rows
 from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
@@ -69,7 +69,7 @@ def slopes_of(model: torch.nn.Module, rows: Rows, directions: list[int]) -> NDAr
 
 def test_each_record_has_its_own_slopes() -> None:
     model, rows = attached("lora", "llama").eval(), rows_for("llama", (6, 9, 5))
-    probe = prober(model, Stream(SEED))
+    probe = prober(model, CounterStream(SEED))
     found = example_slopes(probe, rows, rows.indices, [2, 9], RADIUS)
     np.testing.assert_allclose(found, slopes_of(model, rows, [2, 9]), rtol=2e-3, atol=2e-4)
     alone = example_slopes(probe, rows, rows.indices[1:2], [2, 9], RADIUS)
@@ -85,7 +85,7 @@ def test_a_step_moves_by_the_clipped_mean() -> None:
     before = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
     section = TrainingSection(kind="zeroth-order", lr=0.5, queries=2, radius=RADIUS)
     report, trail = train(
-        prober(model, Stream(SEED)),
+        prober(model, CounterStream(SEED)),
         rows,
         section,
         Route(np.array([4, 7]), exponent=-20, largest=2**30),
@@ -137,7 +137,7 @@ def test_the_noise_has_nothing_to_do_with_the_directions() -> None:
     start = {name: p.detach().clone() for name, p in trainable_parameters(model).items()}
 
     def sent(noise: NoiseSource) -> list[int]:
-        fresh = prober(moved_from(model, start), Stream(SEED))
+        fresh = prober(moved_from(model, start), CounterStream(SEED))
         route = Route(np.array([4, 7]), exponent=-30, largest=2**40)
         _, trail = train(
             fresh, rows, section, route, steps=2, rng=stream(0, "rng"), mechanism=mechanism(

@@ -23,8 +23,8 @@ from collections.abc import Callable
 import numpy as np
 
 from fedpeft.errors import MissingExtraError, UpdateError
-from fedpeft.packed import Packing
-from fedpeft.update import Layout
+from fedpeft.updates.packed import Packing
+from fedpeft.updates.update import Layout
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.checksum import SIZE, sealed
 from fedpeft.wire.codec import decode, encode

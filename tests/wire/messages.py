@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedpeft import codec
-from fedpeft.update import Arrays, Layout, layout_of
+from fedpeft.updates.update import Arrays, Layout, layout_of
 from fedpeft.wire.codec import Envelope
 from fedpeft.wire.payloads import Payload
 

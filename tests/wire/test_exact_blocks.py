@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpeft.errors import UpdateError
-from fedpeft.update import Arrays, layout_of
+from fedpeft.updates.update import Arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
 from fedpeft.wire.checksum import SIZE, sealed
 from fedpeft.wire.codec import Envelope, decode, encode

@@ -16,11 +16,11 @@ from hypothesis.extra import numpy as hnp
 
 from fedpeft import codec
 from fedpeft.errors import UpdateError
-from fedpeft.update import Layout, layout_of
+from fedpeft.updates.update import Layout, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.bounds import max_payload_bytes
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.payloads import Payload
+from fedpeft.wire.size_limits import max_payload_bytes
 from tests.wire.fuzz_update import fuzz
 from tests.wire.messages import DIGEST, ENVELOPES, LAYOUT, PAYLOADS, encoded, envelope, values
 

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from fedpeft.models.rounding import RoundedLinear
+from fedpeft.models.rounded_linear import RoundedLinear
 
 
 @dataclass

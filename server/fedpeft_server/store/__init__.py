@@ -4,7 +4,7 @@ from fedpeft_server.store.rounds import StoredRounds
 from fedpeft_server.store.run_log import Line, say
 from fedpeft_server.store.runs import Runs
 from fedpeft_server.store.store import Reference, Store
-from fedpeft_server.store.stored_run import EVERYONE, Rules, Status, StoredRun
+from fedpeft_server.store.stored_run import EVERYONE, Rules, RunStatus, StoredRun
 from fedpeft_server.store.usage import Quota
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "Quota",
     "Reference",
     "Rules",
+    "RunStatus",
     "Runs",
-    "Status",
     "Store",
     "StoredRounds",
     "StoredRun",

@@ -25,7 +25,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Row, select
 
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.files import storage, write_atomically
+from fedpeft.runtime.files import storage, write_atomically
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.schema import audit
 
@@ -86,7 +86,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Entry:
+class AuditEntry:
     """One row.
 
     Attributes:
@@ -150,10 +150,10 @@ class AuditLog:
 
     def add(
         self, connection: Connection, who: Actor, action: Action, subject: str, **detail: str | int | float
-    ) -> Entry:
+    ) -> AuditEntry:
         """Add a row in the caller's transaction, which must be one that writes; see `publish`."""
         last = _last(connection)
-        fields = Entry(
+        fields = AuditEntry(
             number=1 if last is None else last.number + 1,
             at_ms=round(1000 * time.time()),
             actor=who.name,
@@ -164,11 +164,11 @@ class AuditLog:
             digest="",
         )
         digest = fields.digest_after(_NOTHING if last is None else last.digest)
-        entry = Entry(**(vars(fields) | {"digest": digest}))
+        entry = AuditEntry(**(vars(fields) | {"digest": digest}))
         connection.execute(audit.insert().values(vars(entry)))
         return entry
 
-    def publish(self, entry: Entry) -> None:
+    def publish(self, entry: AuditEntry) -> None:
         """Note a row that is durable in the other places; a place that cannot be written is said, no more."""
         facts = {"event": "audit", "number": entry.number, "digest": entry.digest, "actor": entry.actor}
         LOG.info(
@@ -184,7 +184,7 @@ class AuditLog:
             except StorageError as error:
                 LOG.warning("the audit log's end is not noted beside it: %s", error)
 
-    def record(self, who: Actor, action: Action, subject: str, **detail: str | int | float) -> Entry:
+    def record(self, who: Actor, action: Action, subject: str, **detail: str | int | float) -> AuditEntry:
         """Add a row in a transaction of its own: durable when this returns."""
         with self._database.writing() as connection:
             entry = self.add(connection, who, action, subject, **detail)
@@ -192,7 +192,7 @@ class AuditLog:
         return entry
 
 
-def read_entries(database: Database) -> Iterator[Entry]:
+def read_entries(database: Database) -> Iterator[AuditEntry]:
     """Yield all rows in order."""
     after = 0
     while True:
@@ -205,7 +205,9 @@ def read_entries(database: Database) -> Iterator[Entry]:
         after = some[-1].number
 
 
-def find_faults(entries: Iterator[Entry], known: Sequence[tuple[str, Head]]) -> tuple[list[str], Head | None]:
+def find_faults(
+    entries: Iterator[AuditEntry], known: Sequence[tuple[str, Head]]
+) -> tuple[list[str], Head | None]:
     """Check that every row is as it was written.
 
     Args:
@@ -259,7 +261,7 @@ def read_head(file: Path) -> Head | None:
         ) from error
 
 
-def _last(connection: Connection) -> Entry | None:
+def _last(connection: Connection) -> AuditEntry | None:
     row = connection.execute(select(audit).order_by(audit.c.number.desc()).limit(1)).first()
     return None if row is None else _entry(row)
 
@@ -271,5 +273,5 @@ def _holds(connection: Connection, head: Head) -> bool:
     return found == head.digest
 
 
-def _entry(row: Row[tuple[object, ...]]) -> Entry:
-    return Entry(**row._mapping)
+def _entry(row: Row[tuple[object, ...]]) -> AuditEntry:
+    return AuditEntry(**row._mapping)

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import LimitError, StateError, UpdateError
-from fedpeft.files import storage, sync_folder
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.runtime.files import storage, sync_folder
 from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, reading_whole
 
 _TEMPORARY, _INCOMING = ".partial-", "incoming"
@@ -25,7 +25,7 @@ def digest_of(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-class Blobs:
+class BlobFolder:
     """A folder of contents. A name that is there stands for whole content: it was renamed after its flush.
 
     Raises:
@@ -71,7 +71,7 @@ class Blobs:
         """Whether the whole content is there."""
         return self.path(digest).is_file()
 
-    def begin(self, digest: str, size: int) -> Partial:
+    def begin(self, digest: str, size: int) -> PartialBlobFile:
         """Go on with a content that comes in pieces, or begin it.
 
         Raises:
@@ -81,7 +81,7 @@ class Blobs:
         """
         if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
             raise UpdateError(f"{digest[:20]!r} is no SHA-256; announce the content's digest in hexadecimal")
-        return Partial(self, self.folder / _INCOMING / digest, digest, size)
+        return PartialBlobFile(self, self.folder / _INCOMING / digest, digest, size)
 
     @contextmanager
     def reading(self, digest: str) -> Iterator[bytes | memoryview]:
@@ -165,10 +165,10 @@ class Blobs:
         crash_point("server.blob.durable")
 
 
-class Partial:
+class PartialBlobFile:
     """A content on its way in, in a file that outlives the process; one thread at a time uses it."""
 
-    def __init__(self, blobs: Blobs, path: Path, digest: str, size: int) -> None:
+    def __init__(self, blobs: BlobFolder, path: Path, digest: str, size: int) -> None:
         self._blobs, self._path, self._digest, self._size = blobs, path, digest, size
         with storage(path):
             path.parent.mkdir(exist_ok=True)

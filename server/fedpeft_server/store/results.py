@@ -13,14 +13,14 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, func, select, tuple_
 
-from fedpeft.crash_points import crash_point
+from fedpeft.config.run_file import run_from_json
 from fedpeft.errors import RunFileError
-from fedpeft.flower.in_flight import overlap_of
-from fedpeft.flower.tasks import TRAIN
-from fedpeft.runfile import run_from_json
+from fedpeft.rounds.buffered.in_flight import overlap_of
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.transport.tasks import TRAIN
 from fedpeft_server.contracts import ENOUGH, ReceivedResult
-from fedpeft_server.metrics import Metrics
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.metrics import ServerMetrics
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rounds import used_blobs
 from fedpeft_server.store.schema import refusals, rounds, runs, updates
@@ -63,7 +63,7 @@ class Results:
     Greetings are taken and not kept: after a restart agents are asked anew, and may have changed.
     """
 
-    def __init__(self, database: Database, blobs: Blobs, metrics: Metrics) -> None:
+    def __init__(self, database: Database, blobs: BlobFolder, metrics: ServerMetrics) -> None:
         self._database = database
         self._blobs = blobs
         self._metrics = metrics

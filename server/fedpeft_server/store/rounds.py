@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic import TypeAdapter
 from sqlalchemy import Connection, select, tuple_
 
-from fedpeft.crash_points import crash_point
 from fedpeft.errors import StateError
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.checkpoint import checkpoint_bytes, parse_checkpoint
-from fedpeft.records import Round
-from fedpeft_server.store.blobs import Blobs
+from fedpeft.ledger.records import Round
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.run_log import add_line
 from fedpeft_server.store.schema import budget, checkpoints, rounds, runs, updates
@@ -38,7 +38,7 @@ class StoredRounds:
     def __init__(
         self,
         database: Database,
-        blobs: Blobs,
+        blobs: BlobFolder,
         run_id: str,
         digest: str,
         *,

@@ -10,11 +10,11 @@ from collections.abc import Collection, Mapping, Sequence
 from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection, func, or_, select
 
-from fedpeft.config import RunConfig
-from fedpeft.crash_points import crash_point
+from fedpeft.config.run_file import run_digest, run_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StateError, UsageError
-from fedpeft.flower.roster import Roster
-from fedpeft.runfile import run_digest, run_json
+from fedpeft.runtime.crash_points import crash_point
+from fedpeft.transport.roster import Roster
 from fedpeft_server.metrics import RunGauges
 from fedpeft_server.store.audit import Action, Actor, AuditLog
 from fedpeft_server.store.database import Database
@@ -28,7 +28,15 @@ from fedpeft_server.store.schema import (
     runs,
     updates,
 )
-from fedpeft_server.store.stored_run import EVERYONE, UNENDED, Rules, Status, StoredRun, read_run, read_runs
+from fedpeft_server.store.stored_run import (
+    EVERYONE,
+    UNENDED,
+    Rules,
+    RunStatus,
+    StoredRun,
+    read_run,
+    read_runs,
+)
 from fedpeft_server.store.usage import Quota, check_quota, over_quota, set_kept
 
 _ROSTER = TypeAdapter(Roster)
@@ -85,7 +93,7 @@ class Runs:
                     name=run.run.name,
                     digest=digest,
                     run_json=run_json(run),
-                    status=Status.QUEUED,
+                    status=RunStatus.QUEUED,
                     reason="",
                     submitter=submitter,
                     submitted_at=now,
@@ -156,7 +164,9 @@ class Runs:
         """Return the oldest queued run that is none of `without` and of none of these run files."""
         wanted = (
             select(runs)
-            .where(runs.c.status == Status.QUEUED, runs.c.id.not_in(without), runs.c.digest.not_in(digests))
+            .where(
+                runs.c.status == RunStatus.QUEUED, runs.c.id.not_in(without), runs.c.digest.not_in(digests)
+            )
             .order_by(runs.c.place)
             .limit(1)
         )
@@ -185,7 +195,7 @@ class Runs:
             set_kept(connection, run_id, 0)
         return digests
 
-    def set_status(self, run_id: str, status: Status, reason: str = "") -> None:
+    def set_status(self, run_id: str, status: RunStatus, reason: str = "") -> None:
         """Say how a run stands, and why; the change is also a line of its log.
 
         Nothing is changed where the run has ended, or is being stopped and would go on.
@@ -206,13 +216,13 @@ class Runs:
         """The run's folder is complete."""
         with self._database.writing() as connection:
             changed = {
-                "status": Status.FINISHED,
+                "status": RunStatus.FINISHED,
                 "reason": "",
                 "changed_at": time.time(),
                 "adapter_digest": adapter_digest,
             }
             connection.execute(runs.update().where(runs.c.id == run_id).values(changed))
-            add_line(connection, run_id, event_line("status", status=Status.FINISHED, reason=""))
+            add_line(connection, run_id, event_line("status", status=RunStatus.FINISHED, reason=""))
             crash_point("server.finish.written")
         crash_point("server.finish.committed")
 
@@ -281,10 +291,10 @@ class Runs:
         return standing, [RunGauges(run, reached.get(run, 0), spent.get(run)) for run in names]
 
 
-def _may_become(now: str, status: Status) -> bool:
+def _may_become(now: str, status: RunStatus) -> bool:
     """Whether a run may come to stand otherwise; one whose status this version does not know may end."""
-    known = now in set(Status)
-    return Status(now).may_become(status) if known else status.final
+    known = now in set(RunStatus)
+    return RunStatus(now).may_become(status) if known else status.final
 
 
 def _epsilon(connection: Connection, run_id: str, round_: int | None) -> float | None:

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 
 from fedpeft.errors import StateError
-from fedpeft.files import hold_lock, make_private_folder, storage
-from fedpeft_server.metrics import Metrics
+from fedpeft.runtime.files import hold_lock, make_private_folder, storage
+from fedpeft_server.metrics import ServerMetrics
 from fedpeft_server.store.agents import Agents
 from fedpeft_server.store.audit import HEAD, AuditLog
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import BUSY_S, Database
 from fedpeft_server.store.results import Results
 from fedpeft_server.store.rounds import StoredRounds, used_blobs
@@ -72,12 +72,12 @@ class Store:
         url: str | None = None,
         migrate: bool = False,
         busy_s: float = BUSY_S,
-        metrics: Metrics | None = None,
+        metrics: ServerMetrics | None = None,
     ) -> None:
         make_private_folder(folder, holds="updates, models and runs")
         self.folder = folder
         self.reference: Reference
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or ServerMetrics()
         self._lock = hold_lock(
             folder / LOCK,
             in_use=f"{folder} is in use by another fedpeft server; end it, or give another --state",
@@ -89,7 +89,7 @@ class Store:
             self.database.own()
             self.reference = replace(self.reference, epoch=self.database.epoch)
             self._check_contents()
-            self.blobs = Blobs(folder / BLOBS)
+            self.blobs = BlobFolder(folder / BLOBS)
             with storage(folder):
                 (folder / RUNS).mkdir(exist_ok=True)
             self.audit = AuditLog(self.database, folder)

@@ -11,15 +11,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import Connection, Row, func, select
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_from_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, StateError, UsageError
-from fedpeft.runfile import run_from_json
 from fedpeft_server.store.schema import checkpoints, run_readers, runs
 
 EVERYONE = "*"  # as a reader: all submitters
 
 
-class Status(StrEnum):
+class RunStatus(StrEnum):
     """How a run stands."""
 
     QUEUED = "queued"
@@ -34,14 +34,14 @@ class Status(StrEnum):
     @property
     def final(self) -> bool:
         """Nothing more will happen."""
-        return self in (Status.FINISHED, Status.FAILED, Status.STOPPED)
+        return self in (RunStatus.FINISHED, RunStatus.FAILED, RunStatus.STOPPED)
 
-    def may_become(self, other: Status) -> bool:
+    def may_become(self, other: RunStatus) -> bool:
         """Whether a run that stands so may come to stand otherwise: ends are for good, and so is a stop."""
-        return other.final if self is Status.STOPPING else not self.final
+        return other.final if self is RunStatus.STOPPING else not self.final
 
 
-UNENDED = tuple(status for status in Status if not status.final)
+UNENDED = tuple(status for status in RunStatus if not status.final)
 
 
 class Rules(BaseModel):
@@ -64,7 +64,7 @@ class StoredRun:
     Attributes:
         place: in the order of submission, from 1.
         name: the run file's own.
-        text: of the run file; see `fedpeft.runfile.run_json`.
+        text: of the run file; see `fedpeft.config.run_file.run_json`.
         submitter: whose run it is, by certificate.
         round: last committed; -1 before the start is.
         readers: submitters who may read it too; `EVERYONE`: all of them.
@@ -77,7 +77,7 @@ class StoredRun:
     text: str
     digest: str
     rules: Rules
-    status: Status
+    status: RunStatus
     reason: str
     submitter: str
     submitted_at: float
@@ -129,11 +129,11 @@ def read_runs(connection: Connection, found: Sequence[Row[Any]]) -> list[StoredR
 
 
 def _run_of(row: Row[Any], round_: int, readers: Collection[str]) -> StoredRun:
-    status, rules, fault = Status.FAILED, Rules(), ""
+    status, rules, fault = RunStatus.FAILED, Rules(), ""
     try:
-        status, rules = Status(row.status), Rules.model_validate_json(row.rules)
+        status, rules = RunStatus(row.status), Rules.model_validate_json(row.rules)
     except ValidationError:
-        status, fault = Status(row.status), f"this version cannot read the rules of run {row.id}"
+        status, fault = RunStatus(row.status), f"this version cannot read the rules of run {row.id}"
     except ValueError:
         fault = f"this version does not know the status {row.status!r} of run {row.id}"
     return StoredRun(

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import run_from_json
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import LimitError, RunFileError
-from fedpeft.runfile import run_from_json
 from fedpeft_server.store.schema import checkpoints, runs, submitters, updates
 from fedpeft_server.store.stored_run import UNENDED
 

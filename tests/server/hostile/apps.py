@@ -10,10 +10,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 
-from fedpeft.flower.tasks import Hello, Task, hello_reply, read_task, update_reply
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft.stages import StageContext, build_stages, on_client, stage_list
-from fedpeft.update import Update
+from fedpeft.transport.tasks import Hello, Task, hello_reply, read_task, update_reply
+from fedpeft.updates.update import Update
 from fedpeft.wire.codec import Envelope, decode, encode
 
 BASE = "ba5e" * 16

@@ -17,8 +17,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedpeft.credentials import Material, UpdateHeader, sign_update
 from fedpeft.errors import LimitError
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.tasks import HELLO, Task
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import HELLO, Task
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.dialing import channel_credentials
 from fedpeft_client.link import Link

@@ -13,17 +13,17 @@ from typing import Any
 
 import tomli_w
 
+from fedpeft.config.run_file import build_run
 from fedpeft.credentials import Identity, Role
 from fedpeft.credentials.federation import add_member, create_federation, open_federation
 from fedpeft.errors import FedPEFTError
-from fedpeft.runfile import build_run
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.admin_client import AdminClient, run_and_answer
 from fedpeft_server.daemon import standing
 from fedpeft_server.serving import RunningServer
-from fedpeft_server.settings import LimitsSection, Settings, TlsSection
-from fedpeft_server.store import Rules, Status, Store, StoredRun
-from fedpeft_server.store.audit import Entry, find_faults, read_entries
+from fedpeft_server.settings import LimitsSection, ServerSettings, TlsSection
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
+from fedpeft_server.store.audit import AuditEntry, find_faults, read_entries
 
 SECRET = b"what ada's run has learned"
 
@@ -61,7 +61,7 @@ class House:
             add_member(self.folder / "federation", Identity(name, role), datetime.now(UTC))
         return AdminClient(self.running.address, place)
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[AuditEntry]:
         """The audit log, whole."""
         entries = list(read_entries(self.store.database))
         faults, _ = find_faults(iter(entries), [])
@@ -116,7 +116,7 @@ def submit(desk: AdminClient, made: dict[str, Any], submission: str, **more: Any
 def house(folder: Path, limits: LimitsSection | None = None) -> Iterator[House]:
     """A daemon with certificates whose runs find no agents."""
     create_federation(folder / "federation", ["127.0.0.1"], datetime.now(UTC))
-    settings = Settings(
+    settings = ServerSettings(
         listen="127.0.0.1:0",
         state=folder / "state",
         tls=TlsSection(keys=folder / "federation" / "server", authority=folder / "federation" / "ca"),
@@ -127,8 +127,8 @@ def house(folder: Path, limits: LimitsSection | None = None) -> Iterator[House]:
         for name, readers in (("done", ()), ("idle", ()), ("open", ("bob",))):
             made = build_run(tables(f"ada-{name}"), source="test")
             runs.append(store.runs.submit(made, Rules(), submission=name, submitter="ada", readers=readers))
-        store.runs.set_status(runs[0].id, Status.FINISHED)
-        store.runs.set_status(runs[2].id, Status.FINISHED)
+        store.runs.set_status(runs[0].id, RunStatus.FINISHED)
+        store.runs.set_status(runs[2].id, RunStatus.FINISHED)
         for stored in (runs[0], runs[2]):
             adapter = store.run_folder(stored.id) / "adapter"
             adapter.mkdir(parents=True)

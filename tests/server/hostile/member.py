@@ -28,12 +28,12 @@ import grpc
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
+from fedpeft.config.run_file import load_run
 from fedpeft.credentials import Material, UpdateHeader, read_material, sign_update
-from fedpeft.flower.content import content_bytes, content_of
-from fedpeft.flower.tasks import HELLO
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.resident import LoadedRun
-from fedpeft.runfile import load_run
+from fedpeft.participant.loaded_run import LoadedRun
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.transport.record_bytes import content_bytes, content_of
+from fedpeft.transport.tasks import HELLO
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, decode, encode

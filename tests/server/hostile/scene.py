@@ -12,20 +12,20 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Message
 
+from fedpeft.config.run_file import build_run
 from fedpeft.credentials import Authority, Identity, Material, PeerCheck, Role, create_authority, new_key
 from fedpeft.credentials.certificates import parse_certificate
-from fedpeft.flower.roster import roll_call
-from fedpeft.flower.round_context import RoundContext
-from fedpeft.flower.round_loop import initial_checkpoint, run_rounds
-from fedpeft.flower.tasks import TRAIN, Task, task_content
-from fedpeft.records import ClientOutcome, Round
-from fedpeft.runfile import build_run
+from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.rounds.round_context import RoundContext
+from fedpeft.rounds.round_loop import initial_checkpoint, run_rounds
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.transport.roster import roll_call
+from fedpeft.transport.tasks import TRAIN, Task, task_content
+from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft_client.agent import Agent
 from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import Settings
+from fedpeft_client.settings import ClientSettings
 from fedpeft_server.grid import RunIdentity, node_id
 from fedpeft_server.grpc_event_loop import get_grpc_event_loop
 from fedpeft_server.options import TransportOptions
@@ -171,7 +171,7 @@ def scene(folder: Path, kind: str, options: TransportOptions = BOUNDS) -> Iterat
 def _honest(made: Scene, folder: Path) -> Iterator[None]:
     """The agents as they are, with a client of ours."""
     app = f"tests.server.hostile.apps:{made.kind}"
-    settings = Settings(server=made.running.address, data=folder)
+    settings = ClientSettings(server=made.running.address, data=folder)
 
     async def agent(name: str) -> Agent:
         material = made.device(name)

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedpeft.config import RunConfig
-from fedpeft.device_task import device_task
-from fedpeft.flower.tasks import Task, task_content
-from fedpeft.loading.serving import load_serving_run
-from fedpeft.runfile import build_run
-from fedpeft.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
+from fedpeft.participant.serving import load_serving_run
+from fedpeft.transport.tasks import Task, task_content
+from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.accountant import LEDGER_FILE
 from fedpeft_client.policy import Policy

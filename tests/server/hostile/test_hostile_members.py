@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedpeft.flower.tasks import Task
-from fedpeft.update import arrays_digest
+from fedpeft.transport.tasks import Task
+from fedpeft.updates.update import arrays_digest
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.checksum import sealed

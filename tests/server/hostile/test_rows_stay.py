@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedpeft.device_task import device_task
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import DataError, FedPEFTError, PolicyError
-from fedpeft.flower.tasks import HELLO, Hello, Task, read_hello, task_content
-from fedpeft.resident import drop_loaded_run
-from fedpeft.runfile import build_run
+from fedpeft.participant.loaded_run import drop_loaded_run
+from fedpeft.transport.tasks import HELLO, Hello, Task, read_hello, task_content
 from fedpeft_client.policy import Policy
 from fedpeft_server.grid import RunIdentity, node_id
 from tests.server.fleet import agents_with_rows, server, wait_for

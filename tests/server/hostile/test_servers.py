@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.device_task import device_task
-from fedpeft.flower.tasks import HELLO, TRAIN, read_hello, read_update
-from fedpeft.resident import drop_loaded_run
+from fedpeft.config.device_task import device_task
+from fedpeft.participant.loaded_run import drop_loaded_run
+from fedpeft.transport.tasks import HELLO, TRAIN, read_hello, read_update
 from fedpeft_client.policy import Policy
 from fedpeft_client.status import read_status
 from tests.server.fleet import reason

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft_server.store import Rules, Store, StoredRun
 from tests.server.postgres import Cluster
 

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 from fedpeft.cli import main
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import UsageError
-from fedpeft.runfile import build_run
 from fedpeft_server.store import Rules, Store
-from fedpeft_server.store.audit import HEAD, Action, Actor, Entry, Head, find_faults, read_entries
+from fedpeft_server.store.audit import HEAD, Action, Actor, AuditEntry, Head, find_faults, read_entries
 from tests.server.store.things import rows
 
 ADA = Actor("ada", "submitter")
 
 
-def filled(folder: Path, count: int = 5) -> list[Entry]:
+def filled(folder: Path, count: int = 5) -> list[AuditEntry]:
     """A state whose log has the entry that begins it and `count` more."""
     with Store(folder) as store:
         for number in range(count):
@@ -132,13 +132,13 @@ def test_what_was_done_to_the_log_is_said(
     assert re.search(says, said), said
 
 
-def rewritten(folder: Path, change_one: Callable[[Entry], Entry]) -> None:
+def rewritten(folder: Path, change_one: Callable[[AuditEntry], AuditEntry]) -> None:
     """The whole table with sound digests, and the file beside it: all that the folder's owner can do."""
     with Store(folder) as store:
         entries, previous, made = list(read_entries(store.database)), "0" * 64, []
         for entry in map(change_one, entries):
             digest = entry.digest_after(previous)
-            made.append(Entry(**(vars(entry) | {"digest": digest})))
+            made.append(AuditEntry(**(vars(entry) | {"digest": digest})))
             previous = digest
     with closing(sqlite3.connect(folder / "state.db")) as database, database:
         for entry in made:
@@ -162,7 +162,7 @@ def test_a_log_that_was_written_anew_or_cut_with_its_file_is_found_by_what_was_n
     code, said = audited(tmp_path / "cut", capsys, *noted)
     assert (code, "entry 4, which --known names, is missing; the last is 2" in said) == (7, True)
 
-    rewritten(tmp_path / "anew", lambda e: Entry(**(vars(e) | {"actor": "eve"})) if e.number == 2 else e)
+    rewritten(tmp_path / "anew", lambda e: AuditEntry(**(vars(e) | {"actor": "eve"})) if e.number == 2 else e)
     assert audited(tmp_path / "anew", capsys)[0] == 0
     code, said = audited(tmp_path / "anew", capsys, *noted)
     assert (code, "entry 4 or one before it is another one than --known says" in said) == (7, True)

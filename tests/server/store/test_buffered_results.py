@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import StateError
 from fedpeft.ledger import Checkpoint
-from fedpeft.records import ClientOutcome
-from fedpeft.runfile import build_run
+from fedpeft.ledger.records import ClientOutcome
 from fedpeft_server.store import Rules, Store, StoredRun
 from tests.server.store.things import checkpoint, cohort, rows, update
 

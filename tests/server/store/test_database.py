@@ -10,10 +10,10 @@ import pytest
 from pydantic import TypeAdapter
 from sqlalchemy import create_engine, inspect, text
 
+from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.ledger import Cohort
-from fedpeft.runfile import build_run, run_digest, run_json
-from fedpeft_server.store import Rules, Status, Store, StoredRun
+from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from fedpeft_server.store.database import Database, bring_up
 from fedpeft_server.store.schema import VERSION
 from tests.server.postgres import Cluster
@@ -160,7 +160,19 @@ def test_an_older_database_goes_on_after_its_migration(tmp_path: Path, url: str 
     where = url or f"sqlite:///{tmp_path / 'state.db'}"
     run = build_run({"run": {"name": "old", "rounds": 3}}, source="test")
     old = StoredRun(
-        "old-1", 1, "old", run_json(run), run_digest(run), Rules(), Status.RUNNING, "", "me", 1.0, 1.0, -1, ""
+        "old-1",
+        1,
+        "old",
+        run_json(run),
+        run_digest(run),
+        Rules(),
+        RunStatus.RUNNING,
+        "",
+        "me",
+        1.0,
+        1.0,
+        -1,
+        "",
     )
     engine = create_engine(where)
     script = VERSION_1.format(blob="BLOB" if url is None else "BYTEA")
@@ -226,8 +238,8 @@ def test_the_longest_name_and_any_text_fit(store: Store) -> None:
     stored = store.runs.submit(run, Rules(), submission="x" * 128, submitter="me")
     store.rounds(stored).open_round(1, cohort)
     store.results.accept([update(stored, 1, "a" * 200), update(stored, 2, "bob")])
-    store.runs.set_status(stored.id, Status.PAUSED, "an agent said \x00 ☃ " + "y" * 5000)
-    assert store.runs.get(f"{name}-1").status == Status.PAUSED
+    store.runs.set_status(stored.id, RunStatus.PAUSED, "an agent said \x00 ☃ " + "y" * 5000)
+    assert store.runs.get(f"{name}-1").status == RunStatus.PAUSED
     assert store.runs.refusals(stored.id) == {"round-closed": 1}
 
 

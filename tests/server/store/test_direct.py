@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_server.store.blobs import Blobs
+from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.direct import LEAST_BYTES, DirectAppender, reading_whole
 
 BUFFER = 1 << 20
@@ -61,7 +61,7 @@ def test_where_the_system_cannot_go_past_its_cache_files_are_whole_all_the_same(
 
 
 def test_a_large_upload_that_was_put_aside_goes_on_and_is_whole(tmp_path: Path) -> None:
-    blobs, digest = Blobs(tmp_path), hashlib.sha256(BODY).hexdigest()
+    blobs, digest = BlobFolder(tmp_path), hashlib.sha256(BODY).hexdigest()
     first = blobs.begin(digest, len(BODY))
     first.write(BODY[: BUFFER + 17])
     first.close()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fedpeft.config.run_file import build_run
 from fedpeft.errors import StateError
-from fedpeft.runfile import build_run
-from fedpeft_server.store import Rules, Status, Store
+from fedpeft_server.store import Rules, RunStatus, Store
 from fedpeft_server.store.database import Database, TakenOverError
 from tests.server.postgres import Cluster
 
@@ -32,7 +32,7 @@ def check_that_only_the_second_writes(first: Store, second: Store) -> None:
     theirs = submit(second, "two")
     for write in (
         lambda: submit(first, "three"),
-        lambda: first.runs.set_status(theirs, Status.FAILED, "by the first"),
+        lambda: first.runs.set_status(theirs, RunStatus.FAILED, "by the first"),
         lambda: first.agents.seen(["north"]),
         lambda: first.rounds(first.runs.get(theirs)).commit_spent("{}"),
     ):
@@ -49,7 +49,7 @@ def check_that_only_the_second_writes(first: Store, second: Store) -> None:
     assert "taken over by another fedpeft server" in first.database.lost
     second.database.watch()
     assert second.database.lost == ""
-    assert [run.status for run in second.runs.list() if run.id == theirs] == [Status.QUEUED]
+    assert [run.status for run in second.runs.list() if run.id == theirs] == [RunStatus.QUEUED]
     assert len(second.runs.list()) == 2
     assert second.agents.list() == []
 

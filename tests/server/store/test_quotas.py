@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from fedpeft.config import RunConfig
+from fedpeft.config.run_file import build_run
+from fedpeft.config.sections import RunConfig
 from fedpeft.errors import LimitError, UsageError
-from fedpeft.runfile import build_run
-from fedpeft_server.settings import Settings
-from fedpeft_server.store import EVERYONE, Quota, Rules, Status, Store, StoredRun
+from fedpeft_server.settings import ServerSettings
+from fedpeft_server.store import EVERYONE, Quota, Rules, RunStatus, Store, StoredRun
 from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import standins
 from tests.server.store.things import checkpoint, cohort, rows, update
@@ -40,7 +40,7 @@ def test_a_submitter_has_so_many_runs_at_a_time_and_no_more(store: Store) -> Non
         submitted(store, "run-3")
     assert submitted(store, "run-2").id == "run-2-3", "what was submitted before is no further run"
     assert submitted(store, "run-3", "bob").id == "run-3-4", "another's share is another's"
-    store.runs.set_status("run-0-1", Status.STOPPED, "enough")
+    store.runs.set_status("run-0-1", RunStatus.STOPPED, "enough")
     assert submitted(store, "run-3").id == "run-3-5"
 
 
@@ -64,7 +64,7 @@ def test_bytes_are_counted_as_rounds_commit_and_freed_by_removing_files(store: S
     folder = store.run_folder(stored.id)
     folder.mkdir(parents=True)
     (folder / "adapter").write_bytes(b"y" * 6000)
-    store.runs.set_status(stored.id, Status.STOPPED, "enough")
+    store.runs.set_status(stored.id, RunStatus.STOPPED, "enough")
     store.measure(stored.id)
     ((kept,),) = rows(store, "SELECT kept_bytes FROM submitters WHERE name = 'ada'")
     assert kept == int(str(of_round_0)) + 5000 + 6000
@@ -77,7 +77,7 @@ def test_bytes_are_counted_as_rounds_commit_and_freed_by_removing_files(store: S
     assert rows(store, "SELECT kept_bytes FROM submitters WHERE name = 'ada'") == [(0,)]
     assert not folder.exists()
     assert not store.blobs.has(str(digest))
-    assert store.runs.get(stored.id).status == Status.STOPPED
+    assert store.runs.get(stored.id).status == RunStatus.STOPPED
     assert len(store.runs.lines(stored.id)) == 2, "its log stays"
     submitted(store, "further")
 
@@ -99,7 +99,7 @@ def test_a_run_whose_submitter_keeps_too_much_is_stopped_and_its_adapter_written
         daemon = Daemon(store)
         daemon.supervisor = Supervisor(store, daemon._open, quota=Quota(kept_bytes=1))
         stored = daemon.ended(daemon.submit(tables()).id)
-        assert (stored.status, stored.round) == (Status.STOPPED, 0)
+        assert (stored.status, stored.round) == (RunStatus.STOPPED, 0)
         assert "the runs of 'me' keep" in stored.reason
         assert (store.run_folder(stored.id) / "adapter" / "adapter_model.safetensors").is_file()
         with pytest.raises(LimitError, match="fedpeft run remove"):
@@ -120,9 +120,9 @@ def test_a_quota_is_asked_before_a_run_file_is_checked(tmp_path: Path) -> None:
 
 
 def test_the_settings_say_how_much(tmp_path: Path) -> None:
-    assert Settings().quota() == Quota()
+    assert ServerSettings().quota() == Quota()
     limits = {"submitter_runs": 2, "submitter_rounds": 7, "submitter_gib": 3}
-    assert Settings.model_validate({"limits": limits}).quota() == Quota(2, 7, 3 << 30)
+    assert ServerSettings.model_validate({"limits": limits}).quota() == Quota(2, 7, 3 << 30)
 
 
 # ---- Ownership in the store
@@ -218,7 +218,7 @@ def test_a_submit_costs_the_same_however_many_runs_there_are(tmp_path: Path) -> 
         few = asked(0)
         for number in range(300):
             stored = store.runs.submit(small(), Rules(), submission=str(number), submitter="ada")
-            store.runs.set_status(stored.id, Status.STOPPED if number % 2 else Status.FINISHED)
+            store.runs.set_status(stored.id, RunStatus.STOPPED if number % 2 else RunStatus.FINISHED)
         many = asked(1)
         assert [statement for statement, _ in few] == [statement for statement, _ in many]
         assert len(few) < 40

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft_server.contracts import ENOUGH
 from fedpeft_server.store import Rules, Store, StoredRun
 from tests.server.store.things import AGENTS, checkpoint, cohort, recalled, rows, update
@@ -118,7 +118,7 @@ def test_a_large_update_lies_in_a_blob_until_its_round_is_closed(store: Store, s
 
 
 def test_after_a_restart_the_open_rounds_updates_are_handed_back(tmp_path: Path) -> None:
-    from fedpeft.runfile import build_run
+    from fedpeft.config.run_file import build_run
     from fedpeft_server.store import Rules
 
     run = build_run({"run": {"name": "small", "rounds": 3}}, source="test")

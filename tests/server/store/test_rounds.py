@@ -60,7 +60,7 @@ def test_a_round_is_committed_once(store: Store, stored: StoredRun) -> None:
 
 
 def test_old_checkpoints_go_as_the_run_file_says(store: Store) -> None:
-    from fedpeft.runfile import build_run
+    from fedpeft.config.run_file import build_run
 
     tables = {"run": {"name": "short", "rounds": 5}, "output": {"keep_checkpoints": 2}}
     stored = store.runs.submit(build_run(tables, source="test"), Rules(), submission="x", submitter="me")

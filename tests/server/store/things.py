@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedpeft.ledger import Checkpoint, Cohort
-from fedpeft.records import ClientOutcome, Round
+from fedpeft.ledger.records import ClientOutcome, Round
 from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun
 

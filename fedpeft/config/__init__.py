@@ -1,0 +1,1 @@
+"""What a run file says: its sections, reading, overrides, and the digest that names the run."""

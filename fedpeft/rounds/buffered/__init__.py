@@ -1,0 +1,1 @@
+"""Buffered asynchronous rounds (FedBuff): tasks in flight, the buffer and its sum."""

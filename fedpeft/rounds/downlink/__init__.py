@@ -1,0 +1,1 @@
+"""The global state on its way to clients: whole, as steps, or one per client."""

@@ -1,0 +1,1 @@
+"""What any process needs: files, frames, cancellation, crash points, randomness, telemetry."""

@@ -1,0 +1,1 @@
+"""Messages and grids in Flower's types, without policy: tasks, rosters, mailboxes."""

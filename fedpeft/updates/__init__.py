@@ -1,0 +1,1 @@
+"""Updates as named arrays: how they are packed, and low-rank products."""
