@@ -12,6 +12,8 @@ the batches and the directions; arms of one seed share all of that but the direc
                    same cohorts, same batches, same candidate at each step, same learning rate
     gaussian-again the same with other draws: how far the directions alone move the result
     signs-loop     the same loop with signs drawn by torch: the estimators with everything else equal
+    pro-loop       signs-loop, its candidates drawn by the published amplitudes of FedKSeed-Pro: of all raw
+                   scalars that the server has seen of a candidate, and one zero
     fedkseed-pro   the run file with mode = "fedkseed-pro"
     first-order    the steps of ferret_shakespeare.toml, their change sent whole: the line to reach
     ferret-signs   ferret_shakespeare.toml: ten first-order steps a round, projected on sign directions
@@ -62,6 +64,7 @@ from fedpeft.wire.codec import Envelope, encode
 HERE = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 Draw = Callable[[torch.Size], torch.Tensor]
+Chances = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def signs(shape: torch.Size) -> torch.Tensor:
@@ -69,10 +72,20 @@ def signs(shape: torch.Size) -> torch.Tensor:
     return 2.0 * torch.randint(0, 2, shape) - 1.0
 
 
-LOOPS: Mapping[str, tuple[Draw, int]] = {  # arms of the published loop: a draw, and where its seeds begin
-    "gaussian": (torch.randn, 0),
-    "gaussian-again": (torch.randn, 1000),
-    "signs-loop": (signs, 2000),
+@dataclass(frozen=True)
+class Loop:
+    """An arm of the published loop: a draw, where its seeds begin, whether amplitudes choose candidates."""
+
+    draw: Draw
+    offset: int
+    weighted: bool = False
+
+
+LOOPS: Mapping[str, Loop] = {
+    "gaussian": Loop(torch.randn, 0),
+    "gaussian-again": Loop(torch.randn, 1000),
+    "signs-loop": Loop(signs, 2000),
+    "pro-loop": Loop(signs, 2000, weighted=True),
 }
 
 FEDKSEED = ("fedkseed_shakespeare.toml", {"evaluation.every": "4"})
@@ -177,27 +190,33 @@ def cohorts_of(out: Path, seed: int) -> list[list[str]]:
 def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
     """FedKSeed with normal directions, as published: seeds, in-place moves, float scalars.
 
-    Source: Qin et al. 2024, algorithm 1. The server's model is moved by each round's scalars alone, which
-    equals a replay from the start up to rounding.
+    Source: Qin et al. 2024, algorithm 1, and for weighted arms the non-uniform sampling of FedKSeed-Pro. The
+    server's model is moved by each round's scalars alone, which equals a replay from the start up to
+    rounding.
     """
     began = time.process_time()
     run, changes = run_of(arm, seed, quick)
-    draw, offset = LOOPS[arm]
+    loop = LOOPS[arm]
+    draw = loop.draw
     resident = load_simulated_run(run)
     parameters = [parameter for _, parameter in sorted(resident.parameters.items())]
     names = {client.name: client for client in resident.data.clients}
-    seeds = np.random.default_rng(offset + seed).integers(1, 2**31, size=run.space.options["num_seeds"])
+    seeds = np.random.default_rng(loop.offset + seed).integers(1, 2**31, size=run.space.options["num_seeds"])
     state = [parameter.detach().clone() for parameter in parameters]
+    sizes, visits = np.zeros(len(seeds)), np.ones(len(seeds))  # of a candidate's scalars, and one zero
     curve = [(0, held_out_loss(resident))]
     for number, cohort in enumerate(cohorts_of(out, seed), start=1):
         total = sum(len(names[name].train) for name in cohort)
         moves: dict[int, float] = {}
+        chances = amplitude_chances(sizes / visits) if loop.weighted else None
         for name in cohort:
             put(parameters, state)
             share = len(names[name].train) / total
             rng = stream(seed, "train", name, number)
-            for direction, scalar in client_steps(resident, names[name].train, seeds, draw, rng):
+            for direction, scalar in client_steps(resident, names[name].train, seeds, draw, rng, chances):
                 moves[direction] = moves.get(direction, 0.0) + share * scalar
+                sizes[direction] += min(abs(scalar), 1000.0)  # the published bound
+                visits[direction] += 1
         put(parameters, state)
         for direction, scalar in moves.items():
             move(parameters, int(seeds[direction]), -run.training.lr * scalar, draw)
@@ -209,17 +228,28 @@ def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
     return Result(arm, seed, curve, 0.0, 0.0, cpu_s, trained, {"torch": torch.__version__}, changes)
 
 
+def amplitude_chances(amplitude: np.ndarray[Any, np.dtype[np.float64]]) -> Chances:
+    """The softmax of amplitudes that are scaled to 0 and 1; even chances where all are equal."""
+    spread = float(amplitude.max() - amplitude.min())
+    weight = np.exp((amplitude - amplitude.min()) / spread) if spread > 0 else np.ones(len(amplitude))
+    return np.asarray(weight / weight.sum(), dtype=np.float64)
+
+
 def client_steps(
     resident: LoadedRun,
     indices: np.ndarray[Any, np.dtype[np.int64]],
     seeds: np.ndarray[Any, np.dtype[np.int64]],
     draw: Draw,
     rng: np.random.Generator,
+    chances: Chances | None,
 ) -> Iterator[tuple[int, float]]:
-    """The local steps of one client: (candidate, scalar) of each."""
+    """The local steps of one client: (candidate, scalar) of each; all candidates alike without `chances`."""
     section, parameters = resident.run.training, [p for _, p in sorted(resident.parameters.items())]
     steps = section.steps or 1
-    route = rng.integers(0, len(seeds), size=steps, dtype=np.int64)
+    if chances is None:
+        route = rng.integers(0, len(seeds), size=steps, dtype=np.int64)
+    else:
+        route = rng.choice(len(seeds), size=steps, p=chances).astype(np.int64)
     rows = resident.rows(resident.data.rows, indices)
     order = training_batches(rows.encoded, indices, section.batch_size, steps, rng)
     for direction in route.tolist():
