@@ -10,8 +10,8 @@ Run time: about 30 s with --quick, plus Ray's start (10 s idle to over a minute 
 All figures come from one run on one machine; only ratios travel. Tasks of the overhead part do no training
 (`training.kind = "none"`): state down, update up, decoded, checked, folded. The bare pool is
 `multiprocessing.Pool(2)`: the state's arrays pickled down, as many up, added in float64; no bounds, digests,
-resumption or order that doesn't matter. `overhead_ms_per_task_worst` is the larger of our two. The last line printed is one JSON
-object.
+resumption or order that doesn't matter. `overhead_ms_per_task_worst` is the larger of our two. The last line
+printed is one JSON object.
 """
 
 from __future__ import annotations
