@@ -344,13 +344,13 @@ def _run_model() -> type[BaseModel]:
 
 
 def _server_model() -> type[BaseModel]:
-    from fedpeft_server.settings import ServerSettings
+    from fedpeft_server.ops.server_settings import ServerSettings
 
     return ServerSettings
 
 
 def _client_model() -> type[BaseModel]:
-    from fedpeft_client.settings import ClientSettings
+    from fedpeft_client.client_settings import ClientSettings
 
     return ClientSettings
 
@@ -484,7 +484,7 @@ def client(
     """Be an agent: train on this device's rows for a server's runs."""
     if context.invoked_subcommand is not None:
         return
-    from fedpeft_client.command import client_command
+    from fedpeft_client.commands.client_command import client_command
 
     given = {"server": server, "data": data, "name": name, "keys": keys, "home": home, "model": model}
     given |= {"device": device, "metrics": metrics}
@@ -500,7 +500,7 @@ def client_ledger(
     json_: Annotated[bool, typer.Option("--json", help="Print every message as a JSON object.")] = False,
 ) -> None:
     """Print what left this device: every metric, count and byte."""
-    from fedpeft_client.command import client_ledger_command
+    from fedpeft_client.commands.client_command import client_ledger_command
 
     client_ledger_command(home, name, as_json=json_, last=last)
 
@@ -512,7 +512,7 @@ def client_status(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what an agent did here and what it has spent."""
-    from fedpeft_client.command import client_status_command
+    from fedpeft_client.commands.client_command import client_status_command
 
     client_status_command(home, name, as_json=json_)
 
@@ -597,7 +597,7 @@ def server(
     """Hold runs for agents that connect, until told to end; a killed server goes on at its next start."""
     if context.invoked_subcommand is not None:
         return
-    from fedpeft_server.command import server_command
+    from fedpeft_server.ops.server_command import server_command
 
     given = {
         "listen": listen,
@@ -621,7 +621,7 @@ def server_backup(
     json_: AsJson = False,
 ) -> None:
     """Write a server's whole state to one file; the server may run meanwhile."""
-    from fedpeft_server.command import backup_command
+    from fedpeft_server.ops.server_command import backup_command
 
     given = {"state": state, "database": database}
     backup_command(out, config, given, with_keys=with_keys, as_json=json_)
@@ -641,7 +641,7 @@ def server_restore(
     json_: AsJson = False,
 ) -> None:
     """Put a backup where no state is, after checking every byte of it."""
-    from fedpeft_server.command import restore_command
+    from fedpeft_server.ops.server_command import restore_command
 
     given = {"state": state, "database": database}
     restore_command(file, config, given, with_keys=with_keys, nothing_since=nothing_since, as_json=json_)
@@ -665,7 +665,7 @@ def server_audit(
     json_: AsJson = False,
 ) -> None:
     """Print who did what on a server, from its state here, and whether an entry is missing or changed."""
-    from fedpeft_server.audit_command import audit_command
+    from fedpeft_server.ops.audit_command import audit_command
 
     given = {"state": state, "database": database}
     audit_command(config, given, known or [], entries=not verify, as_json=json_)
@@ -684,8 +684,8 @@ def server_invite(
     json_: AsJson = False,
 ) -> None:
     """Print a one-time token for a new member of the server's federation; for admins."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.member_commands import invite_command
+    from fedpeft_client.commands.member_commands import invite_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     invite_command(AdminClient(server, keys), name, role, max(1, round(days * 86_400)), as_json=json_)
 
@@ -699,8 +699,8 @@ def server_revoke(
     json_: AsJson = False,
 ) -> None:
     """End what a name may do, at once, its open session too; for admins."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.member_commands import revoke_command
+    from fedpeft_client.commands.member_commands import revoke_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     revoke_command(AdminClient(server, keys), name, reason, as_json=json_)
 
@@ -708,8 +708,8 @@ def server_revoke(
 @server_app.command("status")
 def server_status(server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False) -> None:
     """Say who is connected to a server, what each used, and what was refused and why."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.server_status import server_status_command
+    from fedpeft_client.commands.server_status import server_status_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     server_status_command(AdminClient(server, keys), as_json=json_)
 
@@ -742,8 +742,8 @@ def run_submit(
     json_: AsJson = False,
 ) -> None:
     """Queue a run on a server; prints its id. It is yours: others don't see it unless you name them."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import Rules, submit_command
+    from fedpeft_client.commands.run_commands import Rules, submit_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     rules = Rules(min_agents=min_agents, agents=agent or [], wait_s=wait_s)
     submit_command(AdminClient(server, keys), run_file, list(set_ or []), rules, reader or [], as_json=json_)
@@ -757,8 +757,8 @@ def run_list(
     json_: AsJson = False,
 ) -> None:
     """List the runs on a server that you may read."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import list_command
+    from fedpeft_client.commands.run_commands import list_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     list_command(AdminClient(server, keys), limit=limit, as_json=json_)
 
@@ -768,8 +768,8 @@ def run_show(
     run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
 ) -> None:
     """Show how a run stands."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import show_command
+    from fedpeft_client.commands.run_commands import show_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     show_command(AdminClient(server, keys), run, as_json=json_)
 
@@ -783,8 +783,8 @@ def run_logs(
     json_: AsJson = False,
 ) -> None:
     """Print a run's log."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import logs_command
+    from fedpeft_client.commands.run_commands import logs_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     logs_command(AdminClient(server, keys), run, follow=follow, as_json=json_)
 
@@ -798,8 +798,8 @@ def run_stop(
     json_: AsJson = False,
 ) -> None:
     """End a run for good; what it has reached can be pulled."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import stop_command
+    from fedpeft_client.commands.run_commands import stop_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     stop_command(AdminClient(server, keys), run, reason, as_json=json_)
 
@@ -816,8 +816,8 @@ def run_pull(
     json_: AsJson = False,
 ) -> None:
     """Write a run's adapter, report and rows to a folder here; of one that goes on, its last round's."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import pull_command
+    from fedpeft_client.commands.run_commands import pull_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     pull_command(AdminClient(server, keys), run, out or Path("runs") / run, force=force, as_json=json_)
 
@@ -827,8 +827,8 @@ def run_remove(
     run: RunId, server: ServerAddress = LOCAL_SERVER, keys: OwnKeys = None, json_: AsJson = False
 ) -> None:
     """Delete an ended run's files on the server; its log and its line in the list stay."""
-    from fedpeft_client.admin_client import AdminClient
-    from fedpeft_client.run_commands import remove_command
+    from fedpeft_client.commands.run_commands import remove_command
+    from fedpeft_client.transport.admin_client import AdminClient
 
     remove_command(AdminClient(server, keys), run, as_json=json_)
 

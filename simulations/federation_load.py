@@ -29,10 +29,10 @@ from fedpeft.updates.update import Arrays, arrays_digest, layout_of
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_client.dialing import error_of, open_channel
-from fedpeft_client.link import Link
-from fedpeft_server.malloc_arenas import limit_malloc_arenas
-from fedpeft_server.options import TransportOptions, server_channel_options
+from fedpeft_client.transport.dialing import error_of, open_channel
+from fedpeft_client.transport.session import Session
+from fedpeft_server.ops.malloc_arenas import limit_malloc_arenas
+from fedpeft_server.transport.grpc_options import TransportOptions, server_channel_options
 
 CHUNK = TransportOptions().chunk_bytes
 if TYPE_CHECKING:  # it takes seconds to import
@@ -107,7 +107,7 @@ async def _agent(address: str, index: int, answer: Answering, ready: asyncio.Eve
     errands: set[asyncio.Task[None]] = set()
     dial = functools.partial(open_channel, address, None)
     async with dial() as channel:
-        link = await Link.open(channel, name_of(index), {}, dial)
+        link = await Session.open(channel, name_of(index), {}, dial)
         ready.set()
         try:
             async for message in link.messages():
@@ -121,7 +121,7 @@ async def _agent(address: str, index: int, answer: Answering, ready: asyncio.Eve
             link.close()
 
 
-async def _answered(link: Link, task: pb.Task, index: int, answer: Answering) -> None:
+async def _answered(link: Session, task: pb.Task, index: int, answer: Answering) -> None:
     body, digest = answer(task, index)
     result = pb.Result(task=task.id)
     if len(body) <= link.welcome.max_inline_bytes:

@@ -53,12 +53,12 @@ from fedpeft.config.run_file import load_run, run_toml
 from fedpeft.errors import FedPEFTError
 from fedpeft.runtime.frames import Frame
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.admin_client import AdminClient, new_submission
 from fedpeft_client.agent import Agent
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.client_settings import ClientSettings
 from fedpeft_client.status import read_status
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
+from fedpeft_client.transport.admin_client import AdminClient, new_submission
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
 from simulations.bad_network import Network, network
 from simulations.deployment import ROOT, end_group, environment, free_ports, started
 

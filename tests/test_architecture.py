@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedpeft_client.worker_process import CLIENT_APP
+from fedpeft_client.workers.worker_process import CLIENT_APP
 
 DEVICE_APP = "fedpeft.flower.device_app"
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("fedpeft_server", "fedpeft_client"),
 )
+
+# The rooms of the server and of the client, which import only from rooms of earlier lines too.
+INNER_LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "fedpeft_server": (("server_metrics",), ("store",), ("transport",), ("runs",), ("ops",)),
+    "fedpeft_client": (
+        ("transport", "workers"),
+        ("policy",),
+        ("status", "client_settings"),
+        ("agent_metrics",),
+        ("task_executor",),
+        ("agent",),
+        ("commands",),
+    ),
+}
 
 DAEMONS = (
     "fedpeft_server",
@@ -181,6 +195,24 @@ def test_imports_point_one_way() -> None:
         and room_of(item.target) != item.room
         and height.get(room_of(item.target), 0) >= height.get(item.room, len(LAYERS))
         and not (item.room == "cli" and not item.on_load and room_of(item.target) in DAEMONS)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("package", sorted(INNER_LAYERS))
+def test_imports_of_the_server_and_the_client_point_one_way(package: str) -> None:
+    layers = INNER_LAYERS[package]
+    height = {room: level for level, layer in enumerate(layers) for room in layer}
+    inner = {name: parts[1] for name in modules() if (parts := name.split("."))[0] == package and parts[1:]}
+    assert set(inner.values()) == set(height)
+    wrong = [
+        item.place
+        for item in IMPORTS
+        if item.module in inner
+        and (target := item.target.split("."))[0] == package
+        and target[1:]
+        and target[1] != inner[item.module]
+        and height[target[1]] >= height[inner[item.module]]
     ]
     assert wrong == []
 

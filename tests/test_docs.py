@@ -15,7 +15,7 @@ import typer
 from fedpeft.cli import app
 from fedpeft.config.deployment import ignored_keys
 from fedpeft.config.run_file import build_run
-from fedpeft_server.agent_wait import agents_wanted
+from fedpeft_server.runs.agent_wait import agents_wanted
 from fedpeft_server.store import Rules
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,14 +18,14 @@ from fedpeft.credentials import Material
 from fedpeft.errors import FedPEFTError, ValidityError
 from fedpeft.runtime.files import hold_lock, make_private_folder
 from fedpeft.runtime.repeats import Repeats
-from fedpeft_client.dialing import STEADY_S, error_of, is_final, open_channel, pauses
-from fedpeft_client.egress import EGRESS_FILE, EgressLedger
-from fedpeft_client.link import Link
-from fedpeft_client.metrics import AgentMetrics
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.agent_metrics import AgentMetrics
+from fedpeft_client.client_settings import ClientSettings
 from fedpeft_client.status import STATUS_FILE, AgentStatusFile
 from fedpeft_client.task_executor import AgentConfig, TaskExecutor
-from fedpeft_client.worker_process import CLIENT_APP, Bounds, Worker, WorkerPlace, WorkerProcess
+from fedpeft_client.transport.dialing import STEADY_S, error_of, is_final, open_channel, pauses
+from fedpeft_client.transport.egress import EGRESS_FILE, EgressLedger
+from fedpeft_client.transport.session import Session
+from fedpeft_client.workers.worker_process import CLIENT_APP, Bounds, Worker, WorkerPlace, WorkerProcess
 
 LOG = logging.getLogger("fedpeft.client")
 Renewing = Callable[[], Awaitable[Material]]
@@ -75,7 +75,7 @@ class Agent:
         self._desk = TaskExecutor(trade, home, self.workshop, self.status, metrics)
         metrics.watch(self.status)
         self._stopping = asyncio.Event()
-        self._link: Link | None = None
+        self._link: Session | None = None
         self._repeats = Repeats()
         self._known = False  # whether this server has ever let us in
 
@@ -149,10 +149,10 @@ class Agent:
             self.status.certificate_ends = material.certificate.not_valid_after_utc.timestamp()
         dial = functools.partial(open_channel, self._settings.server, material)
         channel = dial()
-        link: Link | None = None
+        link: Session | None = None
         try:
             told = capabilities(self._settings.policy.capabilities)
-            link = await Link.open(channel, self._name, told, dial, self._ledger)
+            link = await Session.open(channel, self._name, told, dial, self._ledger)
             facts = {"event": "connected", "agent": link.welcome.name, "session": link.welcome.session}
             LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
             self._known, self._link = True, link

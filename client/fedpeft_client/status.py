@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.errors import StateError
 from fedpeft.runtime.files import storage
-from fedpeft_client.usage import RunUsage, Usage
+from fedpeft_client.policy.usage import RunUsage, Usage
 
 if TYPE_CHECKING:
-    from fedpeft_client.accountant import Accountant
+    from fedpeft_client.policy.device_accountant import Accountant
 
 STATUS_FILE = "status.json"
 _EVERY_S = 1.0

@@ -36,17 +36,17 @@ from fedpeft.runtime.crash_points import crash_point
 from fedpeft.runtime.frames import Frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
-from fedpeft_client.admission import Admission
-from fedpeft_client.dialing import error_of, pauses
-from fedpeft_client.egress import contents
-from fedpeft_client.link import Link
-from fedpeft_client.metrics import AgentMetrics
-from fedpeft_client.outbox import Outbox, OutboxResult
-from fedpeft_client.policy import Policy, over_bytes, refuse, unwanted_metrics
-from fedpeft_client.stage_memory import Remembered, StageMemory
+from fedpeft_client.agent_metrics import AgentMetrics
+from fedpeft_client.policy.admission import Admission
+from fedpeft_client.policy.owner_policy import Policy, over_bytes, refuse, unwanted_metrics
+from fedpeft_client.policy.usage import UsageBook
 from fedpeft_client.status import AgentStatusFile
-from fedpeft_client.usage import UsageBook
-from fedpeft_client.worker_process import CLIENT_APP, REPLICAS, STARTS, Worker, WorkerKilledError
+from fedpeft_client.transport.dialing import error_of, pauses
+from fedpeft_client.transport.egress import contents
+from fedpeft_client.transport.outbox import Outbox, OutboxResult
+from fedpeft_client.transport.session import Session
+from fedpeft_client.workers.stage_memory import Remembered, StageMemory
+from fedpeft_client.workers.worker_process import CLIENT_APP, REPLICAS, STARTS, Worker, WorkerKilledError
 
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
@@ -91,7 +91,7 @@ class TaskExecutor:
             needs_run=trade.app == CLIENT_APP,
             has_model=bool(trade.model),
         )
-        self._link: Link | None = None
+        self._link: Session | None = None
         self._material: Material | None = None
         self._linked = asyncio.Event()
         self._tasks: dict[bytes, pb.Task] = {}  # queued or at work
@@ -104,7 +104,7 @@ class TaskExecutor:
         self._rested = time.monotonic()
         status.usage, status.accountant = self._book.usage, self._admission.accountant
 
-    def connected(self, link: Link | None, material: Material | None = None) -> None:
+    def connected(self, link: Session | None, material: Material | None = None) -> None:
         """A session has begun, with the key that signs results if there is one; without a link: it ended."""
         self._link, self._material = link, material
         (self._linked.set if link is not None else self._linked.clear)()
@@ -387,7 +387,7 @@ class TaskExecutor:
         await asyncio.sleep(random.uniform(0.5, 2.0))
         await self._deliver(id_)
 
-    async def _send_result(self, link: Link, finished: OutboxResult) -> None:
+    async def _send_result(self, link: Session, finished: OutboxResult) -> None:
         task, body = finished.task, finished.body
         digest = await asyncio.to_thread(lambda: hashlib.sha256(body).digest())
         result = pb.Result(task=task.id, signature=self._signature(task, digest, len(body)))

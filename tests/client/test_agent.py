@@ -14,12 +14,12 @@ import pytest
 
 from fedpeft.errors import CredentialError, FederationError, StateError
 from fedpeft_client.agent import Agent
-from fedpeft_client.command import client_status_command
-from fedpeft_client.dialing import error_named, is_final
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.commands.client_command import client_status_command
 from fedpeft_client.status import read_status
-from fedpeft_server.grid import RunIdentity
+from fedpeft_client.transport.dialing import error_named, is_final
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
+from fedpeft_server.transport.grpc_grid import RunIdentity
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, played, server, wait_for
 
 

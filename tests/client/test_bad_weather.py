@@ -17,12 +17,12 @@ from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.credentials.federation import add_member, create_federation, invite_member, revoke_member
 from fedpeft.errors import CredentialError, FederationError, ValidityError
 from fedpeft_client.agent import Agent
-from fedpeft_client.command import client_status_command, serve_agent
-from fedpeft_client.dialing import is_final
-from fedpeft_client.enrolment import own_material, renewed
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import ClientSettings
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.commands.client_command import client_status_command, serve_agent
 from fedpeft_client.status import read_status
+from fedpeft_client.transport.device_certificate import own_material, renewed
+from fedpeft_client.transport.dialing import is_final
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from tests.client.test_agent import agent, free_port
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, played, server, wait_for
 from tests.server.test_doors import House, house
@@ -81,7 +81,7 @@ def test_a_certificate_that_has_not_begun_is_waited_for(
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    from fedpeft_server.grpc_event_loop import get_grpc_event_loop
+    from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
 
     return get_grpc_event_loop()
 

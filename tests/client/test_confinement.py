@@ -16,8 +16,8 @@ import pytest
 from fedpeft.runtime.frames import Frame
 from fedpeft.transport.record_bytes import content_bytes, content_of
 from fedpeft.transport.tasks import TRAIN, Task, task_content
-from fedpeft_client.confinement import landlock_version
-from fedpeft_client.worker_process import Bounds, WorkerPlace, WorkerProcess
+from fedpeft_client.workers.confinement import landlock_version
+from fedpeft_client.workers.worker_process import Bounds, WorkerPlace, WorkerProcess
 
 APP = "tests.client.confined_app:app"
 VERSION = landlock_version() if sys.platform == "linux" else 0

@@ -23,9 +23,9 @@ from fedpeft.updates.update import arrays_digest, frozen_arrays
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_client.egress import EGRESS_FILE, EgressLedger, contents, read_ledger
-from fedpeft_client.policy import Policy
-from fedpeft_server.grid import GrpcGrid, node_id
+from fedpeft_client.policy.owner_policy import Policy
+from fedpeft_client.transport.egress import EGRESS_FILE, EgressLedger, contents, read_ledger
+from fedpeft_server.transport.grpc_grid import GrpcGrid, node_id
 from tests.server.fleet import RUN, fleet, server, wait_for
 from tests.server.hostile.apps import BASE
 from tests.server.relay import relay

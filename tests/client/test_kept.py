@@ -18,13 +18,13 @@ from fedpeft.errors import StateError
 from fedpeft.runtime.frames import Frame, pack, read_frame
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.agent import Agent
-from fedpeft_client.dialing import FIRST_PAUSE_S, LONGEST_PAUSE_S, pauses
-from fedpeft_client.outbox import Outbox, OutboxResult
-from fedpeft_client.replicas import ReplicaShelf
-from fedpeft_client.settings import ClientSettings
-from fedpeft_client.stage_memory import Remembered, StageMemory, memory_bytes, memory_of
-from fedpeft_client.starts import StartShelf
-from fedpeft_client.usage import RunUsage, UsageBook
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.policy.usage import RunUsage, UsageBook
+from fedpeft_client.transport.dialing import FIRST_PAUSE_S, LONGEST_PAUSE_S, pauses
+from fedpeft_client.transport.outbox import Outbox, OutboxResult
+from fedpeft_client.workers.replicas import ReplicaShelf
+from fedpeft_client.workers.stage_memory import Remembered, StageMemory, memory_bytes, memory_of
+from fedpeft_client.workers.start_cache import StartShelf
 
 
 def finished(number: int, body: bytes = b"body") -> OutboxResult:

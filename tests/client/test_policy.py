@@ -12,7 +12,8 @@ from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
 from fedpeft.wire.failures import policy_keys
-from fedpeft_client.policy import (
+from fedpeft_client.client_settings import read_settings
+from fedpeft_client.policy.owner_policy import (
     Policy,
     _data,
     fields_used,
@@ -20,7 +21,6 @@ from fedpeft_client.policy import (
     over_bytes,
     unwanted_metrics,
 )
-from fedpeft_client.settings import read_settings
 
 LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
 

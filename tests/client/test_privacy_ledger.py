@@ -20,11 +20,11 @@ from fedpeft.config.sections import RunConfig
 from fedpeft.errors import PolicyError, PrivacyError, StateError, StorageError
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel, Event, Local, RecordLevel
-from fedpeft_client.accountant import LEDGER_FILE, MAX_FAILURES, Accountant
-from fedpeft_client.answers import Answer, AnswerShelf
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.policy import DELTA, Policy
-from fedpeft_client.privacy_ledger import Costs, PrivacyLedger
+from fedpeft_client.policy.answers import Answer, AnswerShelf
+from fedpeft_client.policy.device_accountant import LEDGER_FILE, MAX_FAILURES, Accountant
+from fedpeft_client.policy.owner_policy import DELTA, Policy
+from fedpeft_client.policy.privacy_ledger import Costs, PrivacyLedger
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from tests.server.test_kill_anywhere import POINTS
 
 Result = TypeVar("Result")

@@ -17,9 +17,9 @@ from fedpeft.participant.serving import load_serving_run
 from fedpeft.runtime.frames import Frame
 from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
-from fedpeft_client.starts import StartShelf
-from fedpeft_client.worker import done
-from fedpeft_client.worker_process import CLIENT_APP
+from fedpeft_client.workers.start_cache import StartShelf
+from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker_process import CLIENT_APP
 
 RUN = build_run(
     {

@@ -25,11 +25,11 @@ from fedpeft.updates.update import arrays_digest
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.failures import from_record
 from fedpeft.wire.state_message import StateMessage, encode_state
-from fedpeft_client.egress import contents
-from fedpeft_client.replicas import ReplicaShelf
-from fedpeft_client.starts import StartShelf
-from fedpeft_client.worker import done
-from fedpeft_client.worker_process import CLIENT_APP, Bounds, WorkerPlace, WorkerProcess
+from fedpeft_client.transport.egress import contents
+from fedpeft_client.workers.replicas import ReplicaShelf
+from fedpeft_client.workers.start_cache import StartShelf
+from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker_process import CLIENT_APP, Bounds, WorkerPlace, WorkerProcess
 
 RUN = build_run(
     {

@@ -20,8 +20,8 @@ from fedpeft.errors import MemoryLimitError, TimeLimitError, WorkerError
 from fedpeft.runtime.frames import Frame
 from fedpeft.transport.record_bytes import content_bytes, content_of
 from fedpeft.transport.tasks import TRAIN, Task, task_content
-from fedpeft_client.policy import Policy
-from fedpeft_client.worker_process import Bounds, WorkerProcess
+from fedpeft_client.policy.owner_policy import Policy
+from fedpeft_client.workers.worker_process import Bounds, WorkerProcess
 from tests.server.fleet import APP, RUN, answer, collected, fleet, messages, reason, server, wait_for
 
 

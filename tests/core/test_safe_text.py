@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedpeft.runtime.safe_text import one_line, replace_unprintable
 from fedpeft.runtime.telemetry import LogFormat, set_up_log
-from fedpeft_client.command import client_status_command
+from fedpeft_client.commands.client_command import client_status_command
 from fedpeft_client.status import STATUS_FILE, AgentStatusFile
 
 HOSTILE = "run-1\n2030-01-01 00:00:00 WARNING all is well\r\x1b[2J\x9b31m\u202etxt.exe\u2028end\x07\x00"

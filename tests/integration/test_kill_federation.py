@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedpeft_client.admin_client import AdminClient, run_and_answer
+from fedpeft_client.transport.admin_client import AdminClient, run_and_answer
 from tests.server.test_kill_anywhere import POINTS, asked
 from tests.simulation.runs import simulated
 

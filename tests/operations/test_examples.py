@@ -23,10 +23,10 @@ from fedpeft.cli import app, main
 from fedpeft.config.run_file import load_run
 from fedpeft.errors import CredentialError, StateError, UsageError
 from fedpeft.planning.preflight import problems_of
-from fedpeft_client.settings import ClientSettings as ClientSettings
-from fedpeft_client.settings import read_settings as read_client
-from fedpeft_server.settings import ServerSettings as ServerSettings
-from fedpeft_server.settings import read_settings as read_server
+from fedpeft_client.client_settings import ClientSettings as ClientSettings
+from fedpeft_client.client_settings import read_settings as read_client
+from fedpeft_server.ops.server_settings import ServerSettings as ServerSettings
+from fedpeft_server.ops.server_settings import read_settings as read_server
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVER, CLIENT = ROOT / "server", ROOT / "client"

@@ -15,16 +15,16 @@ from flwr.app import Message
 from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft_client.agent import Agent
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.policy import Policy
-from fedpeft_client.settings import ClientSettings
-from fedpeft_client.worker_process import CLIENT_APP
-from fedpeft_server.contracts import Acceptor, BlobStore
-from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.serving import RunningServer, serve
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.policy.owner_policy import Policy
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
+from fedpeft_client.workers.worker_process import CLIENT_APP
+from fedpeft_server.store.contracts import Acceptor, BlobStore
+from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
+from fedpeft_server.transport.grpc_grid import GrpcGrid, RunIdentity, node_id
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.serving import RunningServer, serve
 
 Result = TypeVar("Result")
 

@@ -16,8 +16,8 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.transport.polled_grid import PolledGrid
 from fedpeft.transport.tasks import TRAIN, read_update, update_reply
 from fedpeft.workers import InlineWorkers
-from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun
+from fedpeft_server.store.contracts import ReceivedResult
 
 AGENTS = "fedpeft.flower.in_process_app:app"
 

@@ -28,14 +28,14 @@ from fedpeft.credentials.federation import create_federation
 from fedpeft.errors import CredentialError
 from fedpeft.ledger.records import ClientOutcome, Round
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.admin_client import AdminClient
-from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.serving import RunningServer, serve
+from fedpeft_client.transport.admin_client import AdminClient
+from fedpeft_server.runs.admin_servicer import Admin, Administration
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import RunStatus, Store
-from fedpeft_server.supervisor import Supervisor
-from fedpeft_server.tls import Doors, certificate_doors
+from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.serving import RunningServer, serve
+from fedpeft_server.transport.tls import Doors, certificate_doors
 from tests.server.fleet import played
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_supervisor import LONG_S, Daemon, tables

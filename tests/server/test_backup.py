@@ -19,7 +19,7 @@ import pytest
 from fedpeft.cli import main
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import FedPEFTError, StateError, UsageError
-from fedpeft_server.backup import Places, back_up, restore
+from fedpeft_server.ops.backup import Places, back_up, restore
 from fedpeft_server.store import Rules, RunStatus, Store
 from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.postgres import Cluster

@@ -24,9 +24,9 @@ from fedpeft.stages import build_stages
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import frozen_arrays
-from fedpeft_server.grid import RunIdentity
 from fedpeft_server.store import Rules, Store, StoredRun
 from fedpeft_server.store.rounds import StoredRounds
+from fedpeft_server.transport.grpc_grid import RunIdentity
 from tests.flower.buffered_apps import point, weight
 from tests.flower.test_buffered_rounds import START, Ledger, held, run_of
 from tests.server.fleet import fleet, server

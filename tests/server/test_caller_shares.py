@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import pytest
 
 from fedpeft.errors import CredentialError, LimitError, StorageError, UpdateError
-from fedpeft_server.callers import ADDRESS
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.rate_limits import RateLimits, TokenBucket
-from fedpeft_server.refusals import MAX_NAMES, NOBODY, Reason, Refusals, Refused, reason_of
+from fedpeft_server.transport.callers import ADDRESS
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.rate_limits import RateLimits, TokenBucket
+from fedpeft_server.transport.refusals import MAX_NAMES, NOBODY, Reason, Refusals, Refused, reason_of
 
 OPTIONS = TransportOptions(
     calls_per_s=2.0, max_streams=3, sessions_per_minute=5, bytes_per_hour=3600, refusals_per_hour=4

@@ -17,7 +17,7 @@ import pytest
 
 from fedpeft.cli import main
 from fedpeft.errors import UsageError
-from fedpeft_server.settings import read_settings
+from fedpeft_server.ops.server_settings import read_settings
 from fedpeft_server.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,17 +29,17 @@ from fedpeft.credentials.federation import create_federation, renew_server
 from fedpeft.errors import CredentialError, FederationError, FedPEFTError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.agent import Agent
-from fedpeft_client.dialing import error_of, open_channel
-from fedpeft_client.enrolment import own_material, renewed
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.link import Link
-from fedpeft_client.settings import ClientSettings
-from fedpeft_server.callers import Caller, CertificateGate
-from fedpeft_server.contracts import ReceivedResult
-from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.serving import RunningServer, serve
-from fedpeft_server.tls import certificate_doors
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.transport.device_certificate import own_material, renewed
+from fedpeft_client.transport.dialing import error_of, open_channel
+from fedpeft_client.transport.session import Session
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
+from fedpeft_server.store.contracts import ReceivedResult
+from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
+from fedpeft_server.transport.callers import Caller, CertificateGate
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.serving import RunningServer, serve
+from fedpeft_server.transport.tls import certificate_doors
 from tests.server.fleet import APP, RUN, answer, messages, played, wait_for
 
 
@@ -86,7 +86,7 @@ async def greeted(address: str, material: Material | None, name: str) -> str:
     """What the server calls an agent."""
     try:
         async with open_channel(address, material) as channel:
-            link = await Link.open(channel, name, {})
+            link = await Session.open(channel, name, {})
             link.close()
             return link.welcome.name
     except grpc.aio.AioRpcError as error:
@@ -151,7 +151,7 @@ def test_results_are_signed_and_refused_if_anything_differs(ours: House, tmp_pat
     made = played(agent())
     import asyncio
 
-    from fedpeft_server.grpc_event_loop import get_grpc_event_loop
+    from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
 
     running = asyncio.run_coroutine_threadsafe(made.run(), get_grpc_event_loop())
     grid = ours.running.grid(RUN)
@@ -192,7 +192,7 @@ def test_an_open_session_of_a_revoked_device_gets_no_more_tasks(ours: House) -> 
 
     async def waited() -> None:
         async with open_channel(ours.running.address, material) as channel:
-            link = await Link.open(channel, "", {})
+            link = await Session.open(channel, "", {})
             try:
                 grid.push_messages(messages(grid, ["stolen-laptop"], b"before", 1))
                 async for message in link.messages():
@@ -214,7 +214,7 @@ def test_a_heartbeat_of_a_revoked_device_ends_its_session(ours: House) -> None:
 
     async def beaten() -> None:
         async with open_channel(ours.running.address, material) as channel:
-            link = await Link.open(channel, "", {})
+            link = await Session.open(channel, "", {})
             try:
                 ours.authority.revoke("quiet-laptop", datetime.now(UTC))
                 await link.send(pb.AgentMessage(heartbeat=pb.Heartbeat()))

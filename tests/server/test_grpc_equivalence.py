@@ -28,7 +28,7 @@ from fedpeft.transport.roster import Roster, roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import arrays_digest
 from fedpeft.workers import InlineWorkers
-from fedpeft_server.grid import RunIdentity
+from fedpeft_server.transport.grpc_grid import RunIdentity
 from tests.server.fleet import server
 
 SITES = ("site-0", "site-1", "site-2")

@@ -14,9 +14,9 @@ from flwr.serverapp import Grid
 from fedpeft.errors import FederationError, UpdateError
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import HELLO, Task, task_content
-from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
-from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.serving import RunningServer
+from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
+from fedpeft_server.transport.grpc_grid import GrpcGrid, RunIdentity, node_id
+from fedpeft_server.transport.serving import RunningServer
 from tests.server.fleet import RUN, answer, collected, fleet, messages, reason, server, wait_for
 
 NAMES = ["site-a", "site-b", "site-c"]

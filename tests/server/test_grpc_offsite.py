@@ -24,7 +24,7 @@ from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.transport.roster import Roster, roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import Arrays
-from fedpeft_server.grid import RunIdentity
+from fedpeft_server.transport.grpc_grid import RunIdentity
 from tests.server.fleet import server
 from tests.server.test_grpc_equivalence import Notes, agents, locally, serving
 

@@ -12,7 +12,7 @@ from fedpeft.participant.serving import load_serving_run
 from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.updates.update import Update, layout_of
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_server.hosting import largest_update
+from fedpeft_server.runs.hosting import largest_update
 
 STAGES: dict[str, list[dict[str, Any]]] = {
     "plain": [],

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft.errors import StorageError
-from fedpeft_server.contracts import ReceivedResult
-from fedpeft_server.memory_store import MemoryAcceptor
+from fedpeft_server.store.contracts import ReceivedResult
+from fedpeft_server.store.memory_store import MemoryAcceptor
 from tests.server.fleet import RUN, answer, collected, fleet, messages, reason, server, wait_for
 
 NAMES = [f"site-{number}" for number in range(8)]

@@ -22,10 +22,10 @@ from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.transport.polled_grid import PolledGrid
 from fedpeft.transport.roster import Member, Roster
 from fedpeft.transport.tasks import Hello, Task, hello_reply
-from fedpeft_client.command import client_status_command
-from fedpeft_server.daemon import standing
-from fedpeft_server.joining import Joining
-from fedpeft_server.settings import read_settings
+from fedpeft_client.commands.client_command import client_status_command
+from fedpeft_server.ops.daemon import standing
+from fedpeft_server.ops.server_settings import read_settings
+from fedpeft_server.runs.joining import Joining
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from tests.server.fleet import RUN, fleet, server, wait_for
 

@@ -20,10 +20,10 @@ from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import RunFileError
 from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
 from fedpeft.participant.simulated import load_simulated_run
-from fedpeft_server.control import Control, ProcessLostError, SteadyClock, Stopped
-from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool, TookTooLongError
+from fedpeft_server.runs.control import Control, ProcessLostError, SteadyClock, Stopped
+from fedpeft_server.runs.model_process_pool import ModelProcess, ModelProcessPool, TookTooLongError
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, RunStatus, Store
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, ROOT, tables
 
@@ -88,7 +88,7 @@ def test_a_child_in_an_endless_native_call_ends_with_its_parent_and_not_with_the
 def test_a_signal_ends_a_process_whose_interpreter_is_held() -> None:
     process = started(
         "import re, signal\n"
-        "from fedpeft_server.end_watch import end_within\n"
+        "from fedpeft_server.ops.end_watch import end_within\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         f"with end_within(1.0):\n    print('ready')\n    {ENDLESS}\n"
     )
@@ -106,7 +106,7 @@ def test_a_signal_ends_a_process_whose_interpreter_is_held() -> None:
 def test_a_process_that_ends_in_time_is_let_alone() -> None:
     process = started(
         "import signal, threading\n"
-        "from fedpeft_server.end_watch import end_within\n"
+        "from fedpeft_server.ops.end_watch import end_within\n"
         "told = threading.Event()\n"
         "signal.signal(signal.SIGTERM, lambda *_: told.set())\n"
         "with end_within(30.0):\n    print('ready')\n    told.wait()\n"

@@ -15,11 +15,11 @@ import pytest
 
 from fedpeft.config.run_file import build_run
 from fedpeft.runtime.repeats import EVERY_S, Repeats
-from fedpeft_client.run_commands import info_table
-from fedpeft_server.admin_messages import incomplete_members, run_info
-from fedpeft_server.control import Patience
-from fedpeft_server.members import MemberRounds, incomplete, waits_for
-from fedpeft_server.run_statuses import RunStatuses
+from fedpeft_client.commands.run_commands import info_table
+from fedpeft_server.runs.admin_messages import incomplete_members, run_info
+from fedpeft_server.runs.control import Patience
+from fedpeft_server.runs.members import MemberRounds, incomplete, waits_for
+from fedpeft_server.runs.run_statuses import RunStatuses
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
 from tests.server.in_memory_grid import InMemoryGrid
 from tests.server.test_supervisor import LONG_S, Daemon, tables

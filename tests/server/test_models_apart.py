@@ -23,10 +23,10 @@ from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
 from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.spaces.directions import SUPPORTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
-from fedpeft_server.model_host import counts_alone
-from fedpeft_server.model_process_pool import ModelProcess, ModelProcessPool
+from fedpeft_server.runs.model_host import counts_alone
+from fedpeft_server.runs.model_process_pool import ModelProcess, ModelProcessPool
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,8 @@ SEEDS: dict[str, Any] = {
 
 def test_a_daemon_that_holds_rounds_imports_nothing_that_models_stand_on() -> None:
     script = (
-        "import sys, fedpeft_server.daemon, fedpeft_server.hosting, fedpeft_server.subprocess_host\n"
+        "import sys\nfrom fedpeft_server.ops import daemon\n"
+        "from fedpeft_server.runs import hosting, subprocess_host\n"
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     paths = os.pathsep.join(str(ROOT / part) for part in (".", "server", "client"))

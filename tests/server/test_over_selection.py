@@ -16,8 +16,8 @@ from fedpeft.errors import StorageError
 from fedpeft.ledger import Cohort
 from fedpeft.ledger.records import Round
 from fedpeft.transport.tasks import TRAIN
-from fedpeft_server.grid import GrpcGrid, RunIdentity
 from fedpeft_server.store import Rules, Store
+from fedpeft_server.transport.grpc_grid import GrpcGrid, RunIdentity
 from tests.flower.buffered_apps import point, weight
 from tests.flower.test_buffered_rounds import START
 from tests.server.fleet import answer, fleet, messages, server, wait_for

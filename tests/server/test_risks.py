@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from fedpeft.config.run_file import build_run
-from fedpeft_server.risks import CRASH, NOTES, Risks
+from fedpeft_server.runs.risks import CRASH, NOTES, Risks
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_lost_processes import PATHS
 from tests.server.test_models_apart import LONG_S, ROOT, tables

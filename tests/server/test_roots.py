@@ -10,10 +10,10 @@ import pytest
 from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, UsageError
-from fedpeft_server.roots import Roots
-from fedpeft_server.settings import read_settings
+from fedpeft_server.ops.server_settings import read_settings
+from fedpeft_server.runs.roots import Roots
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, Store
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import standins
 
 

@@ -13,11 +13,11 @@ from fedpeft.credentials import Identity, Material, Role, make_request, new_key,
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.errors import CredentialError, FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.admin_client import AdminClient
-from fedpeft_client.dialing import error_of, open_channel
-from fedpeft_client.enrolment import renewed
-from fedpeft_server.expiry import ExpiryWatch
-from fedpeft_server.sessions import AgentStatus, ServerStatus
+from fedpeft_client.transport.admin_client import AdminClient
+from fedpeft_client.transport.device_certificate import renewed
+from fedpeft_client.transport.dialing import error_of, open_channel
+from fedpeft_server.ops.expiry import ExpiryWatch
+from fedpeft_server.transport.sessions import AgentStatus, ServerStatus
 from tests.server.fleet import federation, played
 from tests.server.test_doors import House, house
 

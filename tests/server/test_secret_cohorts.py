@@ -16,11 +16,11 @@ from fedpeft.credentials import Identity, Role
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.admin_messages import pulled_files, run_info
-from fedpeft_server.sessions import AgentStatus, ServerStatus
+from fedpeft_server.runs.admin_messages import pulled_files, run_info
+from fedpeft_server.runs.admin_servicer import Admin, Administration
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import RunStatus, Store
-from fedpeft_server.supervisor import Supervisor
+from fedpeft_server.transport.sessions import AgentStatus, ServerStatus
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_supervisor import Daemon, tables
 

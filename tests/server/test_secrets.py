@@ -19,17 +19,17 @@ from fedpeft.credentials import Identity, Material, PeerCheck, Role, read_materi
 from fedpeft.credentials.federation import add_member, create_federation, invite_member
 from fedpeft.runtime.files import make_private_folder
 from fedpeft_client.agent import Agent
-from fedpeft_client.enrolment import own_material
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import ClientSettings
-from fedpeft_server.admin import Admin, Administration
-from fedpeft_server.grid import RunIdentity
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.serving import RunningServer, serve
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.transport.device_certificate import own_material
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
+from fedpeft_server.runs.admin_servicer import Admin, Administration
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Store
-from fedpeft_server.supervisor import Supervisor
-from fedpeft_server.tls import certificate_doors
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
+from fedpeft_server.transport.grpc_grid import RunIdentity
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.serving import RunningServer, serve
+from fedpeft_server.transport.tls import certificate_doors
 from tests.server.fleet import APP, answer, messages, played, wait_for
 from tests.server.in_memory_grid import standins
 

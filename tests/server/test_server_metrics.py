@@ -27,13 +27,13 @@ from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.runtime.telemetry import JsonLines, expose
 from fedpeft_client.agent import Agent
-from fedpeft_client.metrics import AgentMetrics as AgentMetrics
-from fedpeft_client.settings import ClientSettings as AgentSettings
+from fedpeft_client.agent_metrics import AgentMetrics as AgentMetrics
+from fedpeft_client.client_settings import ClientSettings as AgentSettings
 from fedpeft_client.status import read_status
-from fedpeft_server.daemon import standing
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.settings import read_settings
+from fedpeft_server.ops.daemon import standing
+from fedpeft_server.ops.server_settings import read_settings
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
 from simulations.soak import Turns
 from tests.server.fleet import played, wait_for
 from tests.server.store.things import checkpoint, cohort, rows, update

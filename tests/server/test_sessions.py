@@ -18,10 +18,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedpeft.errors import FederationError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.link import Link
-from fedpeft_server.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
-from fedpeft_server.serving import RunningServer, serve
+from fedpeft_client.transport.session import Session
+from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
+from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.transport.serving import RunningServer, serve
 from tests.server.fleet import RUN, answer, collected, federation, fleet, messages, played, server, wait_for
 
 ALONE = (("grpc.use_local_subchannel_pool", 1),)  # a connection of its own
@@ -173,13 +173,13 @@ def test_a_second_machine_with_the_same_key_is_refused_while_the_first_answers(
             grpc.aio.insecure_channel(running.address) as one,
             grpc.aio.insecure_channel(running.address, options=ALONE) as two,
         ):
-            first = await Link.open(one, "twin", {})
+            first = await Session.open(one, "twin", {})
             with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await Link.open(two, "twin", {})
+                await Session.open(two, "twin", {})
             task = asyncio.ensure_future(anext(first.messages()))  # a heartbeat: its session goes on
             kept = (await task).WhichOneof("message") == "heartbeat"
             await first.leave()
-            second = await Link.open(two, "twin", {})  # nobody answers any more
+            second = await Session.open(two, "twin", {})  # nobody answers any more
             second.close()
             return refused.value.details() or "", kept
 
@@ -206,7 +206,7 @@ def test_a_session_that_died_without_a_word_makes_way(running: RunningServer) ->
             await dead.write(hello("twin"))
             assert (await dead.read()).WhichOneof("message") == "welcome"
             began = time.monotonic()
-            second = await Link.open(two, "twin", {})
+            second = await Session.open(two, "twin", {})
             took = time.monotonic() - began
             goodbye = await dead.read()
             second.close()

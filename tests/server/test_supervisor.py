@@ -15,9 +15,9 @@ import pytest
 
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError, UsageError
-from fedpeft_server.control import PATIENCE, Control, Patience, SteadyClock
+from fedpeft_server.runs.control import PATIENCE, Control, Patience, SteadyClock
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.simulation.runs import simulated
 
@@ -298,7 +298,7 @@ def test_a_broken_client_fails_the_run_with_its_reason(daemon: Daemon) -> None:
 
 def test_a_halt_is_heeded_from_any_thread() -> None:
     control = Control(SteadyClock())
-    from fedpeft_server.control import Draining, Stopped
+    from fedpeft_server.runs.control import Draining, Stopped
 
     threading.Timer(0.05, lambda: control.halt(Draining("the end"))).start()
     with pytest.raises(Draining):

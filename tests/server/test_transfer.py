@@ -18,10 +18,10 @@ import pytest
 
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import encode_content
-from fedpeft_client.link import Link
-from fedpeft_server.grid import GrpcGrid
-from fedpeft_server.memory_store import MemoryBlobs
-from fedpeft_server.serving import RunningServer
+from fedpeft_client.transport.session import Session
+from fedpeft_server.store.memory_store import MemoryBlobs
+from fedpeft_server.transport.grpc_grid import GrpcGrid
+from fedpeft_server.transport.serving import RunningServer
 from tests.server.fleet import RUN, federation, messages, played, server
 
 CHUNK = 1000
@@ -33,7 +33,7 @@ META = (("fedpeft-agent", "site-a"),)
 class Scene:
     """A server, an agent's stub, and the task that the agent was given."""
 
-    def __init__(self, running: RunningServer, stub: Any, link: Link, task: pb.Task) -> None:
+    def __init__(self, running: RunningServer, stub: Any, link: Session, task: pb.Task) -> None:
         self.running, self.stub, self.link, self.task = running, stub, link, task
 
     async def upload(
@@ -78,7 +78,7 @@ def pieces(start: int = 0, body: bytes = BODY, size: int = CHUNK) -> list[pb.Blo
 @asynccontextmanager
 async def scene(running: RunningServer, grid: GrpcGrid, state: bytes = b"s" * 5000) -> AsyncIterator[Scene]:
     async with grpc.aio.insecure_channel(running.address) as channel:
-        link = await Link.open(channel, "site-a", {})
+        link = await Session.open(channel, "site-a", {})
         grid.push_messages(messages(grid, ["site-a"], state))
         async for message in link.messages():
             if message.WhichOneof("message") == "task":
@@ -128,7 +128,7 @@ def test_a_blob_comes_over_a_connection_of_its_own_that_is_closed_after_it(
 
     async def play() -> None:
         async with grpc.aio.insecure_channel(running.address) as channel:
-            link = await Link.open(channel, "site-a", {}, dial)
+            link = await Session.open(channel, "site-a", {}, dial)
             assert dialled == []
             grid.push_messages(messages(grid, ["site-a"], b"s" * 5000))
             message = await anext(link.messages())

@@ -8,8 +8,8 @@ from contextlib import AsyncExitStack, suppress
 
 import pytest
 
-from fedpeft_server.fair_queue import FairQueue, Turn
-from fedpeft_server.refusals import Reason, Refused
+from fedpeft_server.transport.fair_queue import FairQueue, Turn
+from fedpeft_server.transport.refusals import Reason, Refused
 
 
 class Hall:

@@ -10,9 +10,9 @@ import pytest
 
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import StateError
-from fedpeft_server.admin_messages import incomplete_members, run_info
+from fedpeft_server.runs.admin_messages import incomplete_members, run_info
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Quota, Rules, RunStatus, Store
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import InMemoryGrid, standins
 from tests.server.test_models_apart import LONG_S, tables
 

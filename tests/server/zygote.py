@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import fedpeft.planning.preflight  # noqa: F401  # what a first run brings is loaded before anything is forked
-import fedpeft_server.hosting  # noqa: F401
+import fedpeft_server.runs.hosting  # noqa: F401
 from fedpeft.config.run_file import build_run
 from fedpeft.runtime.crash_points import arm
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import Rules, Store
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import standins
 
 

@@ -5,7 +5,7 @@ from fedpeft_server.store.run_log import Line, say
 from fedpeft_server.store.runs import Runs
 from fedpeft_server.store.store import Reference, Store
 from fedpeft_server.store.stored_run import EVERYONE, Rules, RunStatus, StoredRun
-from fedpeft_server.store.usage import Quota
+from fedpeft_server.store.submitter_usage import Quota
 
 __all__ = [
     "EVERYONE",

@@ -18,9 +18,9 @@ from fedpeft.errors import RunFileError
 from fedpeft.rounds.buffered.in_flight import overlap_of
 from fedpeft.runtime.crash_points import crash_point
 from fedpeft.transport.tasks import TRAIN
-from fedpeft_server.contracts import ENOUGH, ReceivedResult
-from fedpeft_server.metrics import ServerMetrics
+from fedpeft_server.server_metrics import ServerMetrics
 from fedpeft_server.store.blobs import BlobFolder
+from fedpeft_server.store.contracts import ENOUGH, ReceivedResult
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.rounds import used_blobs
 from fedpeft_server.store.schema import refusals, rounds, runs, updates

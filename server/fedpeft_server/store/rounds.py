@@ -17,7 +17,7 @@ from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.run_log import add_line
 from fedpeft_server.store.schema import budget, checkpoints, rounds, runs, updates
-from fedpeft_server.store.usage import add_kept
+from fedpeft_server.store.submitter_usage import add_kept
 
 OPEN, CLOSED = "open", "closed"
 _COHORT = TypeAdapter(Cohort)

@@ -15,8 +15,8 @@ from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StateError, UsageError
 from fedpeft.runtime.crash_points import crash_point
 from fedpeft.transport.roster import Roster
-from fedpeft_server.metrics import RunGauges
-from fedpeft_server.store.audit import Action, Actor, AuditLog
+from fedpeft_server.server_metrics import RunGauges
+from fedpeft_server.store.audit_log import Action, Actor, AuditLog
 from fedpeft_server.store.database import Database
 from fedpeft_server.store.run_log import Line, add_line, event_line, read_lines, say
 from fedpeft_server.store.schema import (
@@ -37,7 +37,7 @@ from fedpeft_server.store.stored_run import (
     read_run,
     read_runs,
 )
-from fedpeft_server.store.usage import Quota, check_quota, over_quota, set_kept
+from fedpeft_server.store.submitter_usage import Quota, check_quota, over_quota, set_kept
 
 _ROSTER = TypeAdapter(Roster)
 

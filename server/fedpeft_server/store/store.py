@@ -13,9 +13,9 @@ from types import TracebackType
 
 from fedpeft.errors import StateError
 from fedpeft.runtime.files import hold_lock, make_private_folder, storage
-from fedpeft_server.metrics import ServerMetrics
+from fedpeft_server.server_metrics import ServerMetrics
 from fedpeft_server.store.agents import Agents
-from fedpeft_server.store.audit import HEAD, AuditLog
+from fedpeft_server.store.audit_log import HEAD, AuditLog
 from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import BUSY_S, Database
 from fedpeft_server.store.results import Results

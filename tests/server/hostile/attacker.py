@@ -20,8 +20,8 @@ from fedpeft.errors import LimitError
 from fedpeft.transport.record_bytes import content_bytes, content_of
 from fedpeft.transport.tasks import HELLO, Task
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.dialing import channel_credentials
-from fedpeft_client.link import Link
+from fedpeft_client.transport.dialing import channel_credentials
+from fedpeft_client.transport.session import Session
 from tests.server.fleet import federation
 from tests.server.hostile.apps import BASE
 from tests.server.hostile.scene import Scene
@@ -33,7 +33,7 @@ OPTIONS = (
     ("grpc.http2.lookahead_bytes", 65536),
 )
 ENDINGS = (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError, TimeoutError)
-Answer = Callable[["Attacker", Link, pb.Task, Task], Awaitable[None]]
+Answer = Callable[["Attacker", Session, pb.Task, Task], Awaitable[None]]
 
 
 @dataclass
@@ -65,10 +65,10 @@ class Attacker:
             yield federation(channel)
 
     @asynccontextmanager
-    async def linked(self, tasks: int = 0) -> AsyncIterator[tuple[Link, list[pb.Task], Any]]:
+    async def linked(self, tasks: int = 0) -> AsyncIterator[tuple[Session, list[pb.Task], Any]]:
         """A session that has received so many tasks, and a stub on the same connection."""
         async with self.channel() as channel:
-            link = await Link.open(channel, "", {})
+            link = await Session.open(channel, "", {})
             came: list[pb.Task] = []
             while len(came) < tasks:
                 message = await link._call.read()
@@ -90,11 +90,11 @@ class Attacker:
         }
         return sign_update(self.material.key, UpdateHeader(**(fields | changes)), body)
 
-    async def send(self, link: Link, task: pb.Task, payload: bytes) -> None:
+    async def send(self, link: Session, task: pb.Task, payload: bytes) -> None:
         """An update as an honest agent sends it: signed, and as a blob if it is large."""
         await self.deliver(link, task, update_body(payload))
 
-    async def deliver(self, link: Link, task: pb.Task, body: bytes) -> None:
+    async def deliver(self, link: Session, task: pb.Task, body: bytes) -> None:
         """A result's content likewise, whatever is in it."""
         result = pb.Result(task=task.id, signature=self.signature(task, body))
         if len(body) <= link.welcome.max_inline_bytes:
@@ -103,13 +103,13 @@ class Attacker:
             result.blob.CopyFrom(await self.pushed(link, task, body))
         await link.send(pb.AgentMessage(result=result))
 
-    async def pushed(self, link: Link, task: pb.Task, body: bytes) -> pb.BlobRef:
+    async def pushed(self, link: Session, task: pb.Task, body: bytes) -> pb.BlobRef:
         """A blob, over as many turns as it takes."""
         while True:
             with suppress(LimitError):
                 return await link.push(task.id, body, hashlib.sha256(body).digest())
 
-    async def declines(self, link: Link, task: pb.Task) -> None:
+    async def declines(self, link: Session, task: pb.Task) -> None:
         """The task comes to nothing, so that its round need not wait."""
         failure = pb.Failure(code=pb.FAILURE_CODE_TRAINING)
         await link.send(pb.AgentMessage(result=pb.Result(task=task.id, failure=failure)))
@@ -119,7 +119,7 @@ class Attacker:
         while not self.over.is_set():
             with suppress(*ENDINGS):
                 async with self.channel() as channel:
-                    link = await Link.open(channel, "", {})
+                    link = await Session.open(channel, "", {})
                     self.begun.set()
                     try:
                         async for message in link.messages():
@@ -129,7 +129,7 @@ class Attacker:
                         link.close()
             await asyncio.sleep(0.05)
 
-    async def _answered(self, link: Link, task: pb.Task, answer: Answer) -> None:
+    async def _answered(self, link: Session, task: pb.Task, answer: Answer) -> None:
         body = await link.pull(task.id, task.blob, bytearray()) if task.HasField("blob") else task.inline
         if task.kind == HELLO:
             hello: dict[str, Any] = {"client": self.name, "examples": 10, "base-digest": BASE}

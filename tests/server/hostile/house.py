@@ -18,12 +18,12 @@ from fedpeft.credentials import Identity, Role
 from fedpeft.credentials.federation import add_member, create_federation, open_federation
 from fedpeft.errors import FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.admin_client import AdminClient, run_and_answer
-from fedpeft_server.daemon import standing
-from fedpeft_server.serving import RunningServer
-from fedpeft_server.settings import LimitsSection, ServerSettings, TlsSection
+from fedpeft_client.transport.admin_client import AdminClient, run_and_answer
+from fedpeft_server.ops.daemon import standing
+from fedpeft_server.ops.server_settings import LimitsSection, ServerSettings, TlsSection
 from fedpeft_server.store import Rules, RunStatus, Store, StoredRun
-from fedpeft_server.store.audit import AuditEntry, find_faults, read_entries
+from fedpeft_server.store.audit_log import AuditEntry, find_faults, read_entries
+from fedpeft_server.transport.serving import RunningServer
 
 SECRET = b"what ada's run has learned"
 

@@ -37,8 +37,8 @@ from fedpeft.transport.tasks import HELLO
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, decode, encode
-from fedpeft_client.dialing import channel_credentials
-from fedpeft_client.link import PROTOCOL_VERSION, Link
+from fedpeft_client.transport.dialing import channel_credentials
+from fedpeft_client.transport.session import PROTOCOL_VERSION, Session
 from tests.integration.site import RUN_FILE, Site, open_site, say, until
 
 NAME, HONEST = "mallory", ("north", "south")
@@ -69,7 +69,7 @@ class Member:
         while True:
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 async with self.channel() as channel:
-                    link = await Link.open(channel, NAME, {})
+                    link = await Session.open(channel, NAME, {})
                     try:
                         async for message in link.messages():
                             if message.WhichOneof("message") == "task":
@@ -78,7 +78,7 @@ class Member:
                         link.close()
             await asyncio.sleep(0.2)
 
-    async def answer(self, link: Link, task: pb.Task) -> None:
+    async def answer(self, link: Session, task: pb.Task) -> None:
         """The roll call as one should, each round with the next forgery; then let the round go on."""
         body = await link.pull(task.id, task.blob, bytearray()) if task.HasField("blob") else task.inline
         if task.kind == HELLO:
@@ -110,7 +110,7 @@ class Member:
             stages=self.resident.stage_list,
         )
 
-    async def send(self, link: Link, task: pb.Task, body: bytes, **forged: Any) -> None:
+    async def send(self, link: Session, task: pb.Task, body: bytes, **forged: Any) -> None:
         """A result, signed; `forged` are changes to the header under the signature."""
         fields: dict[str, Any] = {
             "run_id": task.run,
@@ -147,13 +147,13 @@ def body_of(payload: bytes) -> bytes:
     return content_bytes(RecordDict({"update": ConfigRecord({"payload": payload})}))
 
 
-Forgery = Callable[[Member, Link, pb.Task, Envelope], Awaitable[None]]
+Forgery = Callable[[Member, Session, pb.Task, Envelope], Awaitable[None]]
 
 
 def forged(change: Callable[[Envelope], Envelope]) -> Forgery:
     """An update that is honest but for one thing."""
 
-    async def answer(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+    async def answer(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
         await self.send(link, task, body_of(encode(change(honest))))
 
     return answer
@@ -162,7 +162,7 @@ def forged(change: Callable[[Envelope], Envelope]) -> Forgery:
 def signed(**changes: Any) -> Forgery:
     """An update that is honest, under a signature for something else."""
 
-    async def answer(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+    async def answer(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
         await self.send(link, task, body_of(encode(honest)), **changes)
 
     return answer
@@ -172,15 +172,15 @@ def filled(value: float) -> Forgery:
     return forged(lambda e: replace(e, arrays={n: np.full_like(a, value) for n, a in e.arrays.items()}))
 
 
-async def bytes_of_any_kind(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+async def bytes_of_any_kind(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
     await self.send(link, task, PICKLE)
 
 
-async def pickled_update(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+async def pickled_update(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
     await self.send(link, task, body_of(PICKLE))
 
 
-async def words_of_its_own(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+async def words_of_its_own(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
     """A failure and a refusal as older versions sent them, with a text; then one with a code of no list."""
     failure = pb.Failure.FromString(b"\x0a\x04Evil\x12" + bytes([len(SPOKEN)]) + SPOKEN)
     await link.send(pb.AgentMessage(result=pb.Result(task=task.id, failure=failure)))
@@ -189,7 +189,7 @@ async def words_of_its_own(self: Member, link: Link, task: pb.Task, honest: Enve
     await link.send(pb.AgentMessage(refusal=refusal))
 
 
-async def metrics_with_words(self: Member, link: Link, task: pb.Task, honest: Envelope) -> None:
+async def metrics_with_words(self: Member, link: Session, task: pb.Task, honest: Envelope) -> None:
     """An update of another round, with names of metrics that would stand in a log."""
     words = SPOKEN.decode()
     update = replace(honest, round=honest.round + 1, metrics={words: 1.0}, space=words)

@@ -24,15 +24,15 @@ from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft_client.agent import Agent
-from fedpeft_client.inline import InlineWorkshop
-from fedpeft_client.settings import ClientSettings
-from fedpeft_server.grid import RunIdentity, node_id
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.options import TransportOptions
-from fedpeft_server.refusals import Reason
-from fedpeft_server.serving import RunningServer, serve
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from fedpeft_server.store import Rules, Store, StoredRun
-from fedpeft_server.tls import certificate_doors
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
+from fedpeft_server.transport.grpc_grid import RunIdentity, node_id
+from fedpeft_server.transport.grpc_options import TransportOptions
+from fedpeft_server.transport.refusals import Reason
+from fedpeft_server.transport.serving import RunningServer, serve
+from fedpeft_server.transport.tls import certificate_doors
 from tests.server.fleet import played, wait_for
 from tests.server.hostile.apps import TABLES, WEIGHTS, mean
 

@@ -20,10 +20,10 @@ from fedpeft.participant.serving import load_serving_run
 from fedpeft.transport.tasks import Task, task_content
 from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_client.accountant import LEDGER_FILE
-from fedpeft_client.policy import Policy
-from fedpeft_server.grid import GrpcGrid, RunIdentity, node_id
-from fedpeft_server.serving import RunningServer
+from fedpeft_client.policy.device_accountant import LEDGER_FILE
+from fedpeft_client.policy.owner_policy import Policy
+from fedpeft_server.transport.grpc_grid import GrpcGrid, RunIdentity, node_id
+from fedpeft_server.transport.serving import RunningServer
 from tests.server.fleet import agents_with_rows, collected, server, wait_for
 
 SITE = "site-a"

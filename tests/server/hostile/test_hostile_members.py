@@ -19,9 +19,9 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.checksum import sealed
 from fedpeft.wire.codec import Envelope, encode
-from fedpeft_client.link import Link
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.refusals import Reason
+from fedpeft_client.transport.session import Session
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
+from fedpeft_server.transport.refusals import Reason
 from tests.server.fleet import played, wait_for
 from tests.server.hostile.apps import envelope_for
 from tests.server.hostile.attacker import Answer, Attacker, named, new_name, pieces, update_body
@@ -31,7 +31,7 @@ from tests.server.hostile.scene import PATIENCE_S, Scene, counted, expected
 def changed(change: Callable[[Envelope], Envelope]) -> Answer:
     """An update that is honest but for one thing, signed by its sender as it is."""
 
-    async def answer(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+    async def answer(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
         await self.send(link, task, encode(change(envelope_for(asked, self.name, "plain", like="ada"))))
 
     return answer
@@ -44,7 +44,7 @@ def filled(value: float) -> Answer:
 def signed(**changes: Any) -> Answer:
     """An honest update whose signature is over another header."""
 
-    async def answer(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+    async def answer(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
         body = update_body(encode(envelope_for(asked, self.name, "plain", like="ada")))
         blob = await self.pushed(link, task, body)
         signature = self.signature(task, body, **changes)
@@ -53,7 +53,7 @@ def signed(**changes: Any) -> Answer:
     return answer
 
 
-async def tampered(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def tampered(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """The signature is over the true body, of which one bit is turned."""
     body = bytearray(update_body(encode(envelope_for(asked, self.name, "plain", like="ada"))))
     signature = self.signature(task, bytes(body))
@@ -62,7 +62,7 @@ async def tampered(self: Attacker, link: Link, task: pb.Task, asked: Task) -> No
     await link.send(pb.AgentMessage(result=pb.Result(task=task.id, blob=blob, signature=signature)))
 
 
-async def torn(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def torn(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """A chunk that is not what its checksum says, then bytes that are not what was announced."""
     body = update_body(encode(envelope_for(asked, self.name, "plain", like="ada")))
     for data, crc in ((body[:100], 0), (body[::-1], None)):
@@ -79,7 +79,7 @@ async def torn(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
     await self.declines(link, task)
 
 
-async def replayed(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def replayed(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """Round 1's update, with its signature, for every round; and for the first round again in the second."""
     kept: list[pb.Result] = self.scene.__dict__.setdefault(f"kept-{self.name}", [])
     if not kept:
@@ -91,7 +91,7 @@ async def replayed(self: Attacker, link: Link, task: pb.Task, asked: Task) -> No
     await link.send(pb.AgentMessage(result=again))
 
 
-async def of_another(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def of_another(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """A result under the id of a task that is not its own, a body that is another's, then nothing."""
     foreign = hashlib.sha256(task.id).digest()[:16]
     await link.send(pb.AgentMessage(result=pb.Result(task=foreign, inline=b"x", signature=b"s" * 70)))
@@ -100,11 +100,11 @@ async def of_another(self: Attacker, link: Link, task: pb.Task, asked: Task) -> 
     await self.declines(link, task)
 
 
-async def unreadable(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def unreadable(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     await self.deliver(link, task, b"\xff" * 300)
 
 
-async def no_digest(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def no_digest(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """A name far too long for a file; the session ends, and on the next one the task is declined."""
     if task.id in _SEEN:
         await self.declines(link, task)
@@ -114,7 +114,7 @@ async def no_digest(self: Attacker, link: Link, task: pb.Task, asked: Task) -> N
     await link.send(pb.AgentMessage(result=pb.Result(task=task.id, blob=blob, signature=b"s")))
 
 
-async def no_blob(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+async def no_blob(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
     """A result whose content never came."""
     blob = pb.BlobRef(digest=b"d" * 32, size=5)
     await link.send(pb.AgentMessage(result=pb.Result(task=task.id, blob=blob, signature=b"s")))
@@ -123,7 +123,7 @@ async def no_blob(self: Attacker, link: Link, task: pb.Task, asked: Task) -> Non
 def bomb(tensor: bytes) -> Answer:
     """A few bytes that stand for tensors as large as they say."""
 
-    async def answer(self: Attacker, link: Link, task: pb.Task, asked: Task) -> None:
+    async def answer(self: Attacker, link: Session, task: pb.Task, asked: Task) -> None:
         honest = encode(envelope_for(asked, self.name, "ternary", like="ada"))
         message = update_pb2.Update.FromString(honest[:-9])
         message.ternary.tensors[:] = [tensor] * len(message.ternary.tensors)

@@ -16,8 +16,8 @@ import grpc
 import pytest
 
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_client.dialing import open_channel
-from fedpeft_server.options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_client.transport.dialing import open_channel
+from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION, TransportOptions
 from tests.server.fleet import federation, played, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]

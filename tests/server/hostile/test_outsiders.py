@@ -27,9 +27,9 @@ from fedpeft.credentials import (
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import encode_content
-from fedpeft_server.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.options import PROTOCOL_VERSION
-from fedpeft_server.refusals import NOBODY, Reason
+from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
+from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION
+from fedpeft_server.transport.refusals import NOBODY, Reason
 from tests.server.fleet import federation, played, wait_for
 from tests.server.hostile.attacker import ENDINGS, Attacker, ended, named, new_name, pieces
 from tests.server.hostile.scene import PATIENCE_S, Scene, counted

@@ -15,8 +15,8 @@ from fedpeft.config.run_file import build_run
 from fedpeft.errors import DataError, FedPEFTError, PolicyError
 from fedpeft.participant.loaded_run import drop_loaded_run
 from fedpeft.transport.tasks import HELLO, Hello, Task, read_hello, task_content
-from fedpeft_client.policy import Policy
-from fedpeft_server.grid import RunIdentity, node_id
+from fedpeft_client.policy.owner_policy import Policy
+from fedpeft_server.transport.grpc_grid import RunIdentity, node_id
 from tests.server.fleet import agents_with_rows, server, wait_for
 
 ROWS = [

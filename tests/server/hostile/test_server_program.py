@@ -14,7 +14,7 @@ from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import run_digest, run_json
 from fedpeft.participant.loaded_run import drop_loaded_run
 from fedpeft.transport.tasks import HELLO, TRAIN, Task, read_hello
-from fedpeft_client.policy import Policy
+from fedpeft_client.policy.owner_policy import Policy
 from tests.server.fleet import reason
 from tests.server.hostile.support import SITE, HostileServer, opened, rows, run_of
 

@@ -12,7 +12,7 @@ import pytest
 from fedpeft.config.device_task import device_task
 from fedpeft.participant.loaded_run import drop_loaded_run
 from fedpeft.transport.tasks import HELLO, TRAIN, read_hello, read_update
-from fedpeft_client.policy import Policy
+from fedpeft_client.policy.owner_policy import Policy
 from fedpeft_client.status import read_status
 from tests.server.fleet import reason
 from tests.server.hostile.support import PRIVACY, SITE, HostileServer, hostile, opened, rows, run_of

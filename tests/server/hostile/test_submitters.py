@@ -20,10 +20,10 @@ from fedpeft.credentials import Role, make_request, new_key, read_material
 from fedpeft.errors import CredentialError, FedPEFTError, LimitError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
-from fedpeft_client.admin_client import AdminClient, run_and_answer
-from fedpeft_client.dialing import error_of, open_channel
-from fedpeft_client.enrolment import own_material
-from fedpeft_server.options import PROTOCOL_VERSION
+from fedpeft_client.transport.admin_client import AdminClient, run_and_answer
+from fedpeft_client.transport.device_certificate import own_material
+from fedpeft_client.transport.dialing import error_of, open_channel
+from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION
 from tests.server.hostile.attacker import ENDINGS, ended
 from tests.server.hostile.house import SECRET, House, asked, house, refusal, submit, tables, token_for
 

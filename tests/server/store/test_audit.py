@@ -18,7 +18,7 @@ from fedpeft.cli import main
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import UsageError
 from fedpeft_server.store import Rules, Store
-from fedpeft_server.store.audit import HEAD, Action, Actor, AuditEntry, Head, find_faults, read_entries
+from fedpeft_server.store.audit_log import HEAD, Action, Actor, AuditEntry, Head, find_faults, read_entries
 from tests.server.store.things import rows
 
 ADA = Actor("ada", "submitter")

@@ -14,9 +14,9 @@ from sqlalchemy import event
 from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import LimitError, UsageError
-from fedpeft_server.settings import ServerSettings
+from fedpeft_server.ops.server_settings import ServerSettings
+from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import EVERYONE, Quota, Rules, RunStatus, Store, StoredRun
-from fedpeft_server.supervisor import Supervisor
 from tests.server.in_memory_grid import standins
 from tests.server.store.things import checkpoint, cohort, rows, update
 from tests.server.test_supervisor import LONG_S, Daemon, tables

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedpeft.config.run_file import build_run
-from fedpeft_server.contracts import ENOUGH
 from fedpeft_server.store import Rules, Store, StoredRun
+from fedpeft_server.store.contracts import ENOUGH
 from tests.server.store.things import AGENTS, checkpoint, cohort, recalled, rows, update
 
 

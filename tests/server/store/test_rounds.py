@@ -10,7 +10,7 @@ import pytest
 
 from fedpeft.errors import StateError, StorageError
 from fedpeft.ledger import Cohort
-from fedpeft_server.control import Paused
+from fedpeft_server.runs.control import Paused
 from fedpeft_server.store import Rules, Store, StoredRun
 from tests.server.store.things import checkpoint, cohort, rows, update
 

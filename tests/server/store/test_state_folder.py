@@ -11,7 +11,7 @@ import pytest
 
 from fedpeft.cli import main
 from fedpeft.errors import StateError
-from fedpeft_server.backup import Places, back_up, restore
+from fedpeft_server.ops.backup import Places, back_up, restore
 from fedpeft_server.store import Store
 from tests.server.postgres import Cluster
 from tests.server.test_backup import small_state

@@ -11,8 +11,8 @@ import numpy as np
 
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.records import ClientOutcome, Round
-from fedpeft_server.contracts import ReceivedResult
 from fedpeft_server.store import Store, StoredRun
+from fedpeft_server.store.contracts import ReceivedResult
 
 AGENTS = ("ann", "bob", "eve")
 

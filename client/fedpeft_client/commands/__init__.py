@@ -1,0 +1,1 @@
+"""`fedpeft client`, `fedpeft run` and the commands of people to a server."""

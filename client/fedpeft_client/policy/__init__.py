@@ -1,0 +1,1 @@
+"""What the owner of a device allows: the policy, admission, the account of privacy, usage."""

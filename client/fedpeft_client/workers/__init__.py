@@ -1,0 +1,1 @@
+"""The processes that train, confined, and what they remember between tasks."""
