@@ -26,9 +26,9 @@ _STRATEGIES = (
         code="strategy-compares-sparse",
         has=(Trait.COMPARES_UPDATES,),
         other=Trait.SPARSE_VISITS,
-        reason="{name} compares clients' scalars, but with space.mode '{other}' most seeds are visited by one"
-        " client or none",
-        advice="set space.mode 'common'",
+        reason="{name} compares clients' scalars, but with space '{other}' as it is set most directions are"
+        " visited by one client or none",
+        advice="set space.mode 'common', or direction_sets = 1 of space 'projected'",
     ),
     Conflict(
         code="strategy-moves-counts",

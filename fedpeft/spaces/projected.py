@@ -1,9 +1,11 @@
-"""First-order training, and of its change only integer coefficients on directions that all clients share."""
+"""First-order training, and of its change only integer coefficients on directions that everyone can draw."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,9 +16,10 @@ from torch import nn
 from fedpeft.errors import ModelError, TrainingError, UpdateError
 from fedpeft.seedspace.project import quantise
 from fedpeft.seedspace.rounding import combine
+from fedpeft.spaces.allocation import shared_counts, squared_norm, whole_root
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.spaces.fingerprint import fingerprint, refuse_other_weights
-from fedpeft.spaces.projections import Projection
+from fedpeft.spaces.projections import Projection, Signs
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, rounded
 from fedpeft.spaces.seed_rules import FINGERPRINT
 from fedpeft.spaces.timing import least_s
@@ -33,8 +36,11 @@ class Projected:
     theta = theta_0 + quantum * sum over rounds of what the round's coefficients rebuild to. The sums are
     integers, so a late joiner who replays all rounds holds the veterans' bits.
 
-    Source: Shu et al. 2025, Ferret. We differ in sharing a round's directions among clients, so that their
-    coefficients can be summed, in the constant (unbiased), and in integers throughout.
+    A round has `sets` sets of directions and a client uses one of them; coefficients of an update outside of
+    it are zero, so updates are summed like vectors whichever sets they use.
+
+    Source: Shu et al. 2025, Ferret. We differ in sharing a round's directions among clients unless `sets` is
+    more than one, in the constant (unbiased), and in integers throughout.
     """
 
     kind: ClassVar[str] = "projected"
@@ -46,16 +52,24 @@ class Projected:
         exponent: int,
         rounds: int,
         server_lr: float,
+        *,
+        sets: int = 1,
+        by_norm: bool = False,
     ) -> None:
         self.projections = projections
         self.exponent = exponent
         self.count = sum(projection.count for projection in projections.values())
+        self.sets = sets
+        signs = {name: each for name, each in projections.items() if isinstance(each, Signs)}
+        self._by_norm = {name: replace(each, stride=self.count) for name, each in signs.items() if by_norm}
+        self._width = sets * self.count  # numbers of one round
         self._rounds, self._server_lr = rounds, server_lr
         self._live = live
         self._base = {name: parameter.detach().clone() for name, parameter in live.items()}
         self._verified = b""
         self._done = np.zeros(0, dtype=np.int64)  # the coefficients that the cached sums are of
         self._sums = self._zeros()
+        self._squares = [0] * len(projections)  # of each block's moves in the rounds that the sums are of
 
     def facts(self) -> Mapping[str, str]:
         """Coefficients, the quantum of a weight, and how far one rebuilt change is off, block by block."""
@@ -66,25 +80,27 @@ class Projected:
         errors = {
             f"error, {size:,} weights on {count:,}": f"{math.sqrt(size / count):.2g}" for size, count in sizes
         }
+        several = {"sets of directions per round": f"{self.sets:,}"} if self.sets > 1 else {}
         return {
             "coefficients per round": f"{self.count:,}",
-            "coefficients, all rounds": f"{self.count * self._rounds:,}",
+            **several,
+            "coefficients, all rounds": f"{self._width * self._rounds:,}",
             "quantum": f"2^{self.exponent}",
             **errors,
         }
 
     def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
         """Coefficients of standard deviation 8, half of all rounds behind."""
-        drawn = np.rint(8 * rng.standard_normal(self._rounds * self.count)).astype(np.int64)
-        update = {AMOUNTS: drawn[: self.count].copy()}
-        drawn[self._rounds // 2 * self.count :] = 0
+        drawn = np.rint(8 * rng.standard_normal(self._rounds * self._width)).astype(np.int64)
+        update = {AMOUNTS: self._in_set(drawn[: self.count], int(rng.integers(self.sets)))}
+        drawn[self._rounds // 2 * self._width :] = 0
         return {**state, AMOUNTS: drawn}, update
 
     def example_step(self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator) -> Arrays:
         """The coefficients of one round; the fingerprint is any other."""
         mean = np.mean([update[AMOUNTS] for update in updates], axis=0)
-        amounts = np.zeros(self._rounds * self.count, dtype=np.int64)
-        amounts[: self.count] = rounded(mean * self._server_lr)
+        amounts = np.zeros(self._rounds * self._width, dtype=np.int64)
+        amounts[: self._width] = rounded(mean * self._server_lr)
         words = rng.integers(-(2**32), 2**32, state[FINGERPRINT].size)
         return {AMOUNTS: amounts, NEXT: np.ones(1, dtype=np.int64), FINGERPRINT: words}
 
@@ -94,11 +110,11 @@ class Projected:
         sample = next((p for p in reversed(ordered) if p.work <= REPLAY_SAMPLE), ordered[0])
         ones = torch.ones(sample.count, dtype=torch.int64)
         share = sum(projection.work for projection in ordered) / sample.work
-        return least_s(lambda: sample.rebuild(ones, 0)) * share * self._rounds
+        return least_s(lambda: sample.rebuild(ones, 0)) * share * self._rounds * self.sets
 
     def initial_state(self, parameters: Parameters) -> Arrays:
         """No round yet."""
-        amounts = np.zeros(self._rounds * self.count, dtype=np.int64)
+        amounts = np.zeros(self._rounds * self._width, dtype=np.int64)
         return self._with_fingerprint({AMOUNTS: amounts, NEXT: np.zeros(1, dtype=np.int64)})
 
     def enter(self, parameters: Parameters, state: Arrays) -> None:
@@ -137,16 +153,21 @@ class Projected:
         """
         self._move(state)
         number = int(state[NEXT][0])
-        parts = []
-        for name, projection in self.projections.items():
+        wholes = {}
+        for name in self.projections:
             change = self._live[name].detach().double() - self._weights(name).double()
-            whole = quantise(change, self.exponent).flatten()
-            parts.append(projection.coefficients(whole, number).cpu().numpy())
-        return {AMOUNTS: np.concatenate(parts)}
+            wholes[name] = quantise(change, self.exponent).flatten()
+        chosen = 0 if self.sets == 1 else _set_of(wholes, self.sets)
+        draw = number * self.sets + chosen
+        parts = [
+            projection.coefficients(wholes[name], draw).cpu().numpy()
+            for name, projection in self._of_next_round().items()
+        ]
+        return {AMOUNTS: self._in_set(np.concatenate(parts), chosen)}
 
     def update_layout(self, state: Layout) -> Layout:
-        """int64 [coefficients of one round]."""
-        return {AMOUNTS: ((self.count,), np.dtype(np.int64).str)}
+        """int64 [sets * coefficients of one set]."""
+        return {AMOUNTS: ((self._width,), np.dtype(np.int64).str)}
 
     def sum_layout(self, state: Layout) -> Layout:
         """That of an update."""
@@ -157,7 +178,7 @@ class Projected:
         return arrays
 
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
-        """Refuse coefficients out of range, and what all rounds' coefficients have no room for.
+        """Refuse coefficients out of range, of several sets, and what all rounds' have no room for.
 
         Raises:
             UpdateError: naming the first one, or their sum.
@@ -169,8 +190,11 @@ class Projected:
                 f"{who}: {AMOUNTS}[{beyond[0]}] is {amounts[beyond[0]]}; the agreed range is {-LARGEST} to"
                 f" {LARGEST}"
             )
+        used = amounts.reshape(self.sets, -1).any(axis=1).sum() if amounts.size == self._width else 0
+        if used > 1:
+            raise UpdateError(f"{who}: coefficients in {used} sets of directions; a client uses one of them")
         held = float(np.abs(state[AMOUNTS].astype(np.float64)).sum())
-        reach = float(np.abs(amounts.astype(np.float64)).sum()) * self._server_lr + self.count
+        reach = float(np.abs(amounts.astype(np.float64)).sum()) * self._server_lr + self._width
         if held + reach >= MOST:
             raise UpdateError(
                 f"{who}: coefficients that add up to {reach:.3g} came and the model's sums have room for"
@@ -185,7 +209,9 @@ class Projected:
         """
         number = int(state[NEXT][0])
         amounts = np.array(state[AMOUNTS])
-        amounts[number * self.count : (number + 1) * self.count] = rounded(change[AMOUNTS] * self._server_lr)
+        amounts[number * self._width : (number + 1) * self._width] = rounded(
+            change[AMOUNTS] * self._server_lr
+        )
         if float(np.abs(amounts.astype(np.float64)).sum()) >= MOST:
             raise UpdateError(
                 "the coefficients of all rounds exceed 2^53; set a larger space.quantum_exponent, or lower"
@@ -205,18 +231,44 @@ class Projected:
     def _move(self, state: Arrays) -> None:
         """Bring the cached sums to a state: add its new rounds, or begin anew where an old one differs."""
         amounts, number = self._checked(state)
-        past = self._done.size // self.count
+        past = self._done.size // self._width
         if past > number or not np.array_equal(self._done, amounts[: self._done.size]):
-            self._sums, past = self._zeros(), 0
+            self._sums, self._squares, past = self._zeros(), [0] * len(self.projections), 0
         for round_ in range(past, number):
-            part = amounts[round_ * self.count : (round_ + 1) * self.count]
-            start = 0
-            for name, projection in self.projections.items():
-                own = torch.from_numpy(part[start : start + projection.count].copy())
-                device = self._sums[name].device
-                self._sums[name] += projection.rebuild(own, round_).to(device)
-                start += projection.count
-        self._done = np.array(amounts[: number * self.count])
+            part = amounts[round_ * self._width : (round_ + 1) * self._width].reshape(self.sets, self.count)
+            self._add_round(part, round_)
+        self._done = np.array(amounts[: number * self._width])
+
+    def _add_round(self, part: NDArray[np.int64], round_: int) -> None:
+        """Add what a round's coefficients, int64 [sets, count], rebuild to."""
+        start, blocks = 0, self._of_next_round()
+        for index, (name, projection) in enumerate(blocks.items()):
+            device = self._sums[name].device
+            for chosen, row in enumerate(part[:, start : start + projection.count]):
+                if not row.any():
+                    continue
+                own = torch.from_numpy(row.copy())
+                self._sums[name] += projection.rebuild(own, round_ * self.sets + chosen).to(device)
+                self._squares[index] += squared_norm(row.tolist())
+            start += projection.count
+
+    def _of_next_round(self) -> Mapping[str, Projection]:
+        """The blocks with the coefficients that they have in the round after those of the cached sums."""
+        if not self._by_norm:
+            return self.projections
+        if not any(self._squares):
+            return self._by_norm
+        counts = shared_counts(self.count, [whole_root(square) for square in self._squares])
+        return {
+            name: replace(block, count=count)
+            for (name, block), count in zip(self._by_norm.items(), counts, strict=True)
+        }
+
+    def _in_set(self, coefficients: NDArray[np.int64], chosen: int) -> NDArray[np.int64]:
+        """A set's coefficients among the zeros of the others: int64 [sets * count]."""
+        result = np.zeros((self.sets, self.count), dtype=np.int64)
+        result[chosen] = coefficients
+        return result.reshape(-1)
 
     def _zeros(self) -> dict[str, torch.Tensor]:
         return {
@@ -230,12 +282,20 @@ class Projected:
             amounts is None
             or following is None
             or amounts.dtype != np.int64
-            or amounts.shape != (self._rounds * self.count,)
+            or amounts.shape != (self._rounds * self._width,)
             or following.shape != (1,)
             or not 0 <= int(following[0]) <= self._rounds
         ):
             raise ModelError(
-                f"the state is not of {self._rounds} rounds with {self.count} coefficients each; it must come"
-                " from the same [space] section"
+                f"the state is not of {self._rounds} rounds with {self._width} coefficients each; it must"
+                " come from the same [space] section"
             )
         return amounts, int(following[0])
+
+
+def _set_of(wholes: Mapping[str, torch.Tensor], sets: int) -> int:
+    """Return which set of directions a change uses, by its digest: over seeds they don't depend on it."""
+    digest = hashlib.sha256()
+    for whole in wholes.values():
+        digest.update(whole.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:8], "little") % sets

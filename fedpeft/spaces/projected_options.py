@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedpeft.config.sections import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
-from fedpeft.config.traits import Trait, Traits
+from fedpeft.config.traits import Trait, Traits, chosen
 from fedpeft.seedspace.layout import tensor_ids
+from fedpeft.spaces.allocation import FEWEST
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from fedpeft.spaces.projected import Projected
 
 RESOLUTION = 2  # quanta of a typical coefficient: rounding adds two percent to the error's square
-FEWEST = 2  # coefficients of a tensor
 
 
 class ProjectedOptions(Section):
@@ -25,7 +25,13 @@ class ProjectedOptions(Section):
 
     `num_seeds` is the number of coefficients of the largest tensor; a smaller one of d weights gets them in
     proportion to sqrt(d), as norms go when all weights change alike, so that everybody knows the numbers
-    beforehand. The server moves by `server_lr` times the rebuilt mean change.
+    beforehand. With `allocation` "norm" that is so in the first round only: in a later one the same number of
+    coefficients is shared out by how far each tensor has moved, as the coefficients of all rounds so far say.
+    The server moves by `server_lr` times the rebuilt mean change.
+
+    With `direction_sets` S a round has S sets of directions, and a client takes the one that a digest of its
+    own change names. An update is a vector of S times K with zeros outside of its set, so sums and means,
+    masked ones too, are what they are with one set; only rules that compare clients' coefficients need S = 1.
 
     The quantum is 2**quantum_exponent; by default it follows from how far `training` is expected to move a
     weight in a round, the largest tensor's d weights and its K coefficients: a coefficient of a change of
@@ -54,6 +60,20 @@ class ProjectedOptions(Section):
             " to sqrt(d)."
         ),
     )
+    allocation: Literal["size", "norm"] = Field(
+        "size",
+        description=(
+            "Coefficients of a tensor go by the square root of its size, or after the first round by how"
+            " far it moved so far (projection signs only)."
+        ),
+    )
+    direction_sets: Annotated[Count, unit("sets")] = Field(
+        1,
+        description=(
+            "Sets of directions in a round, of which a client uses one; as many as a round has clients"
+            " gives nearly each its own. The way down grows with it."
+        ),
+    )
     server_lr: Annotated[PositiveFloat, unit("factor")] = Field(
         1.0, description="The server moves by this times the rebuilt mean change."
     )
@@ -65,10 +85,19 @@ class ProjectedOptions(Section):
         ),
     )
 
+    @model_validator(mode="after")
+    def _check_allocation(self) -> Self:
+        if self.allocation == "norm" and self.projection != "signs":
+            raise ValueError(
+                f"allocation 'norm' gives a tensor any number of coefficients, which projection"
+                f" '{self.projection}' can't; set projection 'signs' or allocation 'size'"
+            )
+        return self
+
     @property
     def traits(self) -> Traits:
-        """The same whatever its options."""
-        return self.declares
+        """With several sets of directions most coefficients come from one client or none."""
+        return self.declares | chosen({Trait.SPARSE_VISITS: self.direction_sets > 1})
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
         """Take theta_0 from the model."""
@@ -90,7 +119,15 @@ class ProjectedOptions(Section):
         if exponent is None:
             total = sum(parameter.numel() for parameter in live.values())
             exponent = fitting_exponent(expected_move(run.training, total), widest, self.num_seeds)
-        return Projected(live, projections, exponent, run.run.rounds, self.server_lr)
+        return Projected(
+            live,
+            projections,
+            exponent,
+            run.run.rounds,
+            self.server_lr,
+            sets=self.direction_sets,
+            by_norm=self.allocation == "norm",
+        )
 
 
 def fitting_exponent(move: float, size: int, count: int) -> int:

@@ -55,6 +55,7 @@ class Signs:
     tensor_id: int
     size: int
     count: int
+    stride: int = 0  # between the first directions of two rounds; 0: `count`
 
     @property
     def work(self) -> int:
@@ -81,7 +82,8 @@ class Signs:
         return Span(self.tensor_id, 0, self.size)
 
     def _directions(self, round_: int) -> torch.Tensor:
-        return torch.arange(round_ * self.count, (round_ + 1) * self.count)
+        first = round_ * (self.stride or self.count)
+        return torch.arange(first, first + self.count)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedpeft.planning.preflight import problems_of
 from fedpeft.seedspace.project import quantise
 from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces import build_space
+from fedpeft.spaces.allocation import FEWEST, shared_counts, squared_norm
 from fedpeft.spaces.projected import LARGEST, Projected
 from fedpeft.spaces.projected_options import expected_move, fitting_exponent
 from fedpeft.spaces.projections import PROJECTIONS, divided
@@ -266,3 +267,118 @@ def test_what_is_refused(attempt: Any, kind: type[Exception], words: str) -> Non
 def test_combinations_that_make_no_sense_are_refused(keys: dict[str, Any], reason: str) -> None:
     assert reason in "\n".join(problems_of(run_of(**keys)))
     assert problems_of(run_of()) == []
+
+
+def test_blocks_that_move_further_get_more_coefficients() -> None:
+    """After a round in which one tensor alone moved, it has nearly all coefficients; their sum stays."""
+    model = model_of()
+    space = opened(model, allocation="norm", num_seeds=8)
+    live = trainable_parameters(model)
+    moved = sorted(live)[1]
+    state = space.initial_state({})
+    for _ in range(2):
+        space.enter({}, state)
+        with torch.no_grad():
+            live[moved].add_(1e-2)
+        state = applied(space, state, space.express({}, state))
+    counts = {name: block.count for name, block in space._of_next_round().items()}
+    assert sum(counts.values()) == space.count
+    assert set(counts.values()) == {FEWEST, space.count - FEWEST * (len(live) - 1)}
+    assert max(counts, key=lambda name: counts[name]) == moved
+    error = (space._weights(moved) - opened(model_of())._weights(moved)).double()
+    assert error.abs().sum() > 0
+
+
+def test_counts_are_whole_shares_of_the_norms() -> None:
+    assert shared_counts(10, [3, 1]) == [2 + 5, 2 + 1]  # 4.5 and 1.5 of 6: the earlier one is rounded up
+    assert shared_counts(7, [0, 5, 0]) == [2, 3, 2]
+    assert sum(shared_counts(1001, [7**9, 3**20, 1, 0])) == 1001
+    change = torch.from_numpy(np.random.default_rng(3).integers(-4000, 4000, 96))
+    found = [
+        squared_norm(PROJECTIONS["signs"](SEED, 0, 96, 64).coefficients(change, draw).tolist())
+        for draw in range(200)
+    ]
+    # One estimate is off by sqrt(2 / 64) = 18 percent; the mean of 200 by 1.2 percent.
+    assert np.mean(found) == pytest.approx(float(change.double().square().sum()), rel=0.06)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"direction_sets": 5}, {"allocation": "norm"}, {"allocation": "norm", "direction_sets": 3}],
+)
+def test_a_late_joiner_holds_the_same_bits_under_every_option(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(2)
+    server, veteran, late, client = (model_of() for _ in range(4))
+    spaces = [opened(model, **options) for model in (server, veteran, late, client)]
+    state = spaces[0].initial_state({})
+    for _ in range(3):
+        updates = []
+        for _ in range(3):
+            spaces[3].enter({}, state)
+            shifted(client, rng)
+            updates.append(spaces[3].express({}, state))
+            spaces[0].check(updates[-1], state=state, who="c1")
+            assert layout_of(updates[-1]) == spaces[0].update_layout(layout_of(state))
+        state = applied(spaces[0], state, *updates)
+        spaces[1].enter({}, state)
+    spaces[2].enter({}, state)
+    pairs = zip(trainable_parameters(veteran).values(), trainable_parameters(late).values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_directions_of_their_own_bring_a_mean_nearer() -> None:
+    """Eight equal changes: on common directions the mean is as far off as one, on their own nearer.
+
+    sqrt(d / K) for one client; over n clients with directions of their own, sqrt(d / (n K)).
+    """
+
+    def off(sets: int) -> float:
+        errors = []
+        for trial in range(12):
+            model = model_of()
+            space = opened(model, direction_sets=sets, quantum_exponent=-30)
+            state, live = space.initial_state({}), trainable_parameters(model)
+            base = {name: parameter.detach().clone() for name, parameter in live.items()}
+            rng, updates, wanted = np.random.default_rng(trial), [], {}
+            noise = {name: 1e-2 * rng.standard_normal(tuple(base[name].shape)) for name in base}
+            for client in range(8):
+                space.enter({}, state)
+                with torch.no_grad():
+                    for name, parameter in live.items():
+                        parameter.copy_(
+                            base[name] + torch.from_numpy(noise[name]).float() * (1 + 1e-4 * client)
+                        )
+                        wanted[name] = noise[name]
+                updates.append(space.express({}, state))
+            space.enter({}, applied(space, state, *updates))
+            errors += [
+                np.square((live[name].detach() - base[name]).double().numpy() - wanted[name]).mean()
+                / np.square(wanted[name]).mean()
+                for name in base
+            ]
+        return float(np.mean(errors))
+
+    assert off(64) < 0.3 * off(1)  # of the squares; 1/8, and a little more where two take the same set
+
+
+def test_an_update_uses_one_set_of_directions() -> None:
+    space = opened(model_of(), direction_sets=3)
+    state = space.initial_state({})
+    amounts = np.zeros(3 * space.count, dtype=np.int64)
+    amounts[0] = amounts[-1] = 1
+    with pytest.raises(UpdateError, match="c7: coefficients in 2 sets"):
+        space.check({"amounts": amounts}, state=state, who="c7")
+
+
+@pytest.mark.parametrize(
+    ("space", "federation", "reason"),
+    [
+        ({"allocation": "norm", "projection": "srht"}, {}, "allocation 'size'"),
+        ({"direction_sets": 4}, {"strategy": "fedmedian"}, "direction_sets = 1"),
+    ],
+)
+def test_options_that_cannot_compose_are_refused(
+    space: dict[str, Any], federation: dict[str, Any], reason: str
+) -> None:
+    assert reason in "\n".join(problems_of(run_of(space=space, federation=federation)))
+    assert problems_of(run_of(space={**space, "projection": "signs"}, federation={})) == []
