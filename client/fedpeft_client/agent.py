@@ -67,10 +67,17 @@ class Agent:
         policy = settings.policy
         bounds = Bounds(policy.max_task_s, policy.max_memory_mib)
         place = WorkerPlace(home, settings.data, settings.model)
-        self.workshop = workshop or WorkerProcess(bounds, download=policy.allow_download, place=place)
+        self.workshop = workshop or WorkerProcess(
+            bounds,
+            download=policy.allow_download,
+            needs_confinement=policy.needs_confinement,
+            variables=settings.worker_environment,
+            place=place,
+        )
         self._ledger = ledger or EgressLedger(home / EGRESS_FILE)
         self.status = AgentStatusFile(home / STATUS_FILE, name=name, server=settings.server)
-        trade = AgentConfig(name, settings.data, settings.model, policy, app, settings.device)
+        files = {"encoding": settings.encoding, "separator": settings.separator, "quoting": settings.quoting}
+        trade = AgentConfig(name, settings.data, settings.model, policy, app, settings.device, files)
         metrics = metrics or AgentMetrics()
         self._desk = TaskExecutor(trade, home, self.workshop, self.status, metrics)
         metrics.watch(self.status)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from fedpeft.config.sections import DeviceName, Section, unit
+from fedpeft.config.sections import DeviceName, Encoding, Quoting, Section, Separator, unit
 from fedpeft.config.settings_file import beside, checked, read_table
 from fedpeft.errors import UsageError
 from fedpeft.runtime.telemetry import LogFormat, is_address
@@ -20,6 +20,23 @@ class ClientSettings(Section):
 
     server: str = Field(description="HOST:PORT to dial.")
     data: Path = Field(description="The agent's rows, a file or a folder; they never leave the device.")
+    encoding: Encoding | None = Field(
+        None,
+        description=(
+            "Encoding of the rows' text files, such as 'utf-8' or 'windows-1252'. Default: found out from"
+            " each file."
+        ),
+    )
+    separator: Separator | None = Field(
+        None, description="Sign between the columns of CSV and TSV files. Default: found out from each file."
+    )
+    quoting: Quoting | None = Field(
+        None,
+        description=(
+            "For CSV and TSV files: 'csv' reads quotation marks as marks around values, 'none' as signs"
+            " like others. Default: found out from each file."
+        ),
+    )
     name: str = Field(
         "",
         description=(
@@ -57,6 +74,13 @@ class ClientSettings(Section):
     )
     idle_release_s: Annotated[float, Field(ge=0.0), unit("s")] = Field(
         0.0, description="The worker, and with it the model, goes after so long without work; 0: never."
+    )
+    worker_environment: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Names of variables of the environment that the worker gets too, such as 'HF_TOKEN' for a model"
+            " that is not everyone's; no other secret of it reaches the worker."
+        ),
     )
     metrics: str = Field(
         "",

@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,12 @@ from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
 from fedpeft_client.agent_metrics import AgentMetrics
 from fedpeft_client.policy.admission import Admission
 from fedpeft_client.policy.owner_policy import Policy, over_bytes, refuse, unwanted_metrics
-from fedpeft_client.policy.usage import UsageBook
+from fedpeft_client.policy.usage import UsageBook, run_key
 from fedpeft_client.status import AgentStatusFile
 from fedpeft_client.transport.dialing import error_of, pauses
 from fedpeft_client.transport.egress import contents
 from fedpeft_client.transport.outbox import Outbox, OutboxResult
+from fedpeft_client.transport.server_bounds import shorten
 from fedpeft_client.transport.session import Session
 from fedpeft_client.workers.stage_memory import Remembered, StageMemory
 from fedpeft_client.workers.worker_process import CLIENT_APP, REPLICAS, STARTS, Worker, WorkerKilledError
@@ -51,6 +53,7 @@ from fedpeft_client.workers.worker_process import CLIENT_APP, REPLICAS, STARTS, 
 LOG = logging.getLogger("fedpeft.client")
 MAX_QUEUED = 256  # tasks; one per run and round, so more is no honest server's
 MAX_BODY_BYTES = 4 << 30
+_NEW_DAY_S = 60.0  # between two looks whether a day has begun
 STORAGE_PATIENCE_S = 300.0  # for which a task waits for room on the disk before the server is told
 
 
@@ -61,6 +64,7 @@ class AgentConfig:
     Attributes:
         app: the client's functions, named by us and never by a message.
         device: what is trained on, by the name that settings give it.
+        files: how the rows' text files are written: `Own`'s encoding, separator and quoting.
     """
 
     name: str
@@ -69,6 +73,7 @@ class AgentConfig:
     policy: Policy
     app: str = CLIENT_APP
     device: str = "cpu"
+    files: Mapping[str, str | None] = field(default_factory=dict)
 
 
 class TaskExecutor:
@@ -91,6 +96,8 @@ class TaskExecutor:
             needs_run=trade.app == CLIENT_APP,
             has_model=bool(trade.model),
         )
+        most_mib = trade.policy.max_memory_mib  # a body is held here before a worker gets it
+        self._most_bytes = min(MAX_BODY_BYTES, math.inf if most_mib is None else most_mib * 2**20)
         self._link: Session | None = None
         self._material: Material | None = None
         self._linked = asyncio.Event()
@@ -98,6 +105,7 @@ class TaskExecutor:
         self._at_work = b""  # the one of them that the workshop has
         self._queue: asyncio.Queue[bytes] = asyncio.Queue()
         self._delivering: set[bytes] = set()
+        self._held_back: set[bytes] = set()  # results that today's bytes have no room for
         self._begun: dict[bytes, bytearray] = {}  # bodies that are half fetched
         self._greeting = (b"", b"")  # digest and body of the last roll call, until a round begins
         self._errands: set[asyncio.Task[None]] = set()
@@ -119,11 +127,11 @@ class TaskExecutor:
         elif kind == "cancel":
             self._withdrawn(message.cancel)
         elif kind == "notice":
-            text = " ".join(message.notice.text.split())[:4096]
-            LOG.info("the server says of run %s: %s", message.notice.run[:100], text)
-            self._status.noticed(f"{message.notice.run[:100]}: {text}")
+            run, text = message.notice.run[:100], shorten(message.notice.text)
+            LOG.info("the server says of run %s: %s", run, text)
+            self._status.noticed(f"{run}: {text}")
         elif kind == "goodbye":
-            LOG.info("the server says goodbye: %s", message.goodbye.reason)
+            LOG.info("the server says goodbye: %s", shorten(message.goodbye.reason))
 
     async def work(self) -> None:
         """Do tasks, one after the other, for ever."""
@@ -144,7 +152,7 @@ class TaskExecutor:
         size = task.blob.size if task.WhichOneof("body") == "blob" else len(task.inline)
         if task.id in self._outbox:
             self._errand(self._deliver(task.id))
-        elif len(self._tasks) >= MAX_QUEUED or size > MAX_BODY_BYTES:
+        elif len(self._tasks) >= MAX_QUEUED or size > self._most_bytes:
             text = f"{len(self._tasks)} tasks wait here already, and this one has {size} bytes"
             await self._failed(task, LimitError(text))
         elif task.id not in self._tasks:
@@ -191,7 +199,7 @@ class TaskExecutor:
 
     async def _executed(self, task: pb.Task, content: bytes, described: str) -> str:
         """Carry a task out; what became of it, in one word."""
-        key = _key(task.run)
+        key = _key(task)
         remembered = self._memory.get(key)
         before = remembered.for_task(task.id.hex())
         await self._admission.charge(task, described)
@@ -218,7 +226,7 @@ class TaskExecutor:
         refuse(unwanted_metrics(self._trade.policy, facts.get("metrics", {})))
         self._admission.keep_rows(task, str(answer.header.get("rows", "")))
         if before or after or remembered.after:
-            self._memory.put(key, Remembered(task.id.hex(), before, after))
+            self._memory.put(key, Remembered(task.id.hex(), before, after, task.run))
         self._admission.keep_answer(task, body, after)
         self._send_out(task, body)
         return "done"
@@ -230,9 +238,9 @@ class TaskExecutor:
             return ""
         self._refuse_over_bytes(len(answer.body))
         if answer.memory:
-            remembered = self._memory.get(_key(task.run))
+            remembered = self._memory.get(_key(task))
             before = remembered.for_task(remembered.task)
-            self._memory.put(_key(task.run), Remembered(task.id.hex(), before, answer.memory))
+            self._memory.put(_key(task), Remembered(task.id.hex(), before, answer.memory, task.run))
         LOG.info("round %d was trained before; the same bytes are sent again", task.round)
         self._send_out(task, answer.body)
         return "done"
@@ -267,6 +275,7 @@ class TaskExecutor:
             "data": str(trade.data),
             "model": trade.model,
             "device": trade.device,
+            "files": dict(trade.files),
             "starts": str(self._starts),
             "replicas": str(self._replicas),
             "base_digests": list(trade.policy.base_digests or ()),
@@ -286,6 +295,7 @@ class TaskExecutor:
         LOG.warning(
             "refused %s of round %d: %s", task.kind, task.round, reason, extra=_facts("refused", task)
         )
+        self._begun.pop(task.id, None)
         self._book.usage.refusals += 1
         self._save_counts()
         self._status.refused(reason)
@@ -332,6 +342,7 @@ class TaskExecutor:
             link, had = self._link, len(begun)
             if link is None:
                 continue
+            self._refuse_over_bytes(task.blob.size - had)
             try:
                 body = await link.pull(task.id, task.blob, begun)
             except (grpc.aio.AioRpcError, UpdateError, FederationError, TimeoutError) as error:
@@ -366,6 +377,12 @@ class TaskExecutor:
         link, finished = self._link, None if id_ in self._delivering else self._outbox.get(id_)
         if link is None or finished is None:
             return
+        if over := over_bytes(self._trade.policy, self._book.today(_today()), len(finished.body)):
+            if id_ not in self._held_back:  # whose upload a server has cut, or that comes from the day before
+                LOG.warning("a result of round %d waits for tomorrow: %s", finished.task.round, over.text)
+                self._held_back.add(id_)
+                self._errand(self._deliver_tomorrow(id_, len(finished.body)))
+            return
         self._delivering.add(id_)
         try:
             await self._send_result(link, finished)
@@ -383,6 +400,12 @@ class TaskExecutor:
         finally:
             self._delivering.discard(id_)
 
+    async def _deliver_tomorrow(self, id_: bytes, size: int) -> None:
+        while over_bytes(self._trade.policy, self._book.today(_today()), size):
+            await asyncio.sleep(_NEW_DAY_S)
+        self._held_back.discard(id_)
+        await self._deliver(id_)
+
     async def _deliver_later(self, id_: bytes) -> None:
         await asyncio.sleep(random.uniform(0.5, 2.0))
         await self._deliver(id_)
@@ -394,11 +417,11 @@ class TaskExecutor:
         if len(body) <= link.welcome.max_inline_bytes:
             result.inline = body
         else:
-            result.blob.CopyFrom(await link.push(task.id, body, digest))
+            result.blob.CopyFrom(await link.push(task.id, body, digest, lambda sent: self._moved(up=sent)))
         facts = await asyncio.to_thread(contents, body)
         crash_point("agent.result.sending")
         await link.send(pb.AgentMessage(result=result), facts | _facts("result", task))
-        self._moved(up=len(body))
+        self._moved(up=len(result.inline))
 
     def _signature(self, task: pb.Task, digest: bytes, size: int) -> bytes:
         if self._material is None:
@@ -411,12 +434,13 @@ class TaskExecutor:
         if finished is None:
             return
         if ack.spare:
-            LOG.info("the result of round %d is not needed: %s", finished.task.round, ack.reason)
+            LOG.info("the result of round %d is not needed: %s", finished.task.round, shorten(ack.reason))
             self._undo(finished.task)
             return
         if not ack.accepted:
-            LOG.warning("the result of round %d does not count: %s", finished.task.round, ack.reason)
-            self._status.failed(ack.reason)
+            reason = shorten(ack.reason)
+            LOG.warning("the result of round %d does not count: %s", finished.task.round, reason)
+            self._status.failed(reason)
             self._undo(finished.task)
             return
         crash_point("agent.result.acknowledged")
@@ -437,7 +461,8 @@ class TaskExecutor:
         )
 
     def _withdrawn(self, cancel: pb.Cancel) -> None:
-        LOG.info("a task was withdrawn: %s", cancel.reason)
+        if cancel.task in self._tasks or cancel.task in self._outbox:
+            LOG.info("a task was withdrawn: %s", shorten(cancel.reason))
         self._tasks.pop(cancel.task, None)
         self._begun.pop(cancel.task, None)
         if cancel.task == self._at_work:
@@ -448,7 +473,7 @@ class TaskExecutor:
     def _undo(self, task: pb.Task) -> None:
         """A result that does not count leaves no trace in the stages' memory."""
         self._outbox.drop(task.id)
-        key = _key(task.run)
+        key = _key(task)
         remembered = self._memory.get(key)
         without = remembered.without(task.id.hex())
         if without is not remembered:
@@ -492,9 +517,9 @@ def _facts(event: str, task: pb.Task) -> dict[str, object]:
     return {"event": event, "run": task.run, "round": task.round, "kind": task.kind}
 
 
-def _key(run: str) -> str:
-    """A run's files: its name may hold anything."""
-    return hashlib.sha256(run.encode()).hexdigest()[:32]
+def _key(task: pb.Task) -> str:
+    """Return the key of what is remembered of a task's run; another run file is another run."""
+    return run_key(task.run, task.run_digest.hex())
 
 
 def _today() -> str:

@@ -6,12 +6,13 @@ import json
 
 from fedpeft.config.sections import RunConfig
 
+_OWN_FILES = "each agent's owner says how its own files are written (client.toml), or it is found out"
 _IGNORED = {
     "data.train": "each agent brings its own rows",
     "data.partitioner": "each agent brings its own rows",
-    "data.encoding": "each agent finds out how its own files are written",
-    "data.separator": "each agent finds out how its own files are written",
-    "data.quoting": "each agent finds out how its own files are written",
+    "data.encoding": _OWN_FILES,
+    "data.separator": _OWN_FILES,
+    "data.quoting": _OWN_FILES,
     "model.device": "each agent computes on its own device",
     "federation.clock": "real agents are as quick as they are",
     "evaluation.baselines": "nobody has the rows for them",

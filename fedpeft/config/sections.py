@@ -53,6 +53,9 @@ def _encoding(name: str) -> str:
     return name
 
 
+Encoding = Annotated[str, AfterValidator(_encoding)]
+Separator = Annotated[str, Field(min_length=1, max_length=1)]
+Quoting = Literal["csv", "none"]
 DeviceName = Annotated[str, AfterValidator(_device_name)]
 """What a model computes on. "auto" is the first CUDA device, or the CPU where there is none."""
 
@@ -314,16 +317,16 @@ class DataSection(Section):
     test_limit: Annotated[Count, unit("rows")] | None = Field(
         None, description="As limit, for the rows of test. Default: all."
     )
-    encoding: Annotated[str, AfterValidator(_encoding)] | None = Field(
+    encoding: Encoding | None = Field(
         None,
         description=(
             "Encoding of text files, such as 'utf-8' or 'windows-1252'. Default: found out from each file."
         ),
     )
-    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+    separator: Separator | None = Field(
         None, description="Sign between the columns of CSV and TSV files. Default: found out from each file."
     )
-    quoting: Literal["csv", "none"] | None = Field(
+    quoting: Quoting | None = Field(
         None,
         description=(
             "For CSV and TSV files: 'csv' reads quotation marks as marks around values, 'none' as signs"

@@ -177,10 +177,20 @@ def _draws(training: Labelled, seed: int) -> Draws:
     """What decides for each row whether it is held out: its person's number, or its own."""
     if training.rows.users is not None:
         return content_draws(((name,) for name in training.collected.users), seed)
-    rows, labels = training.rows, training.collected.labels
+    rows = training.rows
     answers = [""] * len(rows) if rows.answers is None else rows.answers
-    classes = map(str, labels) if labels else [""] * len(rows)
-    return content_draws(zip(rows.prompts, answers, classes, strict=True), seed)
+    return content_draws(zip(rows.prompts, answers, _class_texts(training), strict=True), seed)
+
+
+def _class_texts(training: Labelled) -> list[str]:
+    """Return each row's class by its label's text; the number that a run file gives it plays no part."""
+    labels, classes = training.labels, training.rows.labels
+    if labels is None or classes is None:
+        return [""] * len(training.rows)
+    texts: dict[int, str] = {}
+    for text, number in labels.ids.items():  # of labels that share a class, the first by the alphabet
+        texts[number] = min(text, texts.get(number, text))
+    return [texts[number] for number in classes.tolist()]
 
 
 def split(training: Labelled, dealt: Dealt, test: RowSet | None, share: float, seed: int) -> RawFederated:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config.sections import RunConfig
@@ -26,12 +27,17 @@ class Own:
         data: its file or folder of rows; the run's own sources and partitioner play no part.
         model: where its copy of the base model lies; empty: the embedded one, or the hub's by its name.
         device: what it computes on, whatever the run file says.
+        encoding, separator, quoting: how its text files are written, as in a run file's `data`; None: found
+            out for each file.
     """
 
     client: str
     data: Path
     model: str = ""
     device: str = "cpu"
+    encoding: str | None = None
+    separator: str | None = None
+    quoting: Literal["csv", "none"] | None = None
 
 
 def load_own_resident(
@@ -51,8 +57,10 @@ def load_own_resident(
     part = run.of_client(own.client)
     device = device_named(own.device)
     refuse_device(part, device)
+    files = {"encoding": own.encoding, "separator": own.separator, "quoting": own.quoting}
+    data = run.data.model_copy(update=files)
     raw = read_client_table(
-        run.data, own.data, run.model.task, run.run.seed, own.client, hides_rows=run.hides_rows
+        data, own.data, run.model.task, run.run.seed, own.client, hides_rows=run.hides_rows
     )
     if raw.bad_rows:  # said here and nowhere else: the server must not know
         LOG.warning("%d rows cannot be used with the run's fields and labels and are left out", raw.bad_rows)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.transport.message_exchange import FIRST_PAUSE_S, LONGEST_PAUSE_S, WAITING_S, Cancels
+
+_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.1, 5.0  # between two looks whether somebody who is waited for has left
 
 
 class Mailbox:
@@ -39,18 +41,30 @@ class Mailbox:
     def of(self, client: str) -> Message | None:
         """This client's reply, whoever else's come before it; None: not in time."""
         while client not in self._came:
-            if not self._more(client):
+            if not self._more(self._until[client]):
                 return None
         return self._came.pop(client)
 
-    def first(self) -> tuple[str, Message | None] | None:
-        """The reply that came first, or a client whose time is over with None; None: nobody is asked."""
+    def first(
+        self, gone: Callable[[Collection[str]], str | None] = lambda awaited: None
+    ) -> tuple[str, Message | None] | None:
+        """The reply that came first, or a client whose time is over with None; None: nobody is asked.
+
+        Args:
+            gone: given those who are waited for, says whose time is over since it left; None: nobody's.
+        """
         if not self._came and not self._ids:
             return None
-        if not self._came:
+        look_s = _FIRST_LOOK_S  # only after a pull: who has left may have answered before
+        while not self._came:
             hurried = min(self._ids, key=lambda client: self._until[client])
-            if not self._more(hurried):
-                return hurried, None
+            now = time.monotonic()
+            left = hurried if now >= self._until[hurried] else None
+            if not self._more(now if left else min(self._until[hurried], now + look_s)):
+                left = left or gone(self._ids.keys())
+                if left is not None:
+                    return left, None
+                look_s = min(2 * look_s, _LONGEST_LOOK_S)
         client = next(iter(self._came))
         return client, self._came.pop(client)
 
@@ -76,18 +90,18 @@ class Mailbox:
         self._came[sender] = reply
         return sender
 
-    def _more(self, client: str) -> bool:
-        """Wait for one more reply of anybody's; False: this client's time is over."""
+    def _more(self, until: float) -> bool:
+        """Wait for one more reply of anybody's, until then by the monotonic clock; whether one came."""
         pause, pulled = FIRST_PAUSE_S, time.monotonic() - WAITING_S
         while True:
             for reply in self._coming:
                 if self._keep(reply) is not None:
                     return True
             now = time.monotonic()
-            if now >= self._until[client]:
+            if now >= until:
                 return False
             if now - pulled < WAITING_S:  # a grid that waits by itself needs no pause
-                time.sleep(min(pause, self._until[client] - now))
+                time.sleep(min(pause, until - now))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             pulled = time.monotonic()
             self._coming = iter(self._grid.pull_messages(list(self._ids.values())))

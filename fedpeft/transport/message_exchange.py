@@ -39,6 +39,10 @@ class Attendance(Protocol):
         """Whether these, of whom alone there is no answer, have all been away for too long to wait for."""
         ...
 
+    def is_gone(self, node: int) -> bool:
+        """Whether this one has been away for too long to keep a place for."""
+        ...
+
 
 class MessageExchange:
     """One message for each of some nodes, pushed as they are made: a grid may start on the first at once.

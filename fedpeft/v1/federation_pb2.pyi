@@ -57,6 +57,8 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_MIN_ROWS: _ClassVar[PolicyKey]
     POLICY_KEY_METRICS: _ClassVar[PolicyKey]
     POLICY_KEY_MIN_COUNT: _ClassVar[PolicyKey]
+    POLICY_KEY_USER: _ClassVar[PolicyKey]
+    POLICY_KEY_NEEDS_CONFINEMENT: _ClassVar[PolicyKey]
     POLICY_KEY_MODELS: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
@@ -103,6 +105,8 @@ POLICY_KEY_ALLOW_LABEL_MAPS: PolicyKey
 POLICY_KEY_MIN_ROWS: PolicyKey
 POLICY_KEY_METRICS: PolicyKey
 POLICY_KEY_MIN_COUNT: PolicyKey
+POLICY_KEY_USER: PolicyKey
+POLICY_KEY_NEEDS_CONFINEMENT: PolicyKey
 POLICY_KEY_MODELS: PolicyKey
 
 class EnrollRequest(_message.Message):

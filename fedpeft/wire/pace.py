@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-_FIRST, _LEAST = 256 * 1024, 16 * 1024
+LEAST_BYTES = 16 * 1024  # of a piece that is not the last, unless the other end takes only smaller ones
+_FIRST = 256 * 1024
 _QUICK_S, _SLOW_S = 0.5, 3.0
 
 
@@ -25,4 +26,4 @@ class Pace:
         if seconds < _QUICK_S:
             self.size = min(self._most, 2 * self.size)
         elif seconds > _SLOW_S:
-            self.size = max(min(self._most, _LEAST), self.size // 2)
+            self.size = max(min(self._most, LEAST_BYTES), self.size // 2)

@@ -49,6 +49,7 @@ TRIES: dict[str, Callable[[str], object]] = {
     "read on a thread": on_a_thread,
     "read by a program": lambda path: subprocess.run(["cat", path], check=True, capture_output=True),
     "list": os.listdir,
+    "variable": os.environ.__getitem__,
     "write": lambda path: Path(path).write_bytes(b"x"),
     "append": lambda path: Path(path).open("ab").close(),
     "signal": lambda pid: os.kill(int(pid), 0),
@@ -64,6 +65,6 @@ def train(message: Message, context: Context) -> Message:
         try:
             TRIES[what.partition("/")[0]](target)
             answers[what] = "done"
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, KeyError, subprocess.SubprocessError) as error:
             answers[what] = type(error).__name__
     return Message(RecordDict({"update": ConfigRecord(answers)}), reply_to=message)

@@ -140,3 +140,18 @@ def test_idle_agents_give_their_memory_back(tmp_path: Path) -> None:
 
     played(live())
     assert 2 <= workshop.released <= 5
+
+
+def test_what_a_run_remembers_is_no_other_runs_that_has_its_name(tmp_path: Path) -> None:
+    """Error feedback of one run in an update of another would tell of its rows outside of its promise."""
+    with server() as running, fleet(running.address, ["site-a"], tmp_path):
+        asked: list[Any] = []
+        wait_for(lambda: running.grid(RUN).connected)
+        for digest in ("ab" * 32, "cd" * 32, "ab" * 32):
+            grid = running.grid(RunIdentity("run-1", digest))
+            sent = messages(grid, ["site-a"], f"{len(asked)}".encode(), round_=len(asked) + 1, run=digest)
+            (reply,) = collected(grid, list(grid.push_messages(sent)))
+            asked.append(answer(reply)["asked"])
+    assert asked == [1, 1, 2]
+    heads = [file.read_bytes().partition(b"\n")[0] for file in (tmp_path / "site-a" / "memory").iterdir()]
+    assert [json.loads(head)["run"] for head in heads] == ["run-1", "run-1"]

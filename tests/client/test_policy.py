@@ -23,6 +23,15 @@ from fedpeft_client.policy.owner_policy import (
 )
 
 LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
+RECORDS = {
+    "kind": "record-level",
+    "noise_multiplier": 2.0,
+    "target_delta": 1e-5,
+    "max_epsilon": 4.0,
+    "max_grad_norm": 1.0,
+    "sample_rate": 0.1,
+    "expected_batch_size": 4,
+}
 
 
 def run(**tables: Any) -> RunConfig:
@@ -55,6 +64,21 @@ CASES: dict[str, tuple[dict[str, Any], RunConfig, str]] = {
         {"privacy": ["record-level"]},
         run(privacy=LOCAL),
         "'local' is not in policy.privacy (record-level)",
+    ),
+    "single rows for persons": (
+        {"user": ["patient", "household"]},
+        run(privacy=RECORDS, data={"train": "x", "text": "{t}"}),
+        "the run protects single rows; policy.user asks for patient or household",
+    ),
+    "another person": (
+        {"user": ["patient"]},
+        run(privacy=RECORDS, data={"train": "x", "text": "{t}", "user": "visit"}),
+        "the run protects each 'visit'; policy.user asks for patient",
+    ),
+    "no promise for persons": (
+        {"user": ["patient"]},
+        run(),
+        "promises no privacy, which policy.user asks for",
     ),
     "seeded": ({"privacy": ["local"]}, run(privacy=LOCAL | {"seeded": True}), "which protects nobody"),
     "little noise": ({"min_noise_multiplier": 2.5}, run(privacy=LOCAL), "noise_multiplier 2 is below"),
@@ -118,6 +142,18 @@ def test_a_run_inside_the_policy_is_let_in() -> None:
     )
     asked = run(privacy=LOCAL, training={"steps": 10}, stages=[{"kind": "ternary"}])
     assert objections(policy, asked) == []
+
+
+def test_persons_of_the_owners_fields_are_protected_and_so_is_all_of_a_device() -> None:
+    policy = Policy(user=("patient", "household"))
+    persons = run(privacy=RECORDS, data={"train": "x", "text": "{t}", "user": "household"})
+    assert objections(policy, persons) == []
+    assert objections(policy, run(privacy=LOCAL)) == []
+
+
+def test_a_confined_worker_downloads_nothing() -> None:
+    with pytest.raises(ValidationError, match="needs_confinement takes the worker's network"):
+        Policy(needs_confinement=True, allow_download=True)
 
 
 def test_all_objections_come_at_once() -> None:

@@ -15,7 +15,7 @@ import pytest
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import DataError, PolicyError, StateError
-from fedpeft.participant.loaded_run import drop_loaded_run, has_loaded_run
+from fedpeft.participant.loaded_run import drop_loaded_run, get_loaded_run, has_loaded_run
 from fedpeft.participant.serving import load_serving_run
 from fedpeft.rounds.downlink.exact_steps import steps_of
 from fedpeft.runtime.frames import Frame
@@ -81,6 +81,19 @@ def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
     assert isinstance(refused, PolicyError)
     assert refused.limits == {"base_digests": None}
     assert "which policy.base_digests does not name" in str(refused)
+
+
+def test_the_owner_says_how_its_files_are_written(rows: Path, tmp_path: Path) -> None:
+    """What would be found out of these bytes is another separator, or another encoding."""
+    path = tmp_path / "site-a.csv"
+    path.write_bytes("prompt|answer\nna\xefve, very;1 |2\nb, c;3 |4\n".encode("cp1250"))
+    files = {"encoding": "cp1250", "separator": "|", "quoting": "none"}
+    answered = done(order(path, files=files))
+    assert answered.header["error"] is None
+    read = get_loaded_run(TASK.digest).data
+    assert len(read.rows) == 2
+    drop_loaded_run(TASK.digest)
+    assert done(order(path, files={"separator": ";"})).header["error"]["class"] == "DataError"
 
 
 def test_another_task_than_announced(rows: Path) -> None:

@@ -82,11 +82,11 @@ def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> Non
 
 AGENT = """
 import asyncio
-from fedpeft_client.workshop import Bounds, Workshop
+from fedpeft_client.worker_process import Bounds, WorkerProcess
 from tests.client.test_workshop import order, update
 
 async def live():
-    workshop = Workshop(Bounds())
+    workshop = WorkerProcess(Bounds())
     print(update(await workshop.do(order(b"ready")))["pid"], flush=True)
     await workshop.do(order(b"sleep:60"))
 

@@ -181,6 +181,31 @@ def test_a_class_outside_the_map_is_left_out_alone(write_rows: Any, tokenizer: A
     assert data.rows.labels.tolist() == [0, 1] * 3
 
 
+LABELS: list[Any] = [
+    ["a", "b", "c"],
+    ["c", "a", "b"],
+    {"b": 0, "a": 1, "c": 2},
+    {"c": 1, "b": 2, "a": 0},
+]
+
+
+@pytest.mark.parametrize("labels", LABELS[1:])
+def test_the_order_of_classes_moves_no_row_across_the_split(
+    write_rows: Any, tokenizer: Any, labels: Any
+) -> None:
+    """A row's side is its own: what number a run file gives to its class has no part in it."""
+    rows = [{"q": f"row {n}", "y": "abc"[n % 3]} for n in range(60)]
+    path = write_rows("client.jsonl", rows)
+    keys: dict[str, Any] = {"prompt": None, "answer": None, "text": "{q}", "label": "y", "heldout": 0.5}
+    options: Any = {"task": "sequence-classification", "tokenizer": tokenizer, "seed": 0, "name": "c"}
+    first, second = (
+        load_client(section(path, labels=each, **keys), path, **options).clients[0]
+        for each in (LABELS[0], labels)
+    )
+    assert first.heldout.tolist() == second.heldout.tolist()
+    assert 10 < len(first.heldout) < 50
+
+
 def test_a_simulation_says_what_is_wrong_with_all_rows(write_rows: Any, tokenizer: Any) -> None:
     """Whoever runs it reads its rows anyway, and a run without any would be a mistake."""
     path = write_rows("client.jsonl", ROWS)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
 
 from fedpeft.aggregation.staleness import UNIT, weight_problems, weight_units
 from fedpeft.config.run_file import build_run, run_digest
@@ -24,6 +26,7 @@ from fedpeft.rounds.simulated_clock import VirtualClock
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, CommonDirections
 from fedpeft.stages import build_stages
+from fedpeft.transport.polled_grid import PolledGrid
 from fedpeft.transport.roster import Member, Roster, roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import frozen_arrays
@@ -31,6 +34,7 @@ from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
 from tests.flower.buffered_apps import EXAMPLES, point, weight
 
 START = {"a": np.array([[0.0, 4.0], [-8.0, 2.0]], dtype=np.float32), "b": np.ones(1, dtype=np.float32)}
+GONE_S = 30.0  # after which those who left would be given up without a look
 CLOCK = {"examples_per_s": 2.0, "speed_sigma": 0.9, "latency_s": 0.25, "bytes_per_s": 1e9}
 
 
@@ -106,6 +110,30 @@ def run_of(rounds: int = 5, buffer: Mapping[str, Any] | None = None, **federatio
     return build_run(tables, source="test")
 
 
+class Deserted(PolledGrid):
+    """A grid that some nodes have left for good: what they are sent is never answered."""
+
+    def __init__(self, inner: LocalGrid, gone: set[int]) -> None:
+        self._inner, self._gone = inner, gone
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            node = message.metadata.dst_node_id
+            yield f"gone-{node}" if node in self._gone else next(iter(self._inner.push_messages([message])))
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._inner.pull_messages([id_ for id_ in message_ids if not id_.startswith("gone-")])
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._inner.get_node_ids()
+
+    def given_up(self, nodes: Collection[int]) -> bool:
+        return self._gone.issuperset(nodes)
+
+    def is_gone(self, node: int) -> bool:
+        return node in self._gone
+
+
 def held(
     run: RunConfig,
     *,
@@ -114,8 +142,10 @@ def held(
     ledger: Ledger | None = None,
     start: int | None = None,
     app: str = "honest",
+    gone: Collection[str] = (),
+    timeout_s: float = GONE_S,
 ) -> Ledger:
-    """Hold a run, from the start or going on after a committed round."""
+    """Hold a run, from the start or going on after a committed round; `gone` left after the roll call."""
     ledger = ledger or Ledger()
     grid = LocalGrid(clients, workers or InlineWorkers(), f"tests.flower.buffered_apps:{app}")
     digest = run_digest(run)
@@ -123,7 +153,7 @@ def held(
     federation = RoundContext(
         run=run,
         digest=digest,
-        grid=grid,
+        grid=Deserted(grid, {roster.members[name].node_id for name in gone}) if gone else grid,
         roster=roster,
         space=AdapterDelta(),
         stages=build_stages(run),
@@ -132,6 +162,7 @@ def held(
         evaluate=lambda state: None,
         memory=grid,
         history=ledger,
+        timeout_s=timeout_s if gone else None,
     )
     first = (
         initial_checkpoint(federation, frozen_arrays(START)) if start is None else ledger.checkpoint(start)
@@ -289,6 +320,37 @@ def test_one_that_vanishes_keeps_its_place_until_it_is_given_up() -> None:
     dropped = [item for item in outcomes if item.status == "dropped"]
     assert dropped
     assert all(item.virtual_s == pytest.approx(9.0) for item in dropped)
+
+
+def test_one_that_has_left_frees_its_place_for_those_who_are_here() -> None:
+    """As soon as that is known, not when a round's time is over; also where both places were theirs."""
+    run = run_of(2, {"size": 3, "concurrency": 2}, clock=None)
+    gone = {"client-0", "client-2"}
+    began = time.monotonic()
+    rows = held(run, clients=6, gone=gone).rows[1:]
+    assert time.monotonic() - began < GONE_S
+    assert [sum(item.status == "folded" for item in row.outcomes) for row in rows] == [3, 3]
+    late = {item.client: item.reason for row in rows for item in row.outcomes if item.status == "late"}
+    assert late.keys() <= gone
+    assert late
+    assert set(late.values()) == {"no answer in time, or it left"}
+
+
+def test_a_round_does_without_those_who_left_once_the_others_are_its_quorum() -> None:
+    run = run_of(1, {"size": 4, "concurrency": 4}, clock=None, quorum=0.5)
+    began = time.monotonic()
+    (row,) = held(run, clients=4, gone={"client-1", "client-3"}).rows[1:]
+    assert time.monotonic() - began < GONE_S
+    assert sorted(item.client for item in row.outcomes if item.status == "folded") == ["client-0", "client-2"]
+
+
+def test_where_nobody_is_left_all_are_waited_for() -> None:
+    """Giving them up would have the run tried again, and each of them charged again for nothing."""
+    run = run_of(1, {"size": 2, "concurrency": 2}, clock=None)
+    began = time.monotonic()
+    with pytest.raises(QuorumError, match="0 of 2 updates came"):
+        held(run, clients=3, gone={"client-0", "client-1", "client-2"}, timeout_s=0.6)
+    assert time.monotonic() - began >= 0.6
 
 
 def test_a_failing_client_is_replaced() -> None:

@@ -24,7 +24,7 @@ from fedpeft_server.transport.grpc_grid import GrpcGrid
 from fedpeft_server.transport.serving import RunningServer
 from tests.server.fleet import RUN, federation, messages, played, server
 
-CHUNK = 1000
+CHUNK = 1024
 BODY = encode_content({"update": {"payload": bytes(range(256)) * 40}})  # somewhat more than 10,240 bytes
 DIGEST = hashlib.sha256(BODY).digest()
 META = (("fedpeft-agent", "site-a"),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 from fedpeft.config.device_task import read_device_task
@@ -16,6 +17,8 @@ from fedpeft_client.policy.device_accountant import Accountant
 from fedpeft_client.policy.owner_policy import Policy, model_objections, objections, refuse
 from fedpeft_client.policy.usage import RunUsage, UsageBook, run_key
 from fedpeft_client.workers.worker_process import Worker
+
+_HELD = 64  # runs that were let in; a server tells of others anew
 
 
 class Admission:
@@ -53,7 +56,7 @@ class Admission:
             earlier_epsilon=book.usage.promised_epsilon,
             known_lines=book.usage.ledger_lines,
         )
-        self._approved: dict[str, RunConfig] = {}  # by digest: runs that were let in
+        self._approved: OrderedDict[str, RunConfig] = OrderedDict()  # by digest: runs that were let in
 
     async def admit(self, task: pb.Task, content: bytes) -> str:
         """Return what a task that nothing speaks against tells of its run; empty where there is no run.
@@ -80,10 +83,9 @@ class Admission:
             raise FederationError(f"a task of run {digest[:12]} tells nothing of it; nothing was trained")
         if digest not in self._approved or identity_digest(asked.device_task) != digest:
             await self._let_in(digest, asked.device_task)
+        self._approved.move_to_end(digest)
         _check_round(task, asked.round, self._approved[digest])
-        self._book.usage.runs.setdefault(
-            run_key(task.run, digest), RunUsage(name=self._approved[digest].run.name, digest=digest)
-        )
+        self._book.add_run(run_key(task.run, digest), self._approved[digest].run.name, digest)
         return asked.device_task
 
     async def _let_in(self, digest: str, text: str) -> None:
@@ -99,6 +101,8 @@ class Admission:
         )
         await self.accountant.admit(digest, run, text)
         self._approved[digest] = run
+        while len(self._approved) > _HELD:
+            self._approved.popitem(last=False)
 
     def is_charged(self, task: pb.Task) -> bool:
         """Return whether a task trains a private run."""

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from fedpeft.config.device_task import EMBEDDED
 from fedpeft.config.sections import MAX_DELTA, DataSection, RunConfig, Section, unit
@@ -57,6 +57,14 @@ class Policy(Section):
             " Default: no promise is asked for."
         ),
     )
+    user: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description=(
+            "Fields that tell persons apart, one of which a run must protect: under record-level privacy its"
+            " data.user is one of these, and a run that protects single rows is refused. Client-level and"
+            " local promises protect all that a device holds. Default: any."
+        ),
+    )
     min_noise_multiplier: Annotated[Positive, unit("ratio")] | None = Field(
         None, description="Least noise multiplier of that promise. Default: any."
     )
@@ -95,6 +103,13 @@ class Policy(Section):
     )
     allow_download: bool = Field(
         False, description="Whether a run file may name a model of the hub, which would be fetched."
+    )
+    needs_confinement: bool = Field(
+        False,
+        description=(
+            "Whether no task is done unless the worker gave up all that it has no use for: files, network,"
+            " system calls, privileges."
+        ),
     )
     fields: tuple[str, ...] | None = Field(
         None,
@@ -139,6 +154,14 @@ class Policy(Section):
             raise ValueError(f"{unknown[0]!r} is no key of [policy]; name keys of this table")
         return keys
 
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Policy:
+        if self.needs_confinement and self.allow_download:
+            raise ValueError(
+                "needs_confinement takes the worker's network, which allow_download needs; keep one"
+            )
+        return self
+
     @property
     def delta(self) -> float:
         """The delta of the device's own account."""
@@ -147,7 +170,14 @@ class Policy(Section):
     @property
     def asked_privacy(self) -> list[str]:
         """Keys that ask a run for a promise."""
-        keys = ("privacy", "min_noise_multiplier", "max_run_epsilon", "max_total_epsilon", "max_delta")
+        keys = (
+            "privacy",
+            "user",
+            "min_noise_multiplier",
+            "max_run_epsilon",
+            "max_total_epsilon",
+            "max_delta",
+        )
         return [key for key in keys if getattr(self, key) is not None]
 
     @property
@@ -277,6 +307,10 @@ def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
     if policy.privacy is not None and promise.kind not in policy.privacy:
         text = f"{promise.kind!r} is not in policy.privacy ({', '.join(policy.privacy)})"
         problems.append(Objection("privacy", text))
+    if policy.user is not None and promise.kind == "record-level" and run.data.user not in policy.user:
+        unit = "single rows" if run.data.user is None else f"each {run.data.user!r}"
+        text = f"the run protects {unit}; policy.user asks for {' or '.join(policy.user)} (data.user)"
+        problems.append(Objection("user", text))
     if policy.min_noise_multiplier is not None and promise.noise_multiplier < policy.min_noise_multiplier:
         least = policy.min_noise_multiplier
         text = (

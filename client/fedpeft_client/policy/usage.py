@@ -13,6 +13,7 @@ from fedpeft.errors import StateError
 from fedpeft.runtime.files import storage, write_atomically
 
 VERSION = 2
+_KEPT_RUNS = 1000  # a server names as many as it likes, and each is a line of the status
 
 
 class RunUsage(BaseModel):
@@ -82,6 +83,14 @@ class UsageBook:
     def today(self, day: str) -> int:
         """Bytes moved on that day."""
         return self.usage.bytes_today if self.usage.day == day else 0
+
+    def add_run(self, key: str, name: str, digest: str) -> None:
+        """Count a run from now on; of very many, those go that were added longest ago."""
+        runs = self.usage.runs
+        runs.setdefault(key, RunUsage(name=name, digest=digest))
+        while len(runs) > _KEPT_RUNS:
+            untrained = (old for old, run in runs.items() if not run.trained and old != key)
+            del runs[next(untrained, next(iter(runs)))]
 
     def save(self) -> None:
         """Make it durable."""

@@ -19,6 +19,7 @@ from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.pace import Pace
 from fedpeft_client.transport.dialing import error_named
 from fedpeft_client.transport.egress import EgressLedger, Facts, Outgoing
+from fedpeft_client.transport.server_bounds import Flow, check_piece, check_task, check_welcome
 
 PROTOCOL_VERSION = 3
 _PARTING_S = 0.5
@@ -61,7 +62,7 @@ class Session:
 
         Raises:
             grpc.aio.AioRpcError: the server cannot be reached or does not want this agent.
-            FederationError: it speaks another version of the protocol.
+            FederationError: it speaks another version of the protocol, or sets bounds that no agent takes.
         """
         stub = _stub(channel)
         call = stub.Session()
@@ -84,6 +85,11 @@ class Session:
                 f"the server speaks protocol version {welcome.protocol_version} and this agent"
                 f" {PROTOCOL_VERSION}; install the same version of fedpeft on both sides"
             )
+        try:
+            check_welcome(welcome)
+        except FederationError:
+            call.cancel()
+            raise
         return cls(stub, call, welcome, dial, ledger)
 
     async def send(self, message: pb.AgentMessage, facts: Facts | None = None) -> None:
@@ -100,8 +106,9 @@ class Session:
 
         Raises:
             grpc.aio.AioRpcError: it ended with one.
-            FederationError: the server has been silent for too long.
+            FederationError: the server has been silent for too long, or sent a task that none of ours sends.
         """
+        flow = Flow()
         silence_s = 3 * self.welcome.heartbeat_ms / 1000
         while True:
             try:
@@ -116,10 +123,18 @@ class Session:
                 if error is not None:
                     raise error
                 return
+            if message.WhichOneof("message") == "task":
+                check_task(message.task, self.welcome)
+            await flow.step()
             yield message
 
-    async def push(self, task: bytes, body: bytes, digest: bytes) -> pb.BlobRef:
+    async def push(
+        self, task: bytes, body: bytes, digest: bytes, sent: Callable[[int], None] = lambda size: None
+    ) -> pb.BlobRef:
         """Send a body, whose SHA-256 is `digest`, as a blob, from where an earlier attempt stopped.
+
+        Args:
+            sent: told of the bytes of each piece, once it has left.
 
         Raises:
             FedPEFTError: the server does not want it.
@@ -129,15 +144,17 @@ class Session:
             stub = self._stub
             if self._dial is not None:
                 stub = _stub(await stack.enter_async_context(self._dial()))
-            return await self._push(stub.PushBlob(metadata=self._metadata), task, body, digest)
+            return await self._push(stub.PushBlob(metadata=self._metadata), task, body, digest, sent)
 
-    async def _push(self, call: Any, task: bytes, body: bytes, digest: bytes) -> pb.BlobRef:
+    async def _push(
+        self, call: Any, task: bytes, body: bytes, digest: bytes, sent: Callable[[int], None]
+    ) -> pb.BlobRef:
         reference = pb.BlobRef(digest=digest, size=len(body))
         opened = pb.BlobOpen(digest=reference.digest, size=reference.size, task=task)
         await _write(self._ledger, call, pb.BlobUpload(open=opened))
         progress = await call.read()  # waits for a credit
         if isinstance(progress, pb.BlobProgress) and not (progress.complete or progress.refused):
-            progress = await self._pushed(call, body, progress.offset)
+            progress = await self._pushed(call, body, progress.offset, sent)
         await call.done_writing()
         if isinstance(progress, pb.BlobProgress) and progress.refused:
             raise error_named(progress.refused)
@@ -147,15 +164,18 @@ class Session:
             )
         return reference
 
-    async def _pushed(self, call: Any, body: bytes, start: int) -> Any:
+    async def _pushed(self, call: Any, body: bytes, start: int, sent: Callable[[int], None]) -> Any:
         """Send the chunks from `start` on, until the server answers."""
         answer = asyncio.create_task(call.read())
+        if start > len(body):
+            raise FederationError(f"the server says that it has {start} bytes of a result of {len(body)}")
         offset, pace = start, Pace(self.welcome.chunk_bytes)
         while offset < len(body) and not answer.done():
             data, began = body[offset : offset + pace.size], time.monotonic()
             chunk = pb.BlobChunk(offset=offset, data=data, crc32=zlib.crc32(data))
             async with asyncio.timeout(_STALL_S):
                 await _write(self._ledger, call, pb.BlobUpload(chunk=chunk))
+            sent(len(data))
             pace.took(time.monotonic() - began)
             offset += len(data)
         return await answer
@@ -166,6 +186,7 @@ class Session:
         Raises:
             grpc.aio.AioRpcError: refused or cut.
             UpdateError: other bytes came than were announced; `begun` is empty again.
+            FederationError: they came in pieces that no server of ours sends.
         """
         request = pb.PullBlobRequest(digest=reference.digest, offset=len(begun), task=task)
         if self._ledger is not None:
@@ -178,7 +199,8 @@ class Session:
                 raise await _ended(call) or FederationError(
                     "the server ended a blob too early; fetching the rest"
                 )
-            if chunk.offset != len(begun) or zlib.crc32(chunk.data) != chunk.crc32 or not chunk.data:
+            check_piece(chunk, reference.size - len(begun), self.welcome)
+            if chunk.offset != len(begun) or zlib.crc32(chunk.data) != chunk.crc32:
                 call.cancel()
                 raise UpdateError("a chunk of a task came out of order or changed; fetching it again")
             begun += chunk.data

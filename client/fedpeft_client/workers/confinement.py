@@ -2,7 +2,9 @@
 
 Linux lets any process do so for itself, for good, and for all that it starts:
 
-* no new privileges: no set-user-id program helps it (`prctl`);
+* no new privileges: no set-user-id program helps it (`prctl`); of root's capabilities it keeps those that
+  read and write files of other users, which Landlock bounds: with the others it could read the agent's
+  environment, where tokens may be;
 * Landlock (Linux 5.13): no file outside of the folders that it is left; since 6.7 no TCP connection or
   listening either; since 6.12 no signal to others, nor abstract sockets;
 * a system-call filter, where the library libseccomp is installed: no sockets of any kind, no tracing of other
@@ -16,15 +18,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # system calls, the same on every processor
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _NO_NEW_PRIVS = 38
+_CAPABILITIES_VERSION, _KEPT_CAPABILITIES = 0x20080522, 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 _O_PATH, _O_CLOEXEC = 0o10000000, 0o2000000
 
 # Rights by Landlock's bits; the first version of it knows the first thirteen.
@@ -80,11 +84,13 @@ class Allowed:
     Attributes:
         readable, writable: files and folders; those that don't exist are passed over.
         network: whether it may open connections.
+        private: a folder that it must not be able to list; empty: there is none to try.
     """
 
     readable: tuple[str, ...] = ()
     writable: tuple[str, ...] = ()
     network: bool = False
+    private: str = ""
 
 
 def confine(allowed: Allowed) -> list[str]:
@@ -99,13 +105,62 @@ def confine(allowed: Allowed) -> list[str]:
     missing = []
     if libc.prctl(_NO_NEW_PRIVS, 1, 0, 0, 0):
         missing.append(f"no new privileges: {_reason()}")
-    return [*missing, *_restrict_files(libc, allowed), *_filter_calls(allowed)]
+    return [
+        *missing,
+        *_drop_capabilities(libc),
+        *_restrict_files(libc, allowed),
+        *_filter_calls(allowed),
+    ]
+
+
+def find_gaps(allowed: Allowed) -> list[str]:
+    """Try what a confined process cannot do, rather than believe that the system did as it was told.
+
+    Returns:
+        One line for each thing that went through.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").split("\n")
+    facts = dict(line.split(":\t", 1) for line in status if ":\t" in line)
+    gaps = []
+    if facts.get("NoNewPrivs") != "1":
+        gaps.append("no new privileges: the system does not say that it is in force")
+    if int(facts.get("CapEff", "-1"), 16) & ~_KEPT_CAPABILITIES:
+        gaps.append("capabilities: some of root's are left")
+    if facts.get("Seccomp") != "2":
+        gaps.append("system calls: the system does not say that a filter is in force")
+    if not allowed.network and _goes(lambda: socket.socket().close()):
+        gaps.append("network: a socket can be opened")
+    if _goes(lambda: Path(f"/proc/{os.getppid()}/environ").read_bytes()):
+        gaps.append("files: the environment of the agent's process can be read")
+    if allowed.private and _goes(lambda: os.listdir(allowed.private)):
+        gaps.append(
+            f"files: {allowed.private} can be listed; are the rows or the model in a folder above it?"
+        )
+    return gaps
+
+
+def _goes(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
 
 
 def landlock_version() -> int:
     """The kernel's version of Landlock; 0: it has none, or it is off."""
     libc = ctypes.CDLL(None, use_errno=True)
     return max(0, int(libc.syscall(_CREATE, None, ctypes.c_size_t(0), _VERSION_FLAG)))
+
+
+def _drop_capabilities(libc: ctypes.CDLL) -> list[str]:
+    """Give up root's capabilities but those for files; other users have none."""
+    head = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
+    had = ctypes.create_string_buffer(24)
+    if libc.capget(head, had):
+        return [f"capabilities: {_reason()}"]
+    low = [word & _KEPT_CAPABILITIES for word in struct.unpack("=6I", had.raw)[:3]]
+    return [f"capabilities: {_reason()}"] if libc.capset(head, struct.pack("=6I", *low, 0, 0, 0)) else []
 
 
 def _restrict_files(libc: ctypes.CDLL, allowed: Allowed) -> list[str]:

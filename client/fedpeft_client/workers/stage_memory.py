@@ -43,11 +43,13 @@ class Remembered:
     Attributes:
         task: its id, hex; empty before the first.
         before, after: see `memory_bytes`.
+        run: the server's name for the run, for people who look at the file.
     """
 
     task: str = ""
     before: bytes = b""
     after: bytes = b""
+    run: str = ""
 
     def for_task(self, task: str) -> bytes:
         """The memory that a task starts from: a task that is done again starts where it started."""
@@ -55,12 +57,12 @@ class Remembered:
 
     def without(self, task: str) -> Remembered:
         """As if that task had not been done."""
-        return Remembered("", self.before, self.before) if task == self.task else self
+        return Remembered("", self.before, self.before, self.run) if task == self.task else self
 
 
 @dataclass
 class StageMemory:
-    """The memories of runs, one file each, in the folder of the agent's state.
+    """The memories of runs, one file each, in the folder of the agent's state; see `usage.run_key`.
 
     A memory is as large as the run's adapter, twice, and nobody tells an agent that a run has ended. So few
     are held, and the files of runs that were worked on longest ago go: a run that comes back after so many
@@ -125,7 +127,7 @@ class StageMemory:
             if len(after) != header["after"]:
                 raise ValueError
             memory_of(before), memory_of(after)
-            return Remembered(str(header["task"]), before, after)
+            return Remembered(str(header["task"]), before, after, str(header.get("run", "")))
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise StateError(
                 f"{path}: the memory of a run is corrupt; delete the file, the run begins it anew"
@@ -133,5 +135,10 @@ class StageMemory:
 
 
 def _file(remembered: Remembered) -> bytes:
-    header = {"task": remembered.task, "before": len(remembered.before), "after": len(remembered.after)}
+    header = {
+        "task": remembered.task,
+        "run": remembered.run,
+        "before": len(remembered.before),
+        "after": len(remembered.after),
+    }
     return json.dumps(header).encode() + b"\n" + remembered.before + remembered.after

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +36,25 @@ if TYPE_CHECKING:
     from fedpeft.participant.assembly import Admit
 
 
-def main(fd: int) -> None:
-    """Serve orders until the agent hangs up."""
+def main(fd: int, gaps: Sequence[str] = ()) -> None:
+    """Serve orders until the agent hangs up.
+
+    Args:
+        gaps: what this process could not give up though its owner asks for that: every order is refused.
+    """
     install_cancellation()
     exit_with_parent(os.getppid())  # beside its work: a killed agent's successor wants the memory
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while (order := read_frame(orders)) is not None:
             clear_cancellation()  # it was meant for an order before this one
-            pipe.sendall(pack(done(order)))
+            pipe.sendall(pack(_refused(gaps) if gaps else done(order)))
+
+
+def _refused(gaps: Sequence[str]) -> Frame:
+    text = (
+        f"policy.needs_confinement asks for a worker that is confined, and this one is not: {'; '.join(gaps)}"
+    )
+    return Frame({"error": to_record(PolicyError(text, {"needs_confinement": None}))})
 
 
 def done(order: Frame) -> Frame:
@@ -103,7 +115,8 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
             raise ModelError(f"what came is not what run {digest[:12]} is; nothing was trained")
         run = described.described_run
         _refuse_problems(run, header)
-        own = Own(header["client"], Path(header["data"]), header["model"], header.get("device", "cpu"))
+        device, files = header.get("device", "cpu"), header.get("files", {})
+        own = Own(header["client"], Path(header["data"]), header["model"], device, **files)
         admit = _admission(header, own.device)
         start = _start(run.of_client(own.client), header, content)
         set_loaded_run(load_own_resident(run, own, admit=admit, start_bytes=start))

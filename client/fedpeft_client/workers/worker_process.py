@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ import psutil
 
 from fedpeft.errors import FedPEFTError, MemoryLimitError, TimeLimitError, WorkerError
 from fedpeft.runtime.cancellation import INTERRUPT
+from fedpeft.runtime.child_environment import child_environment
 from fedpeft.runtime.crash_points import ONCE
 from fedpeft.runtime.files import storage
 from fedpeft.runtime.frames import HEAD_BYTES, Frame, pack, sizes_of, unpack
@@ -66,24 +68,23 @@ class WorkerPlace:
             for folder in (*own, self.home / SCRATCH / "tmp"):
                 folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         writable = [str(folder.resolve()) for folder in own]
-        cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+        hub = _hub_folders()
         readable = [str(self.data.resolve()), *([str(Path(self.model).resolve())] if self.model else [])]
         writable += [os.environ[name] for name in CACHES if os.environ.get(name)]
         if marker := os.environ.get(ONCE):  # a test's; see `fedpeft.runtime.crash_points`
             writable.append(str(Path(marker).parent))
-        (writable if download else readable).append(cache)
-        return Allowed(tuple(readable), tuple(writable), network=download)
+        (writable if download else readable).extend(hub)
+        if download:
+            with storage(Path(hub[0])):
+                for name in hub:
+                    Path(name).mkdir(parents=True, exist_ok=True)
+        return Allowed(tuple(readable), tuple(writable), download, str(self.home.resolve()))
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that tell libraries where they may write."""
+        """Return the variables that tell libraries where they may write, and that there is no token."""
         scratch = self.home.resolve() / SCRATCH
-        caches = {
-            "NUMBA_CACHE_DIR": "numba",
-            "TRITON_CACHE_DIR": "triton",
-            "TORCHINDUCTOR_CACHE_DIR": "torch",
-        }
-        own = {name: str(scratch / folder) for name, folder in caches.items() if name not in os.environ}
-        return own | {"TMPDIR": str(scratch / "tmp")}
+        own = {name: str(scratch / folder) for name, folder in CACHES.items() if name not in os.environ}
+        return own | {"TMPDIR": str(scratch / "tmp"), "HF_TOKEN_PATH": str(scratch / "no-token")}
 
 
 class Worker(Protocol):
@@ -116,11 +117,22 @@ class WorkerProcess:
     Args:
         bounds: a worker that exceeds them is ended.
         download: whether a worker may fetch what a run names from the hub.
+        variables: of the environment, that a worker gets beside those that `child_environment` names.
+        needs_confinement: whether a worker that could not give up the rest refuses its orders.
         place: what a worker is left of the machine; None: everything, for tests of workers alone.
     """
 
-    def __init__(self, bounds: Bounds, *, download: bool = False, place: WorkerPlace | None = None) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        download: bool = False,
+        needs_confinement: bool = False,
+        variables: Collection[str] = (),
+        place: WorkerPlace | None = None,
+    ) -> None:
         self._bounds, self._download, self._place = bounds, download, place
+        self._needs_confinement, self._variables = needs_confinement, variables
         self._process: subprocess.Popen[bytes] | None = None
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._busy = asyncio.Lock()
@@ -187,12 +199,17 @@ class WorkerProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(self._download) | (self._place.environment() if self._place else {}),
+                env=self._environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is the agent's to handle
             )
         self.started += 1
         self._streams = await asyncio.open_connection(sock=ours)
         return self._streams
+
+    def _environment(self) -> dict[str, str]:
+        place = self._place.environment() if self._place is not None else {}
+        offline = {} if self._download else {"HF_HUB_OFFLINE": "1"}
+        return child_environment(self._variables, network=self._download) | place | offline
 
     def _words(self, fd: int) -> list[str]:
         """The worker's command; modules are never looked for in the agent's working folder."""
@@ -200,7 +217,8 @@ class WorkerProcess:
         if self._place is None:
             return [*python, "fedpeft_client.workers.worker", str(fd)]
         allowed = self._place.allowed(self._download)
-        return [*python, "fedpeft_client.workers.confined", str(fd), json.dumps(asdict(allowed))]
+        needs = "needs-confinement" if self._needs_confinement else "takes-what-there-is"
+        return [*python, "fedpeft_client.workers.confined", str(fd), json.dumps(asdict(allowed)), needs]
 
     async def _watch(self) -> FedPEFTError:
         """Return, when the worker exceeds a bound, the error that says which."""
@@ -252,12 +270,12 @@ async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     return unpack(await reader.readexactly(header), await reader.readexactly(parts))
 
 
-def _environment(download: bool) -> dict[str, str]:
-    """The agent's own, with one thread: results are those of one thread, and the device has other work."""
-    offline = {} if download else {"HF_HUB_OFFLINE": "1"}
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        **offline,
-    }
+def _hub_folders() -> tuple[str, str]:
+    """Return where models of the hub and their pieces lie; not the folder above, which may hold a token."""
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = os.path.expanduser(os.environ.get("HF_HOME") or os.path.join(cache, "huggingface"))
+    own = (("HF_HUB_CACHE", "hub"), ("HF_XET_CACHE", "xet"))
+    models, pieces = (
+        os.path.expanduser(os.environ.get(key) or os.path.join(home, name)) for key, name in own
+    )
+    return models, pieces

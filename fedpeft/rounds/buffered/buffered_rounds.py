@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from flwr.app import Message
 
@@ -31,6 +31,7 @@ from fedpeft.rounds.replies import RoundReplies, TaskRequest, note, process_repl
 from fedpeft.rounds.round_context import RoundContext
 from fedpeft.rounds.strategies import StrategyRunner
 from fedpeft.transport.mailbox import Mailbox
+from fedpeft.transport.message_exchange import Attendance
 from fedpeft.transport.tasks import TRAIN
 from fedpeft.updates.update import arrays_digest, layout_of
 
@@ -122,7 +123,7 @@ class BufferedRounds:
 
     def _take_next(self, opening: Opening, total: BufferedSum, collected: RoundReplies) -> bool:
         """Wait for the next outcome and count it; False: nobody will ever answer."""
-        landed = self._next_by_clock() if self._by_clock else self._next_to_come(opening)
+        landed = self._next_by_clock() if self._by_clock else self._next_to_come(opening, collected)
         if landed is None:
             return False
         flight, reply = landed
@@ -146,8 +147,10 @@ class BufferedRounds:
             return None
         return flight, self._mail.of(flight.client) if self._flights.answers(flight) else None
 
-    def _next_to_come(self, opening: Opening) -> tuple[InFlightTask, Message | None] | None:
-        """Whoever answers first; before that, whoever had answered before a restart."""
+    def _next_to_come(
+        self, opening: Opening, collected: RoundReplies
+    ) -> tuple[InFlightTask, Message | None] | None:
+        """Whoever answers first, or has left; before that, whoever had answered before a restart."""
         while self._arrived:
             client, round_ = self._arrived.popleft()
             flight = self._flights.working.get(client)
@@ -160,8 +163,23 @@ class BufferedRounds:
                 return None
             if flight is not None and flight.round == round_:
                 return flight, self._mail.of(client)
-        came = self._mail.first()
+        came = self._mail.first(lambda awaited: self._find_gone(awaited, collected))
         return None if came is None else (self._flights.working[came[0]], came[1])
+
+    def _find_gone(self, awaited: Collection[str], collected: RoundReplies) -> str | None:
+        """Return one that has left, and whose place another one can have or the round can do without.
+
+        Where nobody else is here and the others are no quorum, all are waited for: who is asked in vain pays.
+        """
+        grid, members = self._federation.grid, self._federation.roster.members
+        if not isinstance(grid, Attendance):
+            return None
+        gone = [client for client in sorted(awaited) if grid.is_gone(members[client].node_id)]
+        if not gone:
+            return None
+        others = {*self._flights.working, *self._flights.waiting}
+        some_here = any(not grid.is_gone(members[name].node_id) for name in others)
+        return gone[0] if some_here or collected.folded >= self._quorum else None
 
     def _send(self, opening: Opening, flights: Sequence[InFlightTask]) -> None:
         """Ask for this round's work, unless a privacy budget stands against it."""
@@ -219,10 +237,14 @@ class BufferedRounds:
         wanted = {flight.round for flight in self._flights.working.values()}
         self._digests = {number: digest for number, digest in self._digests.items() if number in wanted}
 
+    @property
+    def _quorum(self) -> int:
+        """Updates without which a round is none."""
+        return math.ceil(self._federation.run.federation.quorum * self._section.size)
+
     def _check_quorum(self, collected: RoundReplies, number: int) -> None:
         """A buffer that nobody is left to fill may do with fewer updates."""
-        size = self._section.size
-        needed = math.ceil(self._federation.run.federation.quorum * size)
+        size, needed = self._section.size, self._quorum
         if collected.folded >= needed:
             return
         refuse_too_few(

@@ -97,6 +97,11 @@ class InFlightTasks:
                 sent.append(self.ask(name, self._number, bytes_down(name), bytes_up))
         return sent
 
+    @property
+    def waiting(self) -> list[str]:
+        """Those who can still be asked in the round that is open."""
+        return [name for name in self._turns if name not in self.working and name not in self._landed]
+
     def ask(self, name: str, round_: int, bytes_down: int, bytes_up: int) -> InFlightTask:
         """Send out this one, whoever's turn it is."""
         flight = InFlightTask(name, round_, self.now_s, self.now_s, bytes_down)
@@ -140,7 +145,7 @@ class InFlightTasks:
         return ClientOutcome(
             client=flight.client,
             status="late",
-            reason="no answer in time" if limit is None else f"no answer in {limit:g} s",
+            reason="no answer in time, or it left" if limit is None else f"no answer in {limit:g} s",
         )
 
     def memory(self) -> dict[str, NDArray[Any]]:

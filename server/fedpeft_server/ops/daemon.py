@@ -139,7 +139,12 @@ def standing(
 
 def _model_room(settings: ServerSettings) -> ModelProcessPool:
     limits = settings.limits
-    return ModelProcessPool(settings.model_s, task_s=limits.model_task_s, check_s=limits.check_s)
+    return ModelProcessPool(
+        settings.model_s,
+        task_s=limits.model_task_s,
+        check_s=limits.check_s,
+        variables=settings.model_environment,
+    )
 
 
 def doors_of(settings: ServerSettings) -> tuple[Doors, Authority | None]:

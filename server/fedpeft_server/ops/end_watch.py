@@ -48,7 +48,12 @@ def end_within(limit_s: float, trace: Path | None = None) -> Iterator[None]:
     arguments = (theirs, os.getpid(), limit_s, trace or "")
     words = [sys.executable, "-I", "-S", "-c", _PROGRAM, *map(str, arguments)]
     watcher = subprocess.Popen(
-        words, pass_fds=(theirs,), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        words,
+        pass_fds=(theirs,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={},
+        start_new_session=True,
     )
     os.close(theirs)
     before = signal.set_wakeup_fd(ours, warn_on_full_buffer=False)

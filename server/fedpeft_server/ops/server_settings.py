@@ -74,7 +74,7 @@ class LimitsSection(Section):
     downloads: Annotated[Count, unit("downloads")] = Field(
         16, description="Large files that go out at a time; the others wait."
     )
-    heartbeat_s: Annotated[Seconds, unit("s")] = Field(
+    heartbeat_s: Annotated[float, Field(ge=0.1, le=3600.0), unit("s")] = Field(
         15.0, description="Agents say something at least as often."
     )
     stall_s: Annotated[Seconds, unit("s")] = Field(
@@ -161,6 +161,13 @@ class ServerSettings(Section):
         description=(
             "How long the process that holds a model stays when nothing is to be evaluated or exported;"
             " 0: the daemon holds models itself."
+        ),
+    )
+    model_environment: tuple[str, ...] = Field(
+        (),
+        description=(
+            "Names of variables of the environment that processes which hold models get too, such as"
+            " 'HF_TOKEN'; no other secret of it reaches them."
         ),
     )
     tls: TlsSection = Field(TlsSection(), description="Certificates.")

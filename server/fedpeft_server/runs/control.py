@@ -267,6 +267,11 @@ class WatchedGrid(PolledGrid):
         self._tell(away if only_those else {})
         return only_those and min(away.values()) >= self._away_s
 
+    def is_gone(self, node: int) -> bool:
+        """See `Attendance`."""
+        away = self._inner.away_s(node) if isinstance(self._inner, Presence) else None
+        return away is not None and away[1] >= self._away_s
+
     def _tell(self, away: Mapping[str, float]) -> None:
         if away.keys() != self._awaited:
             self._awaited = frozenset(away)

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from io import BufferedReader
 from typing import Any
 
 from fedpeft.config.run_file import run_json
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError, StorageError
+from fedpeft.runtime.child_environment import child_environment
 from fedpeft.runtime.frames import Frame, pack, read_frame
 from fedpeft.runtime.parent_exit import start_child
 from fedpeft.wire.failures import from_record
@@ -39,10 +40,11 @@ class ModelProcess:
     Args:
         keep_s: how long it stays without work.
         task_s: how long it may be at what is asked.
+        variables: of the environment, that it gets beside those that `child_environment` names.
     """
 
-    def __init__(self, keep_s: float, task_s: float) -> None:
-        self._keep_s, self._task_s = keep_s, task_s
+    def __init__(self, keep_s: float, task_s: float, variables: Collection[str] = ()) -> None:
+        self._keep_s, self._task_s, self._variables = keep_s, task_s, variables
         self._unwanted = False  # also while it is being started
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
@@ -147,7 +149,7 @@ class ModelProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=_environment(),
+                env=child_environment(self._variables, network=True, database=True),
                 start_new_session=True,  # a terminal's Ctrl-C is the daemon's to handle
             )
         self._socket, self._answers = ours, ours.makefile("rb")
@@ -168,10 +170,18 @@ class ModelProcessPool:
         keep_s: how long a process without work stays, so that the next one need not load again.
         task_s: how long a process may be at one task of a run: to load, evaluate or export.
         check_s: how long the check of a submitted run file may take, the start of a process included.
+        variables: see `ModelProcess`.
     """
 
-    def __init__(self, keep_s: float, *, task_s: float = 7200.0, check_s: float = 300.0) -> None:
-        self._keep_s, self._task_s, self._check_s = keep_s, task_s, check_s
+    def __init__(
+        self,
+        keep_s: float,
+        *,
+        task_s: float = 7200.0,
+        check_s: float = 300.0,
+        variables: Collection[str] = (),
+    ) -> None:
+        self._keep_s, self._task_s, self._check_s, self._variables = keep_s, task_s, check_s, variables
         self._checking = threading.BoundedSemaphore(CHECKS)
         self._lock = threading.Lock()
         self._idle: ModelProcess | None = None
@@ -180,9 +190,12 @@ class ModelProcessPool:
     def take(self) -> ModelProcess:
         """A process for one user: the idle one, with its imports done, or another."""
         with self._lock:
-            process, self._idle = self._idle or ModelProcess(self._keep_s, self._task_s), None
+            process, self._idle = self._idle or self._new_process(), None
             self._taken.add(process)
         return process
+
+    def _new_process(self) -> ModelProcess:
+        return ModelProcess(self._keep_s, self._task_s, self._variables)
 
     def give_back(self, process: ModelProcess) -> None:
         """For the next user, who takes it if it comes in time."""
@@ -225,9 +238,3 @@ class ModelProcessPool:
             process.kill()
         if idle is not None:
             idle.close()
-
-
-def _environment() -> dict[str, str]:
-    """The daemon's own, with one thread: results are those of one thread."""
-    path = os.pathsep.join(p for p in sys.path if p)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
