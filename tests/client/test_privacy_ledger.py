@@ -254,7 +254,7 @@ def test_a_damaged_answer_is_said_to_be(tmp_path: Path) -> None:
 LIVES = """
 import asyncio, json, os, sys
 from pathlib import Path
-from fedpeft.faults import arm
+from fedpeft.crash_points import arm
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import Local
 from fedpeft.device_task import device_task
