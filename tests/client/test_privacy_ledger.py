@@ -254,11 +254,11 @@ def test_a_damaged_answer_is_said_to_be(tmp_path: Path) -> None:
 LIVES = """
 import asyncio, json, os, sys
 from pathlib import Path
-from fedpeft.crash_points import arm
+from fedpeft.runtime.crash_points import arm
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import Local
-from fedpeft.device_task import device_task
-from fedpeft.runfile import run_digest
+from fedpeft.config.device_task import device_task
+from fedpeft.config.run_file import run_digest
 from fedpeft_client.answers import Answer
 from fedpeft.errors import PrivacyError
 from tests.client.test_privacy_ledger import accountant, private

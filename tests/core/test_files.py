@@ -41,7 +41,7 @@ FAILS_IN_THE_MIDDLE = f"""
     import resource, sys
     from pathlib import Path
     from fedpeft.errors import StorageError
-    from fedpeft.files import folder_atomically, write_atomically
+    from fedpeft.runtime.files import folder_atomically, write_atomically
     path, how = Path(sys.argv[1]), sys.argv[2]
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, {resource.RLIM_INFINITY}))
     try:
@@ -80,7 +80,7 @@ DISK_FULL = """
     import subprocess, sys
     from pathlib import Path
     from fedpeft.errors import StorageError
-    from fedpeft.files import write_atomically
+    from fedpeft.runtime.files import write_atomically
     disk = Path(sys.argv[1])
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=True)
     write_atomically(disk / "state", b"old")
@@ -157,7 +157,7 @@ def test_what_a_crash_left_is_removed(tmp_path: Path) -> None:
     code = """
         import os, sys
         from pathlib import Path
-        from fedpeft.files import folder_atomically
+        from fedpeft.runtime.files import folder_atomically
         with folder_atomically(Path(sys.argv[1]) / "adapter") as fresh:
             (fresh / "half").write_text("half")
             os._exit(9)
