@@ -19,6 +19,9 @@ the batches and the directions; arms of one seed share all of that but the direc
     ferret-signs   ferret_shakespeare.toml: ten first-order steps a round, projected on sign directions
     ferret-4096    the same with four times as many coefficients
     ferret-srht    the same as ferret-signs with the randomised Hadamard transform
+    ferret-norm    the same as ferret-signs, its coefficients shared out by how far tensors have moved
+    ferret-sets    the same as ferret-signs with sixteen sets of directions, so that nearly all clients of a
+                   round have directions of their own
     lora           first-order LoRA with as many forward passes (a pass with gradients counts as three)
 
 Each arm and seed leaves OUT/ARM-SEED.json; what is there is not run again. Learning rates were chosen on seed
@@ -98,6 +101,8 @@ ARMS: Mapping[str, tuple[str, Mapping[str, str]]] = {  # name to run file and ov
     "ferret-signs": FERRET,
     "ferret-4096": (FERRET[0], {**FERRET[1], "space.num_seeds": "4096"}),
     "ferret-srht": (FERRET[0], {**FERRET[1], "space.projection": "srht"}),
+    "ferret-norm": (FERRET[0], {**FERRET[1], "space.allocation": "norm"}),
+    "ferret-sets": (FERRET[0], {**FERRET[1], "space.direction_sets": "16"}),
     "lora": (
         "shakespeare_stories260k.toml",
         {
