@@ -9,7 +9,7 @@ MAKEFLAGS += --no-builtin-rules
 PYTHON ?= python3
 VENV ?= .venv
 LOCK := requirements.lock
-TEST_EXTRAS := dev,quant,ray,tensorboard,postgres
+TEST_EXTRAS := dev,docs,quant,ray,tensorboard,postgres
 ALL_EXTRAS := $(TEST_EXTRAS),bench
 
 PY := $(VENV)/bin/python
@@ -43,7 +43,7 @@ export TOKENIZERS_PARALLELISM := false
 export TORCHDYNAMO_DISABLE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup check test test-fast test-portable federation soak fuzz protos demo bench lock clean \
+.PHONY: help setup check test test-fast test-portable federation soak fuzz protos reference docs demo bench lock clean \
         lint format-check types protos-check pytest pytest-fast pytest-exhaustive exhaustive
 
 help:  ## list the targets
@@ -89,6 +89,13 @@ exhaustive: $(TESTING)  ## what make test samples, in full: every crash point, m
 protos: $(TESTING)  ## regenerate fedpeft/v1 from protos/
 	$(call generate,.)
 
+reference: $(TESTING)  ## write the reference pages of docs/ from the code
+	$(PY) -m docs.generate
+
+docs: $(TESTING)  ## build the documentation as a site in site/, offline; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html; with the search: $(PY) -m http.server -d site"
+
 bench: $(BENCHING)  ## run every benchmark script in simulations/
 	@set -e; for script in simulations/bench_*.py; do echo "== $$script"; $(PY) "$$script"; done
 
@@ -105,7 +112,7 @@ lock:  ## resolve every dependency anew and write requirements.lock
 	@echo "$(LOCK): $$(grep -c == $(LOCK)) packages"
 
 clean:  ## delete .venv, caches and build folders; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find fedpeft server client tests simulations -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The parts of check and test, each of which can be called alone.

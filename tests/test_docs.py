@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import tomllib
@@ -22,10 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 )
 FENCE = re.compile(r"^```([a-z]*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+EXAMPLES = {"server.toml": "server/server.toml", "client.toml": "client/client.toml"}  # files of that name
 WRITTEN_BY_A_RUN = ("runs/", ".venv/")
 
 
@@ -68,7 +70,10 @@ def paths(text: str, folder: str = "") -> list[str]:
     links = [folder + link.split("#")[0] for link in LINK.findall(text) if not re.match(r"[a-z]+:|#", link)]
     words = [re.sub(r"\$\w+", "*", word) for line in shell_lines(text) for word in line.split()]
     quoted = [word for word in words if "/" in word and word.split("/")[0] in roots and "://" not in word]
-    plain = [span for span in spans(text) if re.fullmatch(r"[A-Za-z_.-]+\.(md|toml|yml|lock)", span)]
+    plain = [
+        span for span in spans(text) if re.fullmatch(r"[A-Z_]*[a-z][A-Za-z_.-]*\.(md|toml|yml|lock)", span)
+    ]
+    plain = [EXAMPLES.get(span, span) for span in plain]
     return [path for path in links + quoted + plain if not path.startswith(WRITTEN_BY_A_RUN)]
 
 
@@ -87,9 +92,12 @@ def test_make_targets_exist(name: str) -> None:
     assert [word for word in asked if word not in targets] == []
 
 
+command_line = functools.cache(typer.main.get_command)
+
+
 def unknown_parts(words: list[str]) -> list[str]:
     """What of a quoted ``fedpeft ...`` the command line does not know."""
-    group = typer.main.get_command(app)
+    group = command_line(app)
     assert isinstance(group, click.Group) or hasattr(group, "commands")
     known: dict[str, click.Command] = group.commands
     if words[0].startswith("-"):
@@ -144,4 +152,4 @@ def test_help_lists_every_public_target() -> None:
     makefile = text_of("Makefile")
     public = set(re.findall(r"^([a-z-]+):.*  ## ", makefile, re.MULTILINE))
     expected = "help setup check test test-fast federation soak fuzz exhaustive protos demo bench lock clean"
-    assert public == {*expected.split(), "test-portable"}
+    assert public == {*expected.split(), "test-portable", "reference", "docs"}
