@@ -21,8 +21,8 @@ from fedpeft.commands.catalogue import CatalogueEntry
 from fedpeft.commands.named_options import entries_of, option_keys
 from fedpeft.config.key_reference import Key, Table, tables_of
 from fedpeft.config.sections import RunConfig
-from fedpeft_client.settings import Settings as ClientSettings
-from fedpeft_server.settings import Settings as ServerSettings
+from fedpeft_client.settings import ClientSettings
+from fedpeft_server.settings import ServerSettings
 from tests.test_architecture import LAYERS
 
 FOLDER = Path(__file__).resolve().parent
@@ -105,7 +105,7 @@ def _takes(key: Key) -> str:
 
 
 def _default(key: Key) -> str:
-    return "needed" if key.needed else f"`{_cell(key.default)}`" if key.default else ""
+    return "needed" if key.needed else f"`{key.default}`" if key.default else ""
 
 
 def _names(table: Table) -> Iterator[str]:
@@ -143,7 +143,9 @@ def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+    for sign, escaped in (("|", "\\|"), ("<", "&lt;"), ("[", "\\[")):
+        text = text.replace(sign, escaped)
+    return " ".join(text.split())
 
 
 # ---- Commands
@@ -247,7 +249,7 @@ def _docstring(path: Path) -> str:
     return text.partition("\n\n")[0]
 
 
-def _first_line(thing: type) -> str:
+def _first_line(thing: object) -> str:
     return (thing.__doc__ or "").strip().partition("\n")[0].rstrip(".")
 
 

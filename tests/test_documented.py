@@ -20,10 +20,9 @@ from fedpeft.commands.catalogue import catalogue
 from fedpeft.config.sections import RunConfig
 from fedpeft.data.readers import READERS
 from fedpeft.reporting.sinks import SINKS
-from fedpeft_client.settings import Settings as ClientSettings
-from fedpeft_server.metrics import PREFIX
-from fedpeft_server.metrics import Metrics as ServerMetrics
-from fedpeft_server.settings import Settings as ServerSettings
+from fedpeft_client.settings import ClientSettings
+from fedpeft_server.metrics import PREFIX, ServerMetrics
+from fedpeft_server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
