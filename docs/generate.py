@@ -21,8 +21,8 @@ from fedpeft.commands.catalogue import CatalogueEntry
 from fedpeft.commands.named_options import entries_of, option_keys
 from fedpeft.config.key_reference import Key, Table, tables_of
 from fedpeft.config.sections import RunConfig
-from fedpeft_client.settings import ClientSettings
-from fedpeft_server.settings import ServerSettings
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_server.ops.server_settings import ServerSettings
 from tests.test_architecture import LAYERS
 
 FOLDER = Path(__file__).resolve().parent

@@ -20,9 +20,9 @@ from fedpeft.commands.catalogue import catalogue
 from fedpeft.config.sections import RunConfig
 from fedpeft.data.readers import READERS
 from fedpeft.reporting.sinks import SINKS
-from fedpeft_client.settings import ClientSettings
-from fedpeft_server.metrics import PREFIX, ServerMetrics
-from fedpeft_server.settings import ServerSettings
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_server.ops.server_settings import ServerSettings
+from fedpeft_server.server_metrics import PREFIX, ServerMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {

@@ -15,7 +15,7 @@ from fedpeft.commands.named_options import run_schema
 from fedpeft.config.key_reference import tables_of, to_toml
 from fedpeft.config.sections import RunConfig
 from fedpeft.stages import STAGES
-from fedpeft_server.ops.server_settings import ServerSettings as ServerSettings
+from fedpeft_server.ops.server_settings import ServerSettings
 from tests.commands.calling import Call
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from fedpeft.attacks import ATTACKS
 from fedpeft.config.sections import RunConfig
 from fedpeft.spaces import SPACES
 from fedpeft.stages import STAGES
-from fedpeft_client.client_settings import ClientSettings as ClientSettings
-from fedpeft_server.ops.server_settings import ServerSettings as ServerSettings
+from fedpeft_client.client_settings import ClientSettings
+from fedpeft_server.ops.server_settings import ServerSettings
 
 OPTION_MODELS: dict[str, type[BaseModel]] = {
     f"{table} {name}": model
