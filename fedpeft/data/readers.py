@@ -31,6 +31,7 @@ __all__ = [
 
 CSV_FIELD_LIMIT = 2**31 - 1
 _MOST_DIGITS = 4000  # of an integer; Python refuses longer ones, which are names and not numbers
+_LINES = frozenset({".jsonl", ".ndjson"})  # suffixes of files that are lines and never one document
 _MARK = "\ufeff"
 
 
@@ -39,9 +40,15 @@ def read_jsonl(path: Path, reading: Reading | None = None) -> Iterator[NumberedR
 
     A file whose only value is an object with one list of objects in it is that list.
 
+    Where rows are hidden, each line of a file of lines stands for itself: one that is no JSON object is a row
+    without fields, which is left out later as any row that cannot be used.
+
     Raises:
         DataError: a line or an item is not a JSON object, or not in the file's encoding.
     """
+    if reading is not None and reading.hides_rows and _LINES.intersection(map(str.lower, path.suffixes)):
+        yield from _lone_lines(path, reading)
+        return
     number = 0
     try:
         with open_text(path, reading or Reading()) as text:
@@ -55,6 +62,18 @@ def read_jsonl(path: Path, reading: Reading | None = None) -> Iterator[NumberedR
             f"{path}: row {number + 1} or one behind it is not JSON ({error}); save the file as UTF-8, or set"
             " data.encoding"
         ) from error
+
+
+def _lone_lines(path: Path, reading: Reading) -> Iterator[NumberedRow]:
+    """Every line as a row, whatever the others are."""
+    with open_text(path, reading, keep_wrong=True) as text:
+        for number, piece in _pieces(text):
+            try:
+                piece.encode()  # no surrogate stands for a byte of another encoding
+                row = _object(_parsed(path, piece, number), path, number)
+            except (DataError, UnicodeError):
+                row = {}
+            yield number, row
 
 
 def _pieces(text: Iterable[str]) -> Iterator[tuple[int, str]]:

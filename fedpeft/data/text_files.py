@@ -80,8 +80,12 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def open_text(path: Path, reading: Reading) -> Iterator[io.TextIOWrapper]:
+def open_text(path: Path, reading: Reading, *, keep_wrong: bool = False) -> Iterator[io.TextIOWrapper]:
     """Open a file as text; line breaks stay as they are.
+
+    Args:
+        keep_wrong: bytes that are none of the encoding become surrogates (or, where it is not UTF-8,
+            replacement characters), instead of an error.
 
     Raises:
         DataError: no encoding fits, or the packing is damaged.
@@ -90,7 +94,9 @@ def open_text(path: Path, reading: Reading) -> Iterator[io.TextIOWrapper]:
         encoding = reading.encoding or _encoding_of(path, by_mark=reading.hides_rows)
         if encoding == LEGACY and reading.encoding is None:
             reading.note(f"{path} is not UTF-8: read as {LEGACY}; if it is another, set data.encoding")
-        with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as text:
+        utf8 = encoding.lower().replace("_", "-").startswith("utf-8")
+        errors = ("surrogateescape" if utf8 else "replace") if keep_wrong else "strict"
+        with open_bytes(path) as raw, io.TextIOWrapper(raw, encoding, errors, newline="") as text:
             yield text
 
 

@@ -17,14 +17,24 @@ from typer.testing import CliRunner
 
 import fedpeft_client
 from fedpeft.cli import app as command_line
+from fedpeft.errors import StateError
 from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft.updates.update import arrays_digest, frozen_arrays
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.codec import Envelope, encode
+from fedpeft_client.commands.ledger_lines import ledger_lines
 from fedpeft_client.policy.owner_policy import Policy
-from fedpeft_client.transport.egress import EGRESS_FILE, EgressLedger, contents, read_ledger
+from fedpeft_client.transport.egress import (
+    EGRESS_FILE,
+    KEPT_FILES,
+    EgressLedger,
+    EgressSums,
+    contents,
+    files_aside,
+    read_ledger,
+)
 from fedpeft_server.transport.grpc_grid import GrpcGrid, node_id
 from tests.server.fleet import RUN, fleet, server, wait_for
 from tests.server.hostile.apps import BASE
@@ -139,6 +149,54 @@ def test_a_line_that_a_crash_cut_costs_no_other(tmp_path: Path) -> None:
     assert (tmp_path / EGRESS_FILE).stat().st_mode & 0o777 == 0o600
 
 
+def filled(home: Path, count: int) -> None:
+    """A ledger of small files, with so many messages."""
+    ledger = EgressLedger(home / EGRESS_FILE, most_bytes=600)
+    for number in range(count):
+        message = pb.AgentMessage(result=pb.Result(task=b"t", inline=b"x" * 10))
+        ledger.record(message, {"round": number, "metrics": {"loss": 0.5}, "weight": 3})
+    ledger.close()
+
+
+def test_a_ledger_is_bounded_and_its_sums_are_over_everything(tmp_path: Path) -> None:
+    filled(tmp_path, 120)
+    aside = files_aside(tmp_path)
+    assert len(aside) == KEPT_FILES
+    assert all(file.stat().st_mode & 0o777 == 0o600 for file in aside)
+    assert sum(file.stat().st_size for file in aside) < KEPT_FILES * 2000
+    entries = list(read_ledger(tmp_path))
+    assert [entry["what"] for entry in entries[:2]] == ["before", "result"]
+    rounds = [entry["round"] for entry in entries[1:]]
+    assert rounds == list(range(rounds[0], 120)), "what is kept is without a gap"
+    assert rounds[0] > 0
+    sums = EgressSums()
+    for entry in entries:
+        sums.add(entry)
+    assert (sums.messages["result"], sums.names["metric loss"], sums.names["count weight"]) == (120, 120, 120)
+    size = pb.AgentMessage(result=pb.Result(task=b"t", inline=b"x" * 10)).ByteSize()
+    assert sums.bytes["result"] == 120 * size
+    assert next(iter(ledger_lines(entries, 5))).startswith(f"120 messages of {120 * size} bytes")
+
+
+@pytest.mark.parametrize("harm", ["changed", "missing"])
+def test_a_file_put_aside_that_was_changed_or_taken_out_is_found(tmp_path: Path, harm: str) -> None:
+    filled(tmp_path, 20)
+    (*_, middle, _last) = files_aside(tmp_path)
+    if harm == "changed":
+        middle.write_text(middle.read_text().replace("0.5", "0.1"))
+    else:
+        middle.unlink()
+    with pytest.raises(StateError, match="which is missing or was changed"):
+        list(read_ledger(tmp_path))
+
+
+def test_a_crash_between_two_files_loses_no_sum(tmp_path: Path) -> None:
+    filled(tmp_path, 3)
+    (tmp_path / EGRESS_FILE).rename(tmp_path / "egress-000099.jsonl")
+    filled(tmp_path, 1)
+    assert [entry["round"] for entry in read_ledger(tmp_path)] == [0, 1, 2, 0]
+
+
 def test_bodies_of_any_kind_are_described() -> None:
     assert contents(b"\xff" * 9) == {"values": {"": {"bytes": 9}}}
     body = content_bytes(task_content(Task("ab", 1, b"12345")))
@@ -168,8 +226,8 @@ def test_the_command_shows_sums_and_lines(tmp_path: Path) -> None:
 def test_nothing_is_sent_beside_the_ledger() -> None:
     """One place streams, one asks for a blob, one enrols: each records first."""
     sends: list[str] = []
-    for path in sorted(Path(fedpeft_client.__file__).parent.glob("*.py")):
-        if path.stem == "administration":  # people's commands, which have no rows
+    for path in sorted(Path(fedpeft_client.__file__).parent.rglob("*.py")):
+        if path.stem == "admin_client":  # people's commands, which have no rows
             continue
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -178,7 +236,7 @@ def test_nothing_is_sent_beside_the_ledger() -> None:
             called = re.findall(r"call\.write\(|stub\.(?:PullBlob|Enroll)\(", text)
             sends += [f"{path.stem}.{function.name}"] * bool(called)
             assert not called or "ledger.record(" in text, function.name
-    assert sorted(sends) == ["enrolment._asked", "link._write", "link.pull"]
+    assert sorted(sends) == ["device_certificate._asked", "session._write", "session.pull"]
 
 
 @pytest.mark.parametrize("name", ["cores", "memory-mib"])

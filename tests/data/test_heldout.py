@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,37 @@ def test_a_row_that_cannot_be_used_is_left_out_alone_where_rows_are_hidden(
     assert data.dropped_rows == 1
     with pytest.raises(DataError):
         load_client(section(path, **keys), path, **options)
+
+
+LINES: dict[str, bytes] = {
+    "no JSON": b'{"q": "x", ',
+    "text": b"a note that somebody left",
+    "an array": b'[{"q": "x", "a": "y", "who": "w"}]',
+    "the beginning of an array": b"[",
+    "a number": b"7",
+    "a field twice": b'{"q": "x", "q": "z", "a": "y", "who": "w"}',
+    "another encoding": b'{"q": "\xe9t\xe9", "a": "y", "who": "w"}',
+    "depth": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("place", [0, 7, len(ROWS)])
+@pytest.mark.parametrize("line", sorted(LINES))
+def test_a_line_that_is_no_row_is_left_out_alone_where_rows_are_hidden(
+    tmp_path: Path, tokenizer: Any, line: str, place: int
+) -> None:
+    """Wherever it stands, and whatever it would make of the file: the others are read as without it."""
+    good = [json.dumps(row).encode() for row in ROWS]
+    options: Any = {"task": "causal-lm", "tokenizer": tokenizer, "seed": 0, "name": "c"}
+    read, dropped = [], []
+    for lines in (good, [*good[:place], LINES[line], *good[place:]]):
+        path = tmp_path / "client.jsonl"
+        path.write_bytes(b"".join(each + b"\n" for each in lines))
+        data = load_client(section(path), path, hides_rows=True, **options)
+        read.append((rows_of(data, data.clients[0].train), rows_of(data, data.clients[0].heldout)))
+        dropped.append(data.dropped_rows)
+    assert read[0] == read[1]
+    assert dropped == [0, 1]
 
 
 def test_a_class_outside_the_map_is_left_out_alone(write_rows: Any, tokenizer: Any) -> None:

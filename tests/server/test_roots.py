@@ -59,6 +59,7 @@ OUTSIDE = (
     "model=package:os/x",
     "model=./models",
     "model=own:",
+    "model=owner/model",
     "plug=PLACE/secret",
     "plug=owner/model",
 )
@@ -71,7 +72,6 @@ BELOW = (
     "test=datasets:owner/set/config:test",
     "model=PLACE/models/base",
     "model=embedded",
-    "model=owner/model",
     "model=hub:owner/model",
     "plug=PLACE/models/base",
 )
@@ -93,7 +93,7 @@ def test_what_lies_below_a_root_is_taken(what: str, place: Path) -> None:
 
 
 def test_without_roots_a_submitter_names_no_file(place: Path) -> None:
-    free = {"test=embedded", "model=embedded", "model=owner/model", "model=hub:owner/model"}
+    free = {"test=embedded", "model=embedded", "model=hub:owner/model"}
     for what in (*OUTSIDE, *BELOW):
         run = run_of(**named(place, what))
         if what in free:
@@ -103,12 +103,31 @@ def test_without_roots_a_submitter_names_no_file(place: Path) -> None:
                 Roots().refuse(run)
 
 
-def test_a_folder_that_has_the_name_of_a_model_is_none_of_the_hub(
+def test_whether_a_folder_has_the_name_of_a_model_is_not_told(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """One answer, whether it is there, elsewhere or nowhere."""
     monkeypatch.chdir(place)
-    with pytest.raises(RunFileError):
-        Roots().refuse(run_of(model={"path": "models/base"}))
+    said = []
+    for path in ("models/base", "models/none"):
+        with pytest.raises(RunFileError) as refused:
+            Roots().refuse(run_of(model={"path": path}))
+        said.append(str(refused.value).replace(path, "PATH"))
+    assert said[0] == said[1]
+    assert said[0].endswith("a base model of the hub is named 'hub:PATH' here")
+
+
+@pytest.mark.parametrize("root", ["state", ".", "state/runs", "link", "federation", "federation/server"])
+def test_a_root_that_holds_the_servers_own_files_is_refused(tmp_path: Path, root: str) -> None:
+    (tmp_path / "state" / "runs").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    config = tmp_path / "server.toml"
+    keys = '[tls]\nkeys = "federation/server"\nauthority = "federation/ca"\n'
+    config.write_text(f'state = "state"\nroots = ["{root}"]\n{keys}')
+    with pytest.raises(UsageError, match="name folders that hold data and models alone"):
+        read_settings(config, {})
+    config.write_text(f'state = "state"\nroots = ["rows", "datasets:owner/set"]\n{keys}')
+    assert read_settings(config, {}).roots[0].endswith("rows")
 
 
 def test_a_daemon_binds_submitters_and_not_its_admins(place: Path, tmp_path: Path) -> None:

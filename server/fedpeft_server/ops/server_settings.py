@@ -234,12 +234,33 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> ServerSettin
             f"{where}: {settings.host} can be reached from elsewhere and would be plaintext; provision"
             " certificates (fedpeft provision), or listen on 127.0.0.1"
         )
+    _refuse_roots_over_secrets(settings, where)
     if settings.insecure == (settings.tls.keys is not None):
         raise UsageError(
             f"{where}: give either --keys DIR, the server folder that fedpeft provision made, or --insecure"
             " on 127.0.0.1"
         )
     return settings
+
+
+def _refuse_roots_over_secrets(settings: ServerSettings, where: str) -> None:
+    """Refuse roots from which a run file could name what is the server's own.
+
+    Raises:
+        UsageError: naming the root and the folder.
+    """
+    own = {"state": settings.state, "tls.keys": settings.tls.keys, "tls.authority": settings.tls.authority}
+    folders = {key: folder.expanduser().resolve() for key, folder in own.items() if folder is not None}
+    for root in settings.roots:
+        if root.startswith(PREFIX):
+            continue
+        place = Path(root).expanduser().resolve()
+        for key, folder in folders.items():
+            if folder.is_relative_to(place) or place.is_relative_to(folder):
+                raise UsageError(
+                    f"{where}: roots names '{root}', and {key} is {folder}: submitters could have the"
+                    " server's own files read; name folders that hold data and models alone"
+                )
 
 
 def with_given(config: Path | None, given: Mapping[str, Any]) -> ServerSettings:

@@ -2,7 +2,8 @@
 
 A run file's `data.test`, `model.path` and `evaluation.plug_into` are opened by the server. Without roots a
 submitter names none of its files: the embedded model and rows are in every installation, and base models of
-the hub have names. Admins, who could set roots themselves, are not bound.
+the hub are named ``hub:OWNER/NAME``, which can be no folder. Admins, who could set roots themselves, are not
+bound.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ class Roots:
     def _model_problems(self, run: RunConfig) -> Iterator[str]:
         sections = (("model.path", run.model.path), ("evaluation.plug_into", run.evaluation.plug_into))
         for key, path in sections:
-            if path is None or path == _EMBEDDED or path.startswith(HUB_MODEL):
+            if path is None or path == _EMBEDDED or path.startswith(HUB_MODEL) or self._is_below(path):
                 continue
-            hub = key == "model.path" and _HUB_NAME.fullmatch(path) and not Path(path).exists()
-            if not hub and not self._is_below(path):
-                yield self._problem(key, path)
+            problem = self._problem(key, path)
+            if _HUB_NAME.fullmatch(path):  # whether there is a folder of that name here is not looked at
+                problem += f"; a base model of the hub is named '{HUB_MODEL}{path}' here"
+            yield problem
 
     def _source_problems(self, run: RunConfig) -> Iterator[str]:
         test = run.data.test
