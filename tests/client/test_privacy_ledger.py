@@ -259,7 +259,7 @@ from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import Local
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import run_digest
-from fedpeft_client.answers import Answer
+from fedpeft_client.policy.answers import Answer
 from fedpeft.errors import PrivacyError
 from tests.client.test_privacy_ledger import accountant, private
 

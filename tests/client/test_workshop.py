@@ -82,7 +82,7 @@ def test_a_dead_worker_is_an_error_and_another_one_starts(tmp_path: Path) -> Non
 
 AGENT = """
 import asyncio
-from fedpeft_client.worker_process import Bounds, WorkerProcess
+from fedpeft_client.workers.worker_process import Bounds, WorkerProcess
 from tests.client.test_workshop import order, update
 
 async def live():

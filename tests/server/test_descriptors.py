@@ -8,9 +8,9 @@ import sys
 
 PROBE = """
 import json, resource
-from fedpeft_server.descriptors import allow_connections
+from fedpeft_server.ops.fd_limit import raise_fd_limit
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 1000))
-said = [allow_connections(50), allow_connections(500), allow_connections(5000)]
+said = [raise_fd_limit(50), raise_fd_limit(500), raise_fd_limit(5000)]
 print(json.dumps([said, resource.getrlimit(resource.RLIMIT_NOFILE)]))
 """
 

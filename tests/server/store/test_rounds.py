@@ -124,7 +124,7 @@ def test_a_full_disk_commits_nothing_and_says_so(tmp_path: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 from fedpeft.errors import StorageError
-from fedpeft.runfile import build_run
+from fedpeft.config.run_file import build_run
 from fedpeft_server.store import Rules, Store
 from tests.server.store.things import checkpoint, cohort, update
 with Store(Path(sys.argv[1])) as store:
