@@ -22,7 +22,7 @@ from tests.models.tiny import TASKS, logits, tiny_base
 SHOW = """
 import sys
 from pathlib import Path
-from fedpeft.config import PeftSection
+from fedpeft.config.sections import PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.trainable import frozen_digest

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 INTERPRETED = """
 import torch
 from fedpeft.seedspace import torch_kernels, triton_kernels
-from fedpeft.seedspace.layout import Purpose, Span, Stream
+from fedpeft.seedspace.layout import CounterStream, Purpose, Span
 
-stream, generator = Stream(2**63 + 12345, Purpose.MASK, 77), torch.Generator().manual_seed(0)
+stream, generator = CounterStream(2**63 + 12345, Purpose.MASK, 77), torch.Generator().manual_seed(0)
 cpu, which = torch.device("cpu"), torch.arange(5) + 2**32 - 6
 for size, start in ((1, 0), (200, 60), (4500, 129)):
     span = Span(2**32 - 2, start, start + size)

@@ -60,8 +60,8 @@ def test_a_child_in_an_endless_native_call_ends_with_its_parent_and_not_with_the
 ):
     child = (
         "import os, re, sys\n"
-        "from fedpeft.runtime.parent_exit import end_with\n"
-        "end_with(int(sys.argv[1]))\n"
+        "from fedpeft.runtime.parent_exit import exit_with_parent\n"
+        "exit_with_parent(int(sys.argv[1]))\n"
         "print(os.getpid(), flush=True)\n"
         f"{ENDLESS}\n"
     )
