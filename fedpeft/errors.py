@@ -16,6 +16,7 @@ The tree::
     ├── FederationError          9   cohorts, clients, grids
     │   ├── QuorumError          9   too few clients answered in time
     │   ├── LimitError           9   more than one caller's share was asked for
+    │   ├── ProtocolError        9   the two ends speak no common version of the protocol
     │   ├── WorkerError          9   a worker process died at its task
     │   ├── TimeLimitError       9   a task took longer than its device's owner allows
     │   └── PolicyError          9   a task is outside what its device's owner allows
@@ -145,6 +146,10 @@ class LimitError(FederationError):
     """More was asked for than one caller's share of a server; it can be asked for again later."""
 
     code = "busy"
+
+
+class ProtocolError(FederationError):
+    """Agent and server have no version of the protocol in common; one of them is to be updated."""
 
 
 class WorkerError(FederationError):

@@ -60,7 +60,7 @@ def test_a_refusal_is_final_at_first_contact(tmp_path: Path) -> None:
 
 def test_what_is_final() -> None:
     assert is_final(error_named("CredentialError: revoked"))
-    assert is_final(error_named("FederationError: protocol version 1 came, this server speaks 2"))
+    assert is_final(error_named("ProtocolError: protocol version 1 came and this server speaks 3"))
     assert not is_final(error_named("StorageError: the disk is full"))
     assert isinstance(error_named("something else"), FederationError)
 

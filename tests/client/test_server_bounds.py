@@ -18,6 +18,7 @@ from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import TRAIN, Task, task_content
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.agent import Agent
 from fedpeft_client.client_settings import ClientSettings
 from fedpeft_client.policy.owner_policy import Policy
@@ -29,13 +30,13 @@ from fedpeft_client.transport.server_bounds import (
     check_welcome,
     shorten,
 )
-from fedpeft_client.transport.session import PROTOCOL_VERSION, Session
+from fedpeft_client.transport.session import Session
 from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from fedpeft_server.ops.server_settings import read_settings
 from tests.server.fleet import APP, RUN, played
 
 WELCOME = pb.Welcome(
-    protocol_version=PROTOCOL_VERSION,
+    protocol_version=NEWEST_PROTOCOL,
     name="ada",
     heartbeat_ms=15_000,
     max_inline_bytes=4096,

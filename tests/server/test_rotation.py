@@ -13,6 +13,7 @@ from fedpeft.credentials import Identity, Material, Role, make_request, new_key,
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.errors import CredentialError, FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.admin_client import AdminClient
 from fedpeft_client.transport.device_certificate import renewed
 from fedpeft_client.transport.dialing import error_of, open_channel
@@ -52,7 +53,9 @@ def test_a_device_renews_in_the_last_third_and_a_thief_then_shows(ours: House, t
 
     async def thief() -> None:
         async with open_channel(ours.running.address, old) as channel:
-            await federation(channel).Enroll(pb.EnrollRequest(csr=make_request(new_key())))
+            await federation(channel).Enroll(
+                pb.EnrollRequest(protocol_version=NEWEST_PROTOCOL, csr=make_request(new_key()))
+            )
 
     with pytest.raises(Exception, match="its key was stolen") as caught:
         played(thief())

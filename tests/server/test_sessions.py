@@ -18,9 +18,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedpeft.errors import FederationError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.session import Session
 from fedpeft_server.store.memory_store import MemoryAcceptor, MemoryBlobs
-from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.transport.grpc_options import TransportOptions
 from fedpeft_server.transport.serving import RunningServer, serve
 from tests.server.fleet import RUN, answer, collected, federation, fleet, messages, played, server, wait_for
 
@@ -34,7 +35,7 @@ def running() -> Iterator[RunningServer]:
         yield started
 
 
-def hello(name: str, version: int = PROTOCOL_VERSION) -> pb.AgentMessage:
+def hello(name: str, version: int = NEWEST_PROTOCOL) -> pb.AgentMessage:
     return pb.AgentMessage(hello=pb.Hello(protocol_version=version, name=name))
 
 
@@ -88,7 +89,7 @@ async def talkative(call: Any) -> None:
     await call.write(
         pb.AgentMessage(
             hello=pb.Hello(
-                protocol_version=PROTOCOL_VERSION,
+                protocol_version=NEWEST_PROTOCOL,
                 name="stranger",
                 capabilities={str(number): "x" * 50 for number in range(100)},
             )
@@ -98,7 +99,11 @@ async def talkative(call: Any) -> None:
 
 CODE = grpc.StatusCode
 CASES: dict[str, tuple[Behaviour, grpc.StatusCode, str]] = {
-    "old-version": (old_version, CODE.FAILED_PRECONDITION, "protocol version 1 came, this server speaks 3"),
+    "old-version": (
+        old_version,
+        CODE.FAILED_PRECONDITION,
+        "protocol version 1 came and this server speaks 3; update fedpeft at the agent",
+    ),
     "bad-name": (bad_name, CODE.UNAUTHENTICATED, "cannot be used"),
     "no-hello": (no_hello, CODE.INVALID_ARGUMENT, "a session begins with a hello"),
     "silent": (silent, CODE.DEADLINE_EXCEEDED, "stalled"),

@@ -28,11 +28,11 @@ from fedpeft.runtime.files import storage, write_atomically
 from fedpeft.runtime.repeats import Repeats
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.dialing import error_of, open_channel, pauses
 from fedpeft_client.transport.egress import EgressLedger
 
 LOG = logging.getLogger("fedpeft.client")
-PROTOCOL_VERSION = 1
 _DIAL_S, _ANSWER_S = 20.0, 30.0
 _USED_FILE = "token.sha256"  # of the token that the certificate here came from
 _NO_TOKEN = (
@@ -166,7 +166,7 @@ async def _asked(
         refused: what it means that a server which is there ends the handshake.
     """
     request = pb.EnrollRequest(
-        protocol_version=PROTOCOL_VERSION, token=token, csr=make_request(pending_key(keys))
+        protocol_version=NEWEST_PROTOCOL, token=token, csr=make_request(pending_key(keys))
     )
     if ledger is not None:
         ledger.record(request)

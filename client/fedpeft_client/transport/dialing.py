@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import grpc
 
 from fedpeft.credentials import Material
-from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ValidityError
+from fedpeft.errors import CredentialError, FederationError, FedPEFTError, ProtocolError, ValidityError
 from fedpeft.wire.failures import from_text
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 60.0
@@ -87,7 +87,7 @@ def is_final(error: FedPEFTError) -> bool:
     """Whether trying again cannot help until someone has changed something."""
     if isinstance(error, ValidityError):
         return False  # clocks are set, and certificates begin
-    return isinstance(error, CredentialError) or "protocol version" in str(error)
+    return isinstance(error, CredentialError | ProtocolError)
 
 
 def _unreachable(details: str, server: str) -> FedPEFTError:

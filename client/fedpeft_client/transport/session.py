@@ -17,11 +17,11 @@ from fedpeft.errors import FederationError, UpdateError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.pace import Pace
+from fedpeft.wire.protocol import PROTOCOL, ProtocolWindow
 from fedpeft_client.transport.dialing import error_named
 from fedpeft_client.transport.egress import EgressLedger, Facts, Outgoing
 from fedpeft_client.transport.server_bounds import Flow, check_piece, check_task, check_welcome
 
-PROTOCOL_VERSION = 3
 _PARTING_S = 0.5
 _STALL_S = 60.0  # without a byte in the middle of a blob
 Dial = Callable[[], grpc.aio.Channel]
@@ -51,6 +51,7 @@ class Session:
         capabilities: Mapping[str, str],
         dial: Dial | None = None,
         ledger: EgressLedger | None = None,
+        protocol: ProtocolWindow = PROTOCOL,
     ) -> Session:
         """Say hello and wait for the welcome.
 
@@ -59,15 +60,17 @@ class Session:
                 as large as what once came quickly, up to a megabyte, for as long as a connection lasts, and
                 a server has a thousand. None: blobs go over `channel`.
             ledger: told of every message before it is sent; None: nobody's, in tests and benchmarks.
+            protocol: the versions that this agent speaks.
 
         Raises:
             grpc.aio.AioRpcError: the server cannot be reached or does not want this agent.
-            FederationError: it speaks another version of the protocol, or sets bounds that no agent takes.
+            ProtocolError: it speaks no version of the protocol that this agent does.
+            FederationError: it began with something else than a welcome, or sets bounds that no agent takes.
         """
         stub = _stub(channel)
         call = stub.Session()
         hello = pb.Hello(
-            protocol_version=PROTOCOL_VERSION,
+            protocol_version=protocol.newest,
             name=name,
             software=f"fedpeft {__version__}",
             capabilities=capabilities,
@@ -79,13 +82,10 @@ class Session:
                 "the server ended the session before it began; dialling again"
             )
         welcome = first.welcome
-        if first.WhichOneof("message") != "welcome" or welcome.protocol_version != PROTOCOL_VERSION:
-            call.cancel()
-            raise FederationError(
-                f"the server speaks protocol version {welcome.protocol_version} and this agent"
-                f" {PROTOCOL_VERSION}; install the same version of fedpeft on both sides"
-            )
         try:
+            if first.WhichOneof("message") != "welcome":
+                raise FederationError("the server began with something else than a welcome; dialling again")
+            protocol.accept(welcome.protocol_version)
             check_welcome(welcome)
         except FederationError:
             call.cancel()

@@ -15,7 +15,7 @@ from fedpeft.errors import CredentialError, FederationError, FedPEFTError, Limit
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_server.transport.blob_transfer import Transfers
 from fedpeft_server.transport.callers import Caller, Gate
-from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.transport.grpc_options import TransportOptions
 from fedpeft_server.transport.refusals import Reason, Refused
 from fedpeft_server.transport.request_guard import Unreadable
 from fedpeft_server.transport.result_ingest import ResultIngest
@@ -60,6 +60,7 @@ class FederationServicer:
             raise FederationError(
                 "this server issues no certificates; ask its admin for a provisioned folder"
             )
+        self._options.protocol.answer(request.protocol_version)
         try:
             async with self._enrolling:
                 return await asyncio.to_thread(self._enrol, request, context)
@@ -135,11 +136,7 @@ class FederationServicer:
         if not isinstance(first, pb.AgentMessage) or first.WhichOneof("message") != "hello":
             raise _malformed("a session begins with a hello; another message came")
         hello = first.hello
-        if hello.protocol_version != PROTOCOL_VERSION:
-            raise FederationError(
-                f"protocol version {hello.protocol_version} came, this server speaks {PROTOCOL_VERSION};"
-                " install the same version of fedpeft on both sides"
-            )
+        version = self._options.protocol.answer(hello.protocol_version)
         if len(hello.capabilities) > 32 or sum(len(k) + len(v) for k, v in hello.capabilities.items()) > 4096:
             raise _malformed("the hello states too many capabilities; at most 32 are accepted")
         caller = self._gate.agent(context, hello.name)
@@ -152,7 +149,7 @@ class FederationServicer:
         connection.tell(
             pb.ServerMessage(
                 welcome=pb.Welcome(
-                    protocol_version=PROTOCOL_VERSION,
+                    protocol_version=version,
                     server=f"fedpeft {__version__}",
                     name=caller.name,
                     heartbeat_ms=round(1000 * self._options.heartbeat_s),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from google.protobuf.message import Message
 
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.protocol import PROTOCOL, ProtocolWindow
 
-PROTOCOL_VERSION = 3
 LONGEST_REQUEST = 256 * 1024  # of people: a run file
 LONGEST_ANSWER = 8 << 20  # to people: the log's line of a round names its clients, 36,000 of them fit
 SLACK_BYTES = 64 * 1024  # of a message beside a body or a chunk: names, digests, a signature, capabilities
@@ -51,8 +51,10 @@ class TransportOptions:
             call is accepted until some of the hour is over.
         intake_bytes: of results that wait to be made durable; sessions aren't read from beyond it.
         drain_s: what running calls get at shutdown.
+        protocol: the versions that this server speaks.
     """
 
+    protocol: ProtocolWindow = PROTOCOL
     host: str = "127.0.0.1"
     port: int = 0
     max_inline_bytes: int = 64 * 1024

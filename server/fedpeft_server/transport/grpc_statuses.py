@@ -22,6 +22,7 @@ STATUS: dict[type[errors.FedPEFTError], grpc.StatusCode] = {
     errors.FederationError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QuorumError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.LimitError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ProtocolError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.WorkerError: grpc.StatusCode.ABORTED,
     errors.TimeLimitError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.PolicyError: grpc.StatusCode.PERMISSION_DENIED,

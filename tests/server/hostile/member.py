@@ -37,8 +37,9 @@ from fedpeft.transport.tasks import HELLO
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
 from fedpeft.wire.codec import Envelope, decode, encode
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.dialing import channel_credentials
-from fedpeft_client.transport.session import PROTOCOL_VERSION, Session
+from fedpeft_client.transport.session import Session
 from tests.integration.site import RUN_FILE, Site, open_site, say, until
 
 NAME, HONEST = "mallory", ("north", "south")
@@ -243,13 +244,15 @@ async def read_anothers_blob(self: Member, federation: Any, admin: Any, task: pb
 
 async def speak_as_another(self: Member, federation: Any, admin: Any, task: pb.Task) -> Any:
     call = federation.Session()
-    await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION, name=HONEST[0])))
+    await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=NEWEST_PROTOCOL, name=HONEST[0])))
     answer = await call.read()
     return answer if isinstance(answer, pb.ServerMessage) and answer.HasField("welcome") else None
 
 
 async def a_second_certificate(self: Member, federation: Any, admin: Any, task: pb.Task) -> Any:
-    return await federation.Enroll(pb.EnrollRequest(protocol_version=1, token="x" * 40, csr=b"no request"))
+    return await federation.Enroll(
+        pb.EnrollRequest(protocol_version=NEWEST_PROTOCOL, token="x" * 40, csr=b"no request")
+    )
 
 
 def asks(method: str, request: Any) -> Callable[[Member, Any, Any, pb.Task], Coroutine[Any, Any, Any]]:

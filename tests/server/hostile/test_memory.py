@@ -16,8 +16,9 @@ import grpc
 import pytest
 
 from fedpeft.v1 import federation_pb2 as pb
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.dialing import open_channel
-from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION, TransportOptions
+from fedpeft_server.transport.grpc_options import TransportOptions
 from tests.server.fleet import federation, played, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -93,7 +94,7 @@ async def many_sessions(stub: Any, name: str) -> None:
 
 
 def hello(name: str, capabilities: dict[str, str] | None = None) -> pb.Hello:
-    return pb.Hello(protocol_version=PROTOCOL_VERSION, name=name, capabilities=capabilities or {})
+    return pb.Hello(protocol_version=NEWEST_PROTOCOL, name=name, capabilities=capabilities or {})
 
 
 ATTACKS: dict[str, Callable[[Any, str], Awaitable[None]]] = {

@@ -27,15 +27,15 @@ from fedpeft.credentials import (
 from fedpeft.credentials.certificates import parse_certificate
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.content import encode_content
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
-from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION
 from fedpeft_server.transport.refusals import NOBODY, Reason
 from tests.server.fleet import federation, played, wait_for
 from tests.server.hostile.attacker import ENDINGS, Attacker, ended, named, new_name, pieces
 from tests.server.hostile.scene import PATIENCE_S, Scene, counted
 
 Attack = Callable[[Attacker], Awaitable[None]]
-HELLO = pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION))
+HELLO = pb.AgentMessage(hello=pb.Hello(protocol_version=NEWEST_PROTOCOL))
 BEAT = pb.AgentMessage(heartbeat=pb.Heartbeat())
 CODE = grpc.StatusCode
 
@@ -264,7 +264,7 @@ async def incorrigible(self: Attacker) -> None:
 async def in_anothers_name(self: Attacker) -> None:
     async with self.stub() as stub:
         call = stub.Session()
-        await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION, name="ada")))
+        await call.write(pb.AgentMessage(hello=pb.Hello(protocol_version=NEWEST_PROTOCOL, name="ada")))
         code, details = await ended(call)
         assert code is CODE.UNAUTHENTICATED
         assert "its certificate" in details
@@ -273,7 +273,9 @@ async def in_anothers_name(self: Attacker) -> None:
 async def persons_work(self: Attacker) -> None:
     """An agent's certificate for what only people may do: it has no such service here, nor the role."""
     async with self.channel() as channel:
-        call = federation(channel).Enroll(pb.EnrollRequest(protocol_version=1, csr=make_request(new_key())))
+        call = federation(channel).Enroll(
+            pb.EnrollRequest(protocol_version=NEWEST_PROTOCOL, csr=make_request(new_key()))
+        )
         assert "can be renewed from" in (await call.details())
 
 
@@ -287,7 +289,9 @@ async def stolen_token(self: Attacker) -> None:
         stub = federation(channel)
 
         def ask(text: str) -> Any:
-            return stub.Enroll(pb.EnrollRequest(protocol_version=1, token=text, csr=make_request(new_key())))
+            return stub.Enroll(
+                pb.EnrollRequest(protocol_version=NEWEST_PROTOCOL, token=text, csr=make_request(new_key()))
+            )
 
         assert (await ask(token)).name == f"dev-{self.name}"
         assert "used before, by another device" in await ask(token).details()

@@ -20,10 +20,10 @@ from fedpeft.credentials import Role, make_request, new_key, read_material
 from fedpeft.errors import CredentialError, FedPEFTError, LimitError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.admin_client import AdminClient, run_and_answer
 from fedpeft_client.transport.device_certificate import own_material
 from fedpeft_client.transport.dialing import error_of, open_channel
-from fedpeft_server.transport.grpc_options import PROTOCOL_VERSION
 from tests.server.hostile.attacker import ENDINGS, ended
 from tests.server.hostile.house import SECRET, House, asked, house, refusal, submit, tables, token_for
 
@@ -296,7 +296,7 @@ def federation_call(desk: AdminClient, ask: Callable[[Any], Any]) -> Any:
 
 
 def test_a_submitter_is_no_agent(unharmed: House) -> None:
-    hello = pb.AgentMessage(hello=pb.Hello(protocol_version=PROTOCOL_VERSION, name="north"))
+    hello = pb.AgentMessage(hello=pb.Hello(protocol_version=NEWEST_PROTOCOL, name="north"))
     opened = pb.BlobUpload(open=pb.BlobOpen(digest=b"d" * 32, size=10, task=b"t" * 16))
 
     async def sent(call: Any, message: Any) -> tuple[grpc.StatusCode, str]:
@@ -320,7 +320,7 @@ def test_a_token_gives_what_its_admin_wrote_into_it_and_once(made: House, tmp_pa
 
     def enrol(token: str) -> Any:
         csr = make_request(new_key())
-        request = pb.EnrollRequest(protocol_version=PROTOCOL_VERSION, token=token, csr=csr)
+        request = pb.EnrollRequest(protocol_version=NEWEST_PROTOCOL, token=token, csr=csr)
         return federation_call(eve, lambda stub: stub.Enroll(request))
 
     assert "can be renewed from" in str(refusal(enrol, ""))
