@@ -19,6 +19,7 @@ SOURCES = {"fedpeft": ROOT / "fedpeft", "fedpeft_server": ROOT / "server", "fedp
 # A room imports only from rooms of earlier lines; rooms of one line don't know each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("version", "errors", "v1"),
+    ("plugins",),
     ("runtime", "config", "updates"),
     ("codec", "credentials", "data", "ledger", "seedspace", "workers"),
     ("adapters", "models", "wire"),

@@ -284,6 +284,7 @@ class TaskExecutor:
             "metrics": trade.policy.metrics,
             "min_count": trade.policy.min_count,
             "min_rows": trade.policy.min_rows,
+            "plugins": list(trade.policy.plugins),
         }
         return Frame(header, {"content": content, "memory": memory})
 

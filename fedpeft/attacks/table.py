@@ -12,9 +12,10 @@ from fedpeft.attacks.own import LabelFlip, NoiseAttack, Scaled, SignFlip
 from fedpeft.config.option_tables import build_option
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
+from fedpeft.plugins import EntryTable, offers
 from fedpeft.runtime.randomness import stream
 
-ATTACKS: dict[str, Any] = {  # a class that is an Attack and takes its options by name
+_OWN: dict[str, Any] = {  # a class that is an Attack and takes its options by name
     "alie": LittleIsEnough,
     "gauge": FactorRotation,
     "inner-product": InnerProduct,
@@ -23,6 +24,8 @@ ATTACKS: dict[str, Any] = {  # a class that is an Attack and takes its options b
     "scaled": Scaled,
     "sign-flip": SignFlip,
 }
+
+ATTACKS: EntryTable[Any] = EntryTable("attacks", _OWN, offers("kind", "colludes", "on_labels", "on_update"))
 
 
 def build_attack(run: RunConfig) -> Attack | None:

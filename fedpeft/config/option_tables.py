@@ -32,6 +32,8 @@ def build_option(where: str, table: Mapping[str, Any], name: str, options: Mappi
         raise RunFileError("run file", [unknown_name(where, name, table)])
     try:
         return table[name](**options)
+    except TypeError as error:  # of a class that is no model
+        raise RunFileError("run file", [f"{where} ({name}): {error}"]) from error
     except ValidationError as error:
         problems = []
         for detail in error.errors():

@@ -865,6 +865,9 @@ class OutputSection(Section):
     keep_checkpoints: Annotated[Count, unit("checkpoints")] | None = Field(
         None, description="The newest so many checkpoints stay. Default: one per round."
     )
+    sinks: tuple[str, ...] = Field(
+        (), description="Further places that receive the run's rows, by the names that plugins give them."
+    )
 
 
 class GroupSection(Section):

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from fedpeft.data.columns import BATCH_ROWS, NumberedRow, read_arrow, read_parquet
 from fedpeft.data.text_files import Reading, open_text, separated_values
 from fedpeft.errors import DataError
+from fedpeft.plugins import EntryTable, offers
 
 __all__ = [
     "BATCH_ROWS",
@@ -207,7 +208,7 @@ def read_lines(path: Path, reading: Reading | None = None) -> Iterator[NumberedR
 
 Reader = Callable[[Path, Reading], Iterator[NumberedRow]]
 
-READERS: Mapping[str, Reader] = {
+_OWN: Mapping[str, Reader] = {
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
     ".json": read_jsonl,
@@ -217,6 +218,8 @@ READERS: Mapping[str, Reader] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
+
+READERS: EntryTable[Reader] = EntryTable("formats", _OWN, offers("__call__"))
 """The reader by a file's suffix, in lower case."""
 
 LESSER = (".txt",)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedpeft.config.option_tables import unknown_name
 from fedpeft.errors import RunFileError
+from fedpeft.plugins import EntryTable, instance_of
 
 Column = NDArray[np.float64]  # one value per example
 Columns = Mapping[str, Column]
@@ -49,7 +50,7 @@ def _perplexity(loss: Any) -> Any:
     return np.exp(np.minimum(loss, 700.0))  # exp overflows float64 beyond 709
 
 
-METRICS: dict[str, Metric] = {
+_OWN: dict[str, Metric] = {
     "loss": Metric(
         "nll", "tokens", TASKS, False, "mean negative log-likelihood, nats per scored token or class"
     ),
@@ -63,6 +64,8 @@ METRICS: dict[str, Metric] = {
         "rouge_l", "one", TASKS[:1], True, "ROUGE-L F1 of the generated answer", generates=True
     ),
 }
+
+METRICS = EntryTable("metrics", _OWN, instance_of(Metric))
 
 
 def metrics_of(task: str, asked: Sequence[str], *, answers: bool) -> tuple[str, ...]:

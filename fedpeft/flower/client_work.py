@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from flwr.app import Context, Message
 
+from fedpeft.config.run_plugins import plugins_of, plugins_text
 from fedpeft.config.sections import LocalPrivacy, RecordLevelPrivacy
 from fedpeft.data.tables import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
@@ -42,7 +43,8 @@ def greet(message: Message, context: Context, find: Find) -> Message:
         client = resident.data.clients[_partition(context, resident)]
         resident = resident.of_client(client.name)
         rows = Disclosure.of_node(context.node_config).count(_reported_rows(resident, client))
-        return hello_reply(Hello(client.name, rows, resident.base_digest), message)
+        plugins = plugins_text(plugins_of(resident.run))
+        return hello_reply(Hello(client.name, rows, resident.base_digest, plugins), message)
     except FedPEFTError as error:
         return error_reply(error, message)
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedpeft.config.client_groups import own_base_of, refuse_unknown
 from fedpeft.config.run_file import run_json
 from fedpeft.config.run_identity import identity_digest
+from fedpeft.config.run_plugins import plugins_of, plugins_text
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError, FedPEFTError, UsageError
 from fedpeft.ledger import Checkpoint
@@ -195,7 +196,13 @@ def _evaluation(
 
 def _everyone(resident: RunView, grid: Grid, task: Task) -> Roster:
     clients = resident.clients_here
-    roster = roll_call(grid, task, expected=clients, own_base=own_base_of(resident.run))
+    roster = roll_call(
+        grid,
+        task,
+        expected=clients,
+        own_base=own_base_of(resident.run),
+        plugins=plugins_text(plugins_of(resident.run)),
+    )
     if len(roster.members) < clients:
         raise FederationError(f"{len(roster.members)} of {clients} clients answered the roll call")
     check_base(roster, resident)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
 from fedpeft.errors import ModelError
+from fedpeft.plugins import EntryTable, instance_of
 
 Targets = Literal[
     "linear", "rounded", "ia3", "norm", "block-output", "every-leaf", "head", "first-linear", "none"
@@ -483,7 +484,7 @@ _TABLE = (
     ),
 )
 
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _TABLE})
+METHODS = EntryTable("peft_methods", {method.name: method for method in _TABLE}, instance_of(Method))
 """Every method that a run file may name."""
 
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -530,7 +531,7 @@ def with_options(method: Method, options: Mapping[str, Any]) -> Method:
     An option that is what another method is (`use_dora`, `init_lora_weights = "pissa"`) brings what that one
     cannot do.
     """
-    for other in METHODS.values():
+    for other in METHODS.own.values():
         if other.config == method.config and len(other.fixed) == 1 and _asks_for(other, options):
             method = replace(
                 method,

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedpeft.aggregation.lora_rules import lora_problems
 from fedpeft.attacks import build_attack
 from fedpeft.compatibility import conflicts_of
+from fedpeft.config.option_tables import unknown_name
 from fedpeft.config.sampling import cohort_size
 from fedpeft.config.sections import RunConfig
 from fedpeft.data.section_layout import section_problems
@@ -18,6 +19,7 @@ from fedpeft.models.methods import METHODS, base_refusal, with_options
 from fedpeft.models.offsite import NO_EMULATOR, emulator_at
 from fedpeft.models.options import peft_problems
 from fedpeft.privacy.run_checks import privacy_problems
+from fedpeft.reporting.sinks import SINKS
 from fedpeft.rounds.buffered.buffer_rules import buffer_problems
 from fedpeft.rounds.strategy_table import geometry_problems, strategy_problems
 from fedpeft.spaces import space_options
@@ -47,6 +49,7 @@ def problems_of(run: RunConfig) -> list[str]:
         lambda: _refuse(privacy_problems(run)),
         lambda: _refuse(record_problems(run)),
         lambda: _refuse(conflicts_of(run)),
+        lambda: _refuse([unknown_name("output.sinks", n, SINKS) for n in run.output.sinks if n not in SINKS]),
         lambda: metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run)),
     )
     for check in checks:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fedpeft.errors import MissingExtraError, UsageError
 from fedpeft.ledger.records import Baseline, Evaluation, Finished, Round, Row, Started
+from fedpeft.plugins import EntryTable, offers
 from fedpeft.reporting.summary import spread_of
 
 Scalar = tuple[str, float, int]  # tag, value, step
@@ -140,7 +141,10 @@ def _tensorboard(folder: Path, first_round: int) -> MetricSink:
     return _TensorBoardSink(writer)
 
 
-SINKS: dict[str, Callable[[Path, int], MetricSink]] = {"tensorboard": _tensorboard}
+OpenSink = Callable[[Path, int], MetricSink]
+"""Opens a sink, given the run's folder and the first round that will be written."""
+
+SINKS: EntryTable[OpenSink] = EntryTable("sinks", {"tensorboard": _tensorboard}, offers("__call__"))
 
 
 def open_sink(name: str, folder: Path, first_round: int = 0) -> MetricSink:

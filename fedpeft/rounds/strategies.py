@@ -91,6 +91,7 @@ class StrategyRunner:
         self.layout: Layout = packing_of(layout) if packable(layout) else layout
         self._quantum = run.federation.quantum_exponent
         self._strategy = None if self.rule.build is None else self._flowers(self.rule.build)
+        self._made: Any = None if self.rule.made is None else self.rule.made(**self._options)
         self._pairs = lora_pairs(self.layout, run.peft) if prefers_products(section) else ()
         if section.geometry == "product" and not self._pairs:
             raise RunFileError(
@@ -133,6 +134,8 @@ class StrategyRunner:
 
     def aggregate_mean(self, round_: int, mean: PackedArrays, weight: int) -> Arrays:
         """Call a rule of the mean type with the one reply that it needs."""
+        if self._made is not None:
+            return self._changed(round_, self._made.step(round_, dict(mean)))
         result = self.aggregate(round_, [({_ALL: mean.flat}, weight, 0.0)])
         return PackedArrays(result[_ALL], mean.packing)
 
@@ -149,11 +152,32 @@ class StrategyRunner:
                 " num_malicious_nodes,"
                 " or ask more clients"
             )
+        if self._made is not None:
+            return self._changed(round_, self._made.combine(round_, list(updates)))
         if self._pairs:
             return self._aggregate_products(round_, updates, Products(self._pairs, self._state))
         if self._strategy is None:
             return self._weigh(updates, Entries())
         return self.aggregate(round_, [_as_flower_reply(update, update.arrays) for update in updates])
+
+    def _changed(self, round_: int, change: Any) -> Arrays:
+        """What a plugin's strategy returned, if it is a change of the run's arrays.
+
+        Raises:
+            FederationError: it isn't.
+        """
+        if not isinstance(change, Mapping) or set(change) != set(self.layout):
+            raise FederationError(
+                f"round {round_}: {self._name} returned no array for each of {len(self.layout)} names"
+            )
+        arrays = {name: np.asarray(change[name], dtype=np.float64) for name in self.layout}
+        for name, (shape, _) in self.layout.items():
+            if arrays[name].shape != tuple(shape) or not np.isfinite(arrays[name]).all():
+                raise FederationError(
+                    f"round {round_}: {self._name} returned {name} of shape {list(arrays[name].shape)};"
+                    f" finite numbers of shape {list(shape)} are needed"
+                )
+        return arrays
 
     def _weigh(self, updates: Sequence[Update], geometry: Geometry) -> Arrays:
         """A rule of inner products."""
@@ -206,6 +230,8 @@ class StrategyRunner:
 
     def memory(self) -> dict[str, NDArray[Any]]:
         """What the strategy carries to the next round, as named arrays for a checkpoint."""
+        if self._made is not None:
+            return {f"state/{name}": np.asarray(array) for name, array in self._made.state.items()}
         kept = {}
         for attribute in self.rule.memory:
             value = getattr(self._strategy, attribute)
@@ -218,6 +244,8 @@ class StrategyRunner:
 
     def restore(self, memory: Mapping[str, NDArray[Any]]) -> None:
         """Inverse of `memory`, after a restart."""
+        if self._made is not None:
+            self._made.state = {name.removeprefix("state/"): array for name, array in memory.items()}
         for attribute in self.rule.memory:
             named = {
                 name: memory[f"{attribute}/{name}"]

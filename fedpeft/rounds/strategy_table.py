@@ -6,16 +6,41 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from flwr.serverapp import strategy as flower
+from numpy.typing import NDArray
 
 from fedpeft.aggregation.robust import Coefficients, geometric_median, krum, multikrum, norm_bound
 from fedpeft.config.option_tables import unknown_name
 from fedpeft.config.sections import PeftSection, RunConfig, StrategySection
 from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.errors import MissingExtraError
 from fedpeft.models.methods import METHODS
+from fedpeft.plugins import EntryTable
 from fedpeft.spaces import space_traits
+
+
+class Strategy(Protocol):
+    """An aggregation rule of another package; it need not inherit from anything.
+
+    The class takes its options, which are numbers, by name alone. Its docstring's first line is shown to
+    people. Beside these methods it has one more, which says what it needs of a round:
+
+    * ``step(number, mean)``: the change to apply, from the exact weighted mean of the updates, or
+    * ``combine(number, updates)``: the change, from all updates (`fedpeft.Update`) in the order of their
+      clients' names; so all of them are held until the round ends.
+
+    Both take and return float64 arrays by name, laid out as updates are.
+
+    Attributes:
+        traits: what it is, of `fedpeft.Trait`; that decides which runs it can be part of.
+        state: what it carries from round to round, by name; read for each checkpoint, and set after a
+            restart. Empty before the first round. With one, `traits` has REMEMBERS_STEPS.
+    """
+
+    traits: ClassVar[Traits]
+    state: dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +57,7 @@ class StrategyRule:
         collects: Flower's class collects garbage after each client.
         robust: hostile clients, some of them, are what it is for; so it has a geometry.
         declares: what else decides which runs it can be part of.
+        made: of another package: a class that is a `Strategy`.
         summary: one line for people.
     """
 
@@ -44,6 +70,7 @@ class StrategyRule:
     collects: bool = False
     robust: bool = False
     declares: Traits = frozenset({Trait.STEP_IS_NOT_THE_MEAN})
+    made: Callable[..., Strategy] | None = None
 
     @property
     def traits(self) -> Traits:
@@ -64,7 +91,8 @@ class StrategyRule:
         if self.build is not None:
             parameters = inspect.signature(self.build).parameters
             return {key: value for key, value in parameters.items() if key not in _PLUMBING}
-        ours = inspect.signature(self.coefficients).parameters if self.coefficients is not None else {}
+        called = self.coefficients if self.made is None else self.made
+        ours = inspect.signature(called).parameters if called is not None else {}
         return {key: value for key, value in ours.items() if value.kind is value.KEYWORD_ONLY}
 
 
@@ -79,7 +107,7 @@ def malicious(options: Mapping[str, Any]) -> int:
     return int(options.get("num_malicious_nodes", 0))
 
 
-RULES: dict[str, StrategyRule] = {
+_OWN: dict[str, StrategyRule] = {
     "fedavg": StrategyRule(flower.FedAvg, True, "weighted mean (McMahan et al. 2017)", declares=NO_TRAITS),
     "fedprox": StrategyRule(
         flower.FedProx,
@@ -175,6 +203,27 @@ RULES: dict[str, StrategyRule] = {
         declares=_MOVES | {Trait.SCALES_BY_LOSS},
     ),
 }
+
+
+def _rule_of(name: str, offered: Any) -> StrategyRule:
+    """The rule that a plugin's strategy is.
+
+    Raises:
+        MissingExtraError: it is none.
+    """
+    if isinstance(offered, StrategyRule):
+        return offered
+    needs_each = hasattr(offered, "combine")
+    if not callable(offered) or needs_each == hasattr(offered, "step") or not hasattr(offered, "traits"):
+        raise MissingExtraError(
+            f"the plugin '{name}' is no strategy: it needs traits, and either step or combine; see"
+            " fedpeft.Strategy"
+        )
+    summary = (offered.__doc__ or name).strip().partition("\n")[0].rstrip(".")
+    return StrategyRule(None, not needs_each, summary, declares=frozenset(offered.traits), made=offered)
+
+
+RULES = EntryTable("strategies", _OWN, _rule_of)
 
 _POSITIVE = ("clip_norm", "multiple")
 

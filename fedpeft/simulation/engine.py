@@ -19,8 +19,9 @@ from rich.console import Console
 
 from fedpeft.attacks import refuse_attack
 from fedpeft.config.run_file import load_run, run_toml
+from fedpeft.config.run_plugins import plugins_of
 from fedpeft.config.sections import DataSection, RunConfig
-from fedpeft.errors import UsageError
+from fedpeft.errors import StateError, UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
@@ -63,6 +64,7 @@ OWN_MODELS = (
     "every client keeps parameters to itself: scores are of each client's own model on its own held-out rows,"
     " and adapter/ holds only what clients share"
 )
+_PLUGIN = "plugin "
 _VERSIONS = ("fedpeft", "flwr", "torch", "transformers", "peft", "numpy")
 
 
@@ -201,6 +203,7 @@ class _RunExecution:
         self._venue = venue
         self._progress = progress
         self._began = time.monotonic() - spent_s
+        refuse_other_plugins(folder)
         progress.setup("loading rows and model")
         self._resident = venue.load(self._run)
         folder.bind_rows(self._resident.data.rows_digest)
@@ -243,7 +246,7 @@ class _RunExecution:
         return 1
 
     def _open_sinks(self, last: Checkpoint | None) -> list[MetricSink]:
-        names = ["tensorboard"] if self._run.output.tensorboard else []
+        names = [*self._run.output.sinks, *(["tensorboard"] if self._run.output.tensorboard else [])]
         return [open_sink(name, self._folder.path, 0 if last is None else last.round + 1) for name in names]
 
     def _rounds(self, scorer: Scorer, pool: Workers, last: Checkpoint | None) -> Checkpoint:
@@ -446,8 +449,34 @@ def started_row(resident: LoadedRun, metrics: tuple[str, ...], engine: str, rost
         higher_is_better={name: METRICS[name].higher_is_better for name in metrics},
         privacy=promise_of(run, measured=may_score(run) and len(data.test) > 0),
         versions={"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _VERSIONS},
+        | {name: importlib.metadata.version(name) for name in _VERSIONS}
+        | plugin_versions(run),
     )
+
+
+def plugin_versions(run: RunConfig) -> dict[str, str]:
+    """Return version and digest of each plugin that a run uses, by `plugin NAME`."""
+    used = plugins_of(run, devices_only=False)
+    return {f"{_PLUGIN}{plugin.name}": f"{plugin.version} {plugin.digest}" for plugin in used}
+
+
+def refuse_other_plugins(folder: RunFolder) -> None:
+    """Compare the plugins that a begun run was begun with with those that are installed.
+
+    Raises:
+        StateError: they differ.
+    """
+    begun, now = folder.started(), plugin_versions(folder.run)
+    if begun is None:
+        return
+    before = {name: version for name, version in begun.versions.items() if name.startswith(_PLUGIN)}
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            had, has = (each.get(name, "none") for each in (before, now))
+            raise StateError(
+                f"{folder.path} was begun with {name} {had} and {has} is installed; install that version, or"
+                " begin the run anew in another folder"
+            )
 
 
 def promise_of(run: RunConfig, *, measured: bool) -> Promise | None:

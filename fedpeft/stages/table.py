@@ -7,8 +7,9 @@ from typing import Any
 from fedpeft.config.option_tables import build_option
 from fedpeft.config.sections import ClientLevelPrivacy, LocalPrivacy, RunConfig, StageSection
 from fedpeft.errors import RunFileError
+from fedpeft.plugins import EntryTable, offers
 from fedpeft.stages.alpha_search import SEARCH
-from fedpeft.stages.base import Stage
+from fedpeft.stages.base import Role, Stage
 from fedpeft.stages.bound import Bound
 from fedpeft.stages.clip import Clip
 from fedpeft.stages.compeft import Compeft
@@ -23,7 +24,7 @@ from fedpeft.stages.ternary import Ternary
 from fedpeft.stages.top_k import TopK
 from fedpeft.stages.weigh import Weigh
 
-STAGES: dict[str, Any] = {  # a class that is a Stage and takes its options by name
+_OWN: dict[str, Any] = {  # a class that is a Stage and takes its options by name
     "clip": Clip,
     "compeft": Compeft,
     "dare": Dare,
@@ -35,6 +36,10 @@ STAGES: dict[str, Any] = {  # a class that is a Stage and takes its options by n
     "top-k": TopK,
     "weigh": Weigh,
 }
+
+STAGES: EntryTable[Any] = EntryTable(
+    "stages", _OWN, offers("kind", "role", "payload", "on_client", "on_server", "model_dump")
+)
 
 
 def build_stages(run: RunConfig) -> tuple[Stage, ...]:
@@ -53,15 +58,20 @@ def build_stages(run: RunConfig) -> tuple[Stage, ...]:
             problems.extend(_search_problems(run, f"stages.{index}", asked[-1]))
         except RunFileError as error:
             problems.extend(error.problems)
-    nameable = STAGES | {Noise.kind: Noise}  # whose options are those of [privacy]
     kinds = [section.kind for section in run.stages]
-    known = [(kind, nameable[kind].role) for kind in kinds if kind in nameable]
+    known = [(kind, _role_of(kind)) for kind in kinds if kind == Noise.kind or kind in STAGES]
     if len(known) == len(run.stages):  # else the places would be wrong
         noise_first = isinstance(run.privacy, LocalPrivacy) and "noise" not in dict(known)
         problems.extend(composition_problems(known, noise_first=noise_first))
     if problems:
         raise RunFileError("run file", problems)
     return (Weigh(by=run.federation.weighting), *_of_privacy(run), *asked)
+
+
+def _role_of(kind: str) -> Role:
+    """The role of a stage, or of the place of the noise, which the table has not."""
+    role: Role = Noise.role if kind == Noise.kind else STAGES[kind].role
+    return role
 
 
 def _built(run: RunConfig, where: str, section: StageSection) -> Any:

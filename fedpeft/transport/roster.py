@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedpeft.config.run_plugins import difference
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.transport.message_exchange import exchange
 from fedpeft.transport.tasks import HELLO, Hello, Task, read_hello, task_content
@@ -77,12 +78,15 @@ def roll_call(
     expected: int,
     timeout_s: float = 300.0,
     own_base: Callable[[str], int | None] = lambda client: None,
+    plugins: str = "",
 ) -> Roster:
     """Wait for `expected` nodes, then ask each who it is.
 
     Args:
         task: the run that the nodes should load; its round and state aren't used.
         own_base: of a client that is in a group with a base of its own, the group's number.
+        plugins: that the run uses at this end, as `plugins_text` says; whoever has others is left out where
+            enough remain.
 
     Raises:
         FederationError: too few nodes in time, two nodes with one name, or too few with one base model;
@@ -96,7 +100,9 @@ def roll_call(
     failures: list[FedPEFTError] = []
     for reply in exchange(grid, messages, timeout_s=timeout_s):
         try:
-            greetings[reply.metadata.src_node_id] = read_hello(reply)
+            hello = read_hello(reply)
+            check_plugins(hello, plugins)
+            greetings[reply.metadata.src_node_id] = hello
         except FedPEFTError as error:  # kept: raised below unless enough others could answer
             failures.append(error)
     if failures and len(greetings) < expected:
@@ -111,6 +117,19 @@ def roll_call(
         for node, hello in sorted(greetings.items())
     }
     return Roster(members, common)
+
+
+def check_plugins(hello: Hello, plugins: str) -> None:
+    """Compare the plugins that a run uses at a client with those at this end.
+
+    Raises:
+        FederationError: name, version or digest of one differ.
+    """
+    differs = difference(plugins, hello.plugins)
+    if differs:
+        raise FederationError(
+            f"{hello.client}: the run's plugins differ at both ends: {differs}; install the same version"
+        )
 
 
 def _wait_for_nodes(grid: Grid, expected: int, timeout_s: float) -> list[int]:

@@ -32,11 +32,12 @@ ERROR_CODE = 1000  # ours, beyond the codes that Flower's runtimes use
 
 @dataclass(frozen=True)
 class Hello:
-    """What a client says of itself at roll call."""
+    """What a client says of itself at roll call; `plugins` is as `plugins_text` makes it."""
 
     client: str
     examples: int
     base_digest: str
+    plugins: str = ""
 
 
 def task_content(task: Task) -> RecordDict:
@@ -90,6 +91,8 @@ def hello_reply(hello: Hello, message: Message) -> Message:
         "examples": hello.examples,
         "base-digest": hello.base_digest,
     }
+    if hello.plugins:
+        config["plugins"] = hello.plugins
     return Message(RecordDict({"hello": ConfigRecord(config)}), reply_to=message)
 
 
@@ -102,7 +105,12 @@ def read_hello(reply: Message) -> Hello:
         raise FederationError(
             "a reply without a greeting came; server and client must run the same version of fedpeft"
         )
-    return Hello(str(record["client"]), int(record["examples"]), str(record["base-digest"]))  # type: ignore[arg-type]
+    return Hello(
+        str(record["client"]),
+        int(record["examples"]),  # type: ignore[arg-type]
+        str(record["base-digest"]),
+        str(record.get("plugins", "")),
+    )
 
 
 def _record(message: Message, name: str) -> ConfigRecord | None:

@@ -59,6 +59,7 @@ class PolicyKey(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     POLICY_KEY_MIN_COUNT: _ClassVar[PolicyKey]
     POLICY_KEY_USER: _ClassVar[PolicyKey]
     POLICY_KEY_NEEDS_CONFINEMENT: _ClassVar[PolicyKey]
+    POLICY_KEY_PLUGINS: _ClassVar[PolicyKey]
     POLICY_KEY_MODELS: _ClassVar[PolicyKey]
 FAILURE_CODE_UNSPECIFIED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
@@ -107,6 +108,7 @@ POLICY_KEY_METRICS: PolicyKey
 POLICY_KEY_MIN_COUNT: PolicyKey
 POLICY_KEY_USER: PolicyKey
 POLICY_KEY_NEEDS_CONFINEMENT: PolicyKey
+POLICY_KEY_PLUGINS: PolicyKey
 POLICY_KEY_MODELS: PolicyKey
 
 class EnrollRequest(_message.Message):

@@ -116,7 +116,8 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
 @contextmanager
 def registered(table: MutableMapping[str, Any], name: str) -> Iterator[None]:
     """A copy of an entry under another name."""
-    table[COPY] = table[name]
+    entry = table[name]
+    table[COPY] = type("Copy", (entry,), {"kind": COPY}) if isinstance(entry, type) else entry
     try:
         yield
     finally:

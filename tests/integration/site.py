@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -43,6 +44,7 @@ class Site:
     stack: ExitStack
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     token: str = ""
+    packages: tuple[Path, ...] = ()  # folders in which its processes find further packages
 
     @property
     def address(self) -> str:
@@ -50,9 +52,11 @@ class Site:
 
     @property
     def environment(self) -> dict[str, str]:
-        return environment(
+        made = environment(
             FEDPEFT_SERVER=self.address, FEDPEFT_KEYS="federation/submitters/ada", FEDPEFT_TOKEN=self.token
         )
+        paths = (made["PYTHONPATH"], *map(str, self.packages))
+        return {**made, "PYTHONPATH": os.pathsep.join(paths)}
 
     def words(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "fedpeft.cli", *arguments]
@@ -76,10 +80,12 @@ class Site:
         keys = ("--config", str(config), "--keys", "federation/server", "--authority", "federation/ca")
         self.start("server", "server", "--listen", self.address, "--state", "state", *keys)
 
-    def start_agent(self, name: str) -> None:
+    def start_agent(self, name: str, *more: str) -> None:
         data = str(ROOT / "client" / "data" / f"{name}.jsonl")
         own = () if name == AGENTS[-1] else ("--keys", f"federation/agents/{name}")
-        self.start(name, "client", "--server", self.address, "--data", data, "--home", f"homes/{name}", *own)
+        self.start(
+            name, "client", "--server", self.address, "--data", data, "--home", f"homes/{name}", *own, *more
+        )
 
     def kill(self, name: str) -> None:
         self.processes[name].kill()

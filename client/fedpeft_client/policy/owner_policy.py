@@ -138,6 +138,10 @@ class Policy(Section):
             " weights is refused."
         ),
     )
+    plugins: tuple[str, ...] = Field(
+        (),
+        description="Installed packages whose plugins a run may use; no others are loaded.",
+    )
     capabilities: tuple[Literal["cores", "memory-mib"], ...] = Field(
         (), description="What the server's list of agents shows of this device."
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fedpeft.config.device_task import read_device_task
 from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
 from fedpeft.flower.execute import Outcome, execute, named_app
+from fedpeft.plugins import allow_plugins, is_allowed
 from fedpeft.runtime.cancellation import clear_cancellation, install_cancellation
 from fedpeft.runtime.crash_points import crash_point
 from fedpeft.runtime.frames import Frame, pack, read_frame
@@ -109,11 +110,13 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
     from fedpeft.participant.loaded_run import get_loaded_run, has_loaded_run, set_loaded_run
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
+    allow_plugins(header.get("plugins", ()))
     if not has_loaded_run(digest):
         described = read_device_task(header["device_task"])
         if described.digest != digest:
             raise ModelError(f"what came is not what run {digest[:12]} is; nothing was trained")
         run = described.described_run
+        _refuse_plugins(run)
         _refuse_problems(run, header)
         device, files = header.get("device", "cpu"), header.get("files", {})
         own = Own(header["client"], Path(header["data"]), header["model"], device, **files)
@@ -136,6 +139,20 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
             " with those again, or wait for the next run"
         )
     return resident.base_digest, rows, fresh
+
+
+def _refuse_plugins(run: RunConfig) -> None:
+    """Refuse a run that uses installed packages which the owner does not list; nothing of them is imported.
+
+    Raises:
+        PolicyError: with their names.
+    """
+    from fedpeft.config.run_plugins import plugins_of
+
+    unlisted = [str(plugin) for plugin in plugins_of(run) if not is_allowed(plugin)]
+    if unlisted:
+        text = f"the run uses the plugin {', '.join(unlisted)}, which policy.plugins does not list"
+        raise PolicyError(text, {"plugins": None})
 
 
 def _refuse_problems(run: RunConfig, header: Any) -> None:

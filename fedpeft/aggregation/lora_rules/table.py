@@ -8,6 +8,7 @@ from typing import Literal
 
 from fedpeft.config.sections import RunConfig
 from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.plugins import EntryTable, instance_of
 
 Role = Literal["lora_A", "lora_B"] | None
 """Which factor a trained parameter is; None: neither (a classifier's head, a bias)."""
@@ -78,7 +79,7 @@ def _a_alone(role: Role, number: int) -> bool:
     return role == "lora_A"
 
 
-LORA_RULES: Mapping[str, LoraRule] = {
+_OWN: Mapping[str, LoraRule] = {
     "fedit": LoraRule(
         summary="mean of A and mean of B; their product is not the mean of products",
         source="Zhang et al. 2024, FedIT (arXiv 2305.05644)",
@@ -127,6 +128,8 @@ LORA_RULES: Mapping[str, LoraRule] = {
         residual=True,
     ),
 }
+
+LORA_RULES = EntryTable("lora_rules", _OWN, instance_of(LoraRule))
 
 
 def rule_of(run: RunConfig) -> LoraRule | None:

@@ -16,9 +16,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpeft.config.client_groups import own_base_of
+from fedpeft.config.run_plugins import plugins_of, plugins_text
 from fedpeft.config.sections import ClientLevelPrivacy, RunConfig
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.transport.roster import Member, Roster
+from fedpeft.transport.roster import Member, Roster, check_plugins
 from fedpeft.transport.tasks import HELLO, Hello, Task, read_hello, task_content
 
 
@@ -72,6 +73,7 @@ class Joining:
     ) -> None:
         self._strangers, self._closed, self._own_base = strangers, closed(run), own_base_of(run)
         self._check, self._keep, self._say, self._is_open = check, keep, say, is_open
+        self._plugins = plugins_text(plugins_of(run))
         self._task: Task | None = None
         self._roster = Roster({}, "")
         self._common = ""  # the run's own base model, where the first who holds it is a newcomer
@@ -129,6 +131,7 @@ class Joining:
         Raises:
             FederationError: it holds another one.
         """
+        check_plugins(hello, self._plugins)
         place, base = self._own_base(hello.client), self._roster.base_digest or self._common
         if place is not None:
             held = (self._roster.base_of(n) for n in self._roster.names if self._own_base(n) == place)

@@ -99,7 +99,7 @@ def counts_alone(run: RunConfig) -> bool:
     A state of seed-scalars is announced with the fingerprint of its weights. NumPy and the compiled kernels
     can make it where directions move all weights; what else looks at weights between rounds needs torch.
     """
-    if run.federation.lora_rule is not None or run.groups or run.output.tensorboard:
+    if run.federation.lora_rule is not None or run.groups or run.output.tensorboard or run.output.sinks:
         return False
     traits = space_traits(run.space.kind)
     if Trait.SEEDED_MOVES in traits:
