@@ -52,6 +52,7 @@ def wait_for_agents(
     check: Callable[[Roster], None],
     waiting: Callable[[str], None],
     own_base: Callable[[str], int | None] = lambda client: None,
+    plugins: str = "",
 ) -> Roster:
     """The roster of a run's agents, as soon as there is a sound one.
 
@@ -62,7 +63,7 @@ def wait_for_agents(
         wait_s: for how long at most; 0: as long as it takes.
         check: refuses a roster.
         waiting: told what is waited for, in one line, whenever that changes.
-        own_base: see `roll_call`.
+        own_base, plugins: see `roll_call`.
 
     Raises:
         FederationError: not within `wait_s`.
@@ -87,7 +88,7 @@ def wait_for_agents(
             wait(f"{len(here)} of {wanted} agents are connected{missing}", POLL_S)
             continue
         try:
-            roster = roll_call(grid, task, expected=wanted, own_base=own_base)
+            roster = roll_call(grid, task, expected=wanted, own_base=own_base, plugins=plugins)
             if len(roster.members) < wanted:
                 raise FederationError(f"{len(roster.members)} of {wanted} agents answered the roll call")
             check(roster)

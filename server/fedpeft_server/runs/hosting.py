@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from fedpeft.config.client_groups import own_base_of
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import run_json
+from fedpeft.config.run_plugins import plugins_of, plugins_text
 from fedpeft.errors import StateError, StorageError, UsageError
 from fedpeft.flower.server_app import RunView, Server, check_base, execute_rounds
 from fedpeft.ledger import Checkpoint
@@ -282,6 +283,7 @@ class Host:
             control=self.control,
             check=lambda came: check_base(came, server.resident),
             own_base=own_base_of(self.stored.run),
+            plugins=plugins_text(plugins_of(self.stored.run)),
             waiting=lambda why: self.store.runs.set_status(self.stored.id, RunStatus.WAITING, why),
         )
         return self.store.runs.keep_roster(self.stored.id, roster)
