@@ -24,6 +24,7 @@ from fedpeft.credentials import (
     fingerprint,
     identity_of,
 )
+from fedpeft.credentials.actions import note_action
 from fedpeft.credentials.certificates import read_certificate
 from fedpeft.credentials.federation import (
     AUTHORITY,
@@ -114,16 +115,25 @@ def _check(asked: ProvisionRequest) -> None:
 
 
 def _do(folder: Path, asked: ProvisionRequest, now: datetime) -> ProvisionResult:
+    authority = folder / AUTHORITY
     if asked.revoke:
+        open_federation(folder)
         for name in asked.revoke:
+            note_action(authority, "revoked", name, now)
             revoke_member(folder, name, now)
         return ProvisionResult(revoked=asked.revoke)
     created = bool(asked.hosts) and not asked.renew_server
     if created:
         create_federation(folder, asked.hosts, now)
+        note_action(authority, "created", "", now)
+    if asked.renew_server:
+        open_federation(folder)
+        note_action(authority, "renewed", SERVER, now, SERVER)
     renewed = renew_server(folder, asked.hosts, now) if asked.renew_server else ()
     for member in asked.members:  # all are checked before the first is made
         check_free(folder, member, now)
+    for member in asked.members:
+        note_action(authority, "invited" if asked.tokens else "issued", member.name, now, member.role)
     if asked.tokens:
         invited = [invite_member(folder, member, now, asked.token_life) for member in asked.members]
         return ProvisionResult(created, renewed, invited=invited)

@@ -27,6 +27,7 @@ from fedpeft.errors import FedPEFTError, StateError, StorageError
 from fedpeft.rounds.buffered.in_flight import overlap_of
 from fedpeft.runtime.crash_points import crash_point
 from fedpeft.runtime.telemetry import expose, set_up_log
+from fedpeft_server.ops.authority_actions import AuthorityActions
 from fedpeft_server.ops.end_watch import end_within
 from fedpeft_server.ops.enrolment_records import RecordedEnrolment
 from fedpeft_server.ops.expiry import ExpiryWatch
@@ -76,7 +77,7 @@ def run_daemon(settings: ServerSettings, *, migrate: bool = False) -> int:
         supervisor.start()
         Risks(settings.state).trace_crashes()
         LOG.info("listening on %s, state in %s", running.address, settings.state)
-        _until(told, store, running)
+        _until(told, store, running, AuthorityActions(settings.tls.authority, store.audit))
         LOG.info("ending: runs are put aside, they go on at the next start")
         if store.database.lost:
             supervisor.drain(WATCH_S)
@@ -219,12 +220,14 @@ class _Agents:
         self.inner.refused(agent, why)
 
 
-def _until(told: threading.Event, store: Store, running: RunningServer) -> None:
+def _until(told: threading.Event, store: Store, running: RunningServer, actions: AuthorityActions) -> None:
     """Wait for a signal, or until the database is another server's; note now and then who is here."""
     expiry, noted = ExpiryWatch(), time.monotonic()
+    actions.take_in()
     while not told.wait(WATCH_S) and not store.database.lost:
         with contextlib.suppress(StorageError):
             store.database.watch()
+        actions.take_in()
         if time.monotonic() - noted < SIGHTINGS_S:
             continue
         noted = time.monotonic()

@@ -20,6 +20,7 @@ from fedpeft.credentials.federation import is_held
 from fedpeft.errors import CredentialError, LimitError, UsageError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
+from fedpeft_server.runs.access_log import AccessLog
 from fedpeft_server.runs.admin_messages import (
     agent_info,
     incomplete_members,
@@ -84,6 +85,7 @@ class Admin(rpc.AdminServicer):
 
     def __init__(self, base: Administration) -> None:
         self._base = base
+        self._access = AccessLog(base.store.audit)
         self._turns = FairQueue(LONG_CALLS, math.inf)
         self._long = ThreadPoolExecutor(LONG_CALLS, thread_name_prefix="fedpeft-long")
 
@@ -110,6 +112,7 @@ class Admin(rpc.AdminServicer):
                     readers=_readers_of(request),
                 )
             except LimitError as error:
+                self._access.refuse(who, "", "SubmitRun")
                 raise Refused(Reason.QUOTA, error) from error
             return self._info(stored)
 
@@ -121,6 +124,8 @@ class Admin(rpc.AdminServicer):
         def listed(who: Identity) -> pb.ListRunsReply:
             reader = None if who.role is Role.ADMIN else who.name
             some = self._base.supervisor.list(reader=reader, limit=request.limit)
+            if any(stored.submitter != who.name for stored in some):
+                self._access.read(who, "", "ListRuns")
             return pb.ListRunsReply(runs=[self._info(stored) for stored in some])
 
         return await self._answer(context, Role.SUBMITTER, listed)
@@ -129,7 +134,7 @@ class Admin(rpc.AdminServicer):
         """One run, with the members whose answers have not counted."""
 
         def shown(who: Identity) -> pb.RunInfo:
-            stored = self._readable(who, request.id)
+            stored = self._read(who, request.id, "ShowRun")
             info = self._info(stored)
             info.incomplete.extend(incomplete_members(self._base.store, stored))
             return info
@@ -141,7 +146,7 @@ class Admin(rpc.AdminServicer):
 
         def stop(who: Identity) -> pb.RunInfo:
             reason = " ".join(request.reason.split())[:500] or f"stopped by {who.name}"
-            if not require_owner(who, self._readable(who, request.id)).status.final:
+            if not self._owned(who, request.id, "StopRun").status.final:
                 self._record(who, Action.STOPPED, request.id, reason=reason)
             return self._info(self._base.supervisor.stop(request.id, reason))
 
@@ -151,7 +156,7 @@ class Admin(rpc.AdminServicer):
         """Delete what a run that has ended keeps on the disk."""
 
         def remove(who: Identity) -> pb.RunInfo:
-            stored = require_owner(who, self._readable(who, request.id))
+            stored = self._owned(who, request.id, "RemoveRun")
             if not stored.status.final:
                 raise UsageError(
                     f"run {stored.id} has not ended; stop it first: fedpeft run stop {stored.id}"
@@ -169,7 +174,7 @@ class Admin(rpc.AdminServicer):
 
             def more(who: Identity, since: int = after) -> tuple[bool, list[pb.LogLine]]:
                 # Asked before the lines are read: what is written between the two is not lost.
-                ended = self._readable(who, request.id).status.final
+                ended = self._read(who, request.id, "Logs").status.final
                 lines = self._base.store.runs.lines(request.id, after=since)
                 return ended, [
                     pb.LogLine(number=line.number, time_ms=milliseconds(line.at), json=line.text)
@@ -192,7 +197,7 @@ class Admin(rpc.AdminServicer):
         with ExitStack() as stack:
 
             def files(who: Identity) -> tuple[pb.Unfinished | None, list[tuple[str, Path]]]:
-                folder, unfinished = self._result(self._readable(who, request.id), stack)
+                folder, unfinished = self._result(self._readable(who, request.id, "PullResult"), stack)
                 found = [(path.relative_to(folder).as_posix(), path) for path in pulled_files(folder)]
                 if not found:
                     raise UsageError(
@@ -284,11 +289,11 @@ class Admin(rpc.AdminServicer):
 
     async def _answer(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
         """Check the caller's role and do the work on a thread; errors are the front door's."""
-        return await asyncio.to_thread(work, self._base.gate.require(context, role))
+        return await asyncio.to_thread(work, await self._let_in(context, role))
 
     async def _answer_long(self, context: Any, role: Role, work: Callable[[Identity], Answer]) -> Answer:
         """As `_answer`, for work that a run file or a run may hold up: the other calls' threads stay free."""
-        who = self._base.gate.require(context, role)
+        who = await self._let_in(context, role)
         async with self._turns.turn(who.name):
             doing = asyncio.get_running_loop().run_in_executor(self._long, work, who)
             try:
@@ -296,9 +301,40 @@ class Admin(rpc.AdminServicer):
             finally:  # a caller that hangs up keeps its turn for as long as its thread is at work
                 await asyncio.wait([doing])
 
-    def _readable(self, who: Identity, run_id: str) -> StoredRun:
-        """A run that the caller may read; to others it is as if there were none."""
-        return require_reader(who, self._base.supervisor.get(run_id))
+    async def _let_in(self, context: Any, role: Role) -> Identity:
+        """Return who calls; one whose role does not allow the call is in the audit log, and refused."""
+        try:
+            return self._base.gate.require(context, role)
+        except CredentialError:
+            who = self._base.gate.identity(context)
+            if who is not None:
+                self._access.refuse(who, "", f"a call for {role}s")
+            raise
+
+    def _readable(self, who: Identity, run_id: str, call: str) -> StoredRun:
+        """Return a run that the caller may read; to others it is as if there were none."""
+        stored = self._base.supervisor.get(run_id)
+        try:
+            return require_reader(who, stored)
+        except UsageError:
+            self._access.refuse(who, stored.id, call)
+            raise
+
+    def _read(self, who: Identity, run_id: str, call: str) -> StoredRun:
+        """As `_readable`; one that is somebody else's is read on the record."""
+        stored = self._readable(who, run_id, call)
+        if stored.submitter != who.name:
+            self._access.read(who, stored.id, call)
+        return stored
+
+    def _owned(self, who: Identity, run_id: str, call: str) -> StoredRun:
+        """Return a run that the caller may stop and remove."""
+        stored = self._readable(who, run_id, call)
+        try:
+            return require_owner(who, stored)
+        except CredentialError:
+            self._access.refuse(who, stored.id, call)
+            raise
 
     def _record(self, who: Identity, action: Action, subject: str, **detail: str | int | float) -> None:
         """Have it in the audit log that the caller is about to do this."""

@@ -49,6 +49,10 @@ class Action(StrEnum):
     ENROLLED = "enrolled"
     RENEWED = "renewed"
     REVOKED = "revoked"
+    ISSUED = "issued"  # a folder with key and certificate, beside the server
+    CREATED = "created"  # the federation, beside the server
+    READ = "read"  # somebody else's run, or a list with such in it
+    REFUSED = "refused"  # what the caller's role or name does not allow
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,13 @@ class AuditLog:
                 self._written = entry.number
             except StorageError as error:
                 LOG.warning("the audit log's end is not noted beside it: %s", error)
+
+    def last_of(self, role: str) -> AuditEntry | None:
+        """Return the newest row of actors with that role."""
+        newest = select(audit).where(audit.c.role == role).order_by(audit.c.number.desc()).limit(1)
+        with self._database.reading() as connection:
+            row = connection.execute(newest).first()
+        return None if row is None else _entry(row)
 
     def record(self, who: Actor, action: Action, subject: str, **detail: str | int | float) -> AuditEntry:
         """Add a row in a transaction of its own: durable when this returns."""

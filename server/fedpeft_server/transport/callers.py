@@ -68,6 +68,10 @@ class Gate(Protocol):
         """Anyone with a role that covers `role`; raises as `agent`."""
         ...
 
+    def identity(self, context: Context) -> Identity | None:
+        """Who calls, whatever its role; None: nobody with a certificate that counts."""
+        ...
+
     def share(self, context: Context) -> str:
         """Whose share of the server a call uses: a certificate's name, else an address after `ADDRESS`."""
         ...
@@ -98,6 +102,10 @@ class OpenGate:
 
     def require(self, context: Context, role: Role) -> Identity:
         """See `Gate`: everyone may do everything."""
+        return Identity(LOCAL, Role.ADMIN)
+
+    def identity(self, context: Context) -> Identity | None:
+        """See `Gate`."""
         return Identity(LOCAL, Role.ADMIN)
 
     def share(self, context: Context) -> str:
@@ -133,6 +141,13 @@ class CertificateGate:
         who = self._peers.identity(certificate_of(context), self._now())
         require_role(who, role)
         return who
+
+    def identity(self, context: Context) -> Identity | None:
+        """See `Gate`."""
+        try:
+            return self._peers.identity(certificate_of(context), self._now())
+        except FedPEFTError:
+            return None
 
     def share(self, context: Context) -> str:
         """See `Gate`: visitors, who have no certificate yet, share their host's."""

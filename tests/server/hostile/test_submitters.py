@@ -24,6 +24,7 @@ from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.admin_client import AdminClient, run_and_answer
 from fedpeft_client.transport.device_certificate import own_material
 from fedpeft_client.transport.dialing import error_of, open_channel
+from tests.server.fleet import wait_for
 from tests.server.hostile.attacker import ENDINGS, ended
 from tests.server.hostile.house import SECRET, House, asked, house, refusal, submit, tables, token_for
 
@@ -49,7 +50,8 @@ def unharmed(made: House) -> Iterator[House]:
     yield made
     assert made.standing() == before
     new = made.entries()[len(entries) :]
-    assert [entry for entry in new if entry.subject in (made.finished.id, made.waiting.id)] == []
+    done = [entry for entry in new if entry.action != "refused"]
+    assert [entry for entry in done if entry.subject in (made.finished.id, made.waiting.id)] == []
     shown: pb.RunInfo = asked(made.member("ada"), "ShowRun", pb.RunRequest(id=made.finished.id))
     assert shown.submitter == "ada", "the honest are served as before"
 
@@ -385,3 +387,40 @@ def test_an_admin_does_everything_and_it_is_written_down(made: House, tmp_path: 
         ("stopped", made.waiting.id),
         ("removed", made.shared.id),
     ]
+
+
+def test_who_looks_at_anothers_runs_and_who_was_refused_is_on_the_record(made: House) -> None:
+    """By name and role, once an hour each; what is one's own is nobody's business."""
+    ada, bob, eve = (made.member(name) for name in ("ada", "bob", "curious"))
+    root, device = made.member("root-reader", Role.ADMIN), made.member("a-device", Role.AGENT)
+    asked(ada, *RUN_CALLS["show"](made.finished.id))
+    for _ in range(2):
+        asked(bob, *RUN_CALLS["show"](made.shared.id))
+        asked(root, *RUN_CALLS["show"](made.finished.id))
+        asked(root, "ListRuns", pb.ListRunsRequest())
+        refusal(asked, eve, *RUN_CALLS["show"](made.finished.id))
+        refusal(asked, bob, "StopRun", pb.StopRunRequest(id=made.shared.id))
+        refusal(asked, eve, "RevokeAgent", pb.RevokeAgentRequest(name="ada"))
+        refusal(asked, device, "ListRuns", pb.ListRunsRequest())
+        refusal(asked, eve, *RUN_CALLS["show"]("none-7"))
+
+    def noted() -> list[tuple[str, ...]]:
+        return sorted(
+            (entry.actor, entry.role, entry.action, entry.subject, json.loads(entry.detail)["call"])
+            for entry in made.entries()
+            if entry.action in ("read", "refused")
+        )
+
+    expected = [
+        ("bob", "submitter", "read", made.shared.id, "ShowRun"),
+        ("root-reader", "admin", "read", made.finished.id, "ShowRun"),
+        ("root-reader", "admin", "read", "", "ListRuns"),
+        ("curious", "submitter", "refused", made.finished.id, "ShowRun"),
+        ("bob", "submitter", "refused", made.shared.id, "StopRun"),
+        ("curious", "submitter", "refused", "", "a call for admins"),
+        ("a-device", "agent", "refused", "", "a call for submitters"),
+    ]
+    wait_for(lambda: set(expected) <= set(noted()))
+    assert [noted().count(entry) for entry in expected] == [1] * 7
+    own = [entry for entry in noted() if entry[0] in ("ada", "curious", "root-reader", "a-device")]
+    assert len(own) == 5
