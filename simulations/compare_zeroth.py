@@ -26,12 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedpeft.config.run_file import load_run
-from fedpeft.ledger import RunFolder
-from fedpeft.ledger.records import Round, parse_row
-from fedpeft.planning.preflight import refuse_problems
-from fedpeft.reporting.progress import make_progress
-from fedpeft.simulation.engine import simulate
+import fedpeft
+from fedpeft import Round, load_run
 from fedpeft.training.zeroth_rules import RULES
 
 RUN_FILE = Path(__file__).resolve().with_name("zeroth_family.toml")
@@ -83,11 +79,8 @@ FAMILY: Mapping[str, Member] = {
 def losses_of(member: Member, seed: int, rounds: int, lr: float) -> tuple[float, float]:
     """Held-out loss before and after."""
     run = load_run(RUN_FILE, member.overrides(seed, rounds, lr))
-    refuse_problems(run, source=RUN_FILE.name)
     with tempfile.TemporaryDirectory() as place:
-        with RunFolder.create(Path(place) / "run", run) as folder, make_progress("quiet") as progress:
-            simulate(folder, workers=1, engine="local", progress=progress)
-        rows = [parse_row(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+        rows = fedpeft.simulate(run, out=Path(place) / "run").rows
     found = [row.evaluation for row in rows if isinstance(row, Round) and row.evaluation is not None]
     return found[0].scores["loss"].value, found[-1].scores["loss"].value
 

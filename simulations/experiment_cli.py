@@ -73,3 +73,10 @@ def percent(shares: Sequence[float], digits: int = 1) -> str:
     values = [100 * share for share in shares]
     ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}%{ends}"
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a result whole or not at all, so that what a stopped script left is not taken for one."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(path)

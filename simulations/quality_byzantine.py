@@ -48,14 +48,10 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
-from fedpeft.config.run_file import load_run
-from fedpeft.ledger import RunFolder
-from fedpeft.ledger.records import Round, Started, parse_row
+import fedpeft
+from fedpeft import Round, Started, load_run
 from fedpeft.models.base_model import model_path
-from fedpeft.planning.preflight import refuse_problems
-from fedpeft.reporting.progress import make_progress
 from fedpeft.runtime.files import folder_atomically, write_atomically
-from fedpeft.simulation.engine import simulate
 from simulations.experiment_cli import is_wanted, options, percent, seeds_of
 
 RUN_FILE = Path(__file__).resolve().with_name("byzantine_trec.toml")
@@ -266,11 +262,8 @@ def run(arm: Arm, seed: int, frozen: Path, further: Sequence[str]) -> Result:
     """Hold one run from start to end."""
     began = time.process_time()
     config = load_run(RUN_FILE, [*overrides_of(arm, frozen), *further, f"run.seed={seed}"])
-    refuse_problems(config, source=RUN_FILE.name)
     with tempfile.TemporaryDirectory() as place:
-        with RunFolder.create(Path(place) / "run", config) as folder, make_progress("quiet") as progress:
-            simulate(folder, workers=1, engine="local", progress=progress)
-        rows = [parse_row(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+        rows = fedpeft.simulate(config, out=Path(place) / "run").rows
     started = next(row for row in rows if isinstance(row, Started))
     rounds = [row for row in rows if isinstance(row, Round)]
     last = rounds[-1].evaluation

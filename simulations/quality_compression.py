@@ -40,14 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from fedpeft.config.run_file import load_run
-from fedpeft.ledger import RunFolder
-from fedpeft.ledger.records import Round, Started, parse_row
-from fedpeft.planning.preflight import refuse_problems
-from fedpeft.reporting.progress import make_progress
-from fedpeft.runtime.files import write_atomically
-from fedpeft.simulation.engine import simulate
-from simulations.experiment_cli import TUNING_SEED, best_rate, is_wanted, options, seeds_of
+import fedpeft
+from fedpeft import Round, Started, load_run
+from simulations.experiment_cli import TUNING_SEED, best_rate, is_wanted, options, seeds_of, write_result
 
 BF16 = 2  # bytes per entry
 
@@ -167,11 +162,8 @@ def path_of(out: Path, arm: str, seed: int, rate: float) -> Path:
 def run(file: str, overrides: Mapping[str, str]) -> Result:
     """Hold one run from start to end."""
     config = load_run(Path(__file__).with_name(file), [f"{key}={value}" for key, value in overrides.items()])
-    refuse_problems(config, source=file)
     with tempfile.TemporaryDirectory() as place:
-        with RunFolder.create(Path(place) / "run", config) as folder, make_progress("quiet") as progress:
-            simulate(folder, workers=1, engine="local", progress=progress)
-        rows = [parse_row(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+        rows = fedpeft.simulate(config, out=Path(place) / "run").rows
     started = next(row for row in rows if isinstance(row, Started))
     rounds = [row for row in rows if isinstance(row, Round)]
     outcomes = [outcome for row in rounds for outcome in row.outcomes]
@@ -247,7 +239,7 @@ def result_of(arm: str, seed: int, rate: float, task: Task, arguments: argparse.
         changes |= {**ARMS[arm], task.rate_key: repr(rate), "run.seed": str(seed)}
         result = run(task.file, {**changes, "evaluation.baselines": "false"})
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(result)).encode())
+        write_result(path, json.dumps(asdict(result)))
         print(f"seed {seed}  {arm}  rate {rate:.2g}  {result}", file=sys.stderr, flush=True)
     return Result(**json.loads(path.read_text()))
 

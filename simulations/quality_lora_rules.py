@@ -38,14 +38,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedpeft.config.run_file import build_run
-from fedpeft.ledger import RunFolder
-from fedpeft.ledger.records import Finished, Round, Started, parse_row
-from fedpeft.planning.preflight import refuse_problems
-from fedpeft.reporting.progress import make_progress
-from fedpeft.runtime.files import write_atomically
-from fedpeft.simulation.engine import simulate
-from simulations.experiment_cli import TUNING_SEED, best_rate
+import fedpeft
+from fedpeft import Finished, Round, Started, load_run
+from simulations.experiment_cli import TUNING_SEED, best_rate, write_result
 
 ROUNDS = 6
 CLIENTS = 8
@@ -142,12 +137,9 @@ def tables_of(arm: Arm, seed: int, rounds: int, lr: float) -> dict[str, Any]:
 def run(arm: Arm, seed: int, rounds: int, lr: float) -> Result:
     """Hold one run from start to end."""
     began = time.process_time()
-    config = build_run(tables_of(arm, seed, rounds, lr), source=arm.name)
-    refuse_problems(config, source=arm.name)
+    config = load_run(tables_of(arm, seed, rounds, lr), source=arm.name)
     with tempfile.TemporaryDirectory() as place:
-        with RunFolder.create(Path(place) / "run", config) as folder, make_progress("quiet") as progress:
-            simulate(folder, workers=1, engine="local", progress=progress)
-        rows = [parse_row(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+        rows = fedpeft.simulate(config, out=Path(place) / "run").rows
     started = next(row for row in rows if isinstance(row, Started))
     done = [row for row in rows if isinstance(row, Round) and row.round]
     if not any(isinstance(row, Finished) for row in rows) or done[-1].evaluation is None:
@@ -179,7 +171,7 @@ def kept(out: Path, arm: Arm, seed: int, rounds: int, lr: float) -> Result:
     if not path.is_file():
         result = run(arm, seed, rounds, lr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(result)).encode())
+        write_result(path, json.dumps(asdict(result)))
         shown = [cell([result]) for cell in COLUMNS.values()]
         print(f"seed {seed}  {arm.name}  {', '.join(shown)}", file=sys.stderr, flush=True)
     return Result(**json.loads(path.read_text()))

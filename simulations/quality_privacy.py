@@ -40,16 +40,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fedpeft.config.run_file import load_run
-from fedpeft.ledger import RunFolder
-from fedpeft.ledger.records import Round, Started, parse_row
-from fedpeft.planning.preflight import refuse_problems
+import fedpeft
+from fedpeft import Round, Started, load_run
 from fedpeft.privacy.accountant import noise_multiplier_for
 from fedpeft.privacy.events import ClientLevel, Event, RecordLevel
-from fedpeft.reporting.progress import make_progress
-from fedpeft.runtime.files import write_atomically
-from fedpeft.simulation.engine import simulate
-from simulations.experiment_cli import is_wanted, options, percent, seeds_of
+from simulations.experiment_cli import is_wanted, options, percent, seeds_of, write_result
 
 RUN_FILE = Path(__file__).resolve().with_name("trec_minilm.toml")
 TARGETS = (None, 8, 4, 2, 1)  # None: without privacy
@@ -262,11 +257,8 @@ def run(arm: Arm, rates: Rates, seed: int, rounds: int, further: Sequence[str]) 
     multiplier = None if arm.target is None else multiplier_of(arm.kind, arm.target, rounds)
     changes = [*overrides_of(arm, rates, rounds, multiplier), *further, f"run.seed={seed}"]
     config = load_run(RUN_FILE, changes)
-    refuse_problems(config, source=RUN_FILE.name)
     with tempfile.TemporaryDirectory() as place:
-        with RunFolder.create(Path(place) / "run", config) as folder, make_progress("quiet") as progress:
-            simulate(folder, workers=1, engine="local", progress=progress)
-        rows = [parse_row(line) for line in (folder.path / "metrics.jsonl").read_bytes().splitlines()]
+        rows = fedpeft.simulate(config, out=Path(place) / "run").rows
     started = next(row for row in rows if isinstance(row, Started))
     last = [row for row in rows if isinstance(row, Round)][-1]
     if last.evaluation is None or last.round != rounds:
@@ -291,7 +283,7 @@ def kept(path: Path, arm: Arm, rates: Rates, seed: int, rounds: int, further: Se
     if not path.is_file():
         result = run(arm, rates, seed, rounds, further)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(result)).encode())
+        write_result(path, json.dumps(asdict(result)))
         spent = "" if result.spent is None else f", epsilon {result.spent:.4f}"
         told = f"{result.accuracy:.1%}, loss {result.loss:.3f}{spent}, CPU {result.cpu_s:.0f} s"
         print(f"seed {seed}  {arm.name}  {told}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import fedpeft
 from fedpeft_client.workers.worker_process import CLIENT_APP
 
 DEVICE_APP = "fedpeft.flower.device_app"
@@ -320,3 +321,44 @@ def test_global_generators_are_seeded_only_where_they_are_restored() -> None:
                     wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert wrong == []
     assert right, "the walk no longer sees how training seeds dropout"
+
+
+# Scripts that time, weigh or take apart an inner part, which the public API does not give.
+SCRIPTS_OF_INNER_PARTS = frozenset(
+    {
+        "bench_codec",
+        "bench_engine",
+        "bench_federation",
+        "bench_gpu_memory",
+        "bench_memory",
+        "bench_seed_space",
+        "compare_zeroth",  # the table of rules, for passes and what replays
+        "federation_load",
+        "pretrain_embedded",
+        "quality_async",  # the virtual clock's speeds
+        "quality_byzantine",  # a frozen encoder's features
+        "quality_merge",
+        "quality_privacy",  # the accountant, to spend one epsilon by every method
+        "quality_seed_space",
+        "results_table",
+        "scaling",
+        "soak",
+    }
+)
+
+
+def test_scripts_use_the_public_api_alone() -> None:
+    """All but those listed; one that no longer needs its place in the list loses it."""
+    public = {name for name in fedpeft.__all__ if not name.startswith("_")}
+    inner = set()
+    for path in sorted((ROOT / "simulations").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0].startswith("fedpeft"):
+                named = {alias.name for alias in node.names}
+                if node.module != "fedpeft" or not named <= public:
+                    inner.add(path.stem)
+            elif isinstance(node, ast.Import):
+                names = {alias.name for alias in node.names if alias.name.startswith("fedpeft")}
+                if names - {"fedpeft"}:
+                    inner.add(path.stem)
+    assert inner == SCRIPTS_OF_INNER_PARTS
