@@ -6,13 +6,16 @@ Question: what can be written in a run file, in the settings, and on the command
 from __future__ import annotations
 
 import ast
+import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
+from pydantic import BaseModel
 
+import fedpeft
 from fedpeft import errors
 from fedpeft.adapters import METHODS as MERGES
 from fedpeft.cli import app
@@ -37,6 +40,7 @@ def pages() -> dict[str, str]:
         "settings.md": _page(_settings()),
         "commands.md": _page(_commands()),
         "packages.md": _page(_packages()),
+        "api.md": _page(_api()),
     }
 
 
@@ -247,6 +251,39 @@ def _located(room: str) -> tuple[str, Path]:
 def _docstring(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return text.partition("\n\n")[0]
+
+
+# ---- Python
+
+
+def _api() -> Iterator[str]:
+    yield "# How do I call it from Python?"
+    yield _prose("""
+        What `import fedpeft` gives is public: this page. What lies below it may change with any version.
+        Names are loaded when they are first used.
+        """)
+    yield """```python
+import fedpeft
+
+result = fedpeft.simulate("run.toml", ["run.rounds=5"], out="runs/first")
+result.metrics[-1], result.adapter
+```"""
+    yield "[Extending](extending.md) has examples of stages, strategies, methods and metrics of your own."
+    names = [name for name in fedpeft.__all__ if not name.startswith("_")]
+    found = {name: getattr(fedpeft, name) for name in names}
+    failures = [name for name, each in found.items() if inspect.isclass(each) and issubclass(each, Exception)]
+    kinds = [name for name, each in found.items() if inspect.isclass(each) and name not in failures]
+    calls = [name for name in names if name not in (*failures, *kinds)]
+    for heading, some in (("Functions", calls), ("Classes", kinds), ("Errors", failures)):
+        yield f"## {heading}"
+        for name in some:
+            members = "\n      members: []" if _is_model(found[name]) else ""
+            yield f"::: {found[name].__module__}.{name}\n    options:\n      heading: fedpeft.{name}{members}"
+
+
+def _is_model(kind: object) -> bool:
+    """Whether it is a model of the run file, whose keys have a page of their own."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _first_line(thing: object) -> str:
