@@ -30,7 +30,7 @@ from fedpeft.commands.experts import (
 from fedpeft.commands.export import check_out
 from fedpeft.commands.held_out import AdapterScores, held_out_run
 from fedpeft.config.option_tables import build_option
-from fedpeft.errors import FedPEFTError, ModelError, StateError, UsageError
+from fedpeft.errors import FedPEFTError, ModelError, RunFileError, StateError, UsageError
 from fedpeft.ledger.run_place import run_folder_of
 from fedpeft.reporting.text import byte_size
 from fedpeft.runtime.files import folder_atomically, storage
@@ -70,7 +70,7 @@ def compress_command(
     """
     _check_file(out, force=force)
     options: dict[str, Any] = {"density": density} | ({} if alpha is None else {"alpha": _number(alpha)})
-    stage: Ternary | Compeft = build_option("compress", METHODS, method, options)
+    stage = _stage(method, options)
     source = read_adapter(adapter)
     if raw:
         source = Adapter(source.config, source.weights)
@@ -99,6 +99,16 @@ def compress_command(
     _read_again(out, init, moved(source.initial, dense_named(tensors)))
     entries = sum(array.size for array in delta.values())
     _print(out, size, entries, distortion(delta, dense_named(tensors)), started=source.start is not None)
+
+
+def _stage(method: str, options: Mapping[str, Any]) -> Ternary | Compeft:
+    """The stage that the command line describes; options are the command's own, so are their mistakes."""
+    try:
+        stage: Ternary | Compeft = build_option("-", METHODS, method, options)
+    except RunFileError as error:
+        lines = [problem.replace("-: ", "--method: ", 1) for problem in error.problems]
+        raise UsageError("; ".join(line.replace("-.", "--", 1) for line in lines)) from error
+    return stage
 
 
 def decompress_command(path: Path, out: Path, *, init: Path | None, force: bool) -> None:

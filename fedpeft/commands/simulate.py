@@ -16,7 +16,7 @@ from fedpeft.planning.memory_admission import refuse_oversized
 from fedpeft.planning.preflight import refuse_problems, simulation_problems
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runtime.console import at_work_on
-from fedpeft.simulation.engine import simulate
+from fedpeft.simulation.engine import check_engine, simulate
 
 
 def simulate_command(
@@ -41,6 +41,7 @@ def simulate_command(
     Raises:
         FedPEFTError: anything that `fedpeft.errors` names.
     """
+    check_engine(engine)  # before there is a folder
     if resume is not None:
         if run_file is not None or overrides or out is not None or force:
             raise UsageError(

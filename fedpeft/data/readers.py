@@ -10,7 +10,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from fedpeft.data.columns import BATCH_ROWS, NumberedRow, read_arrow, read_parquet
 from fedpeft.data.text_files import Reading, open_text, separated_values
@@ -115,15 +115,36 @@ def _read_document(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
 def _parsed(path: Path, text: str, number: int) -> Any:
     try:
         try:
-            return json.loads(text, object_pairs_hook=_once_each)
+            return json.loads(text, object_pairs_hook=_once_each, parse_float=WrittenNumber)
         except ValueError as error:
             if "integer string conversion" not in str(error):
                 raise
-            return json.loads(text, object_pairs_hook=_once_each, parse_int=_integer)
+            return json.loads(
+                text, object_pairs_hook=_once_each, parse_float=WrittenNumber, parse_int=_integer
+            )
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: row {number} is not JSON ({error}); needs one JSON object per line, or an array of them"
         ) from error
+
+
+class WrittenNumber(float):
+    """A number that reads as it is written in its file: a price of 1.50 does not become 1.5."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def __new__(cls, text: str) -> Self:
+        """Parse a number and keep its text."""
+        made = super().__new__(cls, text)
+        made._text = text
+        return made
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str]]:
+        return type(self), (self._text,)
 
 
 def _integer(digits: str) -> int | str:

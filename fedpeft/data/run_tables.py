@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -54,9 +55,13 @@ def read_tables(section: DataSection, task: Task, seed: int, *, hides_rows: bool
     test = None
     if section.test is not None:
         test = _test_rows(section, task, find_parts(section.test, reading, split="test"), training.labels)
-    if not hides_rows:  # there a single row must not decide whether the run is held
+    notes = list(reading.notes)
+    if not hides_rows:  # there a single row must not decide whether the run is held, nor what is said
         _refuse_one_class(training)
-    return replace(split(training, dealt, test, section.heldout, seed), notes=tuple(reading.notes))
+        _refuse_empty_answers(training.rows)
+        if test is not None:
+            notes += _shared_rows(training.rows, test)
+    return replace(split(training, dealt, test, section.heldout, seed), notes=tuple(notes))
 
 
 def source_records(section: DataSection, seed: int) -> Iterator[RowRecord]:
@@ -105,6 +110,40 @@ def _refuse_one_class(training: Labelled) -> None:
             f"all {len(classes)} training rows have one class only, {shown(name)}, which teaches nothing; "
             "check data.label, data.filter and data.limit (a file may be sorted by class)"
         )
+
+
+def _refuse_empty_answers(rows: RowSet) -> None:
+    """Refuse rows that teach an end token alone.
+
+    Raises:
+        DataError: all answers are empty.
+    """
+    if rows.answers is not None and len(rows) and not len(rows.answers.data):
+        raise DataError(
+            f"all {len(rows)} answers are empty, so nothing but an end would be learned; check"
+            " data.answer, and the field that it names"
+        )
+
+
+def _shared_rows(training: RowSet, test: RowSet) -> list[str]:
+    """One line where rows of the test set are training rows too, wherever they were read from."""
+    seen = set(_row_digests(training))
+    shared = sum(digest in seen for digest in _row_digests(test))
+    if not shared:
+        return []
+    which = f"all {shared:,}" if shared == len(test) else f"{shared:,} of {len(test):,}"
+    return [
+        f"data.test: {which} rows are training rows too, so scores on them say how well rows are remembered;"
+        " name other rows, or leave data.test out and rows are held out"
+    ]
+
+
+def _row_digests(rows: RowSet) -> Iterator[bytes]:
+    """16 bytes for each row's texts: a set of them is small beside the rows."""
+    for index in range(len(rows)):
+        answer = "" if rows.answers is None else rows.answers[index]
+        text = f"{len(rows.prompts[index])}:{rows.prompts[index]}{answer}"
+        yield hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: LabelMap | None) -> RowSet:

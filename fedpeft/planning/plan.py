@@ -32,6 +32,7 @@ from fedpeft.rounds.strategy_table import strategy_problems
 from fedpeft.spaces import Space, build_space
 from fedpeft.spaces.directions import direction_stream
 from fedpeft.stages import build_stages
+from fedpeft.training.setting_notes import setting_notes
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,9 @@ def _model(run: RunConfig, model: nn.Module, device: str) -> ModelPlan:
     section, method = run.model, run.peft.method
     linear = with_options(METHODS[method], run.peft.options).linear_in_trained
     held = (section.path, section.task, section.quantization, section.dtype)
-    return ModelPlan(*held, method, linear, trained, total, device, coverage_notes(model, run.peft))
+    return ModelPlan(
+        *held, method, linear, trained, total, device, (*setting_notes(run), *coverage_notes(model, run.peft))
+    )
 
 
 def _data(run: RunConfig, data: FederatedData) -> DataPlan:

@@ -56,6 +56,7 @@ from fedpeft.runtime.randomness import derive_seed
 from fedpeft.simulation.baselines import run_baselines
 from fedpeft.simulation.offsite_scores import emulator_to_plug, offsite_scores, write_plugged
 from fedpeft.simulation.parallel_scoring import TEST, Scorer, may_score, rows_of
+from fedpeft.training.setting_notes import setting_notes
 from fedpeft.transport.roster import Roster
 from fedpeft.workers import Workers, open_workers
 
@@ -125,8 +126,7 @@ def simulate(
     Raises:
         FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
+    check_engine(engine)
     impossible = simulation_problems(folder.run)
     if impossible:
         raise UsageError(impossible[0])
@@ -136,6 +136,16 @@ def simulate(
         raise UsageError("--engine ray trains on the CPU; set model.device 'cpu', or leave the engine out")
     load = functools.partial(load_alone, admit=admit, data=folder.data)
     return execute_run(folder, Deployment(engine, ENGINES[engine], load), progress, workers=workers)
+
+
+def check_engine(engine: str) -> None:
+    """Refuse an engine that there is not.
+
+    Raises:
+        UsageError: with those that there are.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"no engine is called {engine!r}; use one of {', '.join(ENGINES)}")
 
 
 def execute_run(
@@ -204,10 +214,15 @@ class _RunExecution:
         self._progress = progress
         self._began = time.monotonic() - spent_s
         refuse_other_plugins(folder)
-        progress.setup("loading rows and model")
+        last = folder.latest()
+        over = last is not None and last.round >= self._run.run.rounds
+        progress.setup("loading the model to write adapter and report" if over else "loading rows and model")
+        if not over:
+            for note in setting_notes(self._run):
+                progress.note(note)
         self._resident = venue.load(self._run)
         folder.bind_rows(self._resident.data.rows_digest)
-        for note in self._resident.data.notes:
+        for note in () if over else self._resident.data.notes:
             progress.note(note)
         # Now: where clients work in this very process, the parameters will be somewhere else afterwards.
         self._start = self._resident.space.initial_state(self._resident.parameters)

@@ -13,8 +13,10 @@ import torch
 from safetensors.numpy import load_file
 
 from fedpeft.codec import read_expert
+from fedpeft.commands.compress import compress_command
 from fedpeft.config.run_file import build_run, load_run, run_toml
 from fedpeft.config.sections import ModelSection
+from fedpeft.errors import UsageError
 from fedpeft.ledger.run_place import write_run
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base
@@ -235,7 +237,7 @@ def test_compress_refuses_what_it_cannot_do(call: Call, runs: list[Path], tmp_pa
         (["--alpha", "2"], "alpha"),
     ):
         code, _, err = call("compress", run, "--out", str(file), *bad)
-        assert code == 3
+        assert code == 2
         assert needle in err
     assert not file.exists()
     assert call("compress", run, "--out", str(file))[0] == 0
@@ -276,3 +278,13 @@ def test_select_chooses_on_held_out_rows(call: Call, tiny_run: Path, tmp_path: P
     code, text, _ = call("merge", str(tiny_run), str(tiny_run), *arguments, "--out", str(tmp_path / "out"))
     assert code == 0
     assert "lam=1.0" in text
+
+
+def test_numbers_out_of_range_are_the_command_lines_own(tmp_path: Path) -> None:
+    """Exit code 2 and the option's name, as for every mistake on a command line."""
+    for density, alpha, words in ((7.0, None, "--density"), (0.5, "-1", "--alpha")):
+        out = tmp_path / "x.fpz"
+        with pytest.raises(UsageError, match=words):
+            compress_command(
+                tmp_path, out, density=density, method="compeft", alpha=alpha, raw=True, force=False
+            )

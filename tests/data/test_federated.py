@@ -180,7 +180,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (LM, {"text": "{q}{context}"}, "t.jsonl: row 1: field 'context', which data.text needs, is missing"),
     (LM, {"text": "{q}", "filter": {"who": "nobody"}}, "no training rows are left to deal"),
     (LM, {"text": "{q}", "test_filter": {"who": "nobody"}, "test": "SAME"}, "t.jsonl: no test rows are left"),
-    (LM, {"text": ""}, "client w0 has no row with a token to learn"),
+    (LM, {"text": "{nothing?}"}, "client w0 has no row with a token to learn"),
     (LM, {"text": "{q", "answer": "{a}"}, "data has answer, text; a language model needs either data.text"),
     (
         CLASSIFIER,

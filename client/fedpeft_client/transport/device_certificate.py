@@ -19,6 +19,7 @@ from fedpeft.credentials import (
     make_request,
     pinned_authority,
     read_material,
+    token_fingerprint,
     visitor_material,
 )
 from fedpeft.credentials.certificates import check_dates, parse_certificate, renewal_due, valid_until
@@ -80,6 +81,8 @@ async def own_material(
             f"{end:%Y-%m-%d}",
         )
         usable = False
+    if usable:
+        token_fingerprint(token)  # one that was cut is refused here: no server's answer is needed for that
     for pause in pauses(random.Random()):
         try:
             if not usable:
