@@ -177,7 +177,7 @@ def simulate(
     if impossible := simulation_problems(config):
         raise RunFileError(source, impossible)
     place = Path(out) if out is not None else Path("runs") / config.run.name
-    return _simulated(RunFolder.create(place, config, force=force), workers, engine, progress)
+    return _simulate(RunFolder.create(place, config, force=force), workers, engine, progress)
 
 
 def resume(folder: Path | str, *, workers: int = 1, progress: str = "quiet") -> Result:
@@ -189,10 +189,10 @@ def resume(folder: Path | str, *, workers: int = 1, progress: str = "quiet") -> 
     """
     from fedpeft.ledger import RunFolder
 
-    return _simulated(RunFolder.resume(Path(folder)), workers, "local", progress)
+    return _simulate(RunFolder.resume(Path(folder)), workers, "local", progress)
 
 
-def _simulated(opened: Any, workers: int, engine: str, progress: str) -> Result:
+def _simulate(opened: Any, workers: int, engine: str, progress: str) -> Result:
     from fedpeft.reporting.progress import make_progress
     from fedpeft.simulation.engine import simulate as run_simulation
 
@@ -303,7 +303,7 @@ def connect(address: str, *, keys: Path | str | None = None) -> Server:
 
 
 def submit(run: Run, overrides: Sequence[str] = (), *, server: str, keys: Path | str | None = None) -> str:
-    """Queue a run on a server and return its id; see `Server.submit`."""
+    """Queue a run on a server and return its id; see `RoundServer.submit`."""
     return connect(server, keys=keys).submit(run, overrides)
 
 

@@ -883,7 +883,7 @@ def end_cleanly(run: Callable[[], int]) -> int:
         code = run()
         flush_output()
     except KeyboardInterrupt:  # outside the command itself
-        return _interrupted()
+        return _exit_interrupted()
     except OSError as error:
         line, closed = output_problem(error)
         drop_output()
@@ -893,11 +893,11 @@ def end_cleanly(run: Callable[[], int]) -> int:
     except Exception:
         if not was_interrupted():  # an import that is interrupted can end in a RuntimeError of Python's own
             raise
-        return _interrupted()
+        return _exit_interrupted()
     return code
 
 
-def _interrupted() -> int:
+def _exit_interrupted() -> int:
     typer.echo(interruption(), err=True)
     return INTERRUPTED
 
@@ -906,7 +906,7 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         code = build_command(app).main(arguments, prog_name="fedpeft", standalone_mode=False)
         if code == INTERRUPTED:  # typer's own way of ending after Ctrl-C
-            return _interrupted()
+            return _exit_interrupted()
         return code if isinstance(code, int) else 0
     except RunFileError as error:
         for problem in error.problems:

@@ -73,7 +73,7 @@ def _mend(command: click.Command, path: str) -> None:
     hints = typing.get_type_hints(command.callback, include_extras=True) if command.callback else {}
     for parameter in command.params:
         text = _help_of(hints.get(str(parameter.name))) if isinstance(parameter, TyperArgument) else None
-        parameter.get_help_record = _mended(parameter, text)  # type: ignore[assignment]  # one instance's
+        parameter.get_help_record = _wrap_error(parameter, text)  # type: ignore[assignment]  # one instance's
     if path in EXAMPLES:
         command.epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in EXAMPLES[path])
     for name, below in getattr(command, "commands", {}).items():
@@ -89,7 +89,7 @@ def _help_of(hint: Any) -> str | None:
 Record = tuple[str, str] | None
 
 
-def _mended(parameter: click.Parameter, text: str | None) -> Callable[[click.Context], Record]:
+def _wrap_error(parameter: click.Parameter, text: str | None) -> Callable[[click.Context], Record]:
     """Write a parameter's line with the help it lost, if any, and without escapes."""
     get_record = parameter.get_help_record
 

@@ -90,7 +90,7 @@ class EntryTable(MutableMapping[str, T], Generic[T]):
         """
         if name in self._own:
             return self._own[name]
-        offered = _offered(self._group, name)
+        offered = _find_offered(self._group, name)
         known = self._loaded.get((name, id(offered)))
         if known is None:
             known = self._loaded[name, id(offered)] = self._adapt(name, offered)
@@ -118,7 +118,7 @@ class EntryTable(MutableMapping[str, T], Generic[T]):
         return self._own
 
     def _others(self) -> list[str]:
-        return list(dict.fromkeys((*_REGISTERED[self._group], *_installed(self._group))))
+        return list(dict.fromkeys((*_REGISTERED[self._group], *_find_installed(self._group))))
 
 
 def offers(*attributes: str) -> Callable[[str, Any], Any]:
@@ -195,10 +195,10 @@ def normal_name(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
-def _offered(group: str, name: str) -> Any:
+def _find_offered(group: str, name: str) -> Any:
     if name in _REGISTERED[group]:
         return _REGISTERED[group][name]
-    points = _installed(group).get(name, ())
+    points = _find_installed(group).get(name, ())
     if not points:
         raise KeyError(name)
     if len(points) > 1:
@@ -217,7 +217,7 @@ def _load(point: importlib.metadata.EntryPoint, group: str) -> Any:
         ) from error
 
 
-def _installed(group: str) -> Mapping[str, tuple[importlib.metadata.EntryPoint, ...]]:
+def _find_installed(group: str) -> Mapping[str, tuple[importlib.metadata.EntryPoint, ...]]:
     """What allowed distributions offer, by name."""
     found = _entry_points(group, tuple(sys.path))
     if _allowed is None:

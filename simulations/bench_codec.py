@@ -106,16 +106,16 @@ def main() -> None:
 def measure(delta: npt.NDArray[np.float32], density: float, repeats: int) -> dict[str, float]:
     """All numbers of one density but the pure-Python comparison."""
     megabytes = delta.nbytes / 1e6
-    encode_s, data = timed(lambda: encode(ternarise(delta, density, StdScale())), repeats)
-    decode_s, dense = timed(lambda: decode(data, delta.shape).dense(), repeats)
+    encode_s, data = time_fastest(lambda: encode(ternarise(delta, density, StdScale())), repeats)
+    decode_s, dense = time_fastest(lambda: decode(data, delta.shape).dense(), repeats)
     ternary = ternarise(delta, density, StdScale())
     if not np.array_equal(dense, ternary.dense()):
         raise SystemExit(f"density {density}: decoding does not give back what was encoded")
     raw = ternary.trits.tobytes()
-    zlib_encode_s, deflated = timed(lambda: zlib.compress(raw, 6), 1)
-    zlib_decode_s, _ = timed(lambda: zlib.decompress(deflated), repeats)
-    own_encode_s, _ = timed(lambda: encode(ternary), repeats)
-    own_decode_s, _ = timed(lambda: decode(data, delta.shape), repeats)
+    zlib_encode_s, deflated = time_fastest(lambda: zlib.compress(raw, 6), 1)
+    zlib_decode_s, _ = time_fastest(lambda: zlib.decompress(deflated), repeats)
+    own_encode_s, _ = time_fastest(lambda: encode(ternary), repeats)
+    own_decode_s, _ = time_fastest(lambda: decode(data, delta.shape), repeats)
     packed = [zlib_on_packed(ternary.trits, pack, level, repeats) for pack in PACKINGS for level in (1, 6)]
     bound = ternary_entropy_bits(int(np.count_nonzero(ternary.trits)), delta.size)
     bits = 8 * len(data) / delta.size
@@ -170,8 +170,8 @@ def zlib_on_packed(trits: npt.NDArray[np.int8], each: int, level: int, repeats: 
         packed = np.frombuffer(zlib.decompress(data), dtype=np.uint8)
         return table[packed].reshape(-1)[: trits.size].reshape(trits.shape)
 
-    encode_s, data = timed(there, 1)
-    decode_s, copy = timed(lambda: back(data), repeats)
+    encode_s, data = time_fastest(there, 1)
+    decode_s, copy = time_fastest(lambda: back(data), repeats)
     if not np.array_equal(copy, trits):
         raise SystemExit(f"{each} trits in a byte do not come back")
     return Packed(encode_s, decode_s, len(data))
@@ -185,10 +185,10 @@ def against_constriction(delta: npt.NDArray[np.float32], repeats: int) -> dict[s
         times, lengths = {}, {}
         for coder in (DEFAULT_CODER, "constriction"):
             try:
-                encode_s, data = timed(lambda: encode(ternary, coder), repeats)  # noqa: B023 - run at once
+                encode_s, data = time_fastest(lambda: encode(ternary, coder), repeats)  # noqa: B023 - run at once
             except MissingExtraError:
                 return {"speed_vs_constriction": None, "size_vs_constriction": None, "constriction": None}
-            decode_s, _ = timed(lambda: decode(data, ternary.shape), repeats)  # noqa: B023 - run at once
+            decode_s, _ = time_fastest(lambda: decode(data, ternary.shape), repeats)  # noqa: B023 - run at once
             times[coder], lengths[coder] = (encode_s, decode_s), len(data)
         ours, theirs = times[DEFAULT_CODER], times["constriction"]
         speeds.append(min(their / our for our, their in zip(ours, theirs, strict=True)))
@@ -209,8 +209,8 @@ def compare_coders(delta: npt.NDArray[np.float32], repeats: int) -> list[dict[st
         for name, coder in CODERS.items():
             row = {"coder": name, "density": density}
             try:
-                encode_s, data = timed(lambda: coder.encode(indices, delta.size), repeats)  # noqa: B023 - run at once
-                decode_s, _ = timed(
+                encode_s, data = time_fastest(lambda: coder.encode(indices, delta.size), repeats)  # noqa: B023 - run at once
+                decode_s, _ = time_fastest(
                     lambda: coder.decode(memoryview(data), indices.size, delta.size),  # noqa: B023 - run at once
                     repeats,
                 )
@@ -237,8 +237,8 @@ def against_python(delta: npt.NDArray[np.float32], repeats: int) -> float:
         trits = ternary.trits.tolist()
         count = sum(map(abs, trits))
         parameter = rice_parameter(count, len(trits))
-        slow_encode_s, bits = timed(lambda: python_golomb_encode(trits, parameter), 1)  # noqa: B023 - run at once
-        slow_decode_s, back = timed(
+        slow_encode_s, bits = time_fastest(lambda: python_golomb_encode(trits, parameter), 1)  # noqa: B023 - run at once
+        slow_decode_s, back = time_fastest(
             lambda: python_golomb_decode(bits, parameter, count, len(trits)),  # noqa: B023 - run at once
             1,
         )
@@ -251,8 +251,8 @@ def against_python(delta: npt.NDArray[np.float32], repeats: int) -> float:
 
 def time_ours(ternary: TernaryTensor, repeats: int) -> tuple[float, float]:
     """Seconds to encode and to decode by the compiled Golomb coder."""
-    encode_s, data = timed(lambda: encode(ternary, "golomb"), repeats)
-    decode_s, _ = timed(lambda: decode(data, ternary.shape), repeats)
+    encode_s, data = time_fastest(lambda: encode(ternary, "golomb"), repeats)
+    decode_s, _ = time_fastest(lambda: decode(data, ternary.shape), repeats)
     return encode_s, decode_s
 
 
@@ -308,7 +308,7 @@ def python_golomb_decode(data: bytes, parameter: int, count: int, size: int) -> 
     return trits
 
 
-def timed(action: Callable[[], Result], repeats: int) -> tuple[float, Result]:
+def time_fastest(action: Callable[[], Result], repeats: int) -> tuple[float, Result]:
     """Smallest process time of `repeats` runs after one untimed run (none before a single repetition)."""
     result = action() if repeats > 1 else None
     best = float("inf")

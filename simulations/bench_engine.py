@@ -44,8 +44,8 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.rounds.round_context import RoundContext
 from fedpeft.rounds.round_loop import run_rounds
 from fedpeft.runtime.randomness import stream
@@ -114,14 +114,14 @@ def write_rows(folder: Path) -> Path:
     return path
 
 
-def loaded(rows: Path, **options: Any) -> LoadedRun:
+def load_here(rows: Path, **options: Any) -> LoadedRun:
     """Load a run and make it this process's resident."""
     resident = load_simulated_run(build_run(tables(rows, **options), source="bench"))
     set_loaded_run(resident)
     return resident
 
 
-def called(grid: Grid, resident: LoadedRun, text: str = "") -> Roster:
+def call_roll(grid: Grid, resident: LoadedRun, text: str = "") -> Roster:
     """Who is there."""
     return roll_call(grid, Task(resident.run_digest, 0, b"", text), expected=len(resident.data.clients))
 
@@ -131,7 +131,7 @@ def hold(
 ) -> list[float]:
     """Hold the run's rounds on a grid; the times at which they ended, after the start."""
     text = run_json(resident.run) if send_run else ""
-    roster = roster or called(grid, resident, text)
+    roster = roster or call_roll(grid, resident, text)
     nowhere = Nowhere()
     federation = RoundContext(
         run=resident.run,
@@ -225,12 +225,12 @@ def memory(rows: Path, rounds: int) -> dict[str, float]:
     In flight is who was asked and has not been counted yet. Memory is that of all processes together.
     """
     training = {"kind": "first-order", "steps": 1, "batch_size": 4}
-    resident = loaded(rows, clients=1000, rounds=rounds, cohort=100, **training)
+    resident = load_here(rows, clients=1000, rounds=rounds, cohort=100, **training)
     few = build_run(tables(rows, clients=1000, rounds=5 * rounds, cohort=2, **training), source="bench")
     workers = ProcessWorkers(2)
     try:
         grid, peaks = LocalGrid(1000, workers), []
-        roster = called(grid, resident)
+        roster = call_roll(grid, resident)
         hold(grid, replace(resident, run=few), roster=roster)  # warm: libraries fill their own caches
         for run in (few, resident.run):
             with Peak() as peak:
@@ -257,7 +257,7 @@ def plain_loop(resident: LoadedRun, state: Arrays, rounds: int) -> float:
 
 def throughput(rows: Path, *, rounds: int, steps: int, pairs: int) -> tuple[float, float]:
     """Clients per second over the plain loop's, on one core and with two workers; medians of pairs."""
-    resident = loaded(
+    resident = load_here(
         rows, clients=8, rounds=rounds, rank=8, kind="first-order", steps=steps, batch_size=16, lr=1e-3
     )
     state = resident.space.initial_state(resident.parameters)
@@ -293,7 +293,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, rows: Path) -> None:
     """All parts, Ray last, and the line of JSON."""
     rounds, on_ray = (40, 15) if options.quick else (100, 40)
-    resident = loaded(rows, clients=40, rounds=rounds)
+    resident = load_here(rows, clients=40, rounds=rounds)
     print(f"overhead per task: 40 clients, {rounds} rounds, no training")
     inline = overhead(resident, InlineWorkers)
     pool = overhead(resident, lambda: ProcessWorkers(2))
@@ -310,7 +310,7 @@ def measure(options: argparse.Namespace, rows: Path) -> None:
     )
     print(f"throughput: {one:.2f}x the plain loop on one core, {two:.2f}x with two workers")
     if not options.no_ray:
-        resident = loaded(rows, clients=40, rounds=on_ray)
+        resident = load_here(rows, clients=40, rounds=on_ray)
         began = time.perf_counter()
         ray_ms, first_round = overhead_on_ray(resident)
         ratio = ray_ms / pool

@@ -60,11 +60,11 @@ from simulations.deployment import (
     end_group,
     environment,
     free_ports,
-    started,
+    start_process,
     superlink,
     wait_for_port,
 )
-from simulations.federation_load import Answers, Prepared, bare_upload_s, connected, name_of
+from simulations.federation_load import Answers, Prepared, bare_upload_s, connect_agents, name_of
 
 PATIENCE_S = 900.0  # four rounds of a SuperLink on a busy machine
 MANY_AGENTS_APP = "fedpeft.flower.in_process_app:app"  # works with a simulation that the process holds
@@ -81,7 +81,7 @@ def until(what: str, look: Callable[[], Answer], pause_s: float = 0.02) -> Answe
     return answer
 
 
-def played(work: Coroutine[Any, Any, Answer]) -> Answer:
+def run_on_loop(work: Coroutine[Any, Any, Answer]) -> Answer:
     """Run on the process's one loop for gRPC."""
     return asyncio.run_coroutine_threadsafe(work, get_grpc_event_loop()).result(PATIENCE_S)
 
@@ -100,9 +100,9 @@ class Daemon:
         request = pb.SubmitRunRequest(
             run_toml=run_toml(run), submission=new_submission(), cohort=pb.CohortRules(min_agents=agents)
         )
-        return str(played(AdminClient(self.address).call(lambda stub: stub.SubmitRun(request))).id)
+        return str(run_on_loop(AdminClient(self.address).call(lambda stub: stub.SubmitRun(request))).id)
 
-    def asked(self, question: str, *values: object) -> list[tuple[Any, ...]]:
+    def query(self, question: str, *values: object) -> list[tuple[Any, ...]]:
         """Rows of its database."""
         with closing(sqlite3.connect(self.folder / "state" / "state.db", timeout=30)) as connection:
             return connection.execute(question, values).fetchall()
@@ -113,29 +113,29 @@ class Daemon:
         Raises:
             RuntimeError: it failed.
         """
-        ((status, reason),) = self.asked("SELECT status, reason FROM runs WHERE id = ?", run)
+        ((status, reason),) = self.query("SELECT status, reason FROM runs WHERE id = ?", run)
         if status in ("failed", "paused"):
             raise RuntimeError(f"{run} is {status}: {reason}")
         return str(status)
 
-    def finished(self, run: str) -> None:
+    def wait_for_end(self, run: str) -> None:
         """Wait for a run's end."""
         until(f"the end of {run}", lambda: self.status(run) == "finished", 0.2)
 
-    def closed(self, run: str, rounds: int) -> None:
+    def wait_for_rounds(self, run: str, rounds: int) -> None:
         """Wait until so many rounds are committed; what comes after a run's last one is not waited for."""
 
         def look() -> bool:
             self.status(run)
             question = "SELECT count(*) FROM rounds WHERE run = ? AND status = 'closed' AND number > 0"
-            return bool(self.asked(question, run)[0][0] >= rounds)
+            return bool(self.query(question, run)[0][0] >= rounds)
 
         until(f"round {rounds} of {run}", look, 0.1)
 
     def round_ms(self, run: str) -> list[float]:
         """From the opening of each round but the first to that of the next: all of it, commits included."""
         opened = [
-            row[0] for row in self.asked("SELECT opened_at FROM rounds WHERE run = ? ORDER BY number", run)
+            row[0] for row in self.query("SELECT opened_at FROM rounds WHERE run = ? ORDER BY number", run)
         ]
         return [1000 * (after - before) for before, after in itertools.pairwise(opened[1:])]
 
@@ -145,7 +145,7 @@ class Daemon:
             "SELECT max(accepted_at) - opened_at FROM rounds JOIN updates ON updates.run = rounds.run AND"
             " updates.round = rounds.number WHERE rounds.run = ? GROUP BY number ORDER BY number"
         )
-        spans = [row[0] for row in self.asked(question, run)]
+        spans = [row[0] for row in self.query(question, run)]
         return spans[1:] or spans
 
     def memory_mib(self, field: str = "VmHWM") -> float:
@@ -165,7 +165,7 @@ def daemon(folder: Path) -> Iterator[Daemon]:
     folder.mkdir()
     (port,) = free_ports(1)
     words = [sys.executable, "-m", "fedpeft.cli", "server", "--insecure", "--listen", f"127.0.0.1:{port}"]
-    process = started([*words, "--state", "state"], folder, folder / "server.log", environment())
+    process = start_process([*words, "--state", "state"], folder, folder / "server.log", environment())
     try:
         wait_for_port(port, process, folder / "server.log")
         yield Daemon(process, f"127.0.0.1:{port}", folder)
@@ -205,7 +205,7 @@ def agents_here(address: str, names: Sequence[str], folder: Path, data: Path) ->
             Agent(settings, name, folder / name, None, MANY_AGENTS_APP, InlineWorkshop()) for name in names
         ]
 
-    with running(played(made())):
+    with running(run_on_loop(made())):
         yield
 
 
@@ -234,7 +234,7 @@ def agent_processes(address: str, names: Sequence[str], folder: Path) -> Iterato
         )
         words = [sys.executable, "-m", "fedpeft.cli", "client", "--server", address, "--insecure"]
         words += ["--data", str(data), "--home", str(folder / "homes" / name)]
-        processes.append(started(words, folder, folder / f"{name}.log", environment()))
+        processes.append(start_process(words, folder, folder / f"{name}.log", environment()))
     try:
         yield
     finally:
@@ -245,14 +245,14 @@ def agent_processes(address: str, names: Sequence[str], folder: Path) -> Iterato
 NAMES = [f"client-{number}" for number in range(10)]
 
 
-def prepared(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
+def prepare(folder: Path, *, rounds: int, processes: bool) -> dict[str, Any]:
     """The run of `empty_rounds`; where its agents are to share this process, their model is loaded here."""
     tables = empty_run(folder, clients=len(NAMES), rounds=rounds)
     if processes:
         tables["data"]["partitioner"] = {"kind": "files", "clients": len(NAMES)}
     else:
+        from fedpeft.participant.load_simulation import load_simulated_run  # seconds, while others begin too
         from fedpeft.participant.loaded_run import set_loaded_run
-        from fedpeft.participant.simulated import load_simulated_run  # seconds, while others begin too
 
         set_loaded_run(load_simulated_run(build_run(tables, source="bench")))
     return tables
@@ -268,7 +268,7 @@ def empty_rounds(
         serving = agents_here(server.address, NAMES, folder / "homes", folder / "rows.jsonl")
     with serving:
         run = server.submit(tables, agents=len(NAMES))
-        server.closed(run, rounds)
+        server.wait_for_rounds(run, rounds)
     spans = sorted(server.round_ms(run))
     return {
         "agents": len(NAMES),
@@ -305,9 +305,9 @@ def loads_per_agent(server: Daemon, folder: Path, *, agents: int, rounds: int) -
             for name in names
         ]
 
-    made_agents = played(made())
+    made_agents = run_on_loop(made())
     with running(made_agents):
-        server.closed(server.submit(tables, agents=len(names)), rounds)
+        server.wait_for_rounds(server.submit(tables, agents=len(names)), rounds)
     return [agent.status.loads for agent in made_agents]
 
 
@@ -319,7 +319,7 @@ class Flown:
     opened_at: float
 
 
-def flown(stack: ExitStack, folder: Path, *, nodes: int, rounds: int) -> Flown:
+def run_flower(stack: ExitStack, folder: Path, *, nodes: int, rounds: int) -> Flown:
     """Start Flower's processes, until the stack closes, and hold rounds; the first is left out.
 
     They are read as soon as the last one is committed: the run's end is not waited for.
@@ -344,14 +344,14 @@ def flown(stack: ExitStack, folder: Path, *, nodes: int, rounds: int) -> Flown:
 
 def collection(server: Daemon, *, agents: int, rounds: int) -> dict[str, float]:
     """Seed-scalar updates of a thousand agents."""
-    tables = served_run("small", agents, rounds)
+    tables = serve_run("small", agents, rounds)
     tables |= {"peft": {"method": "full"}, "space": {"kind": "seed-scalars", "num_seeds": 384}}
     tables["training"] = {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 1, "lr": 1e-6}
     answers = Answers.of(tables)
-    clients = played(connected(server.address, agents, Prepared(answers, agents, rounds)))
+    clients = run_on_loop(connect_agents(server.address, agents, Prepared(answers, agents, rounds)))
     run = server.submit(tables, agents=agents)
-    server.finished(run)
-    played(gone(clients))
+    server.wait_for_end(run)
+    run_on_loop(end_agents(clients))
     return {
         "agents": agents,
         "update_bytes": len(answers.train(name_of(0), 0, 1)),
@@ -362,18 +362,18 @@ def collection(server: Daemon, *, agents: int, rounds: int) -> dict[str, float]:
 
 def uploads(server: Daemon, folder: Path, *, agents: int, rounds: int) -> dict[str, float]:
     """Large updates, against the same bytes over a bare stream."""
-    tables = served_run("large", agents, rounds)
+    tables = serve_run("large", agents, rounds)
     tables["peft"] = {"method": "lora", "r": 264, "target_modules": "all-linear"}
     answers = Answers.of(tables)
     size = len(answers.train(name_of(0), 0, 1))
     bare = bare_s(folder, [answers.train(name_of(0), 0, 1)] * agents)
-    clients = played(connected(server.address, agents, Prepared(answers, agents, rounds)))
+    clients = run_on_loop(connect_agents(server.address, agents, Prepared(answers, agents, rounds)))
     run = server.submit(tables, agents=agents)
-    until("the first round", lambda: server.asked("SELECT 1 FROM rounds WHERE run = ? AND number = 1", run))
+    until("the first round", lambda: server.query("SELECT 1 FROM rounds WHERE run = ? AND number = 1", run))
     base = server.memory_mib("VmRSS")
     server.forget_peak()
-    server.finished(run)
-    played(gone(clients))
+    server.wait_for_end(run)
+    run_on_loop(end_agents(clients))
     collect_s = min(server.collect_s(run))
     return {
         "upload_agents": agents,
@@ -386,7 +386,7 @@ def uploads(server: Daemon, folder: Path, *, agents: int, rounds: int) -> dict[s
     }
 
 
-def served_run(name: str, agents: int, rounds: int) -> dict[str, Any]:
+def serve_run(name: str, agents: int, rounds: int) -> dict[str, Any]:
     """A run whose agents bring the rows, as the server sees it."""
     return {
         "run": {"name": name, "rounds": rounds},
@@ -405,15 +405,15 @@ def bare_s(folder: Path, bodies: list[bytes]) -> float:
     """Seconds of the bare stream, to a process of its own; four at a time, as our server takes them."""
     ready = folder / "sink"
     words = [sys.executable, "-m", "simulations.federation_load", str(ready)]
-    process = started(words, folder, folder / "sink.log", environment())
+    process = start_process(words, folder, folder / "sink.log", environment())
     try:
         port = until("the bare server", lambda: ready.exists() and ready.read_text())
-        return min(played(bare_upload_s(f"127.0.0.1:{port}", bodies, 4)) for _ in range(2))
+        return min(run_on_loop(bare_upload_s(f"127.0.0.1:{port}", bodies, 4)) for _ in range(2))
     finally:
         end_group(process)
 
 
-async def gone(clients: Sequence[asyncio.Task[None]]) -> None:
+async def end_agents(clients: Sequence[asyncio.Task[None]]) -> None:
     """End agents."""
     for client in clients:
         client.cancel()
@@ -441,9 +441,11 @@ def round_report(folder: Path, *, quick: bool, flower: bool) -> dict[str, Any]:
     nodes, rounds, ours = (1, 4, 60) if quick else (2, 4, 300)
     with ExitStack() as stack:
         aside = stack.enter_context(ThreadPoolExecutor(1))
-        flying = aside.submit(flown, stack, folder / "flown", nodes=nodes, rounds=rounds) if flower else None
+        flying = (
+            aside.submit(run_flower, stack, folder / "flown", nodes=nodes, rounds=rounds) if flower else None
+        )
         server = stack.enter_context(daemon(folder / "daemon"))
-        tables = prepared(folder, rounds=ours, processes=not quick)
+        tables = prepare(folder, rounds=ours, processes=not quick)
         loads = loads_per_agent(server, folder / "real", agents=1 if quick else 2, rounds=4 if quick else 10)
         counted_at = time.time()
         theirs = flying.result() if flying is not None else None

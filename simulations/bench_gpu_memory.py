@@ -148,7 +148,7 @@ def work(folder: str, name: str, trainer: str, base: str, device: str) -> dict[s
 
     from fedpeft.config.run_file import build_run
     from fedpeft.models.device import peak_memory
-    from fedpeft.participant.simulated import load_simulated_run
+    from fedpeft.participant.load_simulation import load_simulated_run
     from fedpeft.planning.memory import estimate_memory, on_gpu
 
     shape = SHAPES[name]
@@ -169,7 +169,7 @@ def work(folder: str, name: str, trainer: str, base: str, device: str) -> dict[s
     return {"peak": peak_memory(resident.device), "planned": planned, "tokens_per_s": tokens / seconds}
 
 
-def measured(folder: str, name: str, trainer: str, base: str, device: str) -> dict[str, Any]:
+def measure_cell(folder: str, name: str, trainer: str, base: str, device: str) -> dict[str, Any]:
     """A cell's figures, from a process of its own."""
     root = Path(__file__).resolve().parents[1]
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -203,7 +203,7 @@ def measure_shape(name: str, device: str) -> dict[str, dict[str, Any]]:
         print(f"\n{name}: {count / 1e9:.2f} billion parameters{peer}")
         print(f"{'trainer':14}{'base':6}{'peak GB':>9}{'plan GB':>9}{'tokens/s':>11}")
         for trainer, base in CELLS:
-            found[f"{trainer}/{base}"] = row = measured(folder, name, trainer, base, device)
+            found[f"{trainer}/{base}"] = row = measure_cell(folder, name, trainer, base, device)
             print(line(trainer, base, row), flush=True)
     return found
 

@@ -145,7 +145,7 @@ def anonymous() -> int:
     return 1024 * int(found[1])
 
 
-def settled() -> int:
+def settle_rss() -> int:
     """RssAnon once freed memory has been given back."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -153,7 +153,7 @@ def settled() -> int:
 
 
 @contextmanager
-def watched() -> Iterator[list[int]]:
+def watch_peak() -> Iterator[list[int]]:
     """The peak of RssAnon within the block, as the one item of a list."""
     peak, done = [anonymous()], threading.Event()
 
@@ -280,19 +280,19 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from fedpeft.config.run_file import build_run
-    from fedpeft.participant.simulated import load_simulated_run
+    from fedpeft.participant.load_simulation import load_simulated_run
     from fedpeft.planning.memory import estimate_memory
     from fedpeft.wire.codec import Envelope, encode
 
     torch.set_num_threads(1)
-    before = settled()
-    with watched() as loading:
+    before = settle_rss()
+    with watch_peak() as loading:
         resident = load_simulated_run(build_run(table, source="bench"))
     run, client = resident.run, resident.data.clients[0]
-    result: dict[str, Any] = {"load_peak": loading[0] - before, "held": settled() - before}
+    result: dict[str, Any] = {"load_peak": loading[0] - before, "held": settle_rss() - before}
     state = resident.space.initial_state(resident.parameters)
     started = time.perf_counter()
-    with watched() as peak:
+    with watch_peak() as peak:
         if cell.trainer == "inference":
             batches = [np.arange(len(resident.data.test))] * (2 * cell.steps)
             resident.score(resident.data.test, batches, state, ("loss",))
@@ -310,9 +310,9 @@ def work(cell: Cell, table: dict[str, Any]) -> dict[str, Any]:
     planned = estimate_memory(run, resident.model, resident.data, ())
     result |= {"planned": planned.peak, "planned_base": planned.base}
     if cell.what != "memory" and cell.trainer != "inference":
-        result["loss_before"] = resident.held_out_loss(0, state, zeros(update.arrays))
-        result["loss"] = resident.held_out_loss(0, state, update.arrays)
-    result |= quantised_bytes(resident.model)
+        result["loss_before"] = resident.compute_held_out_loss(0, state, zeros(update.arrays))
+        result["loss"] = resident.compute_held_out_loss(0, state, update.arrays)
+    result |= count_quantised_bytes(resident.model)
     return result
 
 
@@ -321,7 +321,7 @@ def zeros(arrays: Any) -> dict[str, Any]:
     return {name: 0 * array for name, array in arrays.items()}
 
 
-def quantised_bytes(model: Any) -> dict[str, int]:
+def count_quantised_bytes(model: Any) -> dict[str, int]:
     """Resident bytes and parameters of the quantised layers, scales included, and of the rest of the base."""
     packed = parameters = other = 0
     for module in model.modules():
@@ -363,7 +363,7 @@ def child(cell: Cell, to: Connection) -> None:
 MODELS = {"memory": random_llama, "learning": small_model, "classifying": classifier}
 
 
-def measured(cells: Sequence[Cell], width: int) -> Iterator[dict[str, Any]]:
+def measure_cells(cells: Sequence[Cell], width: int) -> Iterator[dict[str, Any]]:
     """The figures of each cell in turn, from a process that is forked for it; `width` of them at a time."""
     begun: deque[tuple[Cell, BaseProcess, Connection]] = deque()
     waiting = deque(cells)
@@ -409,7 +409,7 @@ def memory_table(
     )
     found = {}
     asked = [Cell(trainer, base, "memory", steps, folder) for trainer, base in cells]
-    for (trainer, base), row in zip(cells, measured(asked, width), strict=True):
+    for (trainer, base), row in zip(cells, measure_cells(asked, width), strict=True):
         if (
             base == "bf16"
         ):  # the file is of this type: weights stay in it, mapped, and RssAnon has none of them
@@ -432,7 +432,7 @@ def learning_table(
     )
     found = {}
     asked = [Cell(trainer, base, what, steps, "") for trainer, base in cells]
-    for (trainer, base), row in zip(cells, measured(asked, width), strict=True):
+    for (trainer, base), row in zip(cells, measure_cells(asked, width), strict=True):
         found[f"{trainer}/{base}"] = row
         losses = f"{row['loss_before']:13.3f}{row['loss']:11.3f}"
         speed = f"{row['tokens_per_s']:10.0f}"

@@ -125,15 +125,17 @@ def replay_and_project(model: Model, turns: int) -> dict[str, object]:
     torch.set_num_threads(2)
     peer_replay, peer_project, replays, projections = [], [], [], []
     for _ in range(turns):
-        peer_replay.append(seconds(lambda: published_axpy(into, seed=3)))
+        peer_replay.append(seconds(lambda: replay_published_axpy(into, seed=3)))
         replays.append(seconds(lambda: space.replay(base, amounts, into, threads=2)))
-        peer_replay.append(seconds(lambda: published_axpy(into, seed=4)))
-        peer_project.append(seconds(lambda: published_dot(base, seed=5)))
+        peer_replay.append(seconds(lambda: replay_published_axpy(into, seed=4)))
+        peer_project.append(seconds(lambda: compute_published_dot(base, seed=5)))
         projections.append(seconds(lambda: space.project(delta, directions, threads=2)) / len(directions))
     torch.set_num_threads(1)
     one_thread = processor_seconds(lambda: space.replay(base, amounts, into, threads=1))
-    peer_one_thread = min(processor_seconds(lambda: published_axpy(into, seed=6)) for _ in range(2))
-    peer_project_one_thread = min(processor_seconds(lambda: published_dot(base, seed=7)) for _ in range(2))
+    peer_one_thread = min(processor_seconds(lambda: replay_published_axpy(into, seed=6)) for _ in range(2))
+    peer_project_one_thread = min(
+        processor_seconds(lambda: compute_published_dot(base, seed=7)) for _ in range(2)
+    )
     torch.set_num_threads(2)
     visited = torch.where(torch.arange(NUM_SEEDS) < LOCAL_STEPS, amounts, 0)
     catch_up = seconds(lambda: space.replay(base, visited, into, threads=2))
@@ -165,14 +167,14 @@ def replay_and_project(model: Model, turns: int) -> dict[str, object]:
     }
 
 
-def published_axpy(weights: dict[str, torch.Tensor], seed: int) -> None:
+def replay_published_axpy(weights: dict[str, torch.Tensor], seed: int) -> None:
     """One seed of the published replay."""
     torch.manual_seed(seed)
     for weight in weights.values():
         weight.add_(torch.randn(weight.shape), alpha=1e-6)
 
 
-def published_dot(delta: dict[str, torch.Tensor], seed: int) -> float:
+def compute_published_dot(delta: dict[str, torch.Tensor], seed: int) -> float:
     """One seed of the published projection."""
     torch.manual_seed(seed)
     return sum(float((part * torch.randn(part.shape)).sum()) for part in delta.values())

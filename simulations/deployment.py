@@ -37,7 +37,7 @@ def free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def started(
+def start_process(
     words: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
     """A process in a group of its own that works in `folder` and appends to `log`."""
@@ -172,7 +172,7 @@ def superlink(folder: Path, nodes: int) -> Iterator[Superlink]:
         def start(name: str, words: Sequence[str]) -> tuple[subprocess.Popen[bytes], Path]:
             (folder / name).mkdir()
             log = folder / f"{name}.log"
-            process = started(words, folder / name, log, made.environment)
+            process = start_process(words, folder / name, log, made.environment)
             stack.callback(end_group, process)
             processes.append(process)
             return process, log

@@ -52,7 +52,7 @@ class Answers:
     @classmethod
     def of(cls, tables: dict[str, Any]) -> Answers:
         """Load the run as a server does, and draw an update that is as large as an honest one."""
-        from fedpeft.participant.serving import load_serving_run
+        from fedpeft.participant.load_server import load_serving_run
 
         resident = load_serving_run(build_run(tables, source="bench"))
         state = resident.space.initial_state(resident.parameters)
@@ -94,7 +94,7 @@ def name_of(index: int) -> str:
     return f"agent-{index:04d}"
 
 
-async def connected(address: str, count: int, answer: Answering) -> list[asyncio.Task[None]]:
+async def connect_agents(address: str, count: int, answer: Answering) -> list[asyncio.Task[None]]:
     """So many agents with a connection each, answering until they are cancelled."""
     ready: list[asyncio.Event] = [asyncio.Event() for _ in range(count)]
     agents = [asyncio.create_task(_agent(address, index, answer, ready[index])) for index in range(count)]
@@ -112,7 +112,7 @@ async def _agent(address: str, index: int, answer: Answering, ready: asyncio.Eve
         try:
             async for message in link.messages():
                 if message.WhichOneof("message") == "task":
-                    errand = asyncio.create_task(_answered(link, message.task, index, answer))
+                    errand = asyncio.create_task(_answer(link, message.task, index, answer))
                     errands.add(errand)
                     errand.add_done_callback(errands.discard)
         except grpc.aio.AioRpcError as error:
@@ -121,7 +121,7 @@ async def _agent(address: str, index: int, answer: Answering, ready: asyncio.Eve
             link.close()
 
 
-async def _answered(link: Session, task: pb.Task, index: int, answer: Answering) -> None:
+async def _answer(link: Session, task: pb.Task, index: int, answer: Answering) -> None:
     body, digest = answer(task, index)
     result = pb.Result(task=task.id)
     if len(body) <= link.welcome.max_inline_bytes:
@@ -137,7 +137,7 @@ class Prepared:
     def __init__(self, answers: Answers, count: int, rounds: int) -> None:
         self._answers = answers
         self._made = {
-            (round_, index): _hashed(answers.train(name_of(index), index, round_))
+            (round_, index): _hash(answers.train(name_of(index), index, round_))
             for round_ in range(1, rounds + 1)
             for index in range(count)
         }
@@ -145,11 +145,11 @@ class Prepared:
     def __call__(self, task: pb.Task, index: int) -> tuple[bytes, bytes]:
         """The answer to a task, and its digest."""
         if task.kind == HELLO:
-            return _hashed(self._answers.hello(name_of(index)))
+            return _hash(self._answers.hello(name_of(index)))
         return self._made[task.round, index]
 
 
-def _hashed(body: bytes) -> tuple[bytes, bytes]:
+def _hash(body: bytes) -> tuple[bytes, bytes]:
     return body, hashlib.sha256(body).digest()
 
 

@@ -111,7 +111,7 @@ class Result:
     cpu_s: float
     versions: dict[str, str]
 
-    def reached(self, goal: float) -> Point | None:
+    def first_reaching(self, goal: float) -> Point | None:
         """The first measured point at or below a loss."""
         return next((point for point in self.curve if point.loss <= goal), None)
 
@@ -124,7 +124,7 @@ def run_of(arm: str, seed: int, quick: bool, further: Sequence[Table] = ()) -> R
     if not buffered:
         del tables["federation"]["mode"], tables["federation"]["buffer"]
     for change in (*changes, *further, {"run": {"seed": seed}}, QUICK if quick else {}):
-        tables = laid_over(tables, change)
+        tables = overlay(tables, change)
     if quick:
         tables["run"]["rounds"] = 8 if buffered else 2
     run = build_run(tables, source=arm, folder=HERE)
@@ -132,18 +132,18 @@ def run_of(arm: str, seed: int, quick: bool, further: Sequence[Table] = ()) -> R
     return run
 
 
-def laid_over(tables: Table, change: Table) -> dict[str, Any]:
+def overlay(tables: Table, change: Table) -> dict[str, Any]:
     """Tables with some keys replaced; a table of another kind replaces the whole one."""
     result = dict(tables)
     for key, value in change.items():
         old = result.get(key)
         whole = isinstance(value, Mapping) and value.keys() & {"kind", "method"}
         nested = isinstance(value, Mapping) and isinstance(old, Mapping) and not whole
-        result[key] = laid_over(old, value) if nested and isinstance(old, Mapping) else value
+        result[key] = overlay(old, value) if nested and isinstance(old, Mapping) else value
     return result
 
 
-def simulated(arm: str, seed: int, out: Path, quick: bool) -> Result:
+def run_arm(arm: str, seed: int, out: Path, quick: bool) -> Result:
     """An arm, by `fedpeft simulate`'s own engine."""
     began, run = time.process_time(), run_of(arm, seed, quick)
     with RunFolder.create(out / "runs" / f"{arm}-{seed}", run, force=True) as folder:
@@ -215,8 +215,8 @@ def table(results: Mapping[tuple[str, int], Result], seeds: Sequence[int]) -> It
         found = [results[arm, seed] for seed in seeds]
         reference = [results[REFERENCE.get(arm, "synchronous"), seed] for seed in seeds]
         goals = [goals_of(result) for result in reference]
-        hits = [[r.reached(goal) for goal in each] for r, each in zip(found, goals, strict=True)]
-        bases = [result.reached(each[-1]) for result, each in zip(reference, goals, strict=True)]
+        hits = [[r.first_reaching(goal) for goal in each] for r, each in zip(found, goals, strict=True)]
+        bases = [result.first_reaching(each[-1]) for result, each in zip(reference, goals, strict=True)]
         factors = [
             base.virtual_s / last.virtual_s if base is not None and last is not None else None
             for base, last in zip(bases, (hit[-1] for hit in hits), strict=True)
@@ -251,7 +251,7 @@ def one(arm: str, seed: int, out: Path, quick: bool) -> Result:
         read = json.loads(file.read_text())
         return Result(**{**read, "curve": [Point(**point) for point in read["curve"]]})
     out.mkdir(parents=True, exist_ok=True)
-    result = simulated(arm, seed, out, quick)
+    result = run_arm(arm, seed, out, quick)
     file.write_text(json.dumps(asdict(result), indent=1))
     return result
 

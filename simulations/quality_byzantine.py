@@ -168,7 +168,7 @@ class Result:
     versions: Mapping[str, str]
 
 
-def frozen_folder(out: Path, overrides: Sequence[str]) -> Path:
+def make_frozen_folder(out: Path, overrides: Sequence[str]) -> Path:
     """The frozen encoder's output as a model and two JSONL files; made once."""
     folder = out / "frozen"
     if folder.is_dir():
@@ -282,7 +282,7 @@ def run(arm: Arm, seed: int, frozen: Path, further: Sequence[str]) -> Result:
     )
 
 
-def kept(path: Path, arm: Arm, seed: int, frozen: Path, further: Sequence[str]) -> Result:
+def load_or_make(path: Path, arm: Arm, seed: int, frozen: Path, further: Sequence[str]) -> Result:
     """The result that lies at `path`; it is made first if there is none."""
     if not path.is_file():
         result = run(arm, seed, frozen, further)
@@ -314,13 +314,13 @@ def main() -> None:
     parser = options(__doc__, quick="four arms, seed 0")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    frozen = frozen_folder(arguments.out.resolve(), arguments.set)
+    frozen = make_frozen_folder(arguments.out.resolve(), arguments.set)
     results = []
     for seed in seeds_of(arguments):
         for arm in QUICK_ARMS if arguments.quick else ARMS:
             path = arguments.out / f"seed-{seed}" / arm.file
             if is_wanted(arm.name, arguments) or path.is_file():
-                results.append(kept(path, arm, seed, frozen, arguments.set))
+                results.append(load_or_make(path, arm, seed, frozen, arguments.set))
     print(table(results))
     print(json.dumps([asdict(result) for result in results]))
 

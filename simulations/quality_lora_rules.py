@@ -164,7 +164,7 @@ def run(arm: Arm, seed: int, rounds: int, lr: float) -> Result:
     )
 
 
-def kept(out: Path, arm: Arm, seed: int, rounds: int, lr: float) -> Result:
+def load_or_make(out: Path, arm: Arm, seed: int, rounds: int, lr: float) -> Result:
     """The arm's result of a seed with a rate; it is made first if there is none."""
     name = f"{arm.name.replace(', ', '-').replace(' ', '-')}-{lr:.2g}.json"
     path = out / f"seed-{seed}" / name
@@ -179,7 +179,7 @@ def kept(out: Path, arm: Arm, seed: int, rounds: int, lr: float) -> Result:
 
 def rate_of(out: Path, arm: Arm, rounds: int) -> float:
     """The arm's best rate of three, by the loss on the held-out rows of the tuning seed."""
-    return best_rate(RATE, lambda lr: kept(out, arm, TUNING_SEED, rounds, lr).loss)
+    return best_rate(RATE, lambda lr: load_or_make(out, arm, TUNING_SEED, rounds, lr).loss)
 
 
 def _range(show: Callable[[float], str], values: Iterable[float | None]) -> str:
@@ -242,7 +242,7 @@ def main() -> None:
     rounds = 1 if given.quick else ROUNDS
     arms = [arm for arm in ARMS if given.arms is None or arm.name in given.arms]
     rates = {arm: RATE if given.quick else rate_of(given.out, arm, rounds) for arm in arms}
-    results = [kept(given.out, arm, seed, rounds, rates[arm]) for seed in given.seeds for arm in arms]
+    results = [load_or_make(given.out, arm, seed, rounds, rates[arm]) for seed in given.seeds for arm in arms]
     print(table(results))
     print(json.dumps({"runs": [asdict(result) for result in results]}))
 

@@ -37,14 +37,14 @@ from numpy.typing import NDArray
 
 from fedpeft.adapters import METHODS, adapter_stack, best_on_held_out, merger_named
 from fedpeft.codec import LeastSquaresScale, ternarise
-from fedpeft.commands.experts import Adapter, Weights, delta_of, moved, read_adapter
-from fedpeft.commands.held_out import AdapterScores, held_out_run
+from fedpeft.commands.experts import Adapter, Weights, add_delta, delta_of, read_adapter
+from fedpeft.commands.held_out import AdapterScores, with_held_out_test_set
 from fedpeft.commands.merge import GRIDS
 from fedpeft.config.run_file import load_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.ledger.run_place import write_run
 from fedpeft.models.export import export_adapter
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.runtime.files import folder_atomically
 from simulations.experiment_cli import options, seeds_of
 
@@ -85,7 +85,7 @@ def experts(run: RunConfig, out: Path, steps: int) -> list[Adapter]:
     return [read_adapter(folder) for folder in folders]
 
 
-def compressed(delta: Weights) -> Weights:
+def compress(delta: Weights) -> Weights:
     """What is left of an expert in a ternary file."""
     rule = LeastSquaresScale()
     return {
@@ -101,11 +101,11 @@ def of_one_seed(
     sources = experts(run, out, steps)
     initial, config = sources[0].initial, sources[0].config
     few = run.evaluation.model_copy(update={"max_examples": held_out_rows})
-    choosing = held_out_run(run).model_copy(update={"evaluation": few})
+    choosing = with_held_out_test_set(run).model_copy(update={"evaluation": few})
     test, held_out = AdapterScores(run, config), AdapterScores(choosing, config)
     plain = [delta_of(source) for source in sources]
-    for form, deltas in (("plain", plain), ("compressed", [compressed(delta) for delta in plain])):
-        alone = [test.gain(moved(initial, delta)) for delta in deltas]
+    for form, deltas in (("plain", plain), ("compressed", [compress(delta) for delta in plain])):
+        alone = [test.gain(add_delta(initial, delta)) for delta in deltas]
         lines["an expert, mean"].accuracy[form].append(statistics.fmean(alone))
         lines["an expert, best"].accuracy[form].append(max(alone))
         stack = adapter_stack(deltas, None)
@@ -116,10 +116,10 @@ def of_one_seed(
             candidates = [merger_named(method, **point) for point in seeded]
 
             def score(delta: Delta) -> float:
-                return held_out.gain(moved(initial, delta))
+                return held_out.gain(add_delta(initial, delta))
 
             merger, delta = best_on_held_out(stack, candidates, score)
-            lines[method].accuracy[form].append(test.gain(moved(initial, delta)))
+            lines[method].accuracy[form].append(test.gain(add_delta(initial, delta)))
             lines[method].chosen.append(", ".join(f"{name} {getattr(merger, name):g}" for name in grid))
 
 

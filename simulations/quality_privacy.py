@@ -278,7 +278,9 @@ def run(arm: Arm, rates: Rates, seed: int, rounds: int, further: Sequence[str]) 
     )
 
 
-def kept(path: Path, arm: Arm, rates: Rates, seed: int, rounds: int, further: Sequence[str]) -> Result:
+def load_or_make(
+    path: Path, arm: Arm, rates: Rates, seed: int, rounds: int, further: Sequence[str]
+) -> Result:
     """The result that lies at `path`; it is made first if there is none."""
     if not path.is_file():
         result = run(arm, rates, seed, rounds, further)
@@ -302,7 +304,7 @@ def tune(out: Path, rounds: int, further: Sequence[str]) -> None:
             arm = Arm(kind, method, 8)
             for rates in several:
                 path = path_of(out, arm, TUNING_SEED, f"-eta-{rates.eta:g}-clip-{rates.clip:g}")
-                tried = kept(path, arm, rates, TUNING_SEED, rounds, further)
+                tried = load_or_make(path, arm, rates, TUNING_SEED, rounds, further)
                 print(f"{arm.name}: {rates}: {tried.accuracy:.1%}, loss {tried.loss:.3f}", flush=True)
 
 
@@ -341,7 +343,7 @@ def main() -> None:
         for arm in QUICK_ARMS if arguments.quick else ARMS:
             path = path_of(arguments.out, arm, seed)
             if is_wanted(arm.name, arguments) or path.is_file():
-                results.append(kept(path, arm, arm.rates, seed, rounds, further))
+                results.append(load_or_make(path, arm, arm.rates, seed, rounds, further))
     print(table(results))
     print(json.dumps([asdict(result) for result in results]))
 

@@ -7,7 +7,8 @@ stories260K, ten clients (one per role), four of them a round. A seed decides th
 the batches and the directions; arms of one seed share all of that but the directions. Arms:
 
     fedkseed       the run file: K = 1024 sign directions, 12 rounds of 20 steps, one integer a step
-    gaussian       the published loop with normal directions instead (`published_loop`, written here and no
+    gaussian       the published loop with normal directions instead (`run_published_loop`, written here and
+    no
                    part of the product): `torch.manual_seed`, `torch.randn`, weights moved in place and back;
                    same cohorts, same batches, same candidate at each step, same learning rate
     gaussian-again the same with other draws: how far the directions alone move the result
@@ -46,7 +47,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpeft.codec import PublicSource, coded, top_k, unbiased_random_k
+from fedpeft.codec import PublicSource, coded, select_unbiased_random_k, top_k
 from fedpeft.config.run_file import load_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.data.collate import Batch, collate, training_batches
@@ -54,8 +55,8 @@ from fedpeft.evaluation.evaluate import summarise
 from fedpeft.evaluation.scoring import score
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.records import Round, Started, parse_row
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.preflight import refuse_problems
 from fedpeft.reporting.progress import make_progress
 from fedpeft.runtime.randomness import stream
@@ -161,7 +162,7 @@ def run_of(arm: str, seed: int, quick: bool) -> tuple[RunConfig, dict[str, str]]
     return run, changes
 
 
-def simulated(arm: str, seed: int, out: Path, quick: bool) -> Result:
+def run_arm(arm: str, seed: int, out: Path, quick: bool) -> Result:
     """An arm of the product, by `fedpeft simulate`'s own engine."""
     began = time.process_time()
     run, changes = run_of(arm, seed, quick)
@@ -192,7 +193,7 @@ def cohorts_of(out: Path, seed: int) -> list[list[str]]:
     return [[outcome.client for outcome in row.outcomes] for row in rows]
 
 
-def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
+def run_published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
     """FedKSeed with normal directions, as published: seeds, in-place moves, float scalars.
 
     Source: Qin et al. 2024, algorithm 1, and for weighted arms the non-uniform sampling of FedKSeed-Pro. The
@@ -209,7 +210,7 @@ def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
     seeds = np.random.default_rng(loop.offset + seed).integers(1, 2**31, size=run.space.options["num_seeds"])
     state = [parameter.detach().clone() for parameter in parameters]
     sizes, visits = np.zeros(len(seeds)), np.ones(len(seeds))  # of a candidate's scalars, and one zero
-    curve = [(0, held_out_loss(resident))]
+    curve = [(0, compute_held_out_loss(resident))]
     for number, cohort in enumerate(cohorts_of(out, seed), start=1):
         total = sum(len(names[name].train) for name in cohort)
         moves: dict[int, float] = {}
@@ -227,7 +228,7 @@ def published_loop(arm: str, seed: int, out: Path, quick: bool) -> Result:
             move(parameters, int(seeds[direction]), -run.training.lr * scalar, draw)
         state = [parameter.detach().clone() for parameter in parameters]
         if number % run.evaluation.every == 0:
-            curve.append((number, held_out_loss(resident)))
+            curve.append((number, compute_held_out_loss(resident)))
     cpu_s = time.process_time() - began
     trained = sum(parameter.numel() for parameter in parameters)
     return Result(arm, seed, curve, 0.0, 0.0, cpu_s, trained, {"torch": torch.__version__}, changes)
@@ -291,7 +292,7 @@ def batch_loss(model: nn.Module, batch: Batch) -> float:
     return PRECISE_LOSSES["causal-lm"](logits, batch.labels) / batch.tokens
 
 
-def held_out_loss(resident: LoadedRun) -> float:
+def compute_held_out_loss(resident: LoadedRun) -> float:
     """The loss that `fedpeft simulate` reports, of the weights as they are."""
     encoded, _ = rows_of(resident, TEST)
     rows = resident.rows(encoded, np.zeros(0, dtype=np.int64))
@@ -321,11 +322,11 @@ def compressions(seed: int, quick: bool) -> list[Point]:
     them, positions of top-k entropy-coded and those of random-k not at all, with 4 bytes a value.
     """
     counts = (64,) if quick else (16, 64, 256, 1024, 4096)
-    points = [_projected(kind, count, seed, quick) for kind in ("signs", "srht") for count in counts]
+    points = [_project(kind, count, seed, quick) for kind in ("signs", "srht") for count in counts]
     delta = _change(seed, quick)
     compressors: dict[str, Callable[[int, str, float], Any]] = {
         "top-k": lambda place, name, share: top_k(delta[name], share),
-        "random-k": lambda place, name, share: unbiased_random_k(
+        "random-k": lambda place, name, share: select_unbiased_random_k(
             delta[name], share, PublicSource(seed, 1, place)
         ),
     }
@@ -338,7 +339,7 @@ def compressions(seed: int, quick: bool) -> list[Point]:
     return points
 
 
-def _projected(projection: str, count: int, seed: int, quick: bool) -> Point:
+def _project(projection: str, count: int, seed: int, quick: bool) -> Point:
     """Through the space itself: express, serialise, rebuild."""
     file, _ = ARMS["ferret-signs"]
     changes = {"run.seed": seed, "space.projection": projection, "space.num_seeds": count}
@@ -424,7 +425,7 @@ def curve_table(results: Mapping[tuple[str, int], Result], seeds: Sequence[int])
         yield row(arm, *("" if mean is None else f"{mean:.3f}" for mean in means))
 
 
-def reached(result: Result, goal: float) -> int | None:
+def first_reaching(result: Result, goal: float) -> int | None:
     """The first evaluated round with a loss at or below the goal."""
     return next((number for number, loss in result.curve if loss <= goal), None)
 
@@ -461,7 +462,7 @@ def main() -> None:
     print("\n".join([*arms_table(results, seeds), "", *curve_table(results, seeds), ""]))
     goals = {seed: results["fedkseed", seed].final for seed in seeds}
     rounds = {
-        arm: [reached(results[arm, seed], goals[seed]) for seed in seeds]
+        arm: [first_reaching(results[arm, seed], goals[seed]) for seed in seeds]
         for arm in ("ferret-signs", "ferret-srht")
     }
     print(f"rounds to FedKSeed's final loss, seed by seed: {rounds}\n")
@@ -477,7 +478,7 @@ def one(arm: str, seed: int, out: Path, quick: bool) -> Result:
         read = json.loads(file.read_text())
         return Result(**{**read, "curve": [tuple(pair) for pair in read["curve"]]})
     out.mkdir(parents=True, exist_ok=True)
-    make = published_loop if arm in LOOPS else simulated
+    make = run_published_loop if arm in LOOPS else run_arm
     result = make(arm, seed, out, quick)
     file.write_text(json.dumps(asdict(result), indent=1))
     return result

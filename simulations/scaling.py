@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fedpeft.config.sections import ClockSection
 from fedpeft.rounds.simulated_clock import VirtualClock
-from simulations.bench_federation import Daemon, daemon, gone, played, served_run
-from simulations.federation_load import Answers, Prepared, connected, name_of
+from simulations.bench_federation import Daemon, daemon, end_agents, run_on_loop, serve_run
+from simulations.federation_load import Answers, Prepared, connect_agents, name_of
 
 TICKS = os.sysconf("SC_CLK_TCK")
 DRAWN = 20_000
@@ -97,23 +97,23 @@ def measure(folder: Path, agents: int, rounds: int) -> Constants:
     """All constants, of one daemon."""
     with daemon(folder / "daemon") as server:
         base, began = server.memory_mib("VmRSS"), cpu_s(server)
-        waiting = played(connected(server.address, agents, lambda task, index: (b"", b"")))
+        waiting = run_on_loop(connect_agents(server.address, agents, lambda task, index: (b"", b"")))
         session_cpu = cpu_s(server) - began
         session_mib = server.memory_mib("VmRSS") - base
         began, beats = cpu_s(server), 2
         time.sleep(15.0 * beats)
         beat_cpu = cpu_s(server) - began
-        played(gone(waiting))
+        run_on_loop(end_agents(waiting))
 
         few = agents // 6
         small, _ = round_cpu_s(server, few, rounds, "few")
-        database = settled_bytes(server)
+        database = measure_settled_bytes(server)
         large, size = round_cpu_s(server, agents, rounds, "many")
         update_cpu = (large - small) / (agents - few)
-        ((record,),) = server.asked(
+        ((record,),) = server.query(
             "SELECT avg(length(row)) FROM rounds JOIN runs ON id = run WHERE number > 0 AND name = 'many'"
         )
-        grown = settled_bytes(server) - database
+        grown = measure_settled_bytes(server) - database
     return Constants(
         update_cpu_ms=1000 * update_cpu,
         round_cpu_ms=1000 * (small - few * update_cpu),
@@ -128,13 +128,13 @@ def measure(folder: Path, agents: int, rounds: int) -> Constants:
 
 def round_cpu_s(server: Daemon, agents: int, rounds: int, name: str) -> tuple[float, int]:
     """The daemon's CPU time of the cheapest round with so many updates, and the size of an update."""
-    tables = served_run(name, agents, rounds)
+    tables = serve_run(name, agents, rounds)
     tables |= {"peft": {"method": "full"}, "space": {"kind": "seed-scalars", "num_seeds": 384}}
     tables["training"] = {"kind": "zeroth-order", "rule": "zo-sgd", "steps": 1, "batch_size": 1, "lr": 1e-6}
     answers = Answers.of(tables)
-    clients = played(connected(server.address, agents, Prepared(answers, agents, rounds)))
+    clients = run_on_loop(connect_agents(server.address, agents, Prepared(answers, agents, rounds)))
     marks = _marks(server, server.submit(tables, agents=agents), rounds)
-    played(gone(clients))
+    run_on_loop(end_agents(clients))
     cheapest = min(after - before for before, after in itertools.pairwise(marks))
     return cheapest, len(answers.train(name_of(0), 0, 1))
 
@@ -143,21 +143,21 @@ def _marks(server: Daemon, run: str, rounds: int) -> list[float]:
     """The daemon's CPU time when each round but the first had been closed."""
     marks: list[float] = []
     for number in range(1, rounds + 1):
-        while not server.asked(
+        while not server.query(
             "SELECT 1 FROM rounds WHERE run = ? AND number = ? AND status = 'closed'", run, number
         ):
             server.status(run)
             time.sleep(0.002)
         marks.append(cpu_s(server))
-    server.finished(run)
+    server.wait_for_end(run)
     return marks
 
 
-def settled_bytes(server: Daemon) -> int:
+def measure_settled_bytes(server: Daemon) -> int:
     """The database's size without the pages that are free."""
-    ((pages,),) = server.asked("PRAGMA page_count")
-    ((free,),) = server.asked("PRAGMA freelist_count")
-    ((size,),) = server.asked("PRAGMA page_size")
+    ((pages,),) = server.query("PRAGMA page_count")
+    ((free,),) = server.query("PRAGMA freelist_count")
+    ((size,),) = server.query("PRAGMA page_size")
     return int((pages - free) * size)
 
 

@@ -60,7 +60,7 @@ from fedpeft_client.transport.admin_client import AdminClient, new_submission
 from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
 from simulations.bad_network import Network, network
-from simulations.deployment import ROOT, end_group, environment, free_ports, started
+from simulations.deployment import ROOT, end_group, environment, free_ports, start_process
 
 AGENTS = ("north", "south", "east")
 STEADY = AGENTS[0]  # never killed
@@ -108,7 +108,7 @@ class Fleet(Protocol):
         """Its process; None where it has none of its own."""
         ...
 
-    def ended(self, name: str) -> bool:
+    def has_ended(self, name: str) -> bool:
         """Whether it is gone, of itself or not."""
         ...
 
@@ -129,7 +129,7 @@ class Processes:
         where = f"127.0.0.1:{self._lines.lines[name].port}"
         words = ["client", "--server", where, "--data", str(ROOT / "client" / "data" / f"{name}.jsonl")]
         words += ["--home", f"homes/{name}", "--keys", f"federation/agents/{name}"]
-        self._held[name] = process = started(
+        self._held[name] = process = start_process(
             command(*words), self._folder, self._folder / f"{name}.log", environment(MALLOC_ARENA_MAX="2")
         )
         self._stack.callback(end_group, process)
@@ -143,7 +143,7 @@ class Processes:
         """See `Fleet`."""
         return self._held[name].pid
 
-    def ended(self, name: str) -> bool:
+    def has_ended(self, name: str) -> bool:
         """See `Fleet`."""
         return self._held[name].poll() is not None
 
@@ -210,7 +210,7 @@ class Here:
         """See `Fleet`."""
         return None
 
-    def ended(self, name: str) -> bool:
+    def has_ended(self, name: str) -> bool:
         """See `Fleet`."""
         return self._held[name][1].done()
 
@@ -251,7 +251,7 @@ class Site:
         )
         roots = ["--root", str(ROOT / "server")]  # of the run's test rows
         words = command("server", "--listen", f"127.0.0.1:{self.port}", "--state", "state", *roots, *keys)
-        self.server = started(
+        self.server = start_process(
             words, self.folder, self.folder / "server.log", environment(MALLOC_ARENA_MAX="2")
         )
         self.server_starts += 1
@@ -285,18 +285,18 @@ class Site:
             return str(asyncio.run_coroutine_threadsafe(asked, get_grpc_event_loop()).result(60).id)
         return None
 
-    def asked(self, question: str) -> list[tuple[Any, ...]]:
+    def query(self, question: str) -> list[tuple[Any, ...]]:
         """Rows of the server's database, whether it runs or not; none before there is one."""
         place = f"file:{self.folder / 'state/state.db'}?mode=ro"
         with suppress(sqlite3.OperationalError), closing(sqlite3.connect(place, uri=True)) as database:
             return database.execute(question).fetchall()
         return []
 
-    def unfinished(self) -> list[str]:
+    def list_unfinished(self) -> list[str]:
         """Runs that have not ended."""
         return [
             row[0]
-            for row in self.asked("SELECT id FROM runs WHERE status NOT IN ('finished', 'failed', 'stopped')")
+            for row in self.query("SELECT id FROM runs WHERE status NOT IN ('finished', 'failed', 'stopped')")
         ]
 
 
@@ -427,7 +427,7 @@ class Trouble:
 # ---- The soak
 
 
-def undisturbed(folder: Path, run_file: Path) -> str:
+def run_undisturbed(folder: Path, run_file: Path) -> str:
     """The adapter's digest of the run on one machine."""
     words = command(
         "simulate", str(run_file), "--out", str(folder / "undisturbed"), "--quiet", "--workers", "1"
@@ -437,7 +437,7 @@ def undisturbed(folder: Path, run_file: Path) -> str:
     return next(str(row["adapter_digest"]) for row in rows if row["event"] == "finished")
 
 
-def undisturbed_here(folder: Path, run_file: Path) -> str:
+def run_undisturbed_here(folder: Path, run_file: Path) -> str:
     """The same in this process, whose agents then have the run loaded."""
     from fedpeft.ledger import RunFolder
     from fedpeft.reporting.progress import make_progress
@@ -459,12 +459,12 @@ def soak(
     until_under_way(site, text)
     began = next_sample = time.monotonic()
     next_trouble, settled = began + every_s, 0.0
-    while (now := time.monotonic()) < began + seconds or site.unfinished():
+    while (now := time.monotonic()) < began + seconds or site.list_unfinished():
         over = now >= began + seconds
         if over:
             trouble.mend(all_of_it=True)
             if now > began + seconds + PATIENCE_S:
-                raise RuntimeError(f"{site.unfinished()} did not end; see {site.folder / 'server.log'}")
+                raise RuntimeError(f"{site.list_unfinished()} did not end; see {site.folder / 'server.log'}")
         elif now >= next_trouble:
             trouble.happen(server_too=now < began + seconds / 2)
             next_trouble = now + rng.expovariate(1 / every_s)
@@ -473,9 +473,9 @@ def soak(
         if now >= next_sample:
             sample(samples, now - began, site, fleet)
             next_sample = now + SAMPLE_S
-        if not settled and site.asked("SELECT 1 FROM runs WHERE status = 'finished'"):
+        if not settled and site.query("SELECT 1 FROM runs WHERE status = 'finished'"):
             settled = now - began
-        if not over and not trouble.server_away and not site.unfinished():
+        if not over and not trouble.server_away and not site.list_unfinished():
             run = site.submit(text)
             if run is not None:
                 say(f"submitted {run}")
@@ -486,8 +486,8 @@ def soak(
 def until_under_way(site: Site, text: str) -> None:
     """Submit a first run, and wait for its first round."""
     deadline = time.monotonic() + PATIENCE_S
-    while not site.asked("SELECT 1 FROM rounds WHERE number > 0"):
-        if not site.unfinished() and (run := site.submit(text)):
+    while not site.query("SELECT 1 FROM rounds WHERE number > 0"):
+        if not site.list_unfinished() and (run := site.submit(text)):
             say(f"submitted {run}")
         if time.monotonic() > deadline:
             raise RuntimeError(f"no round was opened; see {site.folder / 'server.log'}")
@@ -502,7 +502,7 @@ def refuse_ended(site: Site, fleet: Fleet, trouble: Trouble) -> None:
     """
     if site.server is not None and site.server.poll() is not None and not trouble.server_away:
         raise RuntimeError(f"the server ended by itself; see {site.folder / 'server.log'}")
-    if any(fleet.ended(name) for name in AGENTS if not trouble.away(name)):
+    if any(fleet.has_ended(name) for name in AGENTS if not trouble.away(name)):
         raise RuntimeError(f"an agent ended by itself; see the logs in {site.folder}")
 
 
@@ -524,15 +524,15 @@ def worker_of(pid: int | None) -> int | None:
 
 def verdict(site: Site, wanted: str, rounds: int) -> dict[str, Any]:
     """What the ledger says of all runs."""
-    runs = site.asked("SELECT id, status, adapter_digest FROM runs ORDER BY place")
-    counted = site.asked("SELECT run, count(*), sum(counted) FROM updates GROUP BY run")
+    runs = site.query("SELECT id, status, adapter_digest FROM runs ORDER BY place")
+    counted = site.query("SELECT run, count(*), sum(counted) FROM updates GROUP BY run")
     full = (rounds * len(AGENTS), rounds * len(AGENTS))
     return {
         "runs": len(runs),
         "runs_with_the_same_bytes": sum(row[1:] == ("finished", wanted) for row in runs),
         "updates": sum(row[1] for row in counted),
         "runs_with_every_update_counted": sum(row[1:] == full for row in counted),
-        "refusals": dict(site.asked("SELECT reason, sum(count) FROM refusals GROUP BY reason")),
+        "refusals": dict(site.query("SELECT reason, sum(count) FROM refusals GROUP BY reason")),
     }
 
 
@@ -576,13 +576,13 @@ def federation(folder: Path, *, here: bool, rng: random.Random) -> Iterator[tupl
                 fleet.close()
 
 
-def soaked(
+def run_soak(
     folder: Path, *, minutes: float, seed: int, here: bool, rounds: int, every_s: float
 ) -> dict[str, Any]:
     """All of it, in an empty folder; the last key is what went wrong."""
     run_file = folder / "soak.toml"
     run_file.write_text(tomli_w.dumps(run_tables(rounds, 1 if here else 2)))
-    wanted = (undisturbed_here if here else undisturbed)(folder, run_file)
+    wanted = (run_undisturbed_here if here else run_undisturbed)(folder, run_file)
     say(f"undisturbed: {wanted[:12]}")
     rng = random.Random(seed)
     with federation(folder, here=here, rng=rng) as (site, fleet, lines):
@@ -622,7 +622,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fedpeft-soak-") as name:
         try:
-            result = soaked(
+            result = run_soak(
                 Path(name),
                 minutes=options.minutes,
                 seed=options.seed,

@@ -236,8 +236,8 @@ LOADERS_OF_RUN_FILES = (
     "fedpeft.data.run_sources",
     "fedpeft.data.run_tables",
     "fedpeft.flower.client_app",
-    "fedpeft.participant.simulated",
-    "fedpeft.participant.serving",
+    "fedpeft.participant.load_simulation",
+    "fedpeft.participant.load_server",
     "fedpeft.simulation",
     "fedpeft.commands",
     "fedpeft_server",
@@ -266,7 +266,11 @@ def test_an_agent_cannot_reach_what_reads_the_files_of_a_run_file() -> None:
     assert f"{DEVICE_APP}:app" == CLIENT_APP
     agent = [module for module in modules() if room_of(module) == "fedpeft_client"]
     reached = reached_from(*agent, DEVICE_APP)
-    assert {"fedpeft.participant.device", "fedpeft.participant.loaded_run", "fedpeft.data.tables"} <= reached
+    assert {
+        "fedpeft.participant.load_device",
+        "fedpeft.participant.loaded_run",
+        "fedpeft.data.tables",
+    } <= reached
     wrong = [
         module
         for module in reached

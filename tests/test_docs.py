@@ -14,7 +14,7 @@ import pytest
 import typer
 
 from fedpeft.cli import app
-from fedpeft.config.deployment import ignored_keys
+from fedpeft.config.deployment import find_ignored_keys
 from fedpeft.config.run_file import build_run
 from fedpeft_server.runs.agent_wait import agents_wanted
 from fedpeft_server.store import Rules
@@ -135,7 +135,7 @@ def test_the_readmes_run_begins_with_the_readmes_agents() -> None:
     run = build_run(tables, source="README.md")
     rules = Rules(min_agents=int(submit[submit.index("--min-agents") + 1]))
     assert agents_wanted(run, rules) == agents == 2
-    assert set(ignored_keys(run)) == {"data.train", "data.partitioner", "evaluation.baselines"}
+    assert set(find_ignored_keys(run)) == {"data.train", "data.partitioner", "evaluation.baselines"}
 
 
 def test_the_readers_find_what_they_look_for() -> None:

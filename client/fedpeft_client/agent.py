@@ -95,7 +95,7 @@ class Agent:
         work = asyncio.create_task(self._desk.work())
         dial = asyncio.create_task(self._dial())
         idle = asyncio.create_task(self._release_when_idle())
-        stop = asyncio.create_task(self._stopped())
+        stop = asyncio.create_task(self._stop_tasks())
         try:
             done, _ = await asyncio.wait((work, dial, stop), return_when=asyncio.FIRST_COMPLETED)
             for task in (work, dial):
@@ -116,7 +116,7 @@ class Agent:
         """End `run`; a task under way is done again at the next start."""
         self._stopping.set()
 
-    async def _stopped(self) -> None:
+    async def _stop_tasks(self) -> None:
         await self._stopping.wait()
 
     async def _release_when_idle(self) -> None:
@@ -137,7 +137,7 @@ class Agent:
             if time.monotonic() - met > STEADY_S:
                 waits = pauses(random.Random())
             if error is not None:
-                self.status.failed(str(error))
+                self.status.record_failure(str(error))
                 if self._repeats.due(str(error)):
                     LOG.warning("%s", error)
                 late = self._settings.connect_s and time.monotonic() - began > self._settings.connect_s
@@ -164,7 +164,7 @@ class Agent:
             LOG.info("connected to %s as %s", self._settings.server, link.welcome.name, extra=facts)
             self._known, self._link = True, link
             self._repeats.clear()
-            self._desk.connected(link, material)
+            self._desk.set_session(link, material)
             self.status.now("connected")
             async for message in link.messages():
                 await self._desk.handle(message)
@@ -172,7 +172,7 @@ class Agent:
             return error_of(error, self._settings.server)
         finally:
             self._link = None
-            self._desk.connected(None)
+            self._desk.set_session(None)
             if link is not None:
                 link.close()
             await channel.close()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedpeft.config.sections import DeviceName, Encoding, Quoting, Section, Separator, unit
-from fedpeft.config.settings_file import beside, checked, read_table
+from fedpeft.config.settings_file import beside, check_table, read_table
 from fedpeft.errors import UsageError
 from fedpeft.runtime.telemetry import LogFormat, is_address
 from fedpeft_client.policy.owner_policy import Policy
@@ -105,7 +105,9 @@ def read_settings(config: Path | None, given: Mapping[str, Any]) -> ClientSettin
     Raises:
         UsageError: every problem, in one line.
     """
-    settings = checked(ClientSettings, {**_table(config), **given}, source=str(config or "fedpeft client"))
+    settings = check_table(
+        ClientSettings, {**_table(config), **given}, source=str(config or "fedpeft client")
+    )
     host, colon, port = settings.server.rpartition(":")
     if not (host and colon and port.isdecimal() and len(port) <= 5 and 0 < int(port) < 65536):
         raise UsageError(f"server {settings.server!r} is no address; give HOST:PORT")

@@ -44,34 +44,34 @@ class AgentStatusFile:
         """The connection's state: connecting, connected, stopped."""
         if state != self.state:
             self.state, self._since = state, time.time()
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
     def working(self, kind: str, round_: int) -> None:
         """A task is under way."""
         self.doing = f"{kind}, round {round_}"
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
     def idle(self) -> None:
         """No task is."""
         self.doing = ""
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
-    def failed(self, line: str) -> None:
+    def record_failure(self, line: str) -> None:
         """Something went wrong."""
         self.last_error, self._at["last_error"] = line, time.time()
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
-    def noticed(self, text: str) -> None:
+    def record_notice(self, text: str) -> None:
         """The server had something to say."""
         self.notice, self._at["notice"] = text, time.time()
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
-    def refused(self, reason: str) -> None:
+    def record_refusal(self, reason: str) -> None:
         """A task was refused."""
         self.last_refusal, self._at["last_refusal"] = reason, time.time()
-        self.changed(at_once=True)
+        self.write_if_due(at_once=True)
 
-    def changed(self, *, at_once: bool = False) -> None:
+    def write_if_due(self, *, at_once: bool = False) -> None:
         """Write the file, unless that was just done."""
         if at_once or time.monotonic() - self._written > _EVERY_S:
             self._written = time.monotonic()

@@ -39,7 +39,7 @@ from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.failures import from_record, to_failure, to_refusal, to_text
 from fedpeft_client.agent_metrics import AgentMetrics
 from fedpeft_client.policy.admission import Admission
-from fedpeft_client.policy.owner_policy import Policy, over_bytes, refuse, unwanted_metrics
+from fedpeft_client.policy.owner_policy import Policy, find_unwanted_metrics, over_bytes, refuse
 from fedpeft_client.policy.usage import UsageBook, run_key
 from fedpeft_client.status import AgentStatusFile
 from fedpeft_client.transport.dialing import error_of, pauses
@@ -112,7 +112,7 @@ class TaskExecutor:
         self._rested = time.monotonic()
         status.usage, status.accountant = self._book.usage, self._admission.accountant
 
-    def connected(self, link: Session | None, material: Material | None = None) -> None:
+    def set_session(self, link: Session | None, material: Material | None = None) -> None:
         """A session has begun, with the key that signs results if there is one; without a link: it ended."""
         self._link, self._material = link, material
         (self._linked.set if link is not None else self._linked.clear)()
@@ -123,13 +123,13 @@ class TaskExecutor:
         if kind == "task":
             await self._take(message.task)
         elif kind == "ack":
-            self._acknowledged(message.ack)
+            self._handle_ack(message.ack)
         elif kind == "cancel":
-            self._withdrawn(message.cancel)
+            self._handle_cancel(message.cancel)
         elif kind == "notice":
             run, text = message.notice.run[:100], shorten(message.notice.text)
             LOG.info("the server says of run %s: %s", run, text)
-            self._status.noticed(f"{run}: {text}")
+            self._status.record_notice(f"{run}: {text}")
         elif kind == "goodbye":
             LOG.info("the server says goodbye: %s", shorten(message.goodbye.reason))
 
@@ -139,7 +139,7 @@ class TaskExecutor:
             id_ = await self._queue.get()
             task = self._tasks.get(id_)
             if task is not None:
-                await self._done_with_space(task)
+                await self._run_task_with_space(task)
                 if id_ in self._outbox or self._tasks.get(id_) is task:  # else it was asked for anew
                     self._tasks.pop(id_, None)
                 self._rested = time.monotonic()
@@ -154,36 +154,36 @@ class TaskExecutor:
             self._errand(self._deliver(task.id))
         elif len(self._tasks) >= MAX_QUEUED or size > self._most_bytes:
             text = f"{len(self._tasks)} tasks wait here already, and this one has {size} bytes"
-            await self._failed(task, LimitError(text))
+            await self._send_failure(task, LimitError(text))
         elif task.id not in self._tasks:
             self._tasks[task.id] = task
             self._queue.put_nowait(task.id)
             self._say(pb.AgentMessage(received=pb.Received(task=task.id)))
 
-    async def _done_with_space(self, task: pb.Task) -> None:
+    async def _run_task_with_space(self, task: pb.Task) -> None:
         """One task to its end; while there is no room on the disk it is tried again, and the agent stays."""
         began = time.monotonic()
         for pause in pauses(random.Random()):
             try:
-                return await self._done(task)
+                return await self._run_task(task)
             except StorageError as error:
-                self._status.failed(str(error))
+                self._status.record_failure(str(error))
                 if time.monotonic() - began > STORAGE_PATIENCE_S:
-                    return await self._failed(task, error)
+                    return await self._send_failure(task, error)
                 LOG.warning("%s of round %d waits: %s", task.kind, task.round, error)
             await asyncio.sleep(pause)
             if task.id not in self._tasks:
                 return None
         raise AssertionError("pauses never end")
 
-    async def _done(self, task: pb.Task) -> None:
+    async def _run_task(self, task: pb.Task) -> None:
         """One task to its end, or to the outbox; raises StorageError where that cannot be written."""
         self._status.working(task.kind, task.round)
         began, outcome = time.monotonic(), "ended"
         try:
             content = await self._content(task)
             described = await self._admission.admit(task, content)
-            outcome = self._answer_again(task) or await self._executed(task, content, described)
+            outcome = self._answer_again(task) or await self._execute(task, content, described)
         except PolicyError as refusal:
             outcome = "refused"
             await self._refuse(task, refusal)
@@ -192,12 +192,12 @@ class TaskExecutor:
             raise
         except FedPEFTError as error:
             outcome = "failed"
-            await self._failed(task, error)
+            await self._send_failure(task, error)
         finally:
             self._metrics.task(outcome, time.monotonic() - began)
             self._status.idle()
 
-    async def _executed(self, task: pb.Task, content: bytes, described: str) -> str:
+    async def _execute(self, task: pb.Task, content: bytes, described: str) -> str:
         """Carry a task out; what became of it, in one word."""
         key = _key(task)
         remembered = self._memory.get(key)
@@ -205,7 +205,7 @@ class TaskExecutor:
         await self._admission.charge(task, described)
         self._at_work = task.id
         try:
-            answer = await self._carried_out(self._order(task, content, described, before))
+            answer = await self._do_with_retry(self._order(task, content, described, before))
         finally:
             self._at_work = b""
         wanted = self._tasks.get(task.id)
@@ -218,12 +218,12 @@ class TaskExecutor:
             error = from_record(failed)
             if isinstance(error, PolicyError | StorageError):
                 raise error
-            await self._failed(task, error)
+            await self._send_failure(task, error)
             return "failed"
         body, after = answer.parts["content"], answer.parts["memory"]
         facts = await asyncio.to_thread(contents, body)
         self._refuse_over_bytes(len(body))
-        refuse(unwanted_metrics(self._trade.policy, facts.get("metrics", {})))
+        refuse(find_unwanted_metrics(self._trade.policy, facts.get("metrics", {})))
         self._admission.keep_rows(task, str(answer.header.get("rows", "")))
         if before or after or remembered.after:
             self._memory.put(key, Remembered(task.id.hex(), before, after, task.run))
@@ -233,7 +233,7 @@ class TaskExecutor:
 
     def _answer_again(self, task: pb.Task) -> str:
         """Send the answer that a private round has had; what became of the task, empty without an answer."""
-        answer = self._admission.kept_answer(task)
+        answer = self._admission.get_answer(task)
         if answer is None:
             return ""
         self._refuse_over_bytes(len(answer.body))
@@ -252,7 +252,7 @@ class TaskExecutor:
         self._outbox.put(OutboxResult(_without_body(task), body))
         self._errand(self._deliver(task.id))
 
-    async def _carried_out(self, order: Frame) -> Frame:
+    async def _do_with_retry(self, order: Frame) -> Frame:
         """A worker that was killed from outside costs time, and no update: the order is given once more."""
         try:
             return await self._workshop.do(order)
@@ -299,12 +299,12 @@ class TaskExecutor:
         self._begun.pop(task.id, None)
         self._book.usage.refusals += 1
         self._save_counts()
-        self._status.refused(reason)
+        self._status.record_refusal(reason)
         refusal = to_refusal(refused, self._trade.policy.tell_limits)
         refusal.task = task.id
         self._say(pb.AgentMessage(refusal=refusal))
 
-    async def _failed(self, task: pb.Task, error: Exception) -> None:
+    async def _send_failure(self, task: pb.Task, error: Exception) -> None:
         """An error is a result too, but none to keep: a task that comes again is done again.
 
         Its text, which may hold what is in a row, stays in the owner's log; the server gets its code.
@@ -317,7 +317,7 @@ class TaskExecutor:
         except StorageError as full:
             LOG.warning("a failure is not in the privacy ledger: %s", full)
         self._save_counts()
-        self._status.failed(line)
+        self._status.record_failure(line)
         self._say(pb.AgentMessage(result=pb.Result(task=task.id, failure=to_failure(error))))
 
     def _save_counts(self) -> None:
@@ -333,9 +333,9 @@ class TaskExecutor:
         """The task's body; fetched over as many connections as it takes."""
         self._refuse_over_bytes(task.ByteSize() + task.blob.size)
         if task.WhichOneof("body") != "blob":
-            self._moved(down=len(task.inline))
+            self._count_bytes(down=len(task.inline))
             return bytes(task.inline)
-        if (called := self._called(task)) is not None:
+        if (called := self._find_last_roll_call(task)) is not None:
             return called
         begun = self._begun.setdefault(task.id, bytearray())
         for pause in pauses(random.Random()):
@@ -362,10 +362,10 @@ class TaskExecutor:
                     self._greeting = (task.blob.digest, body)
                 return body
             finally:
-                self._moved(down=max(0, len(begun) - had))
+                self._count_bytes(down=max(0, len(begun) - had))
         raise AssertionError("pauses never end")
 
-    def _called(self, task: pb.Task) -> bytes | None:
+    def _find_last_roll_call(self, task: pb.Task) -> bytes | None:
         """The body of the last roll call, if this is the same: a run that waits calls every few seconds."""
         digest, body = self._greeting
         if task.round == 0 and digest == task.blob.digest:
@@ -418,11 +418,13 @@ class TaskExecutor:
         if len(body) <= link.welcome.max_inline_bytes:
             result.inline = body
         else:
-            result.blob.CopyFrom(await link.push(task.id, body, digest, lambda sent: self._moved(up=sent)))
+            result.blob.CopyFrom(
+                await link.push(task.id, body, digest, lambda sent: self._count_bytes(up=sent))
+            )
         facts = await asyncio.to_thread(contents, body)
         crash_point("agent.result.sending")
         await link.send(pb.AgentMessage(result=result), facts | _facts("result", task))
-        self._moved(up=len(result.inline))
+        self._count_bytes(up=len(result.inline))
 
     def _signature(self, task: pb.Task, digest: bytes, size: int) -> bytes:
         if self._material is None:
@@ -430,7 +432,7 @@ class TaskExecutor:
         header = UpdateHeader(task.run, task.run_digest.hex(), task.round, task.kind, self._trade.name)
         return sign_body_digest(self._material.key, header, digest, size)
 
-    def _acknowledged(self, ack: pb.Ack) -> None:
+    def _handle_ack(self, ack: pb.Ack) -> None:
         finished = self._outbox.get(ack.task) if ack.task in self._outbox else None
         if finished is None:
             return
@@ -441,7 +443,7 @@ class TaskExecutor:
         if not ack.accepted:
             reason = shorten(ack.reason)
             LOG.warning("the result of round %d does not count: %s", finished.task.round, reason)
-            self._status.failed(reason)
+            self._status.record_failure(reason)
             self._undo(finished.task)
             return
         crash_point("agent.result.acknowledged")
@@ -452,7 +454,7 @@ class TaskExecutor:
             run.rounds += finished.task.round != run.last_round
             run.last_round = finished.task.round
         self._save_counts()
-        self._status.changed(at_once=True)
+        self._status.write_if_due(at_once=True)
         LOG.info(
             "%s of round %d: %d bytes accepted",
             finished.task.kind,
@@ -461,7 +463,7 @@ class TaskExecutor:
             extra=_facts("accepted", finished.task) | {"bytes_up": len(finished.body)},
         )
 
-    def _withdrawn(self, cancel: pb.Cancel) -> None:
+    def _handle_cancel(self, cancel: pb.Cancel) -> None:
         if cancel.task in self._tasks or cancel.task in self._outbox:
             LOG.info("a task was withdrawn: %s", shorten(cancel.reason))
         self._tasks.pop(cancel.task, None)
@@ -480,9 +482,9 @@ class TaskExecutor:
         if without is not remembered:
             self._memory.put(key, without)
 
-    def _moved(self, *, up: int = 0, down: int = 0) -> None:
-        self._book.moved(_today(), up=up, down=down)
-        self._status.changed()
+    def _count_bytes(self, *, up: int = 0, down: int = 0) -> None:
+        self._book.count_bytes(_today(), up=up, down=down)
+        self._status.write_if_due()
 
     def _say(self, message: pb.AgentMessage) -> None:
         """Send if someone is there; whoever isn't asks again."""

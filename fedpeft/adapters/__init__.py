@@ -7,7 +7,7 @@ from fedpeft.adapters.factors_only import FactorsOnly, whole_tensors
 from fedpeft.adapters.linear import Average, TaskArithmetic
 from fedpeft.adapters.lines import Lines, scale_blocks
 from fedpeft.adapters.lora_names import LoraArrays, put_together, take_apart
-from fedpeft.adapters.methods import METHODS, best_on_held_out, merger_named
+from fedpeft.adapters.merge_rules import METHODS, best_on_held_out, merger_named
 from fedpeft.adapters.pcb import Pcb
 from fedpeft.adapters.stack import AdapterStack, Merger, adapter_stack
 from fedpeft.adapters.ties import Ties

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.adapters.stack import AdapterStack, Float32Array, Float64Array, map_tensors
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.errors import UpdateError
 
 
@@ -34,13 +34,13 @@ class Breadcrumbs:
     def merge(self, stack: AdapterStack) -> dict[str, Float32Array]:
         """Weighted sum of the masked deltas, in float64."""
         return map_tensors(
-            stack, lambda deltas: self.lam * (stack.weight_column * self._masked(deltas)).sum(axis=0)
+            stack, lambda deltas: self.lam * (stack.weight_column * self._mask(deltas)).sum(axis=0)
         )
 
-    def _masked(self, deltas: Float64Array) -> Float64Array:
+    def _mask(self, deltas: Float64Array) -> Float64Array:
         size = deltas.shape[1]
         top = math.floor(self.gamma * size)
-        kept = min(kept_count(size, self.density), size - top)
+        kept = min(count_selected(size, self.density), size - top)
         masked = np.zeros_like(deltas)
         for task, row in enumerate(deltas):
             ranked = np.argsort(-np.abs(row), kind="stable")[top : top + kept]

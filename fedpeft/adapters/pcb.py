@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.adapters.stack import AdapterStack, Float32Array, Float64Array, map_tensors
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.errors import UpdateError
 
 _CLAMPED_SHARE = 1e-4
@@ -33,34 +33,34 @@ class Pcb:
     def merge(self, stack: AdapterStack) -> dict[str, Float32Array]:
         """Score, cut and average each tensor in float64."""
         return map_tensors(
-            stack, lambda deltas: self.lam * _balanced(deltas, stack.weight_column, self.density)
+            stack, lambda deltas: self.lam * _balance(deltas, stack.weight_column, self.density)
         )
 
 
-def _balanced(deltas: Float64Array, weights: Float64Array, density: float) -> Float64Array:
+def _balance(deltas: Float64Array, weights: Float64Array, density: float) -> Float64Array:
     if deltas.shape[1] == 0:
         return np.zeros(0)
-    magnitudes = np.stack([_clamped(row, _CLAMPED_SHARE) for row in np.abs(deltas)])
+    magnitudes = np.stack([_clamp(row, _CLAMPED_SHARE) for row in np.abs(deltas)])
     intra = np.exp(len(deltas) * _unit_range(magnitudes) ** 2)
     inter = np.tanh(deltas * deltas.sum(axis=0))
-    strengths = weights * _unit_range(_floored(intra * inter, density))
+    strengths = weights * _unit_range(_raise_to_floor(intra * inter, density))
     total = strengths.sum(axis=0)
     weighted = (strengths * np.sign(deltas) * magnitudes).sum(axis=0)
     merged: Float64Array = np.divide(weighted, total, out=np.zeros_like(total), where=total > 0)
     return merged
 
 
-def _clamped(row: Float64Array, share: float) -> Float64Array:
+def _clamp(row: Float64Array, share: float) -> Float64Array:
     """Clip to the values at rank floor(share x d) from either end."""
     ordered = np.sort(row)
     cut = int(share * row.size)
     return np.clip(row, ordered[cut], ordered[row.size - 1 - cut])
 
 
-def _floored(scores: Float64Array, density: float) -> Float64Array:
+def _raise_to_floor(scores: Float64Array, density: float) -> Float64Array:
     """Raise all but the best `density` fraction of each row to the best score that is left out."""
     size = scores.shape[1]
-    left_out = size - kept_count(size, density)
+    left_out = size - count_selected(size, density)
     if left_out == 0:
         return scores
     floor = np.partition(scores, left_out - 1, axis=1)[:, left_out - 1 : left_out]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.adapters.stack import AdapterStack, Float32Array, Float64Array, as_delta
-from fedpeft.codec.topk import kept_count, top_k_indices
+from fedpeft.codec.topk import count_selected, top_k_indices
 from fedpeft.errors import UpdateError
 
 
@@ -36,7 +36,8 @@ class Ties:
         majority = 1.0 if votes >= 0 else -1.0
         return {
             name: as_delta(
-                self.lam * _agreeing_mean(trimmed[name], stack.weight_column, _elected(sums[name], majority)),
+                self.lam
+                * _agreeing_mean(trimmed[name], stack.weight_column, _elect_signs(sums[name], majority)),
                 stack.adapters[0][name].shape,
             )
             for name in stack.names
@@ -47,12 +48,12 @@ def _trim(stack: AdapterStack, name: str, density: float) -> Float64Array:
     full = stack.tensor(name)
     trimmed = np.zeros_like(full)
     for task, adapter in enumerate(stack.adapters):
-        kept = top_k_indices(adapter[name], kept_count(full.shape[1], density))
+        kept = top_k_indices(adapter[name], count_selected(full.shape[1], density))
         trimmed[task, kept] = full[task, kept]
     return trimmed
 
 
-def _elected(total: Float64Array, majority: float) -> Float64Array:
+def _elect_signs(total: Float64Array, majority: float) -> Float64Array:
     return np.where(total == 0.0, majority, np.sign(total))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 from fedpeft.updates.packed import PackedArrays, pack, packable, packing_of
 from fedpeft.updates.update import Layout, Update, check_layout
 
@@ -123,7 +123,7 @@ def prepare_sums() -> None:
         np.frombuffer(entries.tobytes(), dtype=np.float32),
     ):  # the second: as it is received
         _add_quanta(np.zeros(1, dtype=np.int64), flat, 1.0, 1.0, 1)
-    moved(entries, _quotients(np.zeros(1, dtype=np.int64), 1.0, 1.0))
+    add_change(entries, _quotients(np.zeros(1, dtype=np.int64), 1.0, 1.0))
 
 
 def norm_of(entries: NDArray[Any]) -> float:
@@ -131,8 +131,8 @@ def norm_of(entries: NDArray[Any]) -> float:
     return math.sqrt(_extent(entries)[1])
 
 
-@compiled
-def moved(start: NDArray[np.float32], change: NDArray[np.float64]) -> NDArray[np.float32]:
+@compile_function
+def add_change(start: NDArray[np.float32], change: NDArray[np.float64]) -> NDArray[np.float32]:
     """Start plus change, added in float64 and rounded once."""
     result = np.empty(start.size, dtype=np.float32)
     for i in range(start.size):
@@ -140,7 +140,7 @@ def moved(start: NDArray[np.float32], change: NDArray[np.float64]) -> NDArray[np
     return result
 
 
-@compiled
+@compile_function
 def _add_quanta(
     total: NDArray[np.int64],
     entries: NDArray[np.float32],
@@ -167,7 +167,7 @@ def _add_quanta(
     return (squared if np.isnan(squared) else peaks.max()), squared
 
 
-@compiled
+@compile_function
 def _quotients(total: NDArray[np.int64], quantum: float, weight: float) -> NDArray[np.float64]:
     """Sums divided by the weight; the product with a power of two, far from both ends, is exact."""
     result = np.empty(total.size, dtype=np.float64)
@@ -182,7 +182,7 @@ def _integer_extent(entries: NDArray[np.int64]) -> tuple[int, float]:
     return largest, _extent(entries)[1]
 
 
-@compiled
+@compile_function
 def _extent(entries: NDArray[Any]) -> tuple[float, float]:
     """Largest magnitude (NaN if any entry is) and the sum of squares, in float64 and in one fixed order.
 

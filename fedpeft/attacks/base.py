@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, choose_traits
 from fedpeft.updates.update import Arrays, Update
 
 Labels = NDArray[np.int64]
@@ -64,7 +64,7 @@ class Attack(Protocol):
 def attack_traits(attack: Attack) -> Traits:
     """Return what an attack is: what every one is, whether it colludes, and what it declares in `traits`."""
     declared: Traits = getattr(attack, "traits", NO_TRAITS)
-    return declared | chosen({Trait.HOSTILE: True, Trait.COLLUDES: attack.colludes})
+    return declared | choose_traits({Trait.HOSTILE: True, Trait.COLLUDES: attack.colludes})
 
 
 def wide(arrays: Arrays) -> Wide:
@@ -72,7 +72,7 @@ def wide(arrays: Arrays) -> Wide:
     return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
-def sent(update: Update, values: Wide) -> Update:
+def with_values(update: Update, values: Wide) -> Update:
     """`update` with other values, in its own dtypes; where these are integers, to the nearest one."""
 
     def like(name: str, array: NDArray[Any]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from fedpeft.attacks.base import AttackContext, Labels, Wide, sent
+from fedpeft.attacks.base import AttackContext, Labels, Wide, with_values
 from fedpeft.config.sections import PositiveFloat, Section, unit
 from fedpeft.updates.update import Update
 
@@ -47,7 +47,7 @@ class LittleIsEnough(Section):
         honest = context.honest()
         z = reach(context.clients, context.attackers) if self.z is None else self.z
         deviation = _over(honest, lambda stack: stack.std(axis=0))
-        return sent(update, {name: mean - z * deviation[name] for name, mean in _mean(honest).items()})
+        return with_values(update, {name: mean - z * deviation[name] for name, mean in _mean(honest).items()})
 
 
 class InnerProduct(Section):
@@ -72,7 +72,7 @@ class InnerProduct(Section):
     def on_update(self, update: Update, context: AttackContext) -> Update:
         """The same for all attackers."""
         mean = _mean(context.honest())
-        return sent(update, {name: -self.scale * array for name, array in mean.items()})
+        return with_values(update, {name: -self.scale * array for name, array in mean.items()})
 
 
 def reach(clients: int, attackers: int) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from fedpeft.aggregation.robust import lora_pairs
-from fedpeft.attacks.base import AttackContext, Labels, sent, wide
+from fedpeft.attacks.base import AttackContext, Labels, wide, with_values
 from fedpeft.config.sections import PeftSection, PositiveFloat, Section, unit
 from fedpeft.config.traits import Trait, Traits
 from fedpeft.updates.update import Update, layout_of
@@ -43,4 +43,4 @@ class FactorRotation(Section):
             turn = np.linalg.qr(context.rng.standard_normal((len(a), len(a)))).Q
             values[pair.a] = self.scale * turn @ (a + values[pair.a]) - a
             values[pair.b] = (b + values[pair.b]) @ turn.T / self.scale - b
-        return sent(update, values)
+        return with_values(update, values)

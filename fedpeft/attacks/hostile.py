@@ -72,10 +72,12 @@ def hostile_clients(
         return None
     by_name = {client.name: client for client in clients}
     names = attackers_of(run, by_name.keys())
-    return Hostile(attack, names, run.run.seed, len(clients), _flipped(attack, names, by_name, rows, classes))
+    return Hostile(
+        attack, names, run.run.seed, len(clients), _flip_labels(attack, names, by_name, rows, classes)
+    )
 
 
-def _flipped(
+def _flip_labels(
     attack: Attack,
     names: Sequence[str],
     clients: Mapping[str, ClientRows],

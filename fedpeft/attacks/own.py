@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from fedpeft.attacks.base import AttackContext, Labels, sent, wide
+from fedpeft.attacks.base import AttackContext, Labels, wide, with_values
 from fedpeft.config.sections import PositiveFloat, Section, unit
 from fedpeft.config.traits import Trait, Traits
 from fedpeft.updates.update import Update
@@ -33,7 +33,7 @@ class SignFlip(Section):
 
     def on_update(self, update: Update, context: AttackContext) -> Update:
         """Turned round."""
-        return sent(update, {name: -self.scale * array for name, array in wide(update.arrays).items()})
+        return with_values(update, {name: -self.scale * array for name, array in wide(update.arrays).items()})
 
 
 class Scaled(Section):
@@ -55,7 +55,7 @@ class Scaled(Section):
 
     def on_update(self, update: Update, context: AttackContext) -> Update:
         """Blown up."""
-        return sent(update, {name: self.scale * array for name, array in wide(update.arrays).items()})
+        return with_values(update, {name: self.scale * array for name, array in wide(update.arrays).items()})
 
 
 class NoiseAttack(Section):
@@ -82,7 +82,7 @@ class NoiseAttack(Section):
         for name in sorted(values):
             size = math.sqrt(float(np.mean(np.square(values[name])))) if values[name].size else 0.0
             values[name] = self.scale * size * context.rng.standard_normal(values[name].shape)
-        return sent(update, values)
+        return with_values(update, values)
 
 
 class LabelFlip(Section):

@@ -12,7 +12,7 @@ from fedpeft.codec.named import Distortion, compress_named, dense_named, distort
 from fedpeft.codec.position_coders import CODERS, DEFAULT_CODER
 from fedpeft.codec.quantise import default_channel_axis, quantise
 from fedpeft.codec.signs import sign_with_scale
-from fedpeft.codec.sparse import dare, random_k, top_k, unbiased_random_k
+from fedpeft.codec.sparse import dare, random_k, select_unbiased_random_k, top_k
 from fedpeft.codec.tensors import (
     DenseTensor,
     Encoded,
@@ -29,7 +29,7 @@ from fedpeft.codec.ternary import (
     LeastSquaresScale,
     ScaleRule,
     StdScale,
-    rescaled,
+    rescale,
     ternarise,
     ternarise_together,
 )
@@ -67,15 +67,15 @@ __all__ = [
     "quantise",
     "random_k",
     "read_expert",
-    "rescaled",
+    "rescale",
     "residual_after",
+    "select_unbiased_random_k",
     "sign_with_scale",
     "tensor_stream",
     "ternarise",
     "ternarise_together",
     "ternary_entropy_bits",
     "top_k",
-    "unbiased_random_k",
     "with_residual",
     "write_expert",
 ]

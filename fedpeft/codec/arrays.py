@@ -57,7 +57,7 @@ def float32_scalar(value: float, what: str) -> float:
     return rounded
 
 
-def frozen(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+def freeze(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     """A read-only contiguous view of `array`, copied only if it is not contiguous.
 
     The caller's own array stays writable: whoever hands one over leaves it alone from then on.

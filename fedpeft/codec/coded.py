@@ -28,7 +28,7 @@ from fedpeft.codec.tensors import (
     channel_count,
 )
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 FORMAT_VERSION = 1
 _NO_AXIS = 255
@@ -58,7 +58,7 @@ def decode(data: bytes | memoryview, shape: Shape) -> Encoded:
     cursor, kind, declared = _open(data)
     if declared != shape:
         raise UpdateError(f"a coded tensor of shape {declared} came: this run expects {shape}")
-    return _finished(cursor, kind, shape)
+    return _finish(cursor, kind, shape)
 
 
 def decode_up_to(data: bytes | memoryview, max_elements: int) -> Encoded:
@@ -68,7 +68,7 @@ def decode_up_to(data: bytes | memoryview, max_elements: int) -> Encoded:
         raise UpdateError(
             f"a coded tensor of shape {shape} came: at most {max_elements} elements are accepted"
         )
-    return _finished(cursor, kind, shape)
+    return _finish(cursor, kind, shape)
 
 
 def _open(data: bytes | memoryview) -> tuple[Cursor, int, Shape]:
@@ -96,7 +96,7 @@ def _open(data: bytes | memoryview) -> tuple[Cursor, int, Shape]:
     return cursor, kind, tuple(cursor.varint() for _ in range(dimensions))
 
 
-def _finished(cursor: Cursor, kind: int, shape: Shape) -> Encoded:
+def _finish(cursor: Cursor, kind: int, shape: Shape) -> Encoded:
     tensor = _READERS[kind](cursor, shape)
     cursor.finish()
     return tensor
@@ -160,7 +160,7 @@ def _read_dense(cursor: Cursor, shape: Shape) -> Encoded:
 def _read_sparse(cursor: Cursor, shape: Shape) -> Encoded:
     coder = coder_of_byte(cursor.byte())
     size = element_count(shape)
-    count = _held(cursor, size)
+    count = _count_bytes_of(cursor, size)
     values = cursor.floats(count)
     return SparseTensor(shape, coder.decode(cursor.rest(), count, size), values)
 
@@ -168,7 +168,7 @@ def _read_sparse(cursor: Cursor, shape: Shape) -> Encoded:
 def _read_ternary(cursor: Cursor, shape: Shape) -> Encoded:
     coder = coder_of_byte(cursor.byte())
     size = element_count(shape)
-    count = _held(cursor, size)
+    count = _count_bytes_of(cursor, size)
     scale = cursor.float32()
     packed = np.frombuffer(cursor.take((count + 7) // 8), dtype=np.uint8)
     if count % 8 and int(packed[-1]) >> (count % 8):
@@ -197,18 +197,18 @@ def _read_sign(cursor: Cursor, shape: Shape) -> Encoded:
 
 def _read_masked(cursor: Cursor, shape: Shape) -> Encoded:
     kind = cursor.byte()
-    source = PublicSource(cursor.unsigned(8), cursor.unsigned(8), cursor.unsigned(8))
-    parameter = cursor.unsigned(9)
+    source = PublicSource(cursor.read_unsigned(8), cursor.read_unsigned(8), cursor.read_unsigned(8))
+    parameter = cursor.read_unsigned(9)
     if kind not in (_RANDOM_K, _BERNOULLI):
         raise UpdateError(f"coded masked tensor: mask kind {kind} is unknown")
     mask: PublicMask = (
         RandomKMask(source, parameter) if kind == _RANDOM_K else BernoulliMask(source, parameter)
     )
     gain = cursor.float32()
-    return MaskedTensor(shape, mask, cursor.floats(_held(cursor, element_count(shape))), gain)
+    return MaskedTensor(shape, mask, cursor.floats(_count_bytes_of(cursor, element_count(shape))), gain)
 
 
-def _held(cursor: Cursor, size: int) -> int:
+def _count_bytes_of(cursor: Cursor, size: int) -> int:
     count = cursor.varint()
     if count > size:
         raise UpdateError(f"a coded tensor declares {count} held entries of {size}: corrupt")
@@ -238,7 +238,7 @@ def _non_zeros(flat: Int8Array) -> Int32Array:
     return found[: _gather_non_zeros(flat, found)].copy()
 
 
-@compiled
+@compile_function
 def _gather_non_zeros(flat: Int8Array, found: Int32Array) -> int:
     filled = 0
     for i in range(flat.size):
@@ -248,14 +248,14 @@ def _gather_non_zeros(flat: Int8Array, found: Int32Array) -> int:
     return filled
 
 
-@compiled
+@compile_function
 def _place_signs(indices: Int32Array, packed: Uint8Array, trits: Int8Array) -> None:
     for i in range(indices.size):
         negative = (packed[i >> 3] >> (i & 7)) & 1
         trits[indices[i]] = 1 - 2 * np.int8(negative)
 
 
-@compiled
+@compile_function
 def _pack_signs(flat: Int8Array, indices: Int32Array, packed: Uint8Array) -> None:
     for i in range(indices.size):
         # The top bit of a negative int8.

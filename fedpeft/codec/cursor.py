@@ -57,7 +57,7 @@ class Cursor:
                 return value
         raise UpdateError("coded tensor: a length is not in its shortest form: corrupt")
 
-    def unsigned(self, width: int) -> int:
+    def read_unsigned(self, width: int) -> int:
         """A fixed-width unsigned integer of `width` bytes."""
         return int.from_bytes(self.take(width), "little")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedpeft.codec.arrays import Int32Array, Uint8Array
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 _LARGEST_PARAMETER = 31
 # How many ones a byte ends in, lowest bits first.
@@ -67,7 +67,7 @@ class GolombCoder:
         return positions
 
 
-@compiled
+@compile_function
 def _code_bits(indices: Int32Array, parameter: int) -> np.int64:
     bits = np.int64(indices.size * (1 + parameter))
     previous = np.int64(-1)
@@ -77,7 +77,7 @@ def _code_bits(indices: Int32Array, parameter: int) -> np.int64:
     return bits
 
 
-@compiled
+@compile_function
 def _encode(indices: Int32Array, parameter: int, packed: Uint8Array) -> None:
     filled = 1
     buffer, held = np.uint64(0), np.int64(0)
@@ -112,7 +112,7 @@ def _encode(indices: Int32Array, parameter: int, packed: Uint8Array) -> None:
         packed[filled] = np.uint8(buffer & np.uint64(255))
 
 
-@compiled
+@compile_function
 def _decode(packed: Uint8Array, parameter: int, size: int, positions: Int32Array) -> bool:
     read = 1
     buffer, held = np.uint64(0), np.int64(0)

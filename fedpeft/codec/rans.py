@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from fedpeft.codec.arrays import Int32Array, Uint8Array
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 _PRECISION = 12
 _TOTAL = 1 << _PRECISION
@@ -139,7 +139,7 @@ def _loose_bits(packed: Uint8Array, bits: int) -> bool:
     return bool(bits % 8) and int(packed[-1]) >> (bits % 8) != 0
 
 
-@compiled
+@compile_function
 def _split(indices: Int32Array, shift: int, escape: int, symbols: Uint8Array, remainders: Uint8Array) -> int:
     used, filled = 0, 0
     buffer, held = np.uint64(0), 0
@@ -166,7 +166,7 @@ def _split(indices: Int32Array, shift: int, escape: int, symbols: Uint8Array, re
     return used
 
 
-@compiled
+@compile_function
 def _encode(symbols: Uint8Array, starts: Uint32Array, states: Uint32Array, words: Uint16Array) -> int:
     first = words.size
     lane_mask = states.size - 1
@@ -186,7 +186,7 @@ def _encode(symbols: Uint8Array, starts: Uint32Array, states: Uint32Array, words
     return first
 
 
-@compiled
+@compile_function
 def _decode(
     words: Uint16Array,
     states: Uint32Array,

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from fedpeft.codec.arrays import finite_float32, flat_float32
 from fedpeft.codec.masks import BernoulliMask, PublicSource, RandomKMask, keep_threshold
 from fedpeft.codec.tensors import MaskedTensor, SparseTensor
-from fedpeft.codec.topk import kept_count, top_k_indices
+from fedpeft.codec.topk import count_selected, top_k_indices
 from fedpeft.errors import UpdateError
 
 
@@ -19,7 +19,7 @@ def top_k(delta: npt.NDArray[np.floating], density: float) -> SparseTensor:
         UpdateError: not float32, not finite, or density outside [0, 1].
     """
     flat = flat_float32(delta)
-    indices = top_k_indices(delta, kept_count(flat.size, density))
+    indices = top_k_indices(delta, count_selected(flat.size, density))
     return SparseTensor(delta.shape, indices, flat[indices])
 
 
@@ -33,11 +33,13 @@ def random_k(delta: npt.NDArray[np.floating], density: float, source: PublicSour
         UpdateError: not float32, not finite, or density outside [0, 1].
     """
     flat = finite_float32(delta)
-    mask = RandomKMask(source, kept_count(flat.size, density))
+    mask = RandomKMask(source, count_selected(flat.size, density))
     return MaskedTensor(delta.shape, mask, flat[mask.indices(flat.size)], gain=1.0)
 
 
-def unbiased_random_k(delta: npt.NDArray[np.floating], density: float, source: PublicSource) -> MaskedTensor:
+def select_unbiased_random_k(
+    delta: npt.NDArray[np.floating], density: float, source: PublicSource
+) -> MaskedTensor:
     """`random_k` times d / k: over seeds, the mean is the delta itself.
 
     Raises:

@@ -18,7 +18,7 @@ from fedpeft.codec.arrays import (
     Uint8Array,
     element_count,
     float32_scalar,
-    frozen,
+    freeze,
 )
 from fedpeft.codec.masks import PublicMask
 from fedpeft.errors import UpdateError
@@ -53,7 +53,7 @@ class DenseTensor:
         _require(
             bool(np.isfinite(self.values).all()), "dense values hold NaN or infinity: finite ones are needed"
         )
-        object.__setattr__(self, "values", frozen(self.values).reshape(self.values.shape))
+        object.__setattr__(self, "values", freeze(self.values).reshape(self.values.shape))
 
     @property
     def shape(self) -> Shape:
@@ -89,8 +89,8 @@ class SparseTensor:
         _require(
             bool(np.isfinite(self.values).all()), "sparse values hold NaN or infinity: finite ones are needed"
         )
-        object.__setattr__(self, "indices", frozen(self.indices))
-        object.__setattr__(self, "values", frozen(self.values))
+        object.__setattr__(self, "indices", freeze(self.indices))
+        object.__setattr__(self, "values", freeze(self.values))
 
     def dense(self) -> Float32Array:
         """Zeros with the held values in their places."""
@@ -115,7 +115,7 @@ class TernaryTensor:
                 extremes[0] >= -1 and extremes[1] <= 1, f"ternary entries span {extremes}: -1, 0, 1 only"
             )
         object.__setattr__(self, "scale", _scale(self.scale, "ternary scale"))
-        object.__setattr__(self, "trits", frozen(self.trits).reshape(self.trits.shape))
+        object.__setattr__(self, "trits", freeze(self.trits).reshape(self.trits.shape))
 
     @property
     def shape(self) -> Shape:
@@ -166,8 +166,8 @@ class QuantisedTensor:
             peak <= _LARGEST_FLOAT32,
             f"quantised values reach {peak:g}: float32 is needed, send smaller scales",
         )
-        object.__setattr__(self, "codes", frozen(self.codes).reshape(self.codes.shape))
-        object.__setattr__(self, "scales", frozen(self.scales))
+        object.__setattr__(self, "codes", freeze(self.codes).reshape(self.codes.shape))
+        object.__setattr__(self, "scales", freeze(self.scales))
 
     @property
     def shape(self) -> Shape:
@@ -202,7 +202,7 @@ class SignTensor:
         if size % 8:
             _require(int(self.packed[-1]) >> (size % 8) == 0, "bits after the last sign must be zero")
         object.__setattr__(self, "scale", _scale(self.scale, "sign scale"))
-        object.__setattr__(self, "packed", frozen(self.packed))
+        object.__setattr__(self, "packed", freeze(self.packed))
 
     def dense(self) -> Float32Array:
         """-scale where the bit is set, scale elsewhere."""
@@ -236,7 +236,7 @@ class MaskedTensor:
         _require(
             peak <= _LARGEST_FLOAT32, f"masked values times gain reach {peak:g}: float32 is needed, send less"
         )
-        object.__setattr__(self, "values", frozen(self.values))
+        object.__setattr__(self, "values", freeze(self.values))
 
     def dense(self) -> Float32Array:
         """Zeros with gain x value at the mask's positions. Raises UpdateError if the counts differ."""

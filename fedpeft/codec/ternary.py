@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fedpeft.codec.arrays import Float32Array, Int8Array, flat_float32
 from fedpeft.codec.tensors import TernaryTensor
-from fedpeft.codec.topk import find_cut, kept_count, moments, top_k_signs
+from fedpeft.codec.topk import count_selected, find_cut, moments, top_k_signs
 from fedpeft.errors import UpdateError
 
 DENSITY_GRID = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -89,7 +89,7 @@ def ternarise(delta: npt.NDArray[np.floating], density: float, rule: ScaleRule) 
         array([ 0. , -2.5,  0. ,  2.5], dtype=float32)
     """
     flat = flat_float32(delta)
-    trits = top_k_signs(flat, find_cut(flat, kept_count(flat.size, density)))
+    trits = top_k_signs(flat, find_cut(flat, count_selected(flat.size, density)))
     return TernaryTensor(trits.reshape(delta.shape), rule.scale(flat, trits))
 
 
@@ -121,7 +121,7 @@ def ternarise_together(
     }
 
 
-def rescaled(tensor: TernaryTensor, factor: float) -> TernaryTensor:
+def rescale(tensor: TernaryTensor, factor: float) -> TernaryTensor:
     """The same signs with `factor` x scale: how a grid of alpha is searched after one selection."""
     if factor < 0.0:
         raise UpdateError(f"ternary factor {factor}: it must not be negative")

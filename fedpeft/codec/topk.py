@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from fedpeft.codec.arrays import Float32Array, Int8Array, Int32Array, flat_float32
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 # Positive IEEE floats sort like their bit patterns, so all selection is done on integers.
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -36,7 +36,7 @@ class Moments:
     rms: float
 
 
-def kept_count(size: int, density: float) -> int:
+def count_selected(size: int, density: float) -> int:
     """Entries kept of `size` at `density` in [0, 1]: rounded half up, at least one when both are positive.
 
     Raises UpdateError when `density` is outside [0, 1].
@@ -116,20 +116,20 @@ def moments(flat: Float32Array) -> Moments:
         return Moments(0.0, 0.0, 0.0)
     # Shifted by the first entry: the variance does not cancel, and that of a constant tensor is exactly 0.
     shift = float(flat[0])
-    total, squares = _shifted_sums(flat, shift)
+    total, squares = _sum_shifted(flat, shift)
     offset = total / flat.size
     variance = max(0.0, squares / flat.size - offset * offset)
     mean = shift + offset
     return Moments(mean, math.sqrt(variance), math.sqrt(variance + mean * mean))
 
 
-@compiled
+@compile_function
 def _count_bins(bits: npt.NDArray[np.uint32], histogram: npt.NDArray[np.int64]) -> None:
     for i in range(bits.size):
         histogram[(bits[i] & _MAGNITUDE) >> _BIN_SHIFT] += 1
 
 
-@compiled
+@compile_function
 def _gather_bin(bits: npt.NDArray[np.uint32], wanted: np.uint32, out: npt.NDArray[np.uint32]) -> None:
     filled = 0
     for i in range(bits.size):
@@ -139,7 +139,7 @@ def _gather_bin(bits: npt.NDArray[np.uint32], wanted: np.uint32, out: npt.NDArra
         filled += (magnitude >> _BIN_SHIFT) == wanted
 
 
-@compiled
+@compile_function
 def _signs_above(bits: npt.NDArray[np.uint32], threshold: np.uint32, trits: Int8Array) -> None:
     for i in range(bits.size):
         kept = np.int8((bits[i] & _MAGNITUDE) > threshold)
@@ -147,7 +147,7 @@ def _signs_above(bits: npt.NDArray[np.uint32], threshold: np.uint32, trits: Int8
         trits[i] = kept - np.int8(2) * (kept & negative)
 
 
-@compiled
+@compile_function
 def _signs_of_ties(bits: npt.NDArray[np.uint32], threshold: np.uint32, ties: int, trits: Int8Array) -> None:
     left = ties
     for i in range(bits.size):
@@ -158,8 +158,8 @@ def _signs_of_ties(bits: npt.NDArray[np.uint32], threshold: np.uint32, ties: int
                 return
 
 
-@compiled
-def _shifted_sums(flat: Float32Array, shift: float) -> tuple[float, float]:
+@compile_function
+def _sum_shifted(flat: Float32Array, shift: float) -> tuple[float, float]:
     # Four chains hide the latency of the additions; their order is fixed by the index alone.
     t0 = t1 = t2 = t3 = 0.0
     s0 = s1 = s2 = s3 = 0.0

@@ -13,7 +13,7 @@ from fedpeft.data.run_tables import read_tables
 from fedpeft.models.base_model import load_base, load_tokenizer
 from fedpeft.models.device import move
 from fedpeft.models.export import adapter_digest, load_adapter
-from fedpeft.models.trainable import frozen_digest
+from fedpeft.models.trainable import digest_frozen
 from fedpeft.participant.assembly import device_for
 from fedpeft.participant.loaded_run import LoadedRun
 from fedpeft.participant.row_length import refuse_long_rows
@@ -37,7 +37,7 @@ def resident_with_adapter(run: RunConfig, adapter: Path) -> LoadedRun:
     data = encode(raw, tokenizer, run.data, run.model.task, hides_rows=run.hides_rows)
     model = _base_with_adapter(run, adapter, data.num_labels)
     refuse_long_rows(run, run.peft, model.get_base_model())  # type: ignore[operator]  # a PeftModel, untyped
-    base_digest = frozen_digest(model)
+    base_digest = digest_frozen(model)
     move(model, device)
     return LoadedRun(run, adapter_digest(adapter), model, tokenizer, data, AdapterDelta(), (), base_digest)
 

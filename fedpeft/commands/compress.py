@@ -21,21 +21,21 @@ from fedpeft.commands.arguments import adapter_and_run, adapter_folder
 from fedpeft.commands.experts import (
     Adapter,
     Weights,
+    add_delta,
     compare_written,
     delta_of,
-    moved,
     read_adapter,
     write_folder,
 )
 from fedpeft.commands.export import check_out
-from fedpeft.commands.held_out import AdapterScores, held_out_run
+from fedpeft.commands.held_out import AdapterScores, with_held_out_test_set
 from fedpeft.config.option_tables import build_option
 from fedpeft.errors import FedPEFTError, ModelError, RunFileError, StateError, UsageError
 from fedpeft.ledger.run_place import run_folder_of
 from fedpeft.reporting.text import byte_size
 from fedpeft.runtime.files import folder_atomically, storage
 from fedpeft.stages import STAGES, StageContext
-from fedpeft.stages.alpha_search import SEARCH, searched
+from fedpeft.stages.alpha_search import SEARCH, search_alpha
 from fedpeft.stages.compeft import Compeft
 from fedpeft.stages.ternary import Ternary
 from fedpeft.updates.update import Arrays, Update, arrays_digest
@@ -79,7 +79,7 @@ def compress_command(
         delta, lambda deltas: stage.compress(deltas, _HERE), lambda name: delta[name].size > 0
     )
     if isinstance(stage, Compeft) and stage.alpha == SEARCH:
-        found = _searched(adapter, run_file, source, tensors)
+        found = _search_scale(adapter, run_file, source, tensors)
         tensors = cast(dict[str, Encoded], dict(found.encoded))
         options |= {"alpha": found.metrics["alpha"]}
         print(f"alpha       {options['alpha']:g}, chosen on the clients' held-out rows")
@@ -96,7 +96,7 @@ def compress_command(
         out.parent.mkdir(parents=True, exist_ok=True)
     size = write_expert(out, Expert(metadata, tensors))
     init = run_folder_of(adapter_folder(adapter)) if source.start is not None and adapter.is_dir() else None
-    _read_again(out, init, moved(source.initial, dense_named(tensors)))
+    _read_again(out, init, add_delta(source.initial, dense_named(tensors)))
     entries = sum(array.size for array in delta.values())
     _print(out, size, entries, distortion(delta, dense_named(tensors)), started=source.start is not None)
 
@@ -148,17 +148,17 @@ def _read_again(out: Path, init: Path | None, weights: Weights) -> None:
         raise
 
 
-def _searched(
+def _search_scale(
     adapter: Path, run_file: Path | None, source: Adapter, tensors: Mapping[str, Encoded]
 ) -> Update:
     """The tensors with the scale that serves the held-out rows of the adapter's run best."""
-    scores = AdapterScores(held_out_run(adapter_and_run(adapter, run_file, ())[1]), source.config)
+    scores = AdapterScores(with_held_out_test_set(adapter_and_run(adapter, run_file, ())[1]), source.config)
 
     def loss(delta: Arrays) -> float:
-        return scores.of(moved(source.initial, delta))["loss"]
+        return scores.of(add_delta(source.initial, delta))["loss"]
 
     context = replace(_HERE, client=str(adapter), held_out_loss=loss)
-    return searched(Update({}, encoded=tensors), Update(delta_of(source)), context)
+    return search_alpha(Update({}, encoded=tensors), Update(delta_of(source)), context)
 
 
 def _number(text: str) -> float | str:

@@ -59,13 +59,13 @@ def emulator_command(
         made = make_emulator(whole_model(path, task), fresh, path=path, pad=pad, middle=middle)
         tokenizer.save_pretrained(fresh)
         if distilling is not None:
-            made = _distilled(made, fresh, path, task, distilling)
+            made = _distil(made, fresh, path, task, distilling)
     print(f"emulator  {out}")
     print(f"layers    {len(made.kept)} of {made.depth}: {', '.join(map(str, made.kept))}")
     print(f"trained   the first and last {made.pad}")
 
 
-def _distilled(emulator: Emulator, folder: Path, path: str, task: str, how: Distilling) -> Emulator:
+def _distil(emulator: Emulator, folder: Path, path: str, task: str, how: Distilling) -> Emulator:
     tokenizer = load_tokenizer(ModelSection.model_validate({"path": str(folder), "task": task}))
     try:
         text = how.text.read_text(encoding="utf-8").splitlines()

@@ -23,7 +23,7 @@ from fedpeft.ledger.records import Evaluation
 from fedpeft.models.export import adapter_digest
 from fedpeft.participant.loaded_run import set_loaded_run
 from fedpeft.reporting.summary_table import interval
-from fedpeft.reporting.text import counted, direction, metric_name, metric_value, printable
+from fedpeft.reporting.text import count_noun, direction, metric_name, metric_value, printable
 from fedpeft.simulation.engine import run_metrics
 from fedpeft.simulation.parallel_scoring import TEST, Scorer, batches_of
 from fedpeft.workers import open_workers
@@ -77,7 +77,7 @@ def _show(console: Console, run: RunConfig, folder: Path, evaluation: Evaluation
     """A row per metric: value, interval, and the spread over clients."""
     count = next(iter(evaluation.scores.values())).count
     where = "data.test" if run.data.test is not None else "the clients' held-out rows"
-    title = Text(f"{printable(run.run.name)} · {counted(count, 'test row')} of {where}", style="bold")
+    title = Text(f"{printable(run.run.name)} · {count_noun(count, 'test row')} of {where}", style="bold")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("metric", no_wrap=True)
     for heading in ("value", "95% interval", "worst client", "median client"):

@@ -29,7 +29,7 @@ from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.ledger.run_place import CHECKPOINTS, read_run, run_folder_of, run_with_rows
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base
-from fedpeft.models.comparison import made_up_rows, read_logits, refuse_difference
+from fedpeft.models.comparison import draw_token_rows, read_logits, refuse_difference
 from fedpeft.models.export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -37,7 +37,7 @@ from fedpeft.models.export import (
     load_adapter,
     replace_adapter_weights,
 )
-from fedpeft.models.trainable import frozen_digest, trainable_parameters, write_parameters
+from fedpeft.models.trainable import digest_frozen, trainable_parameters, write_parameters
 from fedpeft.runtime.files import storage
 from fedpeft.runtime.randomness import derive_seed
 from fedpeft.updates.update import arrays_digest
@@ -149,9 +149,9 @@ def compare_written(folder: Path, weights: Weights, start: AdapterStart | None) 
     """
     if start is None:
         return
-    model = _attached(start)
+    model = _attach(start)
     replace_adapter_weights(model, weights)
-    rows = made_up_rows(model)
+    rows = draw_token_rows(model)
     wanted = read_logits(model, rows)
     del model
     loaded = load_adapter(_base(start), folder)
@@ -166,7 +166,7 @@ def delta_of(adapter: Adapter) -> Weights:
     return {name: array - adapter.initial[name] for name, array in adapter.weights.items()}
 
 
-def moved(initial: Weights | None, delta: Mapping[str, NDArray[np.float32]]) -> Weights:
+def add_delta(initial: Weights | None, delta: Mapping[str, NDArray[np.float32]]) -> Weights:
     """Inverse of `delta_of`, up to one rounding."""
     if initial is None:
         return {name: np.asarray(array) for name, array in delta.items()}
@@ -183,7 +183,7 @@ def start_of_run(folder: Path) -> tuple[AdapterStart, Weights]:
     run = read_run(folder)
     labels = label_names(run_with_rows(folder))
     start = AdapterStart(model=run.model, peft=run.peft, seed=run.run.seed, num_labels=len(labels) or None)
-    return _drawn(start, _first_checkpoint(folder, run))
+    return _draw(start, _first_checkpoint(folder, run))
 
 
 def _first_checkpoint(folder: Path, run: RunConfig) -> Mapping[str, NDArray[Any]] | None:
@@ -202,25 +202,25 @@ class _Origin:
     state: Mapping[str, NDArray[Any]] | None = field(compare=False)
 
 
-def _drawn(
+def _draw(
     start: AdapterStart, state: Mapping[str, NDArray[Any]] | None = None
 ) -> tuple[AdapterStart, Weights]:
     """The untrained adapter by the names of its file, in `state` if given; and `start` with both digests."""
     plain = start.model_copy(update={"digest": "", "base_digest": ""})
-    made, initial = _drawn_once(_Origin(plain.model_dump_json(), arrays_digest(state or {}), state))
+    made, initial = _draw_once(_Origin(plain.model_dump_json(), arrays_digest(state or {}), state))
     return start.model_copy(update={"digest": made.digest, "base_digest": made.base_digest}), dict(initial)
 
 
 @functools.lru_cache(maxsize=2)  # adapters that are merged began at one place: the base is loaded once
-def _drawn_once(origin: _Origin) -> tuple[AdapterStart, Weights]:
+def _draw_once(origin: _Origin) -> tuple[AdapterStart, Weights]:
     start, state = AdapterStart.model_validate_json(origin.start), origin.state
-    model = _attached(start)
+    model = _attach(start)
     if state is not None:
         write_parameters(trainable_parameters(model), state)
     with tempfile.TemporaryDirectory() as folder:
         export_adapter(model, Path(folder), base_name="")
         initial = read_folder(Path(folder))[1]
-    digests = {"digest": arrays_digest(initial), "base_digest": frozen_digest(model)}
+    digests = {"digest": arrays_digest(initial), "base_digest": digest_frozen(model)}
     return start.model_copy(update=digests), initial
 
 
@@ -228,7 +228,7 @@ def _base(start: AdapterStart) -> nn.Module:
     return load_base(start.model, num_labels=start.num_labels, seed=derive_seed(start.seed, "head"))
 
 
-def _attached(start: AdapterStart) -> nn.Module:
+def _attach(start: AdapterStart) -> nn.Module:
     """The model with its untrained adapter."""
     seed = derive_seed(start.seed, "adapter")
     return attach(_base(start), start.peft, task=start.model.task, seed=seed)
@@ -243,7 +243,7 @@ def _from_file(path: Path, init: Path | None) -> Adapter:
     start = _start_in(path, expert)
     if start is None:
         return Adapter(config, delta)
-    here, initial = start_of_run(init) if init is not None else _drawn(start)
+    here, initial = start_of_run(init) if init is not None else _draw(start)
     _check_same_tensors(delta, initial, path)
     for what, came, made in (
         ("base model", here.base_digest, start.base_digest),
@@ -254,7 +254,7 @@ def _from_file(path: Path, init: Path | None) -> Adapter:
                 f"{path}: the {what} has digest {came[:12]} here and {made[:12]} where the file was made; use"
                 " the same base model, or give the run's folder with --init"
             )
-    return Adapter(config, moved(initial, delta), start, initial)
+    return Adapter(config, add_delta(initial, delta), start, initial)
 
 
 def _start_in(path: Path, expert: Expert) -> AdapterStart | None:

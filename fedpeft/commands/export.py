@@ -15,7 +15,7 @@ from fedpeft.commands.arguments import adapter_and_run, adapter_folder
 from fedpeft.config.sections import ModelSection
 from fedpeft.errors import StateError, StorageError
 from fedpeft.models.base_model import load_base, load_tokenizer
-from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
+from fedpeft.models.comparison import bytes_of_copy, draw_token_rows, read_logits, refuse_difference
 from fedpeft.models.device import available_memory
 from fedpeft.models.export import CONFIG_FILE, adapter_digest, merge_adapter
 from fedpeft.models.quiet import one_line, quiet
@@ -92,9 +92,7 @@ def check_out(out: Path, made_from: Path, *, force: bool, what: str = "the adapt
     names = _names(out.iterdir())
     if not names:
         return
-    others = sorted(
-        path.name for path in out.iterdir() if path.is_dir() or not _written_by_exports(path.name)
-    )
+    others = sorted(path.name for path in out.iterdir() if path.is_dir() or not _is_from_export(path.name))
     if others or not names & set(_MARKS):
         named = f" ({', '.join(others[:3])})" if others else ""
         raise StateError(
@@ -105,7 +103,7 @@ def check_out(out: Path, made_from: Path, *, force: bool, what: str = "the adapt
         raise StateError(f"--out {out} already holds a model; replace it with --force, or choose another")
 
 
-def _written_by_exports(name: str) -> bool:
+def _is_from_export(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in _WRITTEN)
 
 
@@ -125,7 +123,7 @@ def write_merged(model: Any, tokenizer: Any, labels: Sequence[str], out: Path, s
         StorageError: it cannot be written.
         ModelError: the method cannot be merged, or the merged model computes something else.
     """
-    rows = made_up_rows(model)
+    rows = draw_token_rows(model)
     trained = read_logits(model, rows)
     merged: Any = merge_adapter(model)
     if labels:

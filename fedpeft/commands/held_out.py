@@ -21,7 +21,7 @@ from fedpeft.simulation.parallel_scoring import Scorer
 from fedpeft.workers import InlineWorkers
 
 
-def held_out_run(run: RunConfig) -> RunConfig:
+def with_held_out_test_set(run: RunConfig) -> RunConfig:
     """The run with its clients' held-out rows as its test set: its own one must choose nothing.
 
     Raises:

@@ -26,14 +26,14 @@ from fedpeft.adapters import (
 from fedpeft.commands.experts import (
     Adapter,
     Weights,
+    add_delta,
     compare_written,
     delta_of,
-    moved,
     read_adapter,
     write_folder,
 )
 from fedpeft.commands.export import check_out
-from fedpeft.commands.held_out import AdapterScores, held_out_run
+from fedpeft.commands.held_out import AdapterScores, with_held_out_test_set
 from fedpeft.config.run_file import load_run
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import ModelError, UsageError
@@ -90,12 +90,12 @@ def merge_command(
     whole = whole_tensors(stack) if initial is None and sources[0].config.get("peft_type") == "LORA" else ()
     candidates = [FactorsOnly(rule) if whole else rule for rule in rules]
     if select and run_file is not None:
-        chosen, delta = _selected(stack, candidates, load_run(run_file), sources[0], initial)
+        chosen, delta = _select(stack, candidates, load_run(run_file), sources[0], initial)
     else:
         chosen, delta = candidates[0], candidates[0].merge(stack)
     with storage(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    merged = moved(initial, delta)
+    merged = add_delta(initial, delta)
     with folder_atomically(out) as fresh:
         write_folder(fresh, sources[0].config, merged)
         compare_written(fresh, merged, sources[0].start)
@@ -142,7 +142,7 @@ def _common_start(sources: Sequence[Adapter]) -> Weights | None:
     return sources[0].initial if len(digests) == 1 else None
 
 
-def _selected(
+def _select(
     stack: AdapterStack,
     candidates: Sequence[Merger],
     run: RunConfig,
@@ -150,8 +150,8 @@ def _selected(
     initial: Weights | None,
 ) -> tuple[Merger, Mapping[str, NDArray[np.float32]]]:
     """The rule that scores best on the clients' held-out rows, and what it makes of the adapters."""
-    scores = AdapterScores(held_out_run(run), like.config)
-    return best_on_held_out(stack, candidates, lambda delta: scores.gain(moved(initial, delta)))
+    scores = AdapterScores(with_held_out_test_set(run), like.config)
+    return best_on_held_out(stack, candidates, lambda delta: scores.gain(add_delta(initial, delta)))
 
 
 def _candidates(method: str, given: Mapping[str, float], *, select: bool) -> list[Merger]:

@@ -13,7 +13,7 @@ from fedpeft.commands.arguments import run_of
 from fedpeft.errors import RunFileError, UsageError
 from fedpeft.planning.fit import proposals_json, propose
 from fedpeft.planning.loading import read_rows
-from fedpeft.planning.plan import make_plan, refused_plan
+from fedpeft.planning.plan import make_plan, make_refused_plan
 from fedpeft.planning.predict import LIBRARIES
 from fedpeft.planning.preflight import refuse_problems
 from fedpeft.planning.show import show_plan
@@ -32,7 +32,7 @@ def plan_command(run_file: Path | None, overrides: Sequence[str], *, as_json: bo
     try:
         plan = make_plan(run_of(run_file, overrides))
     except RunFileError as error:
-        plan = refused_plan(error)
+        plan = make_refused_plan(error)
     if as_json:
         print(json.dumps(plan.as_json()))
     else:

@@ -157,7 +157,7 @@ def _plain(folder: Path, authority: Authority, done: ProvisionResult, now: datet
         "issued": [{**_member(i.identity, i.expires), "folder": str(i.folder)} for i in done.issued],
         "tokens": [{**_member(i.identity, i.expires), "token": i.token} for i in done.invited],
         "revoked": list(done.revoked),
-        "members": [_member(identity_of(c), c.not_valid_after_utc) for c in authority.issued(now)],
+        "members": [_member(identity_of(c), c.not_valid_after_utc) for c in authority.list_issued(now)],
         "outstanding_tokens": [_member(g.identity, g.expires) for g in authority.tokens.outstanding(now)],
         "warnings": _warnings(folder, authority, now),
     }
@@ -172,7 +172,7 @@ def _warnings(folder: Path, authority: Authority, now: datetime) -> list[str]:
     lines = [
         expiry_warning(authority.certificate, now, "the authority"),
         expiry_warning(server, now, f"the server (fedpeft provision '{folder}' --renew-server)"),
-        *(expiry_warning(c, now, f"{identity_of(c).name!r}") for c in authority.issued(now)),
+        *(expiry_warning(c, now, f"{identity_of(c).name!r}") for c in authority.list_issued(now)),
     ]
     return [line for line in lines if line is not None]
 
@@ -217,7 +217,7 @@ def _copies(folder: Path, done: ProvisionResult) -> list[tuple[str, str, str]]:
 def _members(folder: Path, authority: Authority, now: datetime) -> list[tuple[str, str, str]]:
     server = read_certificate(folder / SERVER / CERTIFICATE_FILE)
     rows = [(", ".join(server_hosts(server)), "server", f"{server.not_valid_after_utc:%Y-%m-%d}")]
-    for certificate in authority.issued(now):
+    for certificate in authority.list_issued(now):
         identity = identity_of(certificate)
         rows.append((identity.name, str(identity.role), f"{certificate.not_valid_after_utc:%Y-%m-%d}"))
     for grant in authority.tokens.outstanding(now):

@@ -9,7 +9,7 @@ from fedpeft.config.sections import DataSection, RunConfig
 from fedpeft.config.traits import Trait
 from fedpeft.errors import StateError, UsageError
 from fedpeft.ledger import Checkpoint, RunFolder
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.spaces import space_traits
 
 

@@ -26,7 +26,7 @@ def conflicts_of(run: RunConfig, rows: Sequence[Conflict] = CONFLICTS) -> list[P
     }
     declared = frozenset(trait for entry in entries for trait in entry.traits)
     return [
-        Problem(f"{entry.key}{row.key}: {_filled(row, entry, other, words)}", row.code)
+        Problem(f"{entry.key}{row.key}: {_fill(row, entry, other, words)}", row.code)
         for row in rows
         if declared.issuperset(row.has) and row.lacks not in declared
         for entry, other in _meetings(row, entries)
@@ -43,7 +43,7 @@ def _meetings(row: Conflict, entries: Sequence[Entry]) -> Iterator[tuple[Entry, 
             yield entry, others[0] if others else None
 
 
-def _filled(row: Conflict, entry: Entry, other: Entry | None, words: dict[str, str]) -> str:
+def _fill(row: Conflict, entry: Entry, other: Entry | None, words: dict[str, str]) -> str:
     fitting = [name for name, traits in tables(entry.table).items() if not traits.issuperset(row.has)]
     those = names_declaring(row.lacks) if row.lacks is not None else []
     return f"{row.reason}; {row.advice}".format(

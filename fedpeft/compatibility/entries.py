@@ -10,7 +10,7 @@ from fedpeft.aggregation.lora_rules import LORA_RULES
 from fedpeft.attacks import attack_traits, build_attack
 from fedpeft.config.option_tables import build_option
 from fedpeft.config.sections import RunConfig, StageSection
-from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.config.traits import Trait, Traits, choose_traits
 from fedpeft.errors import RunFileError
 from fedpeft.models.methods import METHODS, STARTS_FROM_WEIGHTS
 from fedpeft.models.offsite import emulator_at
@@ -87,7 +87,7 @@ def _strategy(run: RunConfig) -> Iterator[Entry]:
     if rule is None:
         return
     products = has_products(run.peft, run.space.kind) and prefers_products(section)
-    traits = rule.traits_with(section.options) | chosen({Trait.WORKS_ON_PRODUCTS: products})
+    traits = rule.traits_with(section.options) | choose_traits({Trait.WORKS_ON_PRODUCTS: products})
     yield Entry("federation.strategy", section.kind, traits, "federation.strategy")
 
 
@@ -112,7 +112,7 @@ def _adapter(run: RunConfig) -> Iterator[Entry]:
 def _base(run: RunConfig) -> Iterator[Entry]:
     model = run.model
     yield Entry(
-        "model.task", model.task, chosen({Trait.HAS_CLASSES: model.task == "sequence-classification"})
+        "model.task", model.task, choose_traits({Trait.HAS_CLASSES: model.task == "sequence-classification"})
     )
     if model.quantization != "none":
         yield Entry("model.quantization", model.quantization, frozenset({Trait.QUANTISED_BASE}))

@@ -26,7 +26,7 @@ def clients_named(run: RunConfig) -> int:
     return named.clients or files
 
 
-def ignored_keys(run: RunConfig) -> dict[str, str]:
+def find_ignored_keys(run: RunConfig) -> dict[str, str]:
     """Return the keys that a run file sets and that play no part with agents, each with the reason."""
     tables = json.loads(run.identity)
     return {key: why for key, why in _IGNORED.items() if _holds(tables, key)}

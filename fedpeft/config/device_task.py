@@ -152,7 +152,7 @@ class DeviceTask(Section):
         return identity_digest(self.text)
 
     @functools.cached_property
-    def described_run(self) -> RunConfig:
+    def as_run(self) -> RunConfig:
         """The task as what trains takes it: a run without sources, whose digest is the task's.
 
         Raises:
@@ -163,7 +163,7 @@ class DeviceTask(Section):
         clients = self.data.clients
         partitioner = {"kind": "iid", "clients": clients} if clients else {"kind": "files"}
         tables["data"] |= {"train": (), "test": None, "partitioner": partitioner}
-        run: RunConfig = _validated(RunConfig, tables, _SOURCE)
+        run: RunConfig = _validate(RunConfig, tables, _SOURCE)
         run.__dict__["identity"] = self.text
         return run
 
@@ -192,7 +192,7 @@ def device_task(run: RunConfig) -> DeviceTask:
     )
     part["model"]["name"] = _model_name(run.model.path)
     part["data"]["clients"] = run.data.partitioner.clients
-    task: DeviceTask = _validated(DeviceTask, part, _RUN_FILE)
+    task: DeviceTask = _validate(DeviceTask, part, _RUN_FILE)
     _refuse(task, _RUN_FILE)
     return task
 
@@ -209,14 +209,14 @@ def read_device_task(text: str) -> DeviceTask:
         tables = read_identity(text)
     except (ValueError, RecursionError) as error:
         raise RunFileError(_SOURCE, [f"cannot be read: {error}"]) from error
-    task: DeviceTask = _validated(DeviceTask, tables, _SOURCE)
+    task: DeviceTask = _validate(DeviceTask, tables, _SOURCE)
     task.__dict__["text"] = text
     _refuse(task, _SOURCE)
-    _ = task.described_run  # sections that contradict each other are found now
+    _ = task.as_run  # sections that contradict each other are found now
     return task
 
 
-def _validated(model: Any, tables: Mapping[str, Any], source: str) -> Any:
+def _validate(model: Any, tables: Mapping[str, Any], source: str) -> Any:
     try:
         return model.model_validate(tables)
     except (ValidationError, RecursionError) as error:

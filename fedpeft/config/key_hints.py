@@ -66,7 +66,7 @@ OPEN = ("peft.",)  # tables whose further keys are checked by what they name
 
 def suggest_key(where: str) -> str:
     """Return "; did you mean ...?" for an unknown dotted key, or an empty text where nothing is near."""
-    keys = known_keys()
+    keys = list_known_keys()
     section, _, name = where.rpartition(".")
     if name in ELSEWHERE:
         return f"; did you mean {ELSEWHERE[name]}?"
@@ -86,7 +86,7 @@ def suggest_option(name: str, section: str, known: Iterable[str]) -> str:
 
 
 @functools.cache
-def known_keys() -> tuple[str, ...]:
+def list_known_keys() -> tuple[str, ...]:
     """Return the dotted keys of a run file, tables included; those of list entries are left out."""
     return tuple(_keys_of(RunConfig, ""))
 

@@ -18,11 +18,15 @@ def plugins_of(run: RunConfig, *, devices_only: bool = True) -> tuple[Plugin, ..
     Args:
         devices_only: without those that serve one end only (metrics, sinks, attacks).
     """
-    named = {plugin_of(group, name) for group, name in _named(run) if group in ON_DEVICES or not devices_only}
+    named = {
+        plugin_of(group, name)
+        for group, name in _iterate_named(run)
+        if group in ON_DEVICES or not devices_only
+    }
     return tuple(sorted(plugin for plugin in named if plugin is not None))
 
 
-def _named(run: RunConfig) -> Iterator[tuple[str, str]]:
+def _iterate_named(run: RunConfig) -> Iterator[tuple[str, str]]:
     """Group and name of every entry that a run file chooses."""
     federation = run.federation
     yield from (("stages", stage.kind) for stage in run.stages)
@@ -51,10 +55,10 @@ def difference(ours: str, theirs: str) -> str:
     """
     if ours == theirs:
         return ""
-    return f"it has {_shown(theirs)}, and this end {_shown(ours)}"
+    return f"it has {_show(theirs)}, and this end {_show(ours)}"
 
 
-def _shown(text: str) -> str:
+def _show(text: str) -> str:
     try:
         items = json.loads(text) if text else []
         return ", ".join(str(Plugin(*map(str, item))) for item in items[:4]) or "no plugin"

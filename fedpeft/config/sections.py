@@ -147,7 +147,7 @@ class ModelSection(Section):
     )
 
     @model_validator(mode="after")
-    def _quantised(self) -> ModelSection:
+    def _check_quantisation(self) -> ModelSection:
         takes = {
             "double_quantization": ("nf4", "fp4"),
             "compute_dtype": ("nf4", "fp4", "rtn8", "rtn4"),
@@ -675,7 +675,7 @@ class FederationSection(Section):
     )
 
     @model_validator(mode="after")
-    def _buffered(self) -> FederationSection:
+    def _check_buffer(self) -> FederationSection:
         if (self.mode == "buffered") != (self.buffer is not None):
             wanted = "give its size and concurrency" if self.buffer is None else "set mode = 'buffered'"
             raise ValueError(f"mode '{self.mode}' and [federation.buffer] don't go together; {wanted}")
@@ -995,7 +995,7 @@ class RunConfig(Section):
         """
         tables = self.model_dump(exclude={"groups"})
         for name, keys in group.overrides.items():
-            tables[name] = {**_inherited(name, tables[name], keys), **keys}
+            tables[name] = {**_inherit(name, tables[name], keys), **keys}
         return RunConfig.model_validate(tables)
 
 
@@ -1006,7 +1006,7 @@ _KIND_KEYS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 """Section to the key whose change makes others meaningless, and these; None: all of them."""
 
 
-def _inherited(section: str, own: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+def _inherit(section: str, own: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
     """What of the run's section stays where a group lays `keys` over it."""
     kind, lost = _KIND_KEYS.get(section, ("", ()))
     if not kind or keys.get(kind, own[kind]) == own[kind]:

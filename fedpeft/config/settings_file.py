@@ -41,7 +41,7 @@ def beside(path: Path, value: str) -> str:
     return os.path.abspath(path.parent / own)
 
 
-def checked(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
+def check_table(model: type[Model], table: Mapping[str, Any], *, source: str) -> Model:
     """The table as a model.
 
     Raises:

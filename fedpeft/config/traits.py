@@ -105,6 +105,6 @@ Traits = frozenset[Trait]
 NO_TRAITS: Traits = frozenset()
 
 
-def chosen(holds: Mapping[Trait, bool]) -> Traits:
+def choose_traits(holds: Mapping[Trait, bool]) -> Traits:
     """Return the traits that hold."""
     return frozenset(trait for trait, held in holds.items() if held)

@@ -39,7 +39,7 @@ from fedpeft.credentials.certificates import (
     read_certificate,
     renewal_due,
 )
-from fedpeft.credentials.enrolment import client_roots, pinned_authority, visitor_material
+from fedpeft.credentials.enrolment import client_roots, pin_authority, visitor_material
 from fedpeft.credentials.identity import Identity, Role, check_name, identity_of, require_role
 from fedpeft.credentials.keys import new_key, read_key, write_key
 from fedpeft.credentials.material import (
@@ -84,7 +84,7 @@ __all__ = [
     "new_key",
     "open_authority",
     "pending_key",
-    "pinned_authority",
+    "pin_authority",
     "read_certificate",
     "read_key",
     "read_material",

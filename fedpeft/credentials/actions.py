@@ -67,10 +67,10 @@ def read_actions(authority: Path) -> list[AuthorityAction | None]:
     path = authority / ACTIONS_FILE
     with storage(path):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [_parsed(line) for line in lines]
+    return [_parse(line) for line in lines]
 
 
-def _parsed(line: str) -> AuthorityAction | None:
+def _parse(line: str) -> AuthorityAction | None:
     try:
         found = AuthorityAction(**json.loads(line))
     except (ValueError, TypeError):

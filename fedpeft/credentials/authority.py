@@ -35,9 +35,9 @@ from fedpeft.credentials.material import (
     REVOKED_FILE,
     Material,
     check_material,
-    issued_by,
+    is_issued_by,
 )
-from fedpeft.credentials.requests import requested_key
+from fedpeft.credentials.requests import read_requested_key
 from fedpeft.credentials.revocation import read_revocations, revocations_pem
 from fedpeft.credentials.tokens import Tokens
 from fedpeft.errors import CredentialError
@@ -95,7 +95,7 @@ class Authority:
             StorageError: the record of it cannot be written; nothing is issued then.
         """
         check_name(identity.name)
-        with self._locked():
+        with self._lock():
             earlier = self._live(identity.name, now)
             same = [item for item in earlier if _same_key(item, public_key) and identity_of(item) == identity]
             issued = same[-1] if same else self._issue(public_key, identity, now, life)
@@ -112,7 +112,7 @@ class Authority:
             CredentialError: the request is none, or the token is unknown, expired or spent on another key.
             StorageError: the token or the certificate cannot be recorded.
         """
-        key = requested_key(request_pem)
+        key = read_requested_key(request_pem)
         identity = self.tokens.redeem(token, public_der(key), now)
         return self.device(key, identity, now, life)
 
@@ -127,13 +127,13 @@ class Authority:
                 has a successor with another key; or the request is none.
             StorageError: the record of it cannot be written.
         """
-        key = requested_key(request_pem)
+        key = read_requested_key(request_pem)
         old = parse_certificate(peer_pem, "the caller's certificate")
-        if not issued_by(old, self.certificate):
+        if not is_issued_by(old, self.certificate):
             raise CredentialError("the caller's certificate is not of this federation; enrol with a token")
         identity = identity_of(old)
         check_dates(old, now, f"{identity.name!r}", whose="the server's")
-        with self._locked():
+        with self._lock():
             live = self._live(identity.name, now)
             if old not in live:
                 raise CredentialError(
@@ -153,12 +153,12 @@ class Authority:
             CredentialError: nobody of that name has a certificate or a token.
             StorageError: the list cannot be written; the certificates are then not revoked.
         """
-        with self._locked():
+        with self._lock():
             live = self._live(name, now)
             self._revoke(live, now)
             count = len(live) + self.tokens.withdraw(name)
         if not count:
-            known = ", ".join(sorted({identity_of(item).name for item in self.issued(now)})) or "nobody"
+            known = ", ".join(sorted({identity_of(item).name for item in self.list_issued(now)})) or "nobody"
             raise CredentialError(f"{name[:80]!r} has no certificate and no token; revocable: {known}")
         return count
 
@@ -166,7 +166,7 @@ class Authority:
         """The certificates of a name that are neither expired nor revoked, in the order of issue."""
         return tuple(self._live(check_name(name), now))
 
-    def revoked(self, now: datetime) -> frozenset[str]:
+    def list_revoked(self, now: datetime) -> frozenset[str]:
         """Names that hold nothing any more because their certificates were revoked before they ended."""
         listed = read_revocations(self.revoked_file, self.certificate)
         live, gone = set[str](), set[str]()
@@ -176,7 +176,7 @@ class Authority:
                 (gone if item in listed else live).add(identity_of(item).name)
         return frozenset(gone - live)
 
-    def issued(self, now: datetime) -> tuple[x509.Certificate, ...]:
+    def list_issued(self, now: datetime) -> tuple[x509.Certificate, ...]:
         """Device certificates that are neither expired nor revoked, by name."""
         names = sorted({path.name.rpartition(".")[0].rpartition(".")[0] for path in self._records("*")})
         return tuple(item for name in names for item in self._live(name, now))
@@ -231,7 +231,7 @@ class Authority:
         write_atomically(self.revoked_file, pem)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> Iterator[None]:
         with storage(self.folder):
             handle = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
             try:

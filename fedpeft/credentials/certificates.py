@@ -37,7 +37,7 @@ def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
     Raises:
         CredentialError: too large, not a certificate, or of another kind of key.
     """
-    return _parsed(x509.load_pem_x509_certificate, pem, where)
+    return _parse(x509.load_pem_x509_certificate, pem, where)
 
 
 def parse_der(der: bytes, where: str) -> x509.Certificate:
@@ -46,10 +46,10 @@ def parse_der(der: bytes, where: str) -> x509.Certificate:
     Raises:
         CredentialError: as there.
     """
-    return _parsed(x509.load_der_x509_certificate, der, where)
+    return _parse(x509.load_der_x509_certificate, der, where)
 
 
-def _parsed(load: Callable[[bytes], x509.Certificate], content: bytes, where: str) -> x509.Certificate:
+def _parse(load: Callable[[bytes], x509.Certificate], content: bytes, where: str) -> x509.Certificate:
     try:
         if len(content) > MAX_PEM:
             raise ValueError

@@ -30,7 +30,7 @@ from fedpeft.credentials.certificates import (
     parse_der,
 )
 from fedpeft.credentials.keys import PrivateKey, new_key
-from fedpeft.credentials.material import Material, issued_by
+from fedpeft.credentials.material import Material, is_issued_by
 from fedpeft.credentials.tokens import token_fingerprint
 from fedpeft.errors import CredentialError
 
@@ -41,12 +41,12 @@ _VISITOR = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedpeft visitor")
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256's group; FIPS 186-4
 
 
-def carried_authority(authority: x509.Certificate) -> x509.UnrecognizedExtension:
+def carry_authority(authority: x509.Certificate) -> x509.UnrecognizedExtension:
     """The extension of a server's certificate that carries its authority's."""
     return x509.UnrecognizedExtension(CARRIED_AUTHORITY, certificate_der(authority))
 
 
-def pinned_authority(token: str, server_pem: bytes) -> x509.Certificate:
+def pin_authority(token: str, server_pem: bytes) -> x509.Certificate:
     """The authority to trust from now on: carried by the server's certificate, known by the token.
 
     Args:
@@ -69,7 +69,7 @@ def pinned_authority(token: str, server_pem: bytes) -> x509.Certificate:
             "the server is not the one that the token is of; check the address, and if it is right, someone"
             " stands between: do not go on"
         )
-    if not issued_by(server, authority):
+    if not is_issued_by(server, authority):
         raise CredentialError("the server shows a certificate that its authority did not issue; do not go on")
     return authority
 
@@ -81,7 +81,7 @@ def visitor_material(authority: x509.Certificate) -> Material:
     """
     key = new_key()
     begins, ends = authority.not_valid_before_utc, authority.not_valid_after_utc
-    builder = _built(_VISITOR, key.public_key(), begins, ends).add_extension(
+    builder = _build(_VISITOR, key.public_key(), begins, ends).add_extension(
         x509.BasicConstraints(ca=False, path_length=None), critical=True
     )
     certificate = builder.add_extension(
@@ -100,7 +100,7 @@ def client_roots(authority: x509.Certificate, *, visitors: bool) -> bytes:
     key = _visitors_key(authority)
     begins, ends = authority.not_valid_before_utc, authority.not_valid_after_utc
     root = (
-        _built(_VISITORS, key.public_key(), begins, ends)
+        _build(_VISITORS, key.public_key(), begins, ends)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
     )
@@ -113,7 +113,7 @@ def _visitors_key(authority: x509.Certificate) -> PrivateKey:
     return ec.derive_private_key(int.from_bytes(digest, "big") % (_ORDER - 1) + 1, ec.SECP256R1())
 
 
-def _built(
+def _build(
     subject: x509.Name, key: ec.EllipticCurvePublicKey, begins: datetime, ends: datetime
 ) -> x509.CertificateBuilder:
     return (

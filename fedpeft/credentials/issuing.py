@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
-from fedpeft.credentials.enrolment import carried_authority
+from fedpeft.credentials.enrolment import carry_authority
 from fedpeft.credentials.identity import Identity
 from fedpeft.credentials.keys import PrivateKey
 from fedpeft.errors import CredentialError
@@ -54,7 +54,7 @@ def server_certificate(
     return (
         _leaf(authority, _name("fedpeft server"), public_key, now, life, ExtendedKeyUsageOID.SERVER_AUTH)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(carried_authority(authority), critical=False)
+        .add_extension(carry_authority(authority), critical=False)
         .sign(authority_key, hashes.SHA256())
     )
 

@@ -91,7 +91,7 @@ def check_material(material: Material, where: str) -> None:
         raise CredentialError(
             f"{where}: the key is not the certificate's; copy both from one provisioned folder"
         )
-    if not issued_by(material.certificate, material.authority):
+    if not is_issued_by(material.certificate, material.authority):
         raise CredentialError(
             f"{where}: the authority in {AUTHORITY_FILE} did not issue the certificate; copy all files"
             " from one provisioned folder"
@@ -155,7 +155,7 @@ def _finish_adoption(folder: Path, certificate: x509.Certificate) -> None:
             sync_folder(folder)
 
 
-def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
+def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
     """Whether the authority's key signed the certificate."""
     try:
         certificate.verify_directly_issued_by(authority)

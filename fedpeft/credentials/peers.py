@@ -16,7 +16,7 @@ from cryptography import x509
 
 from fedpeft.credentials.certificates import check_dates, fingerprint, parse_certificate
 from fedpeft.credentials.identity import Identity, identity_of
-from fedpeft.credentials.material import issued_by
+from fedpeft.credentials.material import is_issued_by
 from fedpeft.credentials.revocation import Revocations, read_revocations
 from fedpeft.errors import CredentialError
 from fedpeft.runtime.files import storage
@@ -57,7 +57,7 @@ class PeerCheck:
         Raises:
             CredentialError, StorageError: as there.
         """
-        certificate = self._issued(pem)
+        certificate = self._check_issued(pem)
         who = f"{identity_of(certificate).name!r}"
         check_dates(certificate, now, who, whose="the server's")
         self.refresh()
@@ -91,12 +91,12 @@ class PeerCheck:
         self._revoked, self._stamp = fresh, stamp
         return True
 
-    def _issued(self, pem: bytes) -> x509.Certificate:
+    def _check_issued(self, pem: bytes) -> x509.Certificate:
         known = self._known.get(pem)
         if known is not None:
             return known
         certificate = parse_certificate(pem, "the caller's certificate")
-        if not issued_by(certificate, self._authority):
+        if not is_issued_by(certificate, self._authority):
             raise CredentialError(
                 "the caller's certificate is not of this federation; enrol with a token of its admin"
             )

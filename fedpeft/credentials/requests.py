@@ -17,7 +17,7 @@ def make_request(key: PrivateKey) -> bytes:
     return request.public_bytes(serialization.Encoding.PEM)
 
 
-def requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
+def read_requested_key(pem: bytes) -> ec.EllipticCurvePublicKey:
     """The key of a request, whose holder signed it; everything else in the request is ignored.
 
     Raises:

@@ -59,7 +59,7 @@ def sign_body_digest(key: PrivateKey, header: UpdateHeader, body_sha256: bytes, 
         UpdateError: the digest is not 32 bytes, or round or length cannot be.
     """
     algorithm = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
-    return key.sign(signed_bytes(header, body_sha256, body_bytes), algorithm)
+    return key.sign(bytes_to_sign(header, body_sha256, body_bytes), algorithm)
 
 
 def verify_update(
@@ -91,7 +91,7 @@ def verify_body_digest(
             f"an update of {header.client!r} came with the certificate of {holder!r}; a client sends its own"
         )
     key = certificate.public_key()
-    message = signed_bytes(header, body_sha256, body_bytes)
+    message = bytes_to_sign(header, body_sha256, body_bytes)
     try:
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise InvalidSignature
@@ -103,7 +103,7 @@ def verify_body_digest(
         ) from None
 
 
-def signed_bytes(header: UpdateHeader, body_sha256: bytes, body_bytes: int) -> bytes:
+def bytes_to_sign(header: UpdateHeader, body_sha256: bytes, body_bytes: int) -> bytes:
     """The byte string under the signature.
 
     Raises:

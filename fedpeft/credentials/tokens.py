@@ -86,7 +86,7 @@ class Tokens:
         self.forget_expired(now)
         secret = secrets.token_bytes(_BYTES)
         grant = Grant(identity, hashlib.sha256(secret).hexdigest(), now + life)
-        write_atomically(private_folder(self._folder) / grant.file_name, _encoded(grant), mode=0o600)
+        write_atomically(private_folder(self._folder) / grant.file_name, _encode(grant), mode=0o600)
         return ".".join((_MARK, _text(secret), _text(self._fingerprint)))
 
     def open_at(self, now: datetime) -> bool:
@@ -108,7 +108,9 @@ class Tokens:
 
     def outstanding(self, now: datetime) -> tuple[Grant, ...]:
         """Tokens that nobody has used yet and that have not expired, by name."""
-        unused = (grant for grant in self._grants() if grant.expires > now and self._spent_on(grant) is None)
+        unused = (
+            grant for grant in self._grants() if grant.expires > now and self._device_of_spent(grant) is None
+        )
         return tuple(sorted(unused, key=lambda grant: grant.identity.name))
 
     def redeem(self, text: str, public_key: bytes, now: datetime) -> Identity:
@@ -142,7 +144,7 @@ class Tokens:
         with storage(self._folder):
             for grant in gone:
                 (self._folder / grant.file_name).unlink(missing_ok=True)
-                self._spent_file(grant).unlink(missing_ok=True)
+                self._file_of_spent(grant).unlink(missing_ok=True)
         return len(gone)
 
     def forget_expired(self, now: datetime) -> int:
@@ -155,7 +157,7 @@ class Tokens:
         with storage(self._folder):
             for grant in gone:
                 (self._folder / grant.file_name).unlink(missing_ok=True)
-                self._spent_file(grant).unlink(missing_ok=True)
+                self._file_of_spent(grant).unlink(missing_ok=True)
         return len(gone)
 
     def _find(self, text: str) -> Grant:
@@ -167,7 +169,7 @@ class Tokens:
         digest = hashlib.sha256(secret).hexdigest()
         path = self._folder / (digest[:16] + _INVITED)
         # Which file exists tells a guesser about hashes of 256 random bits: nothing that helps.
-        grant = _decoded(path) if path.is_file() else None
+        grant = _decode(path) if path.is_file() else None
         if grant is None or not hmac.compare_digest(grant.digest, digest):
             raise CredentialError(
                 "the enrolment token is not known here; ask the federation's admin for a new one"
@@ -183,26 +185,26 @@ class Tokens:
                     file.write(digest)
                     file.flush()
                     os.fsync(file.fileno())
-                os.link(temporary, self._spent_file(grant))
+                os.link(temporary, self._file_of_spent(grant))
                 sync_folder(self._folder)
             except FileExistsError:
                 pass
             finally:
                 Path(temporary).unlink(missing_ok=True)
-        return self._spent_on(grant) or digest
+        return self._device_of_spent(grant) or digest
 
-    def _spent_on(self, grant: Grant) -> str | None:
-        path = self._spent_file(grant)
+    def _device_of_spent(self, grant: Grant) -> str | None:
+        path = self._file_of_spent(grant)
         with storage(path):
             return path.read_text(encoding="ascii") if path.is_file() else None
 
-    def _spent_file(self, grant: Grant) -> Path:
+    def _file_of_spent(self, grant: Grant) -> Path:
         return self._folder / (grant.digest[:16] + _SPENT)
 
     def _grants(self) -> list[Grant]:
         with storage(self._folder):
             paths = sorted(self._folder.glob(f"*{_INVITED}")) if self._folder.is_dir() else []
-        return [_decoded(path) for path in paths]
+        return [_decode(path) for path in paths]
 
 
 def token_fingerprint(text: str) -> bytes:
@@ -217,7 +219,7 @@ def token_fingerprint(text: str) -> bytes:
 def _parts(text: str) -> tuple[bytes, bytes]:
     pieces = text.strip().split(".") if len(text) < 256 else []
     if len(pieces) == 3 and pieces[0] == _MARK:
-        secret, fingerprint = (_unpadded(piece) for piece in pieces[1:])
+        secret, fingerprint = (_strip_padding(piece) for piece in pieces[1:])
         if len(secret) == len(fingerprint) == _BYTES:
             return secret, fingerprint
     raise CredentialError(
@@ -229,7 +231,7 @@ def _text(content: bytes) -> str:
     return base64.urlsafe_b64encode(content).decode().rstrip("=")
 
 
-def _unpadded(text: str) -> bytes:
+def _strip_padding(text: str) -> bytes:
     try:
         content = base64.b64decode(text + "=", altchars=b"-_", validate=True)
     except ValueError:
@@ -237,7 +239,7 @@ def _unpadded(text: str) -> bytes:
     return content if _text(content) == text else b""  # one text per token
 
 
-def _encoded(grant: Grant) -> bytes:
+def _encode(grant: Grant) -> bytes:
     record = {
         "name": grant.identity.name,
         "role": str(grant.identity.role),
@@ -247,7 +249,7 @@ def _encoded(grant: Grant) -> bytes:
     return (json.dumps(record, sort_keys=True) + "\n").encode()
 
 
-def _decoded(path: Path) -> Grant:
+def _decode(path: Path) -> Grant:
     with storage(path):
         text = path.read_text(encoding="utf-8")
     try:

@@ -123,7 +123,7 @@ def _classes_in(schema: Any) -> dict[str, tuple[str, ...]]:
         return {}
 
 
-def saved_set(folder: Path, split: str) -> tuple[Path, list[Path]] | None:
+def find_saved_set(folder: Path, split: str) -> tuple[Path, list[Path]] | None:
     """Return the folder and the Arrow files of a data set that `datasets` saved; None if it saved none there.
 
     Args:

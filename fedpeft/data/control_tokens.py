@@ -128,9 +128,9 @@ class TextEncoder:
                 verbose=False,  # it would warn of rows beyond the model's length; we cut and count them
             )["input_ids"]
             for number, text, ids in zip(numbers, chunk, encoded, strict=True):
-                yield self._checked(text, ids, texts, number)
+                yield self._check(text, ids, texts, number)
 
-    def _checked(self, text: str, ids: Sequence[int], texts: Texts, number: int) -> list[int]:
+    def _check(self, text: str, ids: Sequence[int], texts: Texts, number: int) -> list[int]:
         """The ids as they came, if they hold no control token but the template's."""
         if self._pattern is None:
             return list(ids)
@@ -139,7 +139,7 @@ class TextEncoder:
             return list(ids)
         cells = texts.cells_of(number)
         own = [m for m in matches if all(m.end() <= first or m.start() >= end for first, end in cells)]
-        if len(own) == len(matches) and self._count(ids) == self._expected(own):
+        if len(own) == len(matches) and self._count(ids) == self._count_expected(own):
             return list(ids)
         return self._in_pieces(text, own)
 
@@ -150,7 +150,7 @@ class TextEncoder:
             ids += [*self._as_text(text[place : match.start()]), self._id_of[match.group()]]
             place = match.end()
         ids += self._as_text(text[place:])
-        if self._count(ids) != self._expected(own):
+        if self._count(ids) != self._count_expected(own):
             raise DataError(
                 "a row holds a control token of the tokenizer, which this tokenizer cannot encode as text; "
                 "leave such rows out, or let them be real with data.control_tokens = true"
@@ -166,7 +166,7 @@ class TextEncoder:
     def _count(self, ids: Sequence[int]) -> int:
         return sum(1 for token in ids if token in self._ids)
 
-    def _expected(self, own: Sequence[re.Match[str]]) -> int:
+    def _count_expected(self, own: Sequence[re.Match[str]]) -> int:
         return sum(1 for match in own if self._id_of[match.group()] in self._ids)
 
 

@@ -8,13 +8,13 @@ LONGEST = 60
 MOST = 8
 
 
-def shown(value: object) -> str:
+def show(value: object) -> str:
     """A value's repr, shortened."""
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def listed(names: Iterable[object]) -> str:
+def list_names(names: Iterable[object]) -> str:
     """The first few of some names, comma-separated, and how many more there are."""
     all_names = [" ".join(str(name).split()) for name in names]
     more = len(all_names) - MOST

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from fedpeft.config.sections import DataSection
-from fedpeft.data.embedded import Row, federated_rows
+from fedpeft.data.embedded import Row, make_federated_rows
 from fedpeft.data.readers import NumberedRow
 from fedpeft.data.section_layout import EMBEDDED
 from fedpeft.data.sources import Part
@@ -16,7 +16,7 @@ TRAIN_ROWS = 192  # per client, where data.limit does not say otherwise
 TEST_ROWS = 24
 
 
-def embedded_parts(section: DataSection, seed: int) -> tuple[Part, ...]:
+def list_embedded_parts(section: DataSection, seed: int) -> tuple[Part, ...]:
     """Two parts per client, training and held-out rows, the clients in order.
 
     `data.limit` and `data.test_limit` are shared out evenly among the clients.
@@ -27,7 +27,7 @@ def embedded_parts(section: DataSection, seed: int) -> tuple[Part, ...]:
     clients = section.partitioner.clients or DEFAULT_CLIENTS
     train_rows = max(1, section.limit // clients) if section.limit else TRAIN_ROWS
     test_rows = max(1, section.test_limit // clients) if section.test_limit else TEST_ROWS
-    train, test = federated_rows(seed, clients, train_rows, test_rows)
+    train, test = make_federated_rows(seed, clients, train_rows, test_rows)
     width = len(str(clients - 1))
     return tuple(
         _part(f"client-{client:0{width}d}", [row for row in rows if row.client == client])

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedpeft.data.columns import ClassName
-from fedpeft.data.describe import listed, shown
+from fedpeft.data.describe import list_names, show
 from fedpeft.errors import DataError
 
 _DIGITS = re.compile(r"(\d+)")
@@ -39,7 +39,7 @@ def plain_value(value: object, field: str, where: str) -> str | int:
         return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    state = "missing or null" if value is None else shown(value)
+    state = "missing or null" if value is None else show(value)
     raise DataError(f"{where}: field '{field}' is {state}; it must be text or a whole number")
 
 
@@ -66,8 +66,8 @@ class LabelMap:
             found = self.ids.get(str(value.number))
         if found is None:
             raise DataError(
-                f"{where}: field '{field}' is {shown(value)}, which is outside the label map "
-                f"({listed(self.ids)}); add it to data.labels or leave the row out with data.filter"
+                f"{where}: field '{field}' is {show(value)}, which is outside the label map "
+                f"({list_names(self.ids)}); add it to data.labels or leave the row out with data.filter"
             )
         return found
 
@@ -85,19 +85,19 @@ def label_map(labels: tuple[str | int, ...] | Mapping[str, int]) -> LabelMap:
     ids = dict(pairs)
     if len(ids) != len(pairs):
         raise DataError(
-            f"data.labels names a label twice ({listed(label for label, _ in pairs)}); name each once"
+            f"data.labels names a label twice ({list_names(label for label, _ in pairs)}); name each once"
         )
     wanted = range(len(set(ids.values())))
     if not ids or sorted(set(ids.values())) != list(wanted):
         raise DataError(
-            f"data.labels has the class ids {listed(sorted(set(ids.values())))}; "
+            f"data.labels has the class ids {list_names(sorted(set(ids.values())))}; "
             "they must be 0, 1, 2 ... without a gap"
         )
     names = {id_: label for label, id_ in reversed(pairs)}
     return LabelMap(ids, tuple(names[id_] for id_ in wanted))
 
 
-def sorted_label_map(values: Iterable[str | int]) -> LabelMap:
+def make_label_map(values: Iterable[str | int]) -> LabelMap:
     """The default map: the distinct labels in natural order, or in that of a file that names its classes."""
     distinct = set(values)
     named = [value for value in distinct if isinstance(value, ClassName)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedpeft.config.sections import PartitionerSection
-from fedpeft.data.describe import listed
+from fedpeft.data.describe import list_names
 from fedpeft.data.encoded import Indices
 from fedpeft.data.labels import natural_key
 from fedpeft.errors import DataError
@@ -83,7 +83,7 @@ def deal_by_file(parts: Sequence[int], owners: Sequence[tuple[str, str]], spec: 
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(
-            f"two files would both be client {listed(sorted(twice))}; rename one, a file names its client"
+            f"two files would both be client {list_names(sorted(twice))}; rename one, a file names its client"
         )
     number = np.array([clients.index(owner) for owner in owners], dtype=np.int64)
     of = number[np.asarray(parts, dtype=np.int64)]
@@ -95,7 +95,7 @@ def _keep_large(groups: list[tuple[str, Indices]], spec: PartitionerSection) -> 
     empty = [name for name, rows in groups if len(rows) == 0]
     if empty and spec.min_rows == 1:
         raise DataError(
-            f"client {listed(empty)} has no rows after data.filter and data.limit; "
+            f"client {list_names(empty)} has no rows after data.filter and data.limit; "
             "remove its file, or set data.partitioner.min_rows to 2 to leave such clients out"
         )
     large = [group for group in groups if len(group[1]) >= spec.min_rows]

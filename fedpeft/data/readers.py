@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from fedpeft.data.columns import BATCH_ROWS, NumberedRow, read_arrow, read_parquet
-from fedpeft.data.text_files import Reading, open_text, separated_values
+from fedpeft.data.text_files import Reading, open_text, read_separated_values
 from fedpeft.errors import DataError
 from fedpeft.plugins import EntryTable, offers
 
@@ -57,7 +57,7 @@ def read_jsonl(path: Path, reading: Reading | None = None) -> Iterator[NumberedR
                 yield from _first_rows(path, piece, number, text)
                 break
             for place, piece in _pieces(text):
-                yield number + place, _object(_parsed(path, piece, number + place), path, number + place)
+                yield number + place, _object(_parse(path, piece, number + place), path, number + place)
     except UnicodeError as error:
         raise DataError(
             f"{path}: row {number + 1} or one behind it is not JSON ({error}); save the file as UTF-8, or set"
@@ -71,7 +71,7 @@ def _lone_lines(path: Path, reading: Reading) -> Iterator[NumberedRow]:
         for number, piece in _pieces(text):
             try:
                 piece.encode()  # no surrogate stands for a byte of another encoding
-                row = _object(_parsed(path, piece, number), path, number)
+                row = _object(_parse(path, piece, number), path, number)
             except (DataError, UnicodeError):
                 row = {}
             yield number, row
@@ -91,7 +91,7 @@ def _first_rows(path: Path, piece: str, number: int, rest: TextIO) -> Iterator[N
         yield from _read_document(path, piece + "\n" + rest.read(), number)
         return
     try:
-        row = _parsed(path, piece, number)
+        row = _parse(path, piece, number)
     except DataError as error:
         document = piece + "\n" + rest.read()
         try:
@@ -104,7 +104,7 @@ def _first_rows(path: Path, piece: str, number: int, rest: TextIO) -> Iterator[N
 
 def _read_document(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
     """The items of a JSON document that is no file of lines."""
-    found = _parsed(path, text, line)
+    found = _parse(path, text, line)
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list) and value]
         found = lists[0] if len(lists) == 1 and isinstance(lists[0][0], dict) else [found]
@@ -112,7 +112,7 @@ def _read_document(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
         yield number, _object(row, path, number)
 
 
-def _parsed(path: Path, text: str, number: int) -> Any:
+def _parse(path: Path, text: str, number: int) -> Any:
     try:
         try:
             return json.loads(text, object_pairs_hook=_once_each, parse_float=WrittenNumber)
@@ -184,7 +184,7 @@ def _read_separated(path: Path, reading: Reading, usual: str) -> Iterator[Number
     csv.field_size_limit(CSV_FIELD_LIMIT)  # the library's default of 128 KiB refuses long documents
     number = 0
     try:
-        lines = separated_values(path, reading, usual)
+        lines = read_separated_values(path, reading, usual)
         header = next(lines, None)
         if header is not None:
             header[:1] = [name.removeprefix(_MARK) for name in header[:1]]

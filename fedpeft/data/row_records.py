@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedpeft.config.sections import DataSection
 from fedpeft.data.columns import ClassName
-from fedpeft.data.describe import listed, shown
+from fedpeft.data.describe import list_names, show
 from fedpeft.data.encoded import Indices, Texts, TextsBuilder
 from fedpeft.data.labels import LabelMap, plain_value
 from fedpeft.data.sources import Part
@@ -194,11 +194,11 @@ def row_set(collected: CollectedRows, layout: Layout, class_ids: Sequence[int] |
         prompts=collected.prompts.build(),
         answers=None if layout.answer is None else collected.answers.build(),
         labels=None if class_ids is None else np.array(class_ids, dtype=np.int64),
-        users=None if layout.user is None else _numbered(collected.users),
+        users=None if layout.user is None else _number(collected.users),
     )
 
 
-def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
+def _number(names: Sequence[str]) -> NDArray[np.int64]:
     """Equal numbers for equal names, int64[N]."""
     # Not by numpy: each of its strings takes as much room as the longest.
     number = {name: index for index, name in enumerate(sorted(set(names)))}
@@ -222,17 +222,17 @@ def select(
             on_bad(error)
             return False
 
-    return islice(filter(counts, _exploded(records, selection.explode, on_bad)), selection.limit)
+    return islice(filter(counts, _explode(records, selection.explode, on_bad)), selection.limit)
 
 
-def _exploded(records: Iterable[RowRecord], name: str | None, on_bad: OnBadRow) -> Iterator[RowRecord]:
+def _explode(records: Iterable[RowRecord], name: str | None, on_bad: OnBadRow) -> Iterator[RowRecord]:
     if name is None:
         yield from records
         return
     for record in records:
         items = record.fields.get(name)
         if not isinstance(items, list):
-            problem = f"field '{name}', which data.explode names, is {shown(items)}; needs a list"
+            problem = f"field '{name}', which data.explode names, is {show(items)}; needs a list"
             on_bad(DataError(f"{record.where}: {problem}"))
             continue
         for item in items:
@@ -244,7 +244,7 @@ def _matches(record: RowRecord, wanted: Mapping[str, Scalar]) -> bool:
         if name not in record.fields:
             raise DataError(
                 f"{record.where}: has no field '{name}', which the run file filters by; "
-                f"it has {listed(record.fields)}"
+                f"it has {list_names(record.fields)}"
             )
         found = record.fields[name]
         if not _equals(found, value):

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 
 from fedpeft.config.sections import DataSection, PartitionerSection
-from fedpeft.data.describe import listed, shown
-from fedpeft.data.embedded_source import embedded_parts
+from fedpeft.data.describe import list_names, show
+from fedpeft.data.embedded_source import list_embedded_parts
 from fedpeft.data.encoded import Task
 from fedpeft.data.labels import LabelMap, label_map
 from fedpeft.data.partition import Dealt, deal_by_column, deal_by_file, deal_evenly
@@ -60,7 +60,7 @@ def read_tables(section: DataSection, task: Task, seed: int, *, hides_rows: bool
         _refuse_one_class(training)
         _refuse_empty_answers(training.rows)
         if test is not None:
-            notes += _shared_rows(training.rows, test)
+            notes += _find_shared_rows(training.rows, test)
     return replace(split(training, dealt, test, section.heldout, seed), notes=tuple(notes))
 
 
@@ -71,7 +71,7 @@ def source_records(section: DataSection, seed: int) -> Iterator[RowRecord]:
         DataError: nothing is there, or a file cannot be read.
     """
     if section.train == EMBEDDED:
-        return read_parts(embedded_parts(section, seed)[::2])
+        return read_parts(list_embedded_parts(section, seed)[::2])
     return read_parts(find_parts(section.train))
 
 
@@ -107,7 +107,7 @@ def _refuse_one_class(training: Labelled) -> None:
     if classes is not None and len(classes) and len(np.unique(classes)) == 1:
         name = training.label_names[int(classes[0])]
         raise DataError(
-            f"all {len(classes)} training rows have one class only, {shown(name)}, which teaches nothing; "
+            f"all {len(classes)} training rows have one class only, {show(name)}, which teaches nothing; "
             "check data.label, data.filter and data.limit (a file may be sorted by class)"
         )
 
@@ -125,7 +125,7 @@ def _refuse_empty_answers(rows: RowSet) -> None:
         )
 
 
-def _shared_rows(training: RowSet, test: RowSet) -> list[str]:
+def _find_shared_rows(training: RowSet, test: RowSet) -> list[str]:
     """One line where rows of the test set are training rows too, wherever they were read from."""
     seen = set(_row_digests(training))
     shared = sum(digest in seen for digest in _row_digests(test))
@@ -152,7 +152,7 @@ def _test_rows(section: DataSection, task: Task, parts: Sequence[Part], labels: 
     rows = row_set(collected, layout, None if labels is None else [int(label) for label in collected.labels])
     if len(rows) == 0:
         raise DataError(
-            f"{listed(part.source for part in parts)}: no test rows are left; "
+            f"{list_names(part.source for part in parts)}: no test rows are left; "
             "check data.test_filter and data.test_limit"
         )
     return rows
@@ -168,7 +168,7 @@ def _deal(spec: PartitionerSection, collected: CollectedRows, parts: Sequence[Pa
 
 def _read_embedded(section: DataSection, task: Task, seed: int, *, hides_rows: bool) -> RawFederated:
     """The generator deals its rows itself and says which are held out: two parts per client."""
-    parts = embedded_parts(section, seed)
+    parts = list_embedded_parts(section, seed)
     # The generator has heeded the limit already, evenly for all clients.
     unlimited = section.model_copy(update={"limit": None})
     training = training_rows(unlimited, task, read_parts(parts), hides_rows=hides_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedpeft.config.sections import DataSection
-from fedpeft.data.describe import shown
+from fedpeft.data.describe import show
 from fedpeft.data.encoded import Task
 from fedpeft.data.labels import label_map
 from fedpeft.data.row_records import Layout
@@ -81,7 +81,7 @@ def _parse_problems(section: DataSection) -> list[str]:
         try:
             if text is not None and not compile_template(text, f"data.{key}").fields and key != "prompt":
                 problems.append(
-                    f"data.{key} = {shown(text)} names no field, so all rows would be the same text; write a"
+                    f"data.{key} = {show(text)} names no field, so all rows would be the same text; write a"
                     " field's name in braces, such as {answer}"
                 )
         except DataError as error:

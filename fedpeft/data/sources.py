@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedpeft.data.columns import saved_set
-from fedpeft.data.describe import shown
+from fedpeft.data.columns import find_saved_set
+from fedpeft.data.describe import show
 from fedpeft.data.labels import natural_key
 from fedpeft.data.readers import LESSER, READERS, NumberedRow, Reader, read_arrow
-from fedpeft.data.text_files import PACKED, Reading, described, stem_of, suffix_of
+from fedpeft.data.text_files import PACKED, Reading, describe_suffixes, stem_of, suffix_of
 from fedpeft.errors import DataError
 
 
@@ -49,13 +49,13 @@ def find_files(source: str, reading: Reading | None = None, *, split: str = "tra
         DataError: nothing is there, or a file's suffix has no reader.
     """
     try:
-        return _found(source, reading or Reading(), split)
+        return _find(source, reading or Reading(), split)
     except (OSError, ValueError) as error:  # such as a name of more signs than names have
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{shown(source)}: no data can be there ({reason}); give a path") from error
+        raise DataError(f"{show(source)}: no data can be there ({reason}); give a path") from error
 
 
-def _found(source: str, how: Reading, split: str) -> list[Part]:
+def _find(source: str, how: Reading, split: str) -> list[Part]:
     path = Path(source)
     if path.is_file():
         return [_file(path, how)]
@@ -77,15 +77,15 @@ def _matches(source: str) -> list[str]:
 
 
 def _folder(path: Path, how: Reading, split: str) -> list[Part]:
-    saved = saved_set(path, split)
+    saved = find_saved_set(path, split)
     if saved is not None:
-        return [_saved(path, saved[1])]
+        return [_find_saved(path, saved[1])]
     files = _readable(path)
     if files:
         return [_file(item, how) for item in files]
     return [
         replace(_file(item, how), name=folder.name, owner=str(folder))
-        for folder in _in_order(item for item in path.iterdir() if item.is_dir() and not _hidden(item))
+        for folder in _in_order(item for item in path.iterdir() if item.is_dir() and not _is_hidden(item))
         for item in _readable(folder)
     ]
 
@@ -104,12 +104,12 @@ def _by_folder(parts: list[Part]) -> list[Part]:
 
 def _readable(folder: Path) -> list[Path]:
     """The files of a folder that hold rows; plain text counts only where it holds nothing else."""
-    files = [item for item in folder.iterdir() if item.is_file() and not _hidden(item)]
+    files = [item for item in folder.iterdir() if item.is_file() and not _is_hidden(item)]
     found = [item for item in files if suffix_of(item) in READERS]
     return _in_order([item for item in found if suffix_of(item) not in LESSER] or found)
 
 
-def _hidden(path: Path) -> bool:
+def _is_hidden(path: Path) -> bool:
     """Whether a name begins with a dot, as what macOS writes beside each file does (`._rows.jsonl`)."""
     return path.name.startswith(".")
 
@@ -120,8 +120,8 @@ def _in_order(paths: Iterator[Path] | Sequence[Path]) -> list[Path]:
 
 def _nothing(source: str) -> list[Part]:
     raise DataError(
-        f"{source}: no data is there; give a {described(tuple(READERS))} file, a folder or pattern of such "
-        f"files (relative to the run file or the working folder)"
+        f"{source}: no data is there; give a {describe_suffixes(tuple(READERS))} file, a folder or pattern"
+        " of such files (relative to the run file or the working folder)"
     )
 
 
@@ -129,11 +129,13 @@ def _file(path: Path, how: Reading) -> Part:
     reader, packed = READERS.get(suffix_of(path)), path.suffix.lower() in PACKED
     if reader is None or (packed and suffix_of(path) in (".parquet", ".arrow")):
         suffix = "".join(path.suffixes[-2:]) if packed else path.suffix
-        raise DataError(f"{path}: no reader for '{suffix}' files; needs one of {described(tuple(READERS))}")
+        raise DataError(
+            f"{path}: no reader for '{suffix}' files; needs one of {describe_suffixes(tuple(READERS))}"
+        )
     return Part(stem_of(path), str(path), lambda: _open(reader, path, how))
 
 
-def _saved(folder: Path, files: Sequence[Path]) -> Part:
+def _find_saved(folder: Path, files: Sequence[Path]) -> Part:
     def rows() -> Iterator[NumberedRow]:
         number = 0
         for file in files:

@@ -11,7 +11,7 @@ import numpy as np
 from fedpeft.config.sections import DataSection, PartitionerSection
 from fedpeft.data.encoded import Indices, Task
 from fedpeft.data.heldout import Draws, content_draws, split_heldout
-from fedpeft.data.labels import LabelMap, label_map, sorted_label_map
+from fedpeft.data.labels import LabelMap, label_map, make_label_map
 from fedpeft.data.partition import Dealt
 from fedpeft.data.row_records import (
     CollectedRows,
@@ -168,7 +168,7 @@ def training_rows(
     collected = collect(records, layout, Selection.of_training(section), given, on_bad)
     if layout.label is None:
         return Labelled(row_set(collected, layout, None), None, collected, tuple(bad))
-    labels = given or sorted_label_map(collected.labels)
+    labels = given or make_label_map(collected.labels)
     ids = collected.labels if given else [labels.ids[str(label)] for label in collected.labels]
     return Labelled(row_set(collected, layout, [int(label) for label in ids]), labels, collected, tuple(bad))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
-from fedpeft.data.describe import listed, shown
+from fedpeft.data.describe import list_names, show
 from fedpeft.errors import DataError
 
 _GRAMMAR = (
@@ -92,12 +92,13 @@ class Template:
         if value is None or _is_no_number(value):
             state = "missing" if name not in fields else "null" if value is None else str(value)
             raise DataError(
-                f"{where}: field '{name}', which {self.key} needs, is {state}; the row has {listed(fields)}; "
-                f"mend the row, write {{{name}?}} where rows may lack it, or leave it out with data.filter"
+                f"{where}: field '{name}', which {self.key} needs, is {state}; the row has"
+                f" {list_names(fields)}; mend the row,"
+                f" write {{{name}?}} where rows may lack it, or leave it out with data.filter"
             )
         if isinstance(value, (list, dict, set, tuple, bytes)):
             raise DataError(
-                f"{where}: field '{name}', which {self.key} needs, is {shown(value)}; needs text or a number "
+                f"{where}: field '{name}', which {self.key} needs, is {show(value)}; needs text or a number "
                 f'(a list becomes one row per item with data.explode = "{name}")'
             )
         return str(value)
@@ -137,7 +138,7 @@ def compile_template(text: str, key: str) -> Template:
         parsed = list(string.Formatter().parse(text))
     except ValueError as error:
         raise DataError(
-            f"{key} = {shown(text)} is no template ({error}); write a field as {{name}}, a brace itself twice"
+            f"{key} = {show(text)} is no template ({error}); write a field as {{name}}, a brace itself twice"
         ) from error
     pieces: list[_Piece] = []
     needs: str | None = None
@@ -145,17 +146,17 @@ def compile_template(text: str, key: str) -> Template:
         name = None if written is None else written.removeprefix("?").removeprefix("/").removesuffix("?")
         if spec or conversion or not _is_plain(name):
             raise DataError(
-                f"{key} = {shown(text)} asks for {shown(written)} with more than a field name; "
+                f"{key} = {show(text)} asks for {show(written)} with more than a field name; "
                 "write only names of fields, such as {text}, in braces"
             )
         begins, ends = (written or "").startswith("?"), (written or "").startswith("/")
         if (begins and needs is not None) or (ends and needs != name):
-            raise DataError(f"{key} = {shown(text)}: {{{written}}} has no counterpart; {_GRAMMAR}")
+            raise DataError(f"{key} = {show(text)}: {{{written}}} has no counterpart; {_GRAMMAR}")
         optional = (written or "").endswith("?")
         pieces.append(_Piece(literal, None if begins or ends else name, optional, needs))
         needs = name if begins else None if ends else needs
     if needs is not None:
-        raise DataError(f"{key} = {shown(text)}: {{?{needs}}} has no {{/{needs}}}; {_GRAMMAR}")
+        raise DataError(f"{key} = {show(text)}: {{?{needs}}} has no {{/{needs}}}; {_GRAMMAR}")
     return Template(key, tuple(pieces))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from fedpeft.data.describe import listed
+from fedpeft.data.describe import list_names
 from fedpeft.errors import DataError
 
 Quoting = Literal["csv", "none"]
@@ -155,7 +155,7 @@ def _count_letters(head: bytes, raw: IO[bytes]) -> tuple[int, int]:
         block = raw.read(_BLOCK)
 
 
-def separated_values(path: Path, reading: Reading, usual: str) -> Iterator[list[str]]:
+def read_separated_values(path: Path, reading: Reading, usual: str) -> Iterator[list[str]]:
     """Yield the values of each row of a separated file, the header first.
 
     Args:
@@ -244,6 +244,6 @@ def stem_of(path: Path) -> str:
     return Path(name).stem
 
 
-def described(suffixes: Sequence[str]) -> str:
+def describe_suffixes(suffixes: Sequence[str]) -> str:
     """The suffixes that are read, as messages list them."""
-    return f"{listed(suffixes)} (also packed: {listed(PACKED)})"
+    return f"{list_names(suffixes)} (also packed: {list_names(PACKED)})"

@@ -53,7 +53,7 @@ def tokenize(
         pieces = _plain_rows(rows.prompts, encoder, frame, max_length)
     else:
         end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-        pieces = _answered_rows(rows.prompts, rows.answers, encoder, frame.before, end, max_length)
+        pieces = _encode_answered_rows(rows.prompts, rows.answers, encoder, frame.before, end, max_length)
     for ids, start, whole in pieces:
         flat.extend(ids)
         lengths.append(len(ids))
@@ -82,7 +82,7 @@ def _plain_rows(texts: Texts, encoder: TextEncoder, frame: TokenFrame, max_lengt
         yield [*frame.before, *ids[:room], *frame.after], 0, len(ids) + max_length - room
 
 
-def _answered_rows(
+def _encode_answered_rows(
     prompts: Texts,
     answers: Texts,
     encoder: TextEncoder,

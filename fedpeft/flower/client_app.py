@@ -19,8 +19,8 @@ from fedpeft.attacks import refuse_attack
 from fedpeft.config.run_file import run_from_json
 from fedpeft.errors import FedPEFTError
 from fedpeft.flower.client_work import greet, send_update, use_one_thread
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, get_loaded_run, has_loaded_run, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.privacy.noise_sources import refuse_seeded
 from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.transport.tasks import Task, client_error, error_reply, read_task

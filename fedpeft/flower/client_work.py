@@ -15,14 +15,14 @@ from fedpeft.data.tables import ClientRows
 from fedpeft.errors import FederationError, FedPEFTError
 from fedpeft.participant.loaded_run import LoadedRun
 from fedpeft.rounds.downlink.exact_steps import steps_of
-from fedpeft.rounds.downlink.replica import WHO, Replica, caught_up
+from fedpeft.rounds.downlink.replica import WHO, Replica, catch_up
 from fedpeft.spaces import Memory
 from fedpeft.stages import StageContext, on_client
 from fedpeft.transport.client_state_arrays import MEMORY, REPLICA, arrays_in, record_of
 from fedpeft.transport.disclosure import Disclosure
 from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.transport.tasks import Hello, Task, error_reply, hello_reply, read_task, update_reply
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays
 from fedpeft.wire.codec import Envelope, decode, encode
 from fedpeft.wire.state_message import decode_state
 
@@ -42,7 +42,7 @@ def greet(message: Message, context: Context, find: Find) -> Message:
         resident = find(read_task(message), context)
         client = resident.data.clients[_partition(context, resident)]
         resident = resident.of_client(client.name)
-        rows = Disclosure.of_node(context.node_config).count(_reported_rows(resident, client))
+        rows = Disclosure.of_node(context.node_config).count(_rows_to_report(resident, client))
         plugins = plugins_text(plugins_of(resident.run))
         return hello_reply(Hello(client.name, rows, resident.base_digest, plugins), message)
     except FedPEFTError as error:
@@ -68,7 +68,7 @@ def use_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _reported_rows(resident: LoadedRun, client: ClientRows) -> int:
+def _rows_to_report(resident: LoadedRun, client: ClientRows) -> int:
     """The client's number of rows; 0 where privacy hides it from the server."""
     hidden = isinstance(resident.run.privacy, RecordLevelPrivacy | LocalPrivacy)
     return 0 if hidden else len(client.train)
@@ -84,7 +84,7 @@ def _train(task: Task, resident: LoadedRun, index: int, context: Context) -> byt
         round=task.round,
         client=name,
         memory=memory,
-        held_out_loss=_held_out_loss(resident, index, state, memory),
+        held_out_loss=_make_held_out_loss(resident, index, state, memory),
     )
     update = on_client(resident.stages, update, stage_context)
     rows, steps = len(resident.data.clients[index].train), resident.run.of_client(name).training.steps
@@ -122,13 +122,13 @@ def _partition(context: Context, resident: LoadedRun) -> int:
     return index
 
 
-def _held_out_loss(
+def _make_held_out_loss(
     resident: LoadedRun, index: int, state: Arrays, memory: Memory
 ) -> Callable[[Arrays], float] | None:
     """How stages may ask the client's held-out rows; None where it has none."""
     if not len(resident.data.clients[index].heldout):
         return None
-    return functools.partial(resident.held_out_loss, index, state, memory=memory)
+    return functools.partial(resident.compute_held_out_loss, index, state, memory=memory)
 
 
 def _current_state(task: Task, resident: LoadedRun, index: int, context: Context) -> tuple[Arrays, str]:
@@ -140,7 +140,7 @@ def _current_state(task: Task, resident: LoadedRun, index: int, context: Context
     if message.whole and not message.keep:
         return _state(message.whole, task.run_digest, resident.base_digest)
     holder = (task.run_digest, resident.data.clients[index].name)
-    replica = caught_up(message, _replica(context) or _REPLICAS.get(holder), steps)
+    replica = catch_up(message, _replica(context) or _REPLICAS.get(holder), steps)
     context.state[REPLICA] = record_of(replica.arrays)
     _hold(holder, replica)
     return replica.arrays, replica.digest
@@ -157,7 +157,7 @@ def _replica(context: Context) -> Replica | None:
     kept = arrays_in(context.state, REPLICA)
     if not kept:
         return None
-    arrays = frozen_arrays(kept)
+    arrays = freeze_arrays(kept)
     return Replica(arrays_digest(arrays), arrays)
 
 
@@ -166,12 +166,12 @@ def _state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, s
     for known, run, base, state in _STATES:  # no table by hash: to hash a payload is to read it all
         if (run, base) == (run_digest, base_digest) and (known is payload or known == payload):
             return state
-    state = _checked_state(payload, run_digest, base_digest)
+    state = _decode_state(payload, run_digest, base_digest)
     _STATES.append((payload, run_digest, base_digest, state))
     return state
 
 
-def _checked_state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
+def _decode_state(payload: bytes, run_digest: str, base_digest: str) -> tuple[Arrays, str]:
     """Decode a state and compare its fingerprint with the one that was announced."""
     envelope = decode(payload, who=WHO)
     digest = arrays_digest(envelope.arrays)

@@ -114,7 +114,7 @@ def execute(
 
 
 @functools.cache
-def named_app(name: str) -> ClientApp:
+def load_app(name: str) -> ClientApp:
     """The app that ``module:attribute`` names.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict, UserConfig
 from numpy.typing import NDArray
 
-from fedpeft.flower.execute import Call, named_app
+from fedpeft.flower.execute import Call, load_app
 from fedpeft.transport.client_state_arrays import MEMORY, arrays_in, record_of
 from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.transport.polled_grid import PolledGrid
@@ -131,6 +131,6 @@ def _execute(
     node, clients, message_type, group = address
     config: UserConfig = {"partition-id": node - 1, "num-partitions": clients}
     remembered = RecordDict() if state is None else state
-    reply = Call(content.get(), message_type, group, node, config).answer(named_app(app), remembered)
+    reply = Call(content.get(), message_type, group, node, config).answer(load_app(app), remembered)
     kept = None if isinstance(reply, str) or not len(remembered) else remembered
     return reply, kept

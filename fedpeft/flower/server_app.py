@@ -78,7 +78,7 @@ class RunView(Protocol):
         """The fingerprint of all that is frozen in a client's model; None: that model is not loaded here."""
         ...
 
-    def frozen_factors(self) -> Arrays:
+    def get_frozen_factors(self) -> Arrays:
         """LoRA's A where it doesn't train, by its parameter's name; only asked where a rule needs it."""
         ...
 
@@ -93,7 +93,7 @@ class RunView(Protocol):
 
 
 @dataclass(frozen=True)
-class Server:
+class RoundServer:
     """What the server of a run has, whatever the grid.
 
     Attributes:
@@ -118,7 +118,7 @@ class Server:
 
 
 def execute_rounds(
-    server: Server,
+    server: RoundServer,
     grid: Grid,
     last: Checkpoint | None,
     memory: ClientMemory | None = None,
@@ -168,7 +168,7 @@ def execute_rounds(
         downlink=build_downlink(resident.run),
         budget=server.budget,
         history=server.history,
-        frozen_factors=resident.frozen_factors() if resident.run.federation.lora_rule else {},
+        frozen_factors=resident.get_frozen_factors() if resident.run.federation.lora_rule else {},
         newcomers=newcomers,
     )
     start = last or initial_checkpoint(federation, resident.initial_state())
@@ -176,7 +176,7 @@ def execute_rounds(
 
 
 def _evaluation(
-    server: Server, roster: Roster, memory: ClientMemory | None
+    server: RoundServer, roster: Roster, memory: ClientMemory | None
 ) -> Callable[[Arrays], Evaluation | None]:
     """How a state is evaluated; where clients keep parameters to themselves, with each client's own.
 

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from fedpeft.errors import StateError
 from fedpeft.ledger.records import Round
 from fedpeft.runtime.files import storage, write_atomically
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays
 
 VERSION = 1
 _PARTS = ("state", "strategy", "client", "downlink", "privacy", "pending")
@@ -132,7 +132,7 @@ def parse_checkpoint(content: bytes, path: Path, run_digest: str) -> Checkpoint:
     for key, array in tensors.items():
         part, _, name = key.partition("/")
         parts[part][name] = array
-    state, strategy, clients, downlink, privacy, pending = (frozen_arrays(parts[part]) for part in _PARTS)
+    state, strategy, clients, downlink, privacy, pending = (freeze_arrays(parts[part]) for part in _PARTS)
     record = Round.model_validate_json(row)
     return Checkpoint(
         run_digest, round_, state, record, strategy, clients, downlink, privacy, pending, rows_digest

@@ -44,14 +44,14 @@ class Rounds(Protocol):
         """
         ...
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         """Updates that are durable and in no committed round yet: (client, round of its task), as they came.
 
         None where a round that was cut short is begun anew.
         """
         ...
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         """The ledger of spent privacy; None before the first charge."""
         ...
 
@@ -107,11 +107,11 @@ class FolderRounds:
             raise StateError(f"{path} is gone, and clients are at work on its state; restore it")
         return read_checkpoint(path, self._digest)
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         """None: a simulated round is done again as a whole."""
         return ()
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         """The ledger's text as it is on the disk."""
         if not self._spent.exists():
             return None

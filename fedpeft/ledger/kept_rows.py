@@ -28,7 +28,7 @@ class KeptRows:
     train: str | None = None
     test: str | None = None
 
-    def moved(self, train: str | None, test: str | None) -> KeptRows:
+    def relocate(self, train: str | None, test: str | None) -> KeptRows:
         """Return the same rows at other places; None: where they are known to lie."""
         return replace(self, train=_absolute(train) or self.train, test=_absolute(test) or self.test)
 

@@ -75,7 +75,7 @@ class RunFolder:
         with storage(path):
             path.mkdir(parents=True, exist_ok=True)
         refuse_foreign_files(path)
-        lock = _locked(path)
+        lock = _lock(path)
         try:
             if holds_run(path):
                 if not force:
@@ -118,13 +118,13 @@ class RunFolder:
             raise StateError(
                 f"{path} holds no run (no {IDENTITY}); start one with: fedpeft simulate RUN.toml --out {path}"
             )
-        lock = _locked(path)
+        lock = _lock(path)
         try:
             run = read_run(path)
             if not (path / RUN_FILE).exists():  # the kill came before it was written
                 write_atomically(path / RUN_FILE, run_toml(run).encode())
             refuse_edits(path, run)
-            kept = read_kept_rows(path).moved(train, test)
+            kept = read_kept_rows(path).relocate(train, test)
             remove_partial(path)
             with storage(path):
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
@@ -220,13 +220,13 @@ class RunFolder:
         """A committed round that is still kept; see `Rounds`."""
         return self._rounds.checkpoint(number)
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         """Durable updates that no committed round counts; see `Rounds`."""
-        return self._rounds.arrived()
+        return self._rounds.list_uncommitted()
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         """The ledger of spent privacy; None before the first charge."""
-        return self._rounds.spent()
+        return self._rounds.read_spent_ledger()
 
     def commit_spent(self, ledger: str) -> None:
         """Make the ledger durable; before this returns nothing of the round may be released."""
@@ -251,14 +251,14 @@ class RunFolder:
             kept.insert(position, checkpoint.row)
         self._write_rows(kept)
 
-    def finished(self) -> Finished | None:
+    def read_end(self) -> Finished | None:
         """The last row, if the run came to its end and everything it promises is there."""
         rows = self.rows()
         last = rows[-1] if rows else None
         whole = (self.path / ADAPTER).is_dir() and (self.path / REPORT).is_file()
         return last if isinstance(last, Finished) and whole else None
 
-    def started(self) -> Started | None:
+    def read_start(self) -> Started | None:
         """The first row, if it was written."""
         rows = self.rows()
         return rows[0] if rows and isinstance(rows[0], Started) else None
@@ -272,7 +272,7 @@ class RunFolder:
         write_atomically(self.path / ROWS, text.encode())
 
 
-def begun_or_new(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
+def open_or_create(path: Path, run: RunConfig, *, rounds: Rounds | None = None) -> RunFolder:
     """The open folder of this very run, begun or not.
 
     Raises:
@@ -299,6 +299,6 @@ def _belongs(row: Row, last: int, rounds: int) -> bool:
     return row.event == "started" and last >= 0
 
 
-def _locked(path: Path) -> int:
+def _lock(path: Path) -> int:
     in_use = f"{path} is in use by another fedpeft process; wait for it or choose another --out"
     return hold_lock(path / LOCK, in_use=in_use, mode=0o644)

@@ -21,7 +21,7 @@ from fedpeft.models.probing import try_out
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.quiet import one_line, quiet
 from fedpeft.models.starts import decomposition_of, keep_start
-from fedpeft.models.targets import check_targets, default_targets, fitted_options, named_modules
+from fedpeft.models.targets import check_targets, default_targets, find_modules, fit_options
 
 _TARGET_KEYS = ("target_modules", "feedforward_modules", "exclude_modules", "modules_to_save")
 
@@ -136,7 +136,7 @@ def _options(method: Method, given: dict[str, Any], base: nn.Module, task: str) 
     emulator = emulator_of(base)
     if emulator is not None and method.targets != "none":
         options = _on_emulator(method, emulator, options, base)
-    options = {**fitted_options(method, base, options.get("target_modules", ())), **options}
+    options = {**fit_options(method, base, options.get("target_modules", ())), **options}
     if task == "sequence-classification":
         options["modules_to_save"] = sorted({*(options.get("modules_to_save") or ()), *head_modules(base)})
     return options
@@ -146,12 +146,12 @@ def _on_emulator(
     method: Method, emulator: Emulator, options: dict[str, Any], base: nn.Module
 ) -> dict[str, Any]:
     """Targets by their full names, those of the emulator's outer layers alone."""
-    names = on_outer_layers(emulator, named_modules(base, options.get("target_modules")))
+    names = on_outer_layers(emulator, find_modules(base, options.get("target_modules")))
     if method.targets == "every-leaf":  # Xiao et al. train layers, and no embeddings
         names = [name for name in names if emulator.layer_of(name) is not None]
     narrowed = {**options, "target_modules": names}
     if options.get("feedforward_modules"):
-        inner = set(named_modules(base, options["feedforward_modules"]))
+        inner = set(find_modules(base, options["feedforward_modules"]))
         narrowed["feedforward_modules"] = [name for name in names if name in inner]
     return narrowed
 

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from fedpeft.errors import ModelError
 from fedpeft.models.quiet import one_line, quiet
 
-__all__ = ["SavedWeights", "note_source", "saved_weights", "weights_digest"]
+__all__ = ["SavedWeights", "find_saved_weights", "note_source", "weights_digest"]
 
 _SOURCE = "fedpeft_source"
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -53,7 +53,7 @@ class SavedWeights:
         return tensor.float()
 
 
-def saved_weights(base: nn.Module) -> SavedWeights:
+def find_saved_weights(base: nn.Module) -> SavedWeights:
     """Find the files that `load_base` read.
 
     Raises:
@@ -67,7 +67,7 @@ def saved_weights(base: nn.Module) -> SavedWeights:
 
 def _files(path: str) -> dict[str, Path]:
     """Tensor to the file that holds it."""
-    index = _found(path, _INDEX)
+    index = _find(path, _INDEX)
     try:
         if index is not None:
             table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -95,7 +95,7 @@ def weights_digest(path: str) -> str:
 
 
 def _whole(path: str, name: str) -> Path:
-    found = _found(path, name)
+    found = _find(path, name)
     if found is None:
         raise ModelError(
             f"'{path}' has no {name}; this start reads safetensors files only, convert the model"
@@ -103,7 +103,7 @@ def _whole(path: str, name: str) -> Path:
     return found
 
 
-def _found(path: str, name: str) -> Path | None:
+def _find(path: str, name: str) -> Path | None:
     folder = Path(path)
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None

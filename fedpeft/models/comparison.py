@@ -18,7 +18,7 @@ from fedpeft.models.device import device_of
 from fedpeft.models.positions import usable_positions
 from fedpeft.models.quantization import quantization_of
 
-__all__ = ["bytes_of_copy", "made_up_rows", "read_logits", "refuse_difference"]
+__all__ = ["bytes_of_copy", "draw_token_rows", "read_logits", "refuse_difference"]
 
 _ROWS, _TOKENS, _FIRST = 4, 12, 3
 _EXACT, _COARSE = 1e-4, 5e-2
@@ -26,7 +26,7 @@ _EXACT, _COARSE = 1e-4, 5e-2
 in another order, and of those that round activations or weights to few bits."""
 
 
-def made_up_rows(model: nn.Module) -> torch.Tensor:
+def draw_token_rows(model: nn.Module) -> torch.Tensor:
     """Return token ids [rows, tokens] for a model, drawn evenly over its vocabulary, the same at each call.
 
     Rows end with the end token where the model has one: some classifiers read off there.

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fedpeft.config.sections import PeftSection
 from fedpeft.models.methods import METHODS
-from fedpeft.models.patterns import wrapped_parameters
+from fedpeft.models.patterns import find_wrapped_parameters
 
 __all__ = ["coverage_notes"]
 
@@ -45,7 +45,7 @@ def coverage_notes(model: nn.Module, section: PeftSection) -> tuple[str, ...]:
 
 def _stacks(model: nn.Module) -> Iterator[tuple[str, int]]:
     """Frozen parameters of three or more dimensions, convolutions' apart, with their sizes."""
-    adapted = set(wrapped_parameters(model))
+    adapted = set(find_wrapped_parameters(model))
     for prefix, module in model.named_modules():
         if isinstance(module, _ConvNd):
             continue

@@ -37,7 +37,7 @@ def pattern_problems(given: Mapping[str, Any]) -> list[str]:
             problems.append(str(error))
     problems.extend(
         f"peft.{_LAYERS} '{name}' is no name of a list of layers, such as 'layers'"
-        for name in _listed(given.get(_LAYERS))
+        for name in _list(given.get(_LAYERS))
         if not is_plain(name)
     )
     if isinstance(given.get("modules_to_save"), str):
@@ -98,7 +98,7 @@ def _is_table(key: str, value: Any) -> bool:
     return key.endswith(_PER_MODULE) and isinstance(value, Mapping)
 
 
-def _listed(value: Any) -> list[str]:
+def _list(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     return [str(item) for item in value] if isinstance(value, Sequence) else []

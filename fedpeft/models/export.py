@@ -22,7 +22,7 @@ from torch import nn
 
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import float_heads
-from fedpeft.models.frozen_products import frozen_products
+from fedpeft.models.frozen_products import get_frozen_products
 from fedpeft.models.generation import save_settings
 from fedpeft.models.loftq import Decomposition, LoftqStart, start_near_full_precision
 from fedpeft.models.methods import METHODS
@@ -58,7 +58,7 @@ def export_adapter(model: nn.Module, folder: Path, *, base_name: str) -> None:
     """
     # Cloned: safetensors refuses tensors that share memory, as tied ones do.
     tensors = {name: tensor.cpu().contiguous().clone() for name, tensor in _adapter_state(model).items()}
-    patterns = _stacked(tensors, model)
+    patterns = _append_products(tensors, model)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -267,12 +267,12 @@ def _check_names(
         )
 
 
-def _stacked(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
+def _append_products(tensors: dict[str, torch.Tensor], model: nn.Module) -> dict[str, Any]:
     """Append the model's frozen products to the factors in `tensors`; what the config then says of ranks.
 
     A module of rank r and scaling s becomes one of rank r + K and the same s: A over Q, B beside P / s.
     """
-    products, layers = frozen_products(model), dict(model.named_modules())
+    products, layers = get_frozen_products(model), dict(model.named_modules())
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, product in products.items():

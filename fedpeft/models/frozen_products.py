@@ -73,13 +73,13 @@ class FrozenProducts:
         return add
 
 
-def frozen_products(model: nn.Module) -> dict[str, LoraFactors]:
+def get_frozen_products(model: nn.Module) -> dict[str, LoraFactors]:
     """The frozen products of a model, by module; empty where it holds none."""
     holder = getattr(model, _ATTRIBUTE, None)
     return holder.read() if isinstance(holder, FrozenProducts) else {}
 
 
-def frozen_factors(model: nn.Module) -> dict[str, np.ndarray]:
+def get_frozen_factors(model: nn.Module) -> dict[str, np.ndarray]:
     """LoRA's A of each module where it doesn't train, by its parameter's name."""
     return {
         name: parameter.detach().cpu().numpy()

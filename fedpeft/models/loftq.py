@@ -25,9 +25,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedpeft.errors import ModelError
-from fedpeft.models.checkpoint_files import SavedWeights, saved_weights
+from fedpeft.models.checkpoint_files import SavedWeights, find_saved_weights
 from fedpeft.models.lqlora import largest_directions
-from fedpeft.models.rounded_linear import RoundedLinear, levels_of, unpacked
+from fedpeft.models.rounded_linear import RoundedLinear, levels_of, unpack
 
 __all__ = [
     "KINDS",
@@ -178,7 +178,7 @@ def start_near_full_precision(
     """
     wrapped: Any = model
     base = wrapped.get_base_model()
-    weights = saved_weights(base)
+    weights = find_saved_weights(base)
     layers = dict(_low_rank_layers(base))
     if known is not None and known.keys() != layers.keys():
         odd = min(known.keys() ^ layers.keys())
@@ -252,7 +252,7 @@ def _roundtrip(layer: Any) -> Roundtrip:
 
         def rounded(weight: torch.Tensor) -> torch.Tensor:
             found = levels_of(weight, layer.levels)
-            return unpacked(found.codes, found.scale, found.zero, layer.levels.bits)
+            return unpack(found.codes, found.scale, found.zero, layer.levels.bits)
 
         return rounded
 

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, choose_traits
 from fedpeft.errors import ModelError
 from fedpeft.plugins import EntryTable, instance_of
 
@@ -107,7 +107,7 @@ class Method:
             Trait.STARTS_FROM_WEIGHTS: from_weights,
             Trait.NEEDS_ROUNDED_BASE: bool(self.needs_quantization),
         }
-        return self.declares | chosen(told)
+        return self.declares | choose_traits(told)
 
 
 ROUNDED = ("rtn8", "rtn4")

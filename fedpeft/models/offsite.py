@@ -31,9 +31,9 @@ __all__ = [
     "NO_EMULATOR",
     "Emulator",
     "check_source",
+    "choose_layers",
     "emulator_at",
     "emulator_of",
-    "kept_layers",
     "make_emulator",
     "on_outer_layers",
     "plug_in",
@@ -87,7 +87,7 @@ class Emulator:
         return re.compile(rf"((?:^|\.){re.escape(self.layers)}\.)(\d+)(\.|$)")
 
 
-def kept_layers(depth: int, *, pad: int, middle: int) -> tuple[int, ...]:
+def choose_layers(depth: int, *, pad: int, middle: int) -> tuple[int, ...]:
     """The outer layers and so many of the others, evenly spaced from the first to the last of these.
 
     Raises:
@@ -134,7 +134,7 @@ def make_emulator(model: nn.Module, out: Path, *, path: str, pad: int, middle: i
     """
     wrapped: Any = model
     name, layers = _layer_list(model)
-    kept = kept_layers(len(layers), pad=pad, middle=middle)
+    kept = choose_layers(len(layers), pad=pad, middle=middle)
     emulator = Emulator(name, kept, pad, len(layers), weights_digest(path))
     model.set_submodule(name, nn.ModuleList(layers[number] for number in kept))
     config = wrapped.config

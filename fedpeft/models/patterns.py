@@ -17,7 +17,7 @@ from torch import nn
 from fedpeft.errors import ModelError
 from fedpeft.runtime.name_patterns import NamePattern
 
-__all__ = ["check_layer_numbers", "check_matches", "wrapped_parameters"]
+__all__ = ["check_layer_numbers", "check_matches", "find_wrapped_parameters"]
 
 _LISTED = 12
 
@@ -32,7 +32,7 @@ def check_matches(model: nn.Module, given: Mapping[str, Any]) -> None:
     Raises:
         ModelError: one of them matches nothing; says which, with the nearest that would.
     """
-    wrapped = _wrapped(model)
+    wrapped = _find_wrapped(model)
     if not wrapped:
         return
     for key, value in given.items():
@@ -40,13 +40,13 @@ def check_matches(model: nn.Module, given: Mapping[str, Any]) -> None:
             for text in map(str, value):
                 pattern = NamePattern(text, f"peft.{key}")
                 if not any(pattern.ends(name) for name in wrapped):
-                    raise ModelError(_unmatched(key, text, "no module that is wrapped", wrapped))
+                    raise ModelError(_describe_unmatched(key, text, "no module that is wrapped", wrapped))
     if isinstance(given.get("target_modules"), Sequence) and not isinstance(given["target_modules"], str):
         _check_names(
             "target_modules", given["target_modules"], wrapped, "is wrapped nowhere, as other options say"
         )
     if given.get("target_parameters"):
-        parameters = wrapped_parameters(model)
+        parameters = find_wrapped_parameters(model)
         _check_names("target_parameters", given["target_parameters"], parameters, "names no parameter", model)
     _check_layers(given, wrapped)
 
@@ -58,7 +58,7 @@ def _check_names(
     for name in names:
         if not any(full == name or full.endswith(f".{name}") for full in held):
             known = held if model is None else [own for own, _ in model.named_parameters()]
-            raise ModelError(_unmatched(key, name, what, known))
+            raise ModelError(_describe_unmatched(key, name, what, known))
 
 
 def check_layer_numbers(base: nn.Module, given: Mapping[str, Any]) -> None:
@@ -85,10 +85,10 @@ def _check_layers(given: Mapping[str, Any], wrapped: Sequence[str]) -> None:
     patterns = given.get("layers_pattern")
     for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
         if not any(re.search(rf"(?:^|\.){re.escape(pattern)}\.\d+\.", f"{name}.") for name in wrapped):
-            raise ModelError(_unmatched("layers_pattern", pattern, "no list of layers", wrapped))
+            raise ModelError(_describe_unmatched("layers_pattern", pattern, "no list of layers", wrapped))
 
 
-def _wrapped(model: nn.Module) -> list[str]:
+def _find_wrapped(model: nn.Module) -> list[str]:
     """Names of the modules that an adapter lies on, and of their parameters where it lies on these alone."""
     found: dict[str, None] = {}
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def _wrapped(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def wrapped_parameters(model: nn.Module) -> list[str]:
+def find_wrapped_parameters(model: nn.Module) -> list[str]:
     """Return the full names of parameters that an adapter lies on without a module of their own."""
     modules = model.named_modules()
     return [
@@ -111,7 +111,7 @@ def wrapped_parameters(model: nn.Module) -> list[str]:
     ]
 
 
-def _unmatched(key: str, name: str, what: str, known: Iterable[str]) -> str:
+def _describe_unmatched(key: str, name: str, what: str, known: Iterable[str]) -> str:
     leaves = sorted({full.rpartition(".")[2] for full in known} - {"weight", "bias"})
     near = get_close_matches(name.rpartition(".")[2], leaves, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedpeft.errors import ModelError
-from fedpeft.models.comparison import made_up_rows, read_logits
+from fedpeft.models.comparison import draw_token_rows, read_logits
 from fedpeft.models.quiet import one_line, quiet
 
 __all__ = ["refuse_leak", "try_out"]
@@ -27,7 +27,7 @@ def refuse_leak(base: nn.Module, path: str) -> None:
     Raises:
         ModelError: other tokens at the end of a row move logits at its beginning.
     """
-    rows = made_up_rows(base)[:2]
+    rows = draw_token_rows(base)[:2]
     half = rows.shape[1] // 2
     rows[1, :half] = rows[0, :half]
     with quiet():
@@ -52,6 +52,6 @@ def try_out(model: nn.Module, method: str) -> None:
         return
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            read_logits(model, made_up_rows(model)[:2])
+            read_logits(model, draw_token_rows(model)[:2])
     except Exception as error:  # tuners and models raise every kind
         raise ModelError(f"peft.method '{method}' cannot compute on this model: {one_line(error)}") from error

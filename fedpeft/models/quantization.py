@@ -22,7 +22,7 @@ from fedpeft.models.rounded_loading import RoundedConfig
 
 __all__ = [
     "DTYPES",
-    "kept_modules",
+    "find_unquantised_modules",
     "lean_heap",
     "levels_asked",
     "quantization_config",
@@ -57,7 +57,7 @@ def quantization_config(section: ModelSection, skeleton: Callable[[], nn.Module]
         raise MissingExtraError(
             f"model.quantization '{kind}' needs bitsandbytes; install the extra: pip install 'fedpeft[quant]'"
         )
-    kept = kept_modules(section, skeleton())
+    kept = find_unquantised_modules(section, skeleton())
     dtype = DTYPES[section.compute_dtype or section.dtype]
     if kind in _BITS:
         own = None if section.compute_dtype is None else dtype
@@ -79,7 +79,7 @@ def levels_asked(section: ModelSection) -> Levels | None:
     return None if bits is None else Levels(bits, section.group_size)
 
 
-def kept_modules(section: ModelSection, model: nn.Module) -> list[str]:
+def find_unquantised_modules(section: ModelSection, model: nn.Module) -> list[str]:
     """Full names of the layers that stay.
 
     Raises:
@@ -91,7 +91,7 @@ def kept_modules(section: ModelSection, model: nn.Module) -> list[str]:
         heads = outer_modules(model)
         kept |= {name for name in linear if _under(name, heads) or _OFTEN_NEW in name.split(".")}
     for given in section.keep_modules:
-        found = [name for name in linear if _named(name, given)]
+        found = [name for name in linear if _is_named(name, given)]
         if not found:
             leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
             raise ModelError(
@@ -110,7 +110,7 @@ def _under(name: str, owners: Iterable[str]) -> bool:
     return any(name == owner or name.startswith(f"{owner}.") for owner in owners)
 
 
-def _named(name: str, given: str) -> bool:
+def _is_named(name: str, given: str) -> bool:
     """A whole name, the end of one, or a module around it: "up_proj", "layers.0", "model.layers.0.mlp"."""
     return f".{given}." in f".{name}."
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Levels", "Rounded", "RoundedLinear", "levels_of", "rounded_product", "unpacked"]
+__all__ = ["Levels", "Rounded", "RoundedLinear", "levels_of", "multiply_rounded", "unpack"]
 
 _CHUNK_ROWS = 1024
 
@@ -65,11 +65,13 @@ class Rounded:
 def levels_of(weight: torch.Tensor, levels: Levels) -> Rounded:
     """Round a weight (out, in); rows are worked on in blocks, so that no second matrix is held whole."""
     groups, top = levels.groups(weight.shape[1]), 2**levels.bits - 1
-    parts = [_rounded(rows.float(), groups, top, levels.bits) for rows in torch.split(weight, _CHUNK_ROWS)]
+    parts = [
+        _round_to_levels(rows.float(), groups, top, levels.bits) for rows in torch.split(weight, _CHUNK_ROWS)
+    ]
     return Rounded(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def _rounded(
+def _round_to_levels(
     rows: torch.Tensor, groups: int, top: int, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grouped = rows.reshape(len(rows), groups, -1)  # (out, groups, size)
@@ -84,13 +86,13 @@ def _rounded(
     return flat, scale, zero.to(torch.uint8)
 
 
-def unpacked(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+def unpack(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     """The weight s (q - z), float32 (out, in)."""
-    centred = _centred(codes, zero, bits)
+    centred = _centre(codes, zero, bits)
     return centred.mul_(scale.float()[..., None]).view(len(codes), -1)
 
 
-def _centred(codes: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+def _centre(codes: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     """Q - z, float32 (out, groups, size)."""
     rows, groups = zero.shape
     if bits == 4:
@@ -112,24 +114,24 @@ class _Product(torch.autograd.Function):
         ctx.bits, ctx.dtype = bits, x.dtype
         kept = x if scale.requires_grad else x.new_empty(0)
         ctx.save_for_backward(kept, codes, scale, zero)
-        return nn.functional.linear(x, unpacked(codes, scale, zero, bits).to(x.dtype))
+        return nn.functional.linear(x, unpack(codes, scale, zero, bits).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, codes, scale, zero = ctx.saved_tensors
         to_x = to_scale = None
         if ctx.needs_input_grad[0]:
-            weight = unpacked(codes, scale, zero, ctx.bits).to(gradient.dtype)
+            weight = unpack(codes, scale, zero, ctx.bits).to(gradient.dtype)
             to_x = (gradient @ weight).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             flat = gradient.reshape(-1, gradient.shape[-1])  # (tokens, out)
             to_weight = (flat.t() @ x.reshape(-1, x.shape[-1]).to(flat.dtype)).float()
-            centred = _centred(codes, zero, ctx.bits)
+            centred = _centre(codes, zero, ctx.bits)
             to_scale = to_weight.view_as(centred).mul_(centred).sum(-1).to(scale.dtype)
         return to_x, None, to_scale, None, None
 
 
-def rounded_product(
+def multiply_rounded(
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -149,7 +151,7 @@ def rounded_product(
     if torch.is_grad_enabled():
         product: torch.Tensor = _Product.apply(inputs, codes, scale, zero, bits)  # type: ignore[no-untyped-call]
     else:
-        product = nn.functional.linear(inputs, unpacked(codes, scale, zero, bits).to(inputs.dtype))
+        product = nn.functional.linear(inputs, unpack(codes, scale, zero, bits).to(inputs.dtype))
     if bias is not None:
         product = product + bias.to(product.dtype)
     return product if torch.is_autocast_enabled(device) else product.to(x.dtype)
@@ -193,13 +195,13 @@ class RoundedLinear(nn.Linear):
     def product(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """As `forward`, with other scales of the same shape."""
         bits, bias = self.levels.bits, self.bias
-        return rounded_product(x, self.weight, scale, self.weight_zero, bits, bias, self.compute_dtype)
+        return multiply_rounded(x, self.weight, scale, self.weight_zero, bits, bias, self.compute_dtype)
 
-    def dequantised(self) -> nn.Linear:
+    def dequantise(self) -> nn.Linear:
         """An ordinary layer with the same weight, in float32."""
         with torch.device("meta"):
             plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        weight = unpacked(self.weight, self.weight_scale, self.weight_zero, self.levels.bits)
+        weight = unpack(self.weight, self.weight_scale, self.weight_zero, self.levels.bits)
         plain.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             plain.bias = self.bias

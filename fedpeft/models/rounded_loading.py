@@ -125,7 +125,7 @@ def dequantise(model: nn.Module) -> nn.Module:
     """Put ordinary float32 layers in the place of rounded ones; the model computes what it did."""
     for name, module in list(model.named_modules()):
         if isinstance(module, RoundedLinear):
-            model.set_submodule(name, module.dequantised())
+            model.set_submodule(name, module.dequantise())
     config: Any = model.config
     if isinstance(getattr(config, "quantization_config", None), RoundedConfig):
         del config.quantization_config

@@ -13,7 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import skeleton_of
-from fedpeft.models.quantization import DTYPES, LEAN_FROM, kept_modules, levels_asked, quantization_of
+from fedpeft.models.quantization import (
+    DTYPES,
+    LEAN_FROM,
+    find_unquantised_modules,
+    levels_asked,
+    quantization_of,
+)
 from fedpeft.models.rounded_linear import RoundedLinear
 from fedpeft.models.rounded_loading import RoundedConfig, replace_layers
 from fedpeft.models.trainable import trainable_parameters
@@ -61,7 +67,7 @@ def weights_of(model: nn.Module) -> Weights:
     tensors = (t for state in states for t in state.as_dict(packed=True).items())
     scales = sum(tensor.nbytes for key, tensor in tensors if "bitsandbytes" not in key)  # a note on shapes
     widest = [_FLOAT * int(torch.Size(state.shape).numel()) for state in states]
-    widest += [_rounded_scratch(m) for m in model.modules() if isinstance(m, RoundedLinear)]
+    widest += [_measure_scratch(m) for m in model.modules() if isinstance(m, RoundedLinear)]
     matrices = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     return Weights(
         frozen=sum(frozen.values()) + scales + _row_scales(model) + sum(b.nbytes for b in model.buffers()),
@@ -82,11 +88,11 @@ def sketch(section: ModelSection, peft: PeftSection, *, num_labels: int | None =
     """
     base = skeleton_of(section, num_labels)
     base.requires_grad_(False)
-    packed = _packed_bytes(section, base)
+    packed = _measure_packed(section, base)
     wide, unpacked = DTYPES[section.dtype].itemsize, 0
     if section.quantization in ("nf4", "fp4"):
         unpacked = max(_FLOAT * size for size, _ in packed.values())
-    rounded = [_rounded_scratch(m) for m in base.modules() if isinstance(m, RoundedLinear)]
+    rounded = [_measure_scratch(m) for m in base.modules() if isinstance(m, RoundedLinear)]
     plain = {id(p): p.numel() * wide for n, p in base.named_parameters() if n not in packed}
     own = {id(t) for m in base.modules() if isinstance(m, RoundedLinear) for t in (m.weight, *m.buffers())}
     frozen = sum(size for key, size in plain.items() if key not in own)
@@ -122,14 +128,14 @@ def _shapes(model: nn.Module) -> dict[str, Shape]:
     return {name: tuple(p.shape) for name, p in trainable_parameters(model).items()}
 
 
-def _packed_bytes(section: ModelSection, base: nn.Module) -> dict[str, tuple[int, int]]:
+def _measure_packed(section: ModelSection, base: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameters that bitsandbytes would pack, by name: their numbers, and the bytes with scales.
 
     Layers that are rounded to integers are put in place instead.
     """
     if section.quantization == "none":
         return {}
-    kept = set(kept_modules(section, base))
+    kept = set(find_unquantised_modules(section, base))
     levels = levels_asked(section)
     if levels is not None:
         with torch.device("meta"):
@@ -142,11 +148,11 @@ def _packed_bytes(section: ModelSection, base: nn.Module) -> dict[str, tuple[int
     for name, module in linear.items():
         weight: Any = module.weight
         tall = weight.shape[1] if isinstance(module, Conv1D) else weight.shape[0]
-        found[f"{name}.weight"] = (weight.numel(), _packed_size(section, weight.numel(), int(tall)))
+        found[f"{name}.weight"] = (weight.numel(), _measure_packed_matrix(section, weight.numel(), int(tall)))
     return found
 
 
-def _packed_size(section: ModelSection, numbers: int, rows: int) -> int:
+def _measure_packed_matrix(section: ModelSection, numbers: int, rows: int) -> int:
     """Bytes of one matrix as bitsandbytes packs it, with the scales and tables beside it."""
     if section.quantization == "int8":
         return numbers + _FLOAT * rows
@@ -157,7 +163,7 @@ def _packed_size(section: ModelSection, numbers: int, rows: int) -> int:
     return packed + blocks + _FLOAT * -(-blocks // _SCALES_BLOCK) + _FLOAT * 256
 
 
-def _rounded_scratch(layer: RoundedLinear) -> int:
+def _measure_scratch(layer: RoundedLinear) -> int:
     """The weight, and beside it the integers less their zeros or the weight's gradient."""
     return 2 * _FLOAT * layer.in_features * layer.out_features
 

@@ -64,7 +64,7 @@ def _weight(layer: Any) -> torch.Tensor:
     """A layer's weight (out, in), unpacked; of an embedding (tokens, width)."""
     base = layer.get_base_layer()
     if isinstance(base, RoundedLinear):
-        return _host(base.dequantised().weight)
+        return _host(base.dequantise().weight)
     weight = _host(dequantize_module_weight(base))
     return weight.t() if type(base).__name__ == "Conv1D" else weight
 

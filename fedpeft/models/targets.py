@@ -80,7 +80,7 @@ def check_targets(method: Method, key: str, given: Any, base: nn.Module) -> None
             )
 
 
-def named_modules(base: nn.Module, given: Any) -> list[str]:
+def find_modules(base: nn.Module, given: Any) -> list[str]:
     """Full names of the modules that `target_modules` means: names, ends of names, or an expression of ours.
 
     That of a run file has become names before, see `fedpeft.models.explicit_names`.
@@ -96,7 +96,7 @@ def leaf_names(base: nn.Module) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in _leaves(base)})
 
 
-def fitted_options(method: Method, base: nn.Module, targets: Any) -> dict[str, Any]:
+def fit_options(method: Method, base: nn.Module, targets: Any) -> dict[str, Any]:
     """Return defaults that depend on the shapes of the target layers, by the method's `fit` rule."""
     if method.fit is None:
         return {}
@@ -120,7 +120,7 @@ def _linear(base: nn.Module) -> list[str]:
     return sorted(leaves - shared) + sorted(name for name in wanted if name.rpartition(".")[2] in shared)
 
 
-def _rounded(base: nn.Module) -> list[str]:
+def _find_rounded(base: nn.Module) -> list[str]:
     return sorted(name for name, module in base.named_modules() if isinstance(module, RoundedLinear))
 
 
@@ -208,7 +208,7 @@ def _smallest(shapes: Sequence[tuple[int, int]]) -> int:
 
 _FINDERS: Mapping[str, Callable[[nn.Module], list[str]]] = {
     "linear": _linear,
-    "rounded": _rounded,
+    "rounded": _find_rounded,
     "ia3": _ia3,
     "norm": _norm,
     "block-output": _block_output,

@@ -171,7 +171,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def frozen_digest(model: nn.Module) -> str:
+def digest_frozen(model: nn.Module) -> str:
     """Return the SHA-256 (hex) over all frozen parameters and persistent buffers.
 
     Each tensor enters with its name, dtype, shape and bytes, in the order of names. The scales of quantised
@@ -180,14 +180,14 @@ def frozen_digest(model: nn.Module) -> str:
     machine and are not.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(_frozen_tensors(model), key=lambda item: item[0]):
+    for name, tensor in sorted(_iterate_frozen(model), key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         for chunk in _chunks(tensor):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _frozen_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _iterate_frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""

@@ -18,7 +18,7 @@ from fedpeft.errors import ModelError, RunFileError
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import Tokenizer, load_base, load_tokenizer
 from fedpeft.models.device import device_named, full_memory_refused, move
-from fedpeft.models.trainable import frozen_digest, read_parameters, trainable_parameters
+from fedpeft.models.trainable import digest_frozen, read_parameters, trainable_parameters
 from fedpeft.participant.loaded_run import LoadedRun
 from fedpeft.participant.row_length import refuse_long_rows
 from fedpeft.runtime.randomness import derive_seed
@@ -117,7 +117,7 @@ def assemble(
         body.group_directions,
     )
     resident.start = {
-        name: array for name, array in read_parameters(names).items() if resident.shares.kept(name)
+        name: array for name, array in read_parameters(names).items() if resident.shares.is_private(name)
     }
     return resident
 
@@ -150,7 +150,7 @@ def load_body(
     own = derive_seed(seed, "adapter")
     model = attach(base, peft, task=run.model.task, seed=own, start_bytes=start_bytes)
     model.eval()
-    digest = frozen_digest(model)
+    digest = digest_frozen(model)
     with full_memory_refused():
         move(model, device)  # before a space or a stream takes hold of its parameters
     space, directions = build_space(run, model), direction_stream(run, model)

@@ -25,7 +25,7 @@ from fedpeft.evaluation.metrics import Column
 from fedpeft.evaluation.scoring import score
 from fedpeft.models.base_model import Tokenizer
 from fedpeft.models.device import device_of, full_memory_refused, release
-from fedpeft.models.frozen_products import frozen_factors
+from fedpeft.models.frozen_products import get_frozen_factors
 from fedpeft.models.starts import start_of_model
 from fedpeft.models.trainable import pack_parameters, read_parameters, resting, trainable_parameters
 from fedpeft.privacy.noise_sources import noise_source
@@ -38,7 +38,7 @@ from fedpeft.training.first_order import Rows, TrainingReport, train
 from fedpeft.training.self_pruning import SelfPruning, self_pruning
 from fedpeft.training.steps import local_steps
 from fedpeft.training.zeroth_prober import Prober, prober
-from fedpeft.updates.update import Arrays, Update, frozen_arrays, layout_of
+from fedpeft.updates.update import Arrays, Update, freeze_arrays, layout_of
 
 _KEPT = "kept/"  # in a client's memory: parameters that it keeps to itself
 _RANK = "lora-rank"  # and what self-pruning has left of its adapter's rank, int64[1]
@@ -116,9 +116,9 @@ class LoadedRun:
         """`base_digest` of the model that a client holds; None: that of its group is not loaded here."""
         return self.of_client(client).base_digest if self.loads(client) else None
 
-    def frozen_factors(self) -> Arrays:
+    def get_frozen_factors(self) -> Arrays:
         """LoRA's A where it doesn't train, by its parameter's name."""
-        return frozen_factors(self.model)
+        return get_frozen_factors(self.model)
 
     def own_states(self, state: Arrays, memories: Arrays, nodes: Mapping[str, int]) -> dict[str, Arrays]:
         """A state as each client has it, with what it keeps to itself.
@@ -127,7 +127,9 @@ class LoadedRun:
             memories: of all clients, by ``"<node>/<array>"``.
             nodes: each client's number.
         """
-        return {name: self.completed(state, kept_of(memories, node)) for name, node in nodes.items()}
+        return {
+            name: self.complete_state(state, select_memory(memories, node)) for name, node in nodes.items()
+        }
 
     @functools.cached_property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -225,9 +227,9 @@ class LoadedRun:
         client = self.data.clients[index]
         section = self.run.of_client(client.name).training
         steps = local_steps(section, len(client.train))
-        state = self.completed(state, memory)
+        state = self.complete_state(state, memory)
         pruning = self._pruning(memory)
-        with self._trained(client.name, round_) as parameters:
+        with self._train_parameters(client.name, round_) as parameters:
             report, trail = self._train(
                 client.train,
                 state,
@@ -243,7 +245,7 @@ class LoadedRun:
         if memory is not None:
             kept = read_parameters({name: self.parameters[name] for name in self.start})
             memory.update({_KEPT + name: array for name, array in kept.items()})
-        sent = self._part(lambda name: self.shares.sent(client.name, name, round_))
+        sent = self._part(lambda name: self.shares.is_sent(client.name, name, round_))
         begun = state if sent is self.parameters else {name: state[name] for name in sent}
         arrays = self.space.express(sent, begun, trail, memory)
         metrics = {"loss": report.loss, "steps": report.steps, "examples": report.examples}
@@ -261,13 +263,13 @@ class LoadedRun:
         left = None if memory is None or _RANK not in memory else int(memory[_RANK][0])
         return self_pruning(self.parameters, section, left)
 
-    def completed(self, state: Arrays, memory: Mapping[str, NDArray[Any]] | None) -> Arrays:
+    def complete_state(self, state: Arrays, memory: Mapping[str, NDArray[Any]] | None) -> Arrays:
         """A state as it came, with what a client keeps to itself."""
         if not self.start:
             return state
         kept: Mapping[str, NDArray[Any]] = {} if memory is None else memory
         own = {name: kept.get(_KEPT + name, array) for name, array in self.start.items()}
-        return frozen_arrays({**state, **own})
+        return freeze_arrays({**state, **own})
 
     def _part(self, wanted: Callable[[str], bool]) -> Mapping[str, nn.Parameter]:
         """Some of the parameters; the parameters themselves, side by side, if it is all of them."""
@@ -275,9 +277,11 @@ class LoadedRun:
             return self.parameters
         return {name: parameter for name, parameter in self.parameters.items() if wanted(name)}
 
-    def _trained(self, client: str, round_: int) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
+    def _train_parameters(
+        self, client: str, round_: int
+    ) -> AbstractContextManager[Mapping[str, nn.Parameter]]:
         """What a client trains in a round; all else rests meanwhile."""
-        moved = self._part(lambda name: self.shares.trained(client, name, round_))
+        moved = self._part(lambda name: self.shares.is_trained(client, name, round_))
         if moved is self.parameters:
             return nullcontext(moved)
         return resting(self.parameters, moved.keys())
@@ -374,12 +378,14 @@ class LoadedRun:
         with full_memory_refused():
             return score(self.model, self.tokenizer, rows, batches, metrics, max_new_tokens=new_tokens)
 
-    def held_out_loss(self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None) -> float:
+    def compute_held_out_loss(
+        self, index: int, state: Arrays, change: Arrays, memory: Memory | None = None
+    ) -> float:
         """Mean loss of `state` moved by `change` on one client's held-out rows; NaN without any."""
         rows = self.data.clients[index].heldout[: self.run.evaluation.max_examples]
         if not len(rows):
             return math.nan
-        state = self.completed(state, memory)
+        state = self.complete_state(state, memory)
         wide = {name: array.astype(np.float64) for name, array in change.items()}
         if not self.shares.all_alike:  # what isn't sent stays where it is
             layout = self.space.update_layout(layout_of(state))
@@ -389,7 +395,7 @@ class LoadedRun:
         return float(np.mean(columns["nll"] / np.maximum(columns["tokens"], 1.0)))
 
 
-def kept_of(memories: Mapping[str, NDArray[Any]], node: int) -> dict[str, NDArray[Any]]:
+def select_memory(memories: Mapping[str, NDArray[Any]], node: int) -> dict[str, NDArray[Any]]:
     """What one client remembers, from the memories of all by ``"<node>/<array>"``."""
     mine = f"{node}/"
     return {name.removeprefix(mine): array for name, array in memories.items() if name.startswith(mine)}

@@ -19,7 +19,7 @@ def refuse_long_rows(run: RunConfig, peft: PeftSection, base: nn.Module) -> None
     limit = usable_positions(base)
     if limit is None:
         return
-    before, after = virtual_tokens(peft), _generated(run)
+    before, after = virtual_tokens(peft), _count_generated(run)
     if before + run.data.max_length + after <= limit:
         return
     parts = [f"data.max_length {run.data.max_length}"]
@@ -30,7 +30,7 @@ def refuse_long_rows(run: RunConfig, peft: PeftSection, base: nn.Module) -> None
     raise ModelError(f"the model has {limit} positions, fewer than {' and '.join(parts)} take; {advice}")
 
 
-def _generated(run: RunConfig) -> int:
+def _count_generated(run: RunConfig) -> int:
     """Tokens that metrics let the model write behind a prompt."""
     asked = (METRICS[name] for name in run.evaluation.metrics if name in METRICS)
     return run.evaluation.max_new_tokens if any(metric.generates for metric in asked) else 0

@@ -97,7 +97,7 @@ def draw_rounds(
     """
     rounds = run.run.rounds
     roster = Roster({name: Member(node, count) for node, (name, count) in enumerate(rows.items())}, "")
-    cohorts, buffered, problems = _drawn(run, roster, bytes_down, bytes_up)
+    cohorts, buffered, problems = _draw(run, roster, bytes_down, bytes_up)
     drawn = len(cohorts)
     turns = Counter(name for cohort in cohorts for name in cohort.working)
     tasks = Counter(name for cohort in cohorts for name in cohort.asked)
@@ -130,7 +130,7 @@ def draw_rounds(
     return plan, problems
 
 
-def _drawn(
+def _draw(
     run: RunConfig, roster: Roster, bytes_down: int, bytes_up: int
 ) -> tuple[list[Cohort], BufferedPlan | None, list[str]]:
     """The cohorts of the first rounds, and what will stop the run."""

@@ -90,7 +90,7 @@ def _optimisers(run: RunConfig) -> list[Changes]:
     return [*eight, {"training.optimizer": "adafactor"}]
 
 
-def _quantised(run: RunConfig) -> list[Changes]:
+def _list_quantised(run: RunConfig) -> list[Changes]:
     if run.model.quantization != "none":
         return []
     kind = "nf4" if find_spec("bitsandbytes") else "rtn4"
@@ -141,7 +141,7 @@ TIERS: tuple[tuple[str, tuple[Move, ...]], ...] = (
             ),
         ),
     ),
-    ("quantised base", (Move("a base of 4 bits, other starting loss", _quantised),)),
+    ("quantised base", (Move("a base of 4 bits, other starting loss", _list_quantised),)),
     ("smaller adapter", (Move("less can be learnt", _ranks),)),
     ("no gradients", (Move("many more steps, other learning rate", _zeroth),)),
 )
@@ -202,8 +202,8 @@ class _Search:
         memory = self._memory(plan)
         if memory is None:
             return None
-        for place in _taken_back_first(plan, upto):
-            plan, memory = self._relaxed(plan, place, memory)
+        for place in _order_to_take_back(plan, upto):
+            plan, memory = self._relax(plan, place, memory)
         made = [step for step in plan if step.level]
         settings = tuple(_setting(key, value) for step in made for key, value in step.changes.items())
         return settings, tuple(step.move.cost for step in made), memory
@@ -214,7 +214,7 @@ class _Search:
         before = self.predictor.memory(self.run).peak
         for tier, (_, moves) in enumerate(TIERS[:upto], start=1):
             for move in moves:
-                steps = tuple(move.steps(_changed(self.run, made) or self.run))
+                steps = tuple(move.steps(_apply_changes(self.run, made) or self.run))
                 for level in range(len(steps), 0, -1):
                     step = _Step(tier, move, steps, level)
                     memory = self._memory([*made, step])
@@ -223,7 +223,7 @@ class _Search:
                         break
         yield from made
 
-    def _relaxed(self, plan: list[_Step], place: int, memory: Memory) -> tuple[list[_Step], Memory]:
+    def _relax(self, plan: list[_Step], place: int, memory: Memory) -> tuple[list[_Step], Memory]:
         """The plan with one move taken back as far as the rest still fits."""
         for level in range(plan[place].level):
             less = [replace(s, level=level) if n == place else s for n, s in enumerate(plan)]
@@ -234,7 +234,7 @@ class _Search:
 
     def _memory(self, plan: list[_Step]) -> Memory | None:
         """What the changed run takes; None if it would be refused."""
-        changed = _changed(self.run, plan)
+        changed = _apply_changes(self.run, plan)
         if changed is None:
             return None
         try:
@@ -243,14 +243,14 @@ class _Search:
             return None
 
 
-def _taken_back_first(plan: list[_Step], upto: int) -> list[int]:
+def _order_to_take_back(plan: list[_Step], upto: int) -> list[int]:
     """Places of a plan: what costs most in what is learnt goes first, the tier's own moves last."""
     others = [n for n, step in enumerate(plan) if step.tier < upto]
     own = [n for n, step in enumerate(plan) if step.tier == upto]
     return [*sorted(others, key=lambda n: -plan[n].tier), *own]
 
 
-def _changed(run: RunConfig, plan: list[_Step]) -> RunConfig | None:
+def _apply_changes(run: RunConfig, plan: list[_Step]) -> RunConfig | None:
     """The run with the changes; None if it would be refused for something that it wasn't refused for."""
     settings = [_setting(key, value) for step in plan for key, value in step.changes.items()]
     if not settings:

@@ -51,9 +51,9 @@ from fedpeft.data.federated import FederatedData
 from fedpeft.evaluation.metrics import METRICS
 from fedpeft.models.sketch import Shape, Weights, weights_of
 from fedpeft.rounds.strategy_table import proximal_mu
-from fedpeft.training.eight_bit import kept_bytes
+from fedpeft.training.eight_bit import count_kept_bytes
 from fedpeft.training.layers import layer_of
-from fedpeft.training.projected_adam import kept_numbers
+from fedpeft.training.projected_adam import count_kept_numbers
 from fedpeft.training.zeroth_rules import RULES
 
 _FLOAT = 4
@@ -147,7 +147,7 @@ def estimate_memory(
     weights = weights_of(model) if weights is None else weights
     adapter = _float_bytes(weights.shapes.values())
     training = run.training
-    shapes = trained_at_once(training, weights.shapes)
+    shapes = list_trained_at_once(training, weights.shapes)
     trains = training.kind != "none"
     backward = trains and (training.kind != "zeroth-order" or RULES[training.rule].above)
     geometry = geometry_of(model)
@@ -200,7 +200,7 @@ def on_gpu(memory: Memory, run: RunConfig) -> Memory:
     return replace(part, peak=part.base + part.adapter + part.state + max(part.phases))
 
 
-def trained_at_once(training: TrainingSection, shapes: Mapping[str, Shape]) -> list[Shape]:
+def list_trained_at_once(training: TrainingSection, shapes: Mapping[str, Shape]) -> list[Shape]:
     """Shapes of the parameters that one step moves: all, or those of the largest layers that are sampled."""
     if training.kind != "first-order" or training.sampled_layers is None:
         return list(shapes.values())
@@ -345,7 +345,7 @@ def _with_momentum(copies: int) -> Callable[[Shape, TrainingSection], int]:
     return lambda shape, training: _FLOAT * (copies + bool(training.momentum)) * math.prod(shape)
 
 
-def _factored(shape: Shape, training: TrainingSection) -> int:
+def _count_factored(shape: Shape, training: TrainingSection) -> int:
     """Adafactor keeps a row and a column of each matrix (the last two dimensions), and all of a vector."""
     if len(shape) < 2:
         return _FLOAT * math.prod(shape)
@@ -357,11 +357,11 @@ OPTIMIZER_BYTES: Mapping[str, Callable[[Shape, TrainingSection], int]] = {
     "adam": _all(2),
     "adamw": _all(2),
     "adagrad": _all(1),
-    "adafactor": _factored,
+    "adafactor": _count_factored,
     "rmsprop": _with_momentum(1),
-    "galore": lambda shape, training: _FLOAT * kept_numbers(shape, training.projection_rank),
+    "galore": lambda shape, training: _FLOAT * count_kept_numbers(shape, training.projection_rank),
     **{
-        name: lambda shape, training, name=name: kept_bytes(name, math.prod(shape))  # type: ignore[misc]  # bound now
+        name: lambda shape, training, name=name: count_kept_bytes(name, math.prod(shape))  # type: ignore[misc]  # bound now
         for name in ("adamw8bit", "paged-adamw", "paged-adamw8bit")
     },
 }

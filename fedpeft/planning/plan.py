@@ -129,7 +129,7 @@ class Plan:
         return asdict(self)
 
 
-def refused_plan(error: RunFileError) -> Plan:
+def make_refused_plan(error: RunFileError) -> Plan:
     """The plan of a run file that cannot be read as one: its problems."""
     return Plan(error.source, None, None, None, None, None, None, None, None, None, error.problems)
 

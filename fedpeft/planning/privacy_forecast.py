@@ -74,21 +74,23 @@ def plan_privacy(run: RunConfig, rounds: RoundsPlan | None) -> PrivacyPlan:
         target_delta=budget.target_delta,
         max_epsilon=budget.max_epsilon,
         epsilon=seen.epsilon,
-        epsilon_cohort=_known_cohort(event, budget, min(charged, seen.affordable)) if kind.joint else None,
+        epsilon_cohort=_get_known_cohort(event, budget, min(charged, seen.affordable))
+        if kind.joint
+        else None,
         charged_rounds=charged,
         affordable_rounds=seen.affordable if seen.affordable < MOST_ROUNDS else None,
         noise_multiplier=run.privacy.noise_multiplier,
-        needed_multiplier=_needed(event, budget, charged),
+        needed_multiplier=_find_needed(event, budget, charged),
         stops=seen.stops,
         seeded=run.privacy.seeded,
     )
 
 
-def _known_cohort(event: Event, budget: Budget, rounds: int) -> float:
+def _get_known_cohort(event: Event, budget: Budget, rounds: int) -> float:
     return epsilon(with_cohort_known([event]) * rounds, budget.target_delta)
 
 
-def _needed(event: Event, budget: Budget, charged: int) -> float | None:
+def _find_needed(event: Event, budget: Budget, charged: int) -> float | None:
     try:
         return noise_multiplier_for(
             budget.max_epsilon,

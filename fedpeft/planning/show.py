@@ -17,7 +17,7 @@ from fedpeft.planning.plan import DataPlan, ModelPlan, Plan, PlannedTraffic, Spa
 from fedpeft.planning.privacy_forecast import PrivacyPlan
 from fedpeft.planning.rule import RulePlan
 from fedpeft.planning.walk import WalkPlan
-from fedpeft.reporting.text import byte_size, counted, duration, listed, printable
+from fedpeft.reporting.text import byte_size, count_noun, duration, list_names, printable
 
 Line = tuple[str, str, str]  # what, how much, detail
 
@@ -92,7 +92,7 @@ def _data_lines(data: DataPlan) -> Iterator[Line]:
             "that could not be used, or without a token to learn or score",
         )
     if data.unused_rows or data.unused_clients:
-        left = counted(data.unused_clients, "client")
+        left = count_noun(data.unused_clients, "client")
         yield "unused rows", f"{data.unused_rows:,}", f"that no client holds; {left} left out"
     for note in data.notes:
         yield "note", "", printable(note)
@@ -143,11 +143,11 @@ def _rule_lines(rule: RulePlan) -> Iterator[Line]:
     of = {"": "", "product": "; on LoRA's products B A", "entries": "; on the entries of updates"}
     yield "strategy", rule.strategy, f"{rule.summary}{of[rule.geometry]}"
     if rule.attackers:
-        yield "  under attack", rule.attack, printable(f"by {listed(rule.attackers)}; simulations only")
+        yield "  under attack", rule.attack, printable(f"by {list_names(rule.attackers)}; simulations only")
 
 
 def _buffer_lines(buffered: BufferedPlan) -> Iterator[Line]:
-    work = f"{counted(buffered.concurrency, 'client')} at work at a time"
+    work = f"{count_noun(buffered.concurrency, 'client')} at work at a time"
     yield "  buffered", f"{buffered.size:,} updates", f"make a round, whoever sent them; {work}"
     speeds = "; no clock, so as if all were equally quick" if buffered.equal_speeds else ""
     oldest = f"0 to {max(len(buffered.staleness) - 1, 0)} rounds; weight {buffered.weight}{speeds}"
@@ -222,7 +222,7 @@ def _group_lines(plan: Plan) -> Iterator[Line]:
         rank = "" if group.rank is None else f", rank {group.rank}"
         trains = f", trains {', '.join(group.trains)}" if group.trains else ""
         held = f"base {group.quantization}{rank}{trains}"
-        yield f"group {place}", counted(group.clients, "client"), printable(held)
+        yield f"group {place}", count_noun(group.clients, "client"), printable(held)
         yield "  bytes per client", byte_size(group.up), f"up a round; {byte_size(group.down)} down"
         if group.peak is not None:
             yield "  peak memory", byte_size(group.peak), "predicted from shapes; libraries and rows on top"

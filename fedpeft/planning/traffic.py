@@ -69,7 +69,7 @@ def measure_sizes(
         down = min(down, _step(run, space, change, digest))
     stage = build_downlink(run)
     if stage is not None:
-        down = min(down, _compressed_step(run, space, stage, midway, drawn))
+        down = min(down, _measure_compressed_step(run, space, stage, midway, drawn))
     if not shares.all_alike:
         layout = shares.layout(name, layout, 1)
         drawn = {key: drawn[key][tuple(map(slice, shape))].copy() for key, (shape, _) in layout.items()}
@@ -112,7 +112,9 @@ def _step(run: RunConfig, space: Space, change: Arrays, digest: str) -> int:
     return len(encode_state(StateMessage(digest, steps=(step,), keep=True)))
 
 
-def _compressed_step(run: RunConfig, space: Space, stage: Stage, state: Arrays, change: Arrays) -> int:
+def _measure_compressed_step(
+    run: RunConfig, space: Space, stage: Stage, state: Arrays, change: Arrays
+) -> int:
     """As `_step`, through the run's downlink stage."""
     steps = CompressedSteps(run_digest(run), run.run.seed, space, stage)
     step = steps.make(1, state, {name: array.astype(np.float64) for name, array in change.items()}, {})

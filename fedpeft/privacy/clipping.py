@@ -58,10 +58,10 @@ def clip(update: Update, clip_norm: float) -> Clipped:
     if norm <= clip_norm:
         return Clipped(update, within=True)
     factor = clip_norm / norm * INWARD
-    return Clipped(update.map(lambda _, array: _scaled(array, factor)), within=False)
+    return Clipped(update.map(lambda _, array: _scale(array, factor)), within=False)
 
 
-def _scaled(array: NDArray[Any], factor: float) -> NDArray[Any]:
+def _scale(array: NDArray[Any], factor: float) -> NDArray[Any]:
     if array.dtype.kind == "f":
         return (array * factor).astype(array.dtype)
     return np.trunc(array * factor).astype(array.dtype)

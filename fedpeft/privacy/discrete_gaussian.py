@@ -47,14 +47,14 @@ def discrete_gaussian(source: NoiseSource, std: float, size: int) -> Integers:
     out = np.empty(size, dtype=np.int64)
     filled = 0
     while filled < size:
-        found = _accepted(source, std, min(BLOCK, 2 * (size - filled) + 16))
+        found = _accept(source, std, min(BLOCK, 2 * (size - filled) + 16))
         taken = min(len(found), size - filled)
         out[filled : filled + taken] = found[:taken]
         filled += taken
     return out
 
 
-def _accepted(source: NoiseSource, std: float, candidates: int) -> Integers:
+def _accept(source: NoiseSource, std: float, candidates: int) -> Integers:
     """Those of some Laplace candidates that a Gaussian accepts (algorithm 3)."""
     scale = 1 << max(0, round(math.log2(std)))
     drawn = _discrete_laplace(source, scale, candidates)

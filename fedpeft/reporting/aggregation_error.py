@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedpeft.ledger.records import Aggregation, Round
-from fedpeft.reporting.charts import Chart, Key, round_axis
+from fedpeft.reporting.charts import Chart, ChartKey, round_axis
 from fedpeft.reporting.svg import COLOUR, draw
 from fedpeft.reporting.text import printable
 
@@ -61,6 +61,6 @@ def aggregation_charts(rounds: Sequence[Round]) -> list[Chart]:
         f"Round {numbers[-1]}: the next adapter is {error_text(last.error)} away from the mean of what the"
         f" clients' adapters compute; {error_text(last.worst)} in {printable(last.worst_module)}."
     )
-    legend = (Key("all modules", "federated", "line"), Key("the worst module", "alone", "line"))
+    legend = (ChartKey("all modules", "federated", "line"), ChartKey("the worst module", "alone", "line"))
     title = f"Aggregation error of {printable(last.rule)}, by round"
     return [Chart(title, draw("aggregation", words, paint), legend, words)]

@@ -30,7 +30,7 @@ _MOST_BARS = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ChartKey:
     """One entry of a legend: its words, the CSS variable of its colour, and how it is drawn."""
 
     text: str
@@ -44,7 +44,7 @@ class Chart:
 
     title: str
     svg: str
-    legend: tuple[Key, ...] = ()
+    legend: tuple[ChartKey, ...] = ()
     remark: str = ""
 
 
@@ -92,11 +92,11 @@ def _metric_chart(summary: Summary, rounds: Sequence[Round], metric: str) -> Cha
     ends = f"from {_point(metric, scores[0])} to {_point(metric, scores[-1])}" if scores else "no values"
     others = "".join(f"; {text} {metric_value(metric, value)}" for value, _, text, *_ in levels)
     arrow = direction(higher_is_better(summary.started, metric))
-    legend = [Key("federated", "federated", "line"), Key("95% interval", "federated", "band")]
+    legend = [ChartKey("federated", "federated", "line"), ChartKey("95% interval", "federated", "band")]
     return Chart(
         title=f"{_capital(name)} {arrow}",
         svg=draw(f"m-{_slug(metric)}", f"{_capital(name)} per round: federated {ends}{others}.", paint),
-        legend=(*legend, *(Key(text, role, mark) for _, _, text, role, mark, _ in levels)),
+        legend=(*legend, *(ChartKey(text, role, mark) for _, _, text, role, mark, _ in levels)),
     )
 
 
@@ -117,9 +117,9 @@ def training_charts(rounds: Sequence[Round]) -> list[Chart]:
         round_axis(axes)
 
     alt = f"Training loss per round: from {_point('loss', points[0])} to {_point('loss', points[-1])}."
-    legend = [Key("mean, weighted as the updates are", "alone", "line")]
+    legend = [ChartKey("mean, weighted as the updates are", "alone", "line")]
     if ranges:
-        legend.append(Key("lowest to highest client", "alone", "band"))
+        legend.append(ChartKey("lowest to highest client", "alone", "band"))
     return [Chart("Training loss, by round ↓", draw("training", alt, paint), tuple(legend))]
 
 
@@ -156,7 +156,7 @@ def spread_charts(summary: Summary, rounds: Sequence[Round]) -> list[Chart]:
         Chart(
             title=f"Spread over the clients, by round: {metric_name(metric)} {arrow}",
             svg=draw("spread", f"Spread over {last.clients} clients per round; at the end {values}.", paint),
-            legend=tuple(Key(_SPREAD_WORDS[field], role, mark) for field, role, mark, _ in styles),
+            legend=tuple(ChartKey(_SPREAD_WORDS[field], role, mark) for field, role, mark, _ in styles),
             remark="Each client's value is on its own held-out rows, by the federated model.",
         )
     ]
@@ -178,7 +178,10 @@ def traffic_charts(rounds: Sequence[Round]) -> list[Chart]:
     if not any(up) and not any(down):
         return []
     numbers = [row.round for row in rows]
-    legend = (Key("up, clients to server", "up", "area"), Key("down, server to clients", "down", "area"))
+    legend = (
+        ChartKey("up, clients to server", "up", "area"),
+        ChartKey("down, server to clients", "down", "area"),
+    )
     charts = []
     for name, title, ups, downs in (
         ("bytes", "Bytes per round, all clients", up, down),
@@ -226,7 +229,7 @@ def outcome_charts(rounds: Sequence[Round]) -> list[Chart]:
 
     total = Counter(item.status for row in rows for item in row.outcomes)
     words = ", ".join(f"{total[status]} {status}" for status in present)
-    legend = tuple(Key(f"{status} ({total[status]:,})", status, "area") for status in present)
+    legend = tuple(ChartKey(f"{status} ({total[status]:,})", status, "area") for status in present)
     return [
         Chart(
             "What became of the asked clients, by round",

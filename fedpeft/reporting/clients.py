@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedpeft.ledger.records import Baseline, ClientOutcome, Row
-from fedpeft.reporting.charts import Chart, Key
+from fedpeft.reporting.charts import Chart, ChartKey
 from fedpeft.reporting.summary import (
     Summary,
     clients_in,
@@ -17,7 +17,7 @@ from fedpeft.reporting.summary import (
     rounds_in_order,
 )
 from fedpeft.reporting.svg import COLOUR, draw
-from fedpeft.reporting.text import counted, direction, is_share, metric_name, metric_value, printable
+from fedpeft.reporting.text import count_noun, direction, is_share, metric_name, metric_value, printable
 
 _NAMED = 40  # clients that fit as named lines; above that they are drawn by rank
 
@@ -70,9 +70,9 @@ def client_charts(summary: Summary, clients: Sequence[ClientRow]) -> list[Chart]
     if not measured:
         return []
     compared = [row for row in measured if row.alone is not None]
-    legend = [Key("federated model", "federated", "point")]
+    legend = [ChartKey("federated model", "federated", "point")]
     if compared:
-        legend.append(Key("the client's own model, trained alone", "alone", "point"))
+        legend.append(ChartKey("the client's own model, trained alone", "alone", "point"))
     arrow = direction(higher_is_better(summary.started, summary.primary))
     against = ", federated against alone" if compared else ""
     title = f"Each client{against}: {metric_name(summary.primary)} {arrow}"
@@ -150,7 +150,7 @@ def compare_with_alone(summary: Summary, compared: Sequence[ClientRow]) -> str:
     gains = [sign * ((row.federated or 0.0) - (row.alone or 0.0)) for row in compared]
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     equal = len(gains) - better - worse
-    clients = counted(len(compared), "client")
+    clients = count_noun(len(compared), "client")
     return (
         f"On their own rows the federated model is better for {better:,}, equal for {equal:,} and worse for"
         f" {worse:,} of {clients}."

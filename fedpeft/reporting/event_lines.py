@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedpeft.ledger.records import Baseline, ClientOutcome, Finished, Promise, Round, Started
 from fedpeft.reporting.aggregation_error import aggregation_text, ranks_text
-from fedpeft.reporting.text import counted, duration, listed, metric_name, metric_value, printable
+from fedpeft.reporting.text import count_noun, duration, list_names, metric_name, metric_value, printable
 
 NOT_PRIVATE = (
     "THIS RUN IS NOT PRIVATE: privacy.seeded draws the noise from the run's seed, for experiments that repeat"
@@ -19,16 +19,16 @@ _TROUBLES = frozenset(
 )  # shown with their reason; being away or late is part of the game
 
 
-def started_line(row: Started) -> str:
+def format_start(row: Started) -> str:
     """What the run is: clients, rows, and the share of parameters that is trained."""
     share = 100 * row.trainable_parameters / row.total_parameters if row.total_parameters else 0.0
-    rows = "" if row.privacy else f"{counted(sum(row.clients.values()), 'training row')}, "
+    rows = "" if row.privacy else f"{count_noun(sum(row.clients.values()), 'training row')}, "
     line = (
-        f"{printable(row.run_name)}: {counted(len(row.clients), 'client')}, "
-        f"{rows}{counted(row.test_examples, 'test row')}; "
+        f"{printable(row.run_name)}: {count_noun(len(row.clients), 'client')}, "
+        f"{rows}{count_noun(row.test_examples, 'test row')}; "
         f"training {row.trainable_parameters:,} of {row.total_parameters:,} parameters ({share:.2g}%)"
     )
-    return line + (f"; {counted(row.cut_rows, 'row')} cut to the length limit" if row.cut_rows else "")
+    return line + (f"; {count_noun(row.cut_rows, 'row')} cut to the length limit" if row.cut_rows else "")
 
 
 def promise_line(promise: Promise) -> str:
@@ -55,7 +55,7 @@ def promise_notes(promise: Promise | None) -> list[str]:
 
 def attackers_text(started: Started) -> str:
     """Who attacks a simulation, and how; empty where nobody does."""
-    return f"{started.attack} by {listed(started.attackers)}" if started.attackers else ""
+    return f"{started.attack} by {list_names(started.attackers)}" if started.attackers else ""
 
 
 def attack_notes(started: Started) -> list[str]:
@@ -104,7 +104,7 @@ def clients_text(outcomes: tuple[ClientOutcome, ...]) -> str:
     """How many of the asked clients counted, and what became of the others: "6/8 clients (2 late)"."""
     counts = Counter(item.status for item in outcomes)
     rest = [f"{count} {status}" for status, count in sorted(counts.items()) if status != "folded"]
-    return f"{counts['folded']}/{counted(len(outcomes), 'client')}" + (
+    return f"{counts['folded']}/{count_noun(len(outcomes), 'client')}" + (
         f" ({', '.join(rest)})" if rest else ""
     )
 
@@ -126,8 +126,8 @@ def baseline_line(row: Baseline, primary: str) -> str:
     )
 
 
-def finished_line(row: Finished) -> str:
+def format_end(row: Finished) -> str:
     """The end of the run."""
     if row.stopped:
         return f"{row.stopped}; {duration(row.wall_s)}"
-    return f"finished after {counted(row.rounds, 'round')} in {duration(row.wall_s)}"
+    return f"finished after {count_noun(row.rounds, 'round')} in {duration(row.wall_s)}"

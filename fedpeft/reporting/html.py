@@ -72,7 +72,7 @@ def render_report(run_toml: str, rows: Sequence[Row], snippet: str | None = None
         metric_name=text.metric_name,
         size=text.byte_size,
         duration=text.duration,
-        counted=text.counted,
+        counted=text.count_noun,
         printable=text.printable,
         arrow=lambda metric: text.direction(higher_is_better(summary.started, metric)),
         clients_text=clients_text,
@@ -167,7 +167,7 @@ def _facts(summary: Summary, run: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "Training rows",
             f"{'not told' if started.privacy else f'{sum(started.clients.values()):,}'} over"
-            f" {text.counted(len(started.clients), 'client')}",
+            f" {text.count_noun(len(started.clients), 'client')}",
         ),
         ("Rows cut to the length limit", "" if started.privacy else f"{started.cut_rows:,}"),
         ("Global test rows", f"{started.test_examples:,}"),
@@ -206,7 +206,7 @@ def _groups(run: Mapping[str, Any]) -> str:
         if group.get("trains"):
             keys.append(f"trains {', '.join(map(str, group['trains']))}")
         own = ", ".join(keys) or "as all"
-        parts.append(f"{text.counted(len(group.get('clients', ())), 'client')}: {text.printable(own)}")
+        parts.append(f"{text.count_noun(len(group.get('clients', ())), 'client')}: {text.printable(own)}")
     return "; ".join(parts)
 
 

@@ -78,12 +78,12 @@ class LiveProgress:
         self._end("setup")
         self._tasks["setup"] = self._bars.add_task(printable(step), total=None, count="")
 
-    def started(self, row: Started) -> None:
+    def show_start(self, row: Started) -> None:
         """Print what the run is."""
         self._end("setup")
         self._primary, self._rounds = row.primary_metric, row.rounds
         self._work = row.rounds * (1 + len(_LIKE_ALL_ROUNDS) * row.baselines)
-        self._print(event_lines.started_line(row))
+        self._print(event_lines.format_start(row))
 
     def round_started(self, number: int, asked: int) -> None:
         """Move the bar of rounds and begin one for the round's clients."""
@@ -129,11 +129,11 @@ class LiveProgress:
         self._end(f"baseline {row.name}")
         self._print(event_lines.baseline_line(row, self._primary))
 
-    def finished(self, row: Finished) -> None:
+    def show_end(self, row: Finished) -> None:
         """Take all bars away."""
         for name in list(self._tasks):
             self._end(name)
-        self._print(event_lines.finished_line(row))
+        self._print(event_lines.format_end(row))
 
     def note(self, text: str) -> None:
         """Print the note above the bars."""

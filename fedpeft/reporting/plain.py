@@ -33,10 +33,10 @@ class PlainProgress:
         """Print the step."""
         self._print(printable(step))
 
-    def started(self, row: Started) -> None:
+    def show_start(self, row: Started) -> None:
         """Print what the run is."""
         self._primary, self._rounds = row.primary_metric, row.rounds
-        self._print(event_lines.started_line(row))
+        self._print(event_lines.format_start(row))
 
     def round_started(self, number: int, asked: int) -> None:
         """Nothing: the round is printed when it is done."""
@@ -60,9 +60,9 @@ class PlainProgress:
         """Print the baseline's value."""
         self._print(event_lines.baseline_line(row, self._primary))
 
-    def finished(self, row: Finished) -> None:
+    def show_end(self, row: Finished) -> None:
         """Print how long it took."""
-        self._print(event_lines.finished_line(row))
+        self._print(event_lines.format_end(row))
 
     def note(self, text: str) -> None:
         """Print the note."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedpeft.ledger.records import Promise, Round
-from fedpeft.reporting.charts import Chart, Key
+from fedpeft.reporting.charts import Chart, ChartKey
 from fedpeft.reporting.event_lines import NOT_PRIVATE
 from fedpeft.reporting.summary import Summary
 from fedpeft.reporting.svg import COLOUR, draw
@@ -30,7 +30,7 @@ def privacy_statement(summary: Summary) -> list[str]:
         *_against_observers(summary.epsilon_cohort, promise),
         f"Noise multiplier {promise.noise_multiplier:g}, sample rate {promise.sample_rate:g}; discrete"
         " Gaussian noise, Rényi accounting.",
-        _hidden(promise),
+        _describe_hidden(promise),
     ]
     if promise.seeded:
         said.insert(0, NOT_PRIVATE + ".")
@@ -50,7 +50,7 @@ def _against_observers(epsilon: float | None, promise: Promise) -> list[str]:
     ]
 
 
-def _hidden(promise: Promise) -> str:
+def _describe_hidden(promise: Promise) -> str:
     left_out = "Losses, row counts and scores on the clients' own rows are left out"
     if promise.kind == "client-level":
         left_out += ", and who was asked, how many came, what they sent and how long a round took"
@@ -77,5 +77,5 @@ def privacy_charts(summary: Summary, rounds: Sequence[Round]) -> list[Chart]:
 
     title = f"Epsilon spent, by round (delta {promise.target_delta:g})"
     alt = f"{title}: {values[-1]:.3f} after round {numbers[-1]}, the budget is {promise.max_epsilon:g}."
-    legend = (Key("spent so far", "federated", "line"), Key("budget", "worst", "dash"))
+    legend = (ChartKey("spent so far", "federated", "line"), ChartKey("budget", "worst", "dash"))
     return [Chart(title, draw("epsilon", alt, paint), legend, f"About {promise.neighbours}.")]

@@ -40,7 +40,7 @@ class Progress(Protocol):
     def setup(self, step: str) -> None:
         """A set-up step begins ("reading data"); the one before it is done."""
 
-    def started(self, row: Started) -> None:
+    def show_start(self, row: Started) -> None:
         """Set-up is done; this is the run."""
 
     def round_started(self, number: int, asked: int) -> None:
@@ -58,7 +58,7 @@ class Progress(Protocol):
     def baseline_done(self, row: Baseline) -> None:
         """A baseline is trained and evaluated."""
 
-    def finished(self, row: Finished) -> None:
+    def show_end(self, row: Finished) -> None:
         """The run has ended well."""
 
     def note(self, text: str) -> None:
@@ -81,7 +81,7 @@ class _QuietProgress:
 
     def setup(self, step: str) -> None: ...
 
-    def started(self, row: Started) -> None: ...
+    def show_start(self, row: Started) -> None: ...
 
     def round_started(self, number: int, asked: int) -> None: ...
 
@@ -93,7 +93,7 @@ class _QuietProgress:
 
     def baseline_done(self, row: Baseline) -> None: ...
 
-    def finished(self, row: Finished) -> None: ...
+    def show_end(self, row: Finished) -> None: ...
 
     def note(self, text: str) -> None: ...
 
@@ -115,7 +115,7 @@ class _JsonProgress:
 
     def setup(self, step: str) -> None: ...
 
-    def started(self, row: Started) -> None:
+    def show_start(self, row: Started) -> None:
         """Print the row."""
         self._print(row)
 
@@ -133,7 +133,7 @@ class _JsonProgress:
         """Print the row."""
         self._print(row)
 
-    def finished(self, row: Finished) -> None:
+    def show_end(self, row: Finished) -> None:
         """Print the row."""
         self._print(row)
 

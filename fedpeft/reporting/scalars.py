@@ -7,7 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 from fedpeft.ledger.records import Round, Scalars
-from fedpeft.reporting.charts import Chart, Key, round_axis
+from fedpeft.reporting.charts import Chart, ChartKey, round_axis
 from fedpeft.reporting.svg import COLOUR, draw
 
 
@@ -41,7 +41,7 @@ def _range_chart(known: Sequence[tuple[int, Scalars]]) -> Chart:
     return Chart(
         "Scalars that clients sent, by round",
         draw("scalars", words, paint),
-        (Key("median", "federated", "line"), Key("middle 50% and 90%", "federated", "band")),
+        (ChartKey("median", "federated", "line"), ChartKey("middle 50% and 90%", "federated", "band")),
         f"{words} The extremes are {last.quantiles[0]:,.0f} and {last.quantiles[-1]:,.0f}; no zeros.",
     )
 
@@ -69,5 +69,5 @@ def _size_chart(known: Sequence[Scalars]) -> Chart:
     return Chart(
         "Sizes of all scalars",
         draw("scalar-sizes", words, paint),
-        (Key("negative", "alone", "area"), Key("positive", "federated", "area")),
+        (ChartKey("negative", "alone", "area"), ChartKey("positive", "federated", "area")),
     )

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedpeft.ledger.records import Round
-from fedpeft.reporting.charts import Chart, Key, round_axis
+from fedpeft.reporting.charts import Chart, ChartKey, round_axis
 from fedpeft.reporting.summary import Summary, mean_staleness
 from fedpeft.reporting.svg import COLOUR, draw
-from fedpeft.reporting.text import counted
+from fedpeft.reporting.text import count_noun
 
 
 def staleness_charts(summary: Summary, rounds: Sequence[Round]) -> list[Chart]:
@@ -35,14 +35,14 @@ def staleness_charts(summary: Summary, rounds: Sequence[Round]) -> list[Chart]:
 
     total = summary.staleness
     words = (
-        f"{counted(sum(total), 'update')}, {mean_staleness(total):.2g} rounds old on average and at most"
+        f"{count_noun(sum(total), 'update')}, {mean_staleness(total):.2g} rounds old on average and at most"
         f" {len(total) - 1}."
     )
     return [
         Chart(
             "Staleness of the updates, by round",
             draw("staleness", words, paint),
-            (Key("mean", "federated", "line"), Key("least to most", "federated", "band")),
+            (ChartKey("mean", "federated", "line"), ChartKey("least to most", "federated", "band")),
             f"{words} The staleness of an update is how many rounds ended while it was made.",
         )
     ]
@@ -57,6 +57,6 @@ def rounds_fact(run: Mapping[str, Any]) -> str:
     weight = buffer.get("staleness_weight", {}).get("kind", "")
     size, clients, oldest = (int(buffer.get(key, 0)) for key in ("size", "concurrency", "max_staleness"))
     return (
-        f"buffered: {counted(size, 'update')} each, {counted(clients, 'client')} at work, staleness weight"
-        f" {weight}, at most {oldest} rounds old"
+        f"buffered: {count_noun(size, 'update')} each, {count_noun(clients, 'client')} at work,"
+        f" staleness weight {weight}, at most {oldest} rounds old"
     )

@@ -11,7 +11,7 @@ from fedpeft.reporting.summary import ModelLine, Summary, higher_is_better, mean
 from fedpeft.reporting.text import (
     MISSING,
     byte_size,
-    counted,
+    count_noun,
     direction,
     duration,
     metric_name,
@@ -67,10 +67,10 @@ def interval(metric: str, score: Score | None) -> str:
 
 def _title(summary: Summary) -> Text:
     started, done = summary.started, summary.rounds_done
-    rounds = counted(done, "round") if done == started.rounds else f"{done} of {started.rounds} rounds"
+    rounds = count_noun(done, "round") if done == started.rounds else f"{done} of {started.rounds} rounds"
     parts = [
         printable(started.run_name),
-        counted(len(started.clients), "client"),
+        count_noun(len(started.clients), "client"),
         rounds,
         f"seed {started.seed}",
     ]

@@ -85,16 +85,16 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def counted(count: int, noun: str) -> str:
+def count_noun(count: int, noun: str) -> str:
     """A count with its noun: "1 client", "8 clients"; thousands grouped."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def listed(names: Sequence[str], most: int = 6) -> str:
+def list_names(names: Sequence[str], most: int = 6) -> str:
     """Some names and how many there are: "3 clients: a, b, c", "9 clients: a, b and 7 more"."""
     shown = names if len(names) <= most else names[: most - 1]
     more = f" and {len(names) - len(shown):,} more" if len(shown) < len(names) else ""
-    return f"{counted(len(names), 'client')}: {', '.join(shown)}{more}"
+    return f"{count_noun(len(names), 'client')}: {', '.join(shown)}{more}"
 
 
 def printable(name: str, width: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedpeft.ledger.records import Score
 from fedpeft.reporting.summary import LineKey, Summary, higher_is_better
-from fedpeft.reporting.text import counted, metric_difference, metric_name, metric_value
+from fedpeft.reporting.text import count_noun, metric_difference, metric_name, metric_value
 
 # Whom the federated model is compared with, and what that model is called within a sentence.
 _RIVALS: tuple[tuple[LineKey, str], ...] = (
@@ -25,27 +25,27 @@ def verdict(summary: Summary) -> str:
     """
     federated, planned = summary.score("federated"), summary.started.rounds
     if federated is None and summary.finished is not None:
-        return f"{_ended(summary)} Nothing was scored: there is no test set."
+        return f"{_describe_end(summary)} Nothing was scored: there is no test set."
     if federated is None:
         return f"No training round has been evaluated yet ({summary.rounds_done} of {planned} rounds done)."
     name, value = metric_name(summary.primary), metric_value(summary.primary, federated.value)
-    clients = counted(len(summary.started.clients), "client")
+    clients = count_noun(len(summary.started.clients), "client")
     rows = "the rows that clients held back" if summary.started.test_of_clients else "the test set"
     sentences = [f"Federated training of {clients} reached {value} {name} on {rows}{_start(summary)}."]
-    compared = [text for key, rival in _RIVALS if (text := _compared(summary, federated, key, rival))]
+    compared = [text for key, rival in _RIVALS if (text := _compare(summary, federated, key, rival))]
     if compared:
         sentences.append(f"It is {' and '.join(compared)}.")
     if summary.started.privacy is not None or (summary.finished is not None and summary.finished.stopped):
-        sentences.append(_ended(summary))
+        sentences.append(_describe_end(summary))
     if summary.finished is None:
         sentences.append(f"The run is not finished: {summary.rounds_done} of {planned} rounds done.")
     return " ".join(sentences)
 
 
-def _ended(summary: Summary) -> str:
+def _describe_end(summary: Summary) -> str:
     """How far the run came, and what of its privacy budget that took."""
     stopped = summary.finished.stopped if summary.finished is not None else ""
-    done = f"The run was {stopped}." if stopped else f"{counted(summary.rounds_done, 'round')} are done."
+    done = f"The run was {stopped}." if stopped else f"{count_noun(summary.rounds_done, 'round')} are done."
     promise = summary.started.privacy
     if promise is None:
         return done
@@ -63,7 +63,7 @@ def _start(summary: Summary) -> str:
     return ""
 
 
-def _compared(summary: Summary, federated: Score, key: LineKey, rival: str) -> str | None:
+def _compare(summary: Summary, federated: Score, key: LineKey, rival: str) -> str | None:
     other = summary.score(key)
     if other is None:
         return None

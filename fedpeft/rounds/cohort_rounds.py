@@ -15,7 +15,7 @@ from fedpeft.ledger import Cohort
 from fedpeft.ledger.records import ClientOutcome
 from fedpeft.rounds.cohort_draw import draw_cohort
 from fedpeft.rounds.collector import CollectedRound, Opening, refuse_too_few
-from fedpeft.rounds.factor_rounds import FactorAggregator, measured_by, needs_factors
+from fedpeft.rounds.factor_rounds import FactorAggregator, get_measurement, needs_factors
 from fedpeft.rounds.private_rounds import RoundPrivacy
 from fedpeft.rounds.replies import RoundReplies, TaskRequest, note, process_reply, task_contents
 from fedpeft.rounds.round_context import RoundContext
@@ -34,7 +34,7 @@ class CohortRounds:
     def __init__(self, federation: RoundContext, strategy: StrategyRunner, privacy: RoundPrivacy) -> None:
         self._federation, self._strategy, self._privacy = federation, strategy, privacy
 
-    def gather(self, opening: Opening) -> CollectedRound | None:
+    def collect(self, opening: Opening) -> CollectedRound | None:
         """One cohort; a private run ends before the round that its budget does not allow."""
         federation, privacy, number = self._federation, self._privacy, opening.number
         draw = functools.partial(
@@ -67,7 +67,7 @@ class CohortRounds:
             outcomes=tuple(outcomes),
             virtual_s=cohort.virtual_s,
             notes=() if folded else (_NOBODY,),
-            aggregation=measured_by(aggregator),
+            aggregation=get_measurement(aggregator),
         )
 
     def admit(self, federation: RoundContext) -> None:
@@ -93,14 +93,14 @@ class CohortRounds:
             federation.grid,
             messages,
             timeout_s=timeout_s,
-            enough=lambda: collected.folded >= max(1, self._needed(cohort)),
+            enough=lambda: collected.folded >= max(1, self._count_needed(cohort)),
         )
         for reply in exchange.replies():
             name = silent.pop(reply.metadata.src_node_id)
             layout = aggregator.layout_of(name) if isinstance(aggregator, FactorAggregator) else None
             asked = TaskRequest(name, number, opening.digest_of(name), sending.size(name), layout)
             outcome = process_reply(federation, aggregator, reply, asked, collected)
-            sending.heard(outcome)
+            sending.record_outcome(outcome)
             if federation.run.federation.clock is not None:
                 outcome = outcome.model_copy(update={"virtual_s": cohort.working[name]})
             note(federation, self._privacy, collected, outcome)
@@ -108,7 +108,7 @@ class CohortRounds:
                 if collected.folded == cohort.places:
                     break
                 self._free_place(number, outcome)
-        if not self._privacy.counts_answers or collected.folded >= self._needed(cohort):
+        if not self._privacy.counts_answers or collected.folded >= self._count_needed(cohort):
             exchange.release()  # else the round is tried again, and they go on with their work
         whole = collected.folded == cohort.places
         reason = f"no answer in {timeout_s or 0:g} s"
@@ -127,12 +127,12 @@ class CohortRounds:
         if outcome.status != "folded" and isinstance(grid, Spares):
             grid.free_place(number, outcome.client)
 
-    def _needed(self, cohort: Cohort) -> int:
+    def _count_needed(self, cohort: Cohort) -> int:
         return cohort.quorum(self._federation.run.federation.quorum)
 
     def _check_quorum(self, cohort: Cohort, collected: RoundReplies, number: int) -> None:
         """Stop the run when too few of the asked clients counted."""
-        needed = self._needed(cohort)
+        needed = self._count_needed(cohort)
         if collected.folded >= needed:
             return
         counted = f"{collected.folded} of {len(cohort.asked)} clients counted"

@@ -74,7 +74,7 @@ class CollectedRound:
 class UpdateCollector(Protocol):
     """How a run's rounds come by their updates."""
 
-    def gather(self, opening: Opening) -> CollectedRound | None:
+    def collect(self, opening: Opening) -> CollectedRound | None:
         """Ask, wait and aggregate; None, with nobody asked, if the run must end before this round.
 
         Raises:

@@ -95,7 +95,7 @@ class FactorAggregator:
         """
         wide = update
         if not self._shares.all_alike:
-            wide = replace(update, arrays=self._shares.widened(client, update.arrays, self._state))
+            wide = replace(update, arrays=self._shares.widen(client, update.arrays, self._state))
         norm = self._inner.fold(client, wide)
         if self._measures or not self._shares.all_alike:
             kept = {name: wide.arrays[name] for name in self._factor_names if name in wide.arrays}
@@ -110,16 +110,16 @@ class FactorAggregator:
         """
         change: Arrays = self._inner.close()
         if not self._shares.all_alike:
-            change = self._settled(change)
+            change = self._settle(change)
         if self._measures and self._replies:
-            change = self._combined(change)
+            change = self._combine_modules(change)
         return change
 
     @property
     def _factor_names(self) -> list[str]:
         return [name for pair in self._pairs for name in (pair.a, pair.b)]
 
-    def _settled(self, change: Arrays) -> Wide:
+    def _settle(self, change: Arrays) -> Wide:
         """What rests does not move; the mean of what only some train is theirs alone."""
         total = sum(reply.weight for reply in self._replies.values())
         settled: Wide = {}
@@ -132,13 +132,13 @@ class FactorAggregator:
             settled[name] = array * (total / trained) if partly else np.asarray(array)
         return settled
 
-    def _combined(self, change: Arrays) -> Arrays:
+    def _combine_modules(self, change: Arrays) -> Arrays:
         """Apply the rule to each module, and measure it."""
         moved: Wide = dict(change)
         residuals = residuals_of(self._state)
         distances: dict[str, Distance] = {}
         for pair in self._pairs:
-            given = self._given(pair, residuals)
+            given = self._collect_module(pair, residuals)
             if given is None:
                 continue
             made = None if self._combine is None else self._combine(given)
@@ -152,7 +152,7 @@ class FactorAggregator:
         self.measured = self._aggregation(distances, residuals)
         return moved
 
-    def _given(self, pair: Pair, residuals: Mapping[str, LoraFactors]) -> ModuleReplies | None:
+    def _collect_module(self, pair: Pair, residuals: Mapping[str, LoraFactors]) -> ModuleReplies | None:
         """A module's round; None if nobody trained it."""
         replies = [reply for _, reply in sorted(self._replies.items()) if reply.moved & {pair.a, pair.b}]
         if not replies:
@@ -203,6 +203,6 @@ class FactorAggregator:
         )
 
 
-def measured_by(aggregator: Any) -> Aggregation | None:
+def get_measurement(aggregator: Any) -> Aggregation | None:
     """What an aggregator measured when it was closed; None if it doesn't measure."""
     return aggregator.measured if isinstance(aggregator, FactorAggregator) else None

@@ -51,7 +51,7 @@ class BudgetStore(Protocol):
         """
         ...
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         """What was committed last; None before the first charge."""
         ...
 
@@ -80,7 +80,7 @@ class RoundPrivacy(Protocol):
         """What the round's updates are folded into."""
         ...
 
-    def shown(self, outcome: ClientOutcome) -> ClientOutcome | None:
+    def filter_outcome(self, outcome: ClientOutcome) -> ClientOutcome | None:
         """What the operator's display may show of it; None: nothing."""
         ...
 
@@ -114,7 +114,7 @@ class NoPrivacy:
         """The strategy's own."""
         return strategy.begin(number, capacity=max(1, len(cohort.working)))
 
-    def shown(self, outcome: ClientOutcome) -> ClientOutcome | None:
+    def filter_outcome(self, outcome: ClientOutcome) -> ClientOutcome | None:
         """All of it."""
         return outcome
 
@@ -242,7 +242,7 @@ class CohortPrivacy:
         """Exact: every round costs the one account the same."""
         return self._books.ends_after(number, names)
 
-    def shown(self, outcome: ClientOutcome) -> ClientOutcome | None:
+    def filter_outcome(self, outcome: ClientOutcome) -> ClientOutcome | None:
         """Trouble and its reason."""
         if outcome.status not in ("failed", "refused"):
             return None
@@ -308,7 +308,7 @@ class ClientPrivacy:
         """The strategy's own: what it works on is noised already."""
         return strategy.begin(number, capacity=max(1, len(cohort.working)))
 
-    def shown(self, outcome: ClientOutcome) -> ClientOutcome | None:
+    def filter_outcome(self, outcome: ClientOutcome) -> ClientOutcome | None:
         """Without loss and rows."""
         return outcome.model_copy(update=_PRIVATE_COLUMNS)
 
@@ -371,7 +371,7 @@ def adaptive_clipping(section: ClientLevelPrivacy, expected_cohort: float) -> Ad
 
 def _ledger(run: RunConfig, store: BudgetStore, checkpoint: Checkpoint | None) -> BudgetLedger:
     """What was spent, checked against the last committed round."""
-    text, done = store.spent(), 0 if checkpoint is None else checkpoint.round
+    text, done = store.read_spent_ledger(), 0 if checkpoint is None else checkpoint.round
     if text is None and done:
         raise StateError(
             f"{done} rounds are committed and the ledger of spent privacy is gone; restore it, the run"

@@ -19,7 +19,7 @@ from fedpeft.rounds.scalar_counts import scalars_in
 from fedpeft.rounds.strategies import Aggregator
 from fedpeft.rounds.strategy_table import proximal_mu
 from fedpeft.rounds.traffic_stats import header_bytes
-from fedpeft.stages import StageContext, on_server, promised_payload
+from fedpeft.stages import StageContext, derive_payload, on_server
 from fedpeft.transport.tasks import Task, read_update, task_content
 from fedpeft.updates.update import Arrays, Layout, Update
 from fedpeft.wire.codec import Envelope, decode
@@ -96,7 +96,7 @@ def note(
 ) -> None:
     """Keep an outcome, and show of it what may be shown."""
     collected.outcomes.append(outcome)
-    shown = privacy.shown(outcome)
+    shown = privacy.filter_outcome(outcome)
     if shown is not None:
         federation.observer.client_done(shown)
 
@@ -112,7 +112,7 @@ def process_reply(
     payload = b""
     try:
         payload = read_update(reply)
-        envelope = _checked(federation, payload, asked, aggregator)
+        envelope = _decode_checked(federation, payload, asked, aggregator)
         collected.header = collected.header or header_bytes(envelope)
         context = StageContext(federation.run.run.seed, asked.round, asked.client)
         metrics = {key: value for key, value in envelope.metrics.items() if math.isfinite(value)}
@@ -149,12 +149,12 @@ def process_reply(
     )
 
 
-def _checked(
+def _decode_checked(
     federation: RoundContext, payload: bytes, asked: TaskRequest, aggregator: Aggregator
 ) -> Envelope:
     """Decode an update and refuse one that is not this client's answer to its task."""
     name = asked.client
-    promised = promised_payload(federation.stages)
+    promised = derive_payload(federation.stages)
     layout = aggregator.layout if asked.layout is None else asked.layout
     envelope = decode(payload, who=name, layout=layout, expect=promised)
     expected = {

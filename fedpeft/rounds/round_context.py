@@ -49,7 +49,7 @@ class History(Protocol):
         """
         ...
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         """Durable updates that no committed round counts: (client, round of its task), as they came."""
         ...
 

@@ -121,7 +121,7 @@ def _round(
     """One round: gather, move, evaluate, commit; None, with nobody asked, if the budget is spent."""
     started = time.monotonic()
     number = before.round + 1
-    gathered = gathering.gather(_opening(federation, broadcast, before))
+    gathered = gathering.collect(_opening(federation, broadcast, before))
     if gathered is None:
         return None
     step, refused = _step(federation, broadcast, before.state, gathered.change)
@@ -178,7 +178,7 @@ def _row(federation: RoundContext, gathered: CollectedRound, before: Checkpoint,
         scalars=scalars_of(collected.scalars),
         virtual_s=gathered.virtual_s,
         staleness=gathered.staleness,
-        joined=federation.roster.joined(before.round + 1),
+        joined=federation.roster.names_joining(before.round + 1),
         aggregation=gathered.aggregation,
     )
 

@@ -123,10 +123,10 @@ class StrategyRunner:
     @functools.cached_property
     def _zeros(self) -> Mapping[str, Array]:
         """What the strategy is anchored at."""
-        return {name: array_of(np.zeros(shape)) for name, (shape, _) in sorted(self._shown.items())}
+        return {name: array_of(np.zeros(shape)) for name, (shape, _) in sorted(self._visible_layout.items())}
 
     @property
-    def _shown(self) -> Layout:
+    def _visible_layout(self) -> Layout:
         """The arrays that the strategy sees."""
         if not self.rule.folds:
             return self.layout
@@ -135,7 +135,7 @@ class StrategyRunner:
     def aggregate_mean(self, round_: int, mean: PackedArrays, weight: int) -> Arrays:
         """Call a rule of the mean type with the one reply that it needs."""
         if self._made is not None:
-            return self._changed(round_, self._made.step(round_, dict(mean)))
+            return self._apply_change(round_, self._made.step(round_, dict(mean)))
         result = self.aggregate(round_, [({_ALL: mean.flat}, weight, 0.0)])
         return PackedArrays(result[_ALL], mean.packing)
 
@@ -153,14 +153,14 @@ class StrategyRunner:
                 " or ask more clients"
             )
         if self._made is not None:
-            return self._changed(round_, self._made.combine(round_, list(updates)))
+            return self._apply_change(round_, self._made.combine(round_, list(updates)))
         if self._pairs:
             return self._aggregate_products(round_, updates, Products(self._pairs, self._state))
         if self._strategy is None:
             return self._weigh(updates, Entries())
         return self.aggregate(round_, [_as_flower_reply(update, update.arrays) for update in updates])
 
-    def _changed(self, round_: int, change: Any) -> Arrays:
+    def _apply_change(self, round_: int, change: Any) -> Arrays:
         """What a plugin's strategy returned, if it is a change of the run's arrays.
 
         Raises:
@@ -186,7 +186,7 @@ class StrategyRunner:
         arrays = [update.arrays for update in updates]
         weights = np.array([update.weight for update in updates], dtype=np.float64)
         gram = geometry.gram(arrays)
-        return geometry.combined(
+        return geometry.combine(
             arrays, self.rule.coefficients(gram, weights / weights.sum(), **self._options)
         )
 
@@ -237,7 +237,9 @@ class StrategyRunner:
             value = getattr(self._strategy, attribute)
             if value is not None:
                 named = (
-                    value.items() if isinstance(value, dict) else zip(sorted(self._shown), value, strict=True)
+                    value.items()
+                    if isinstance(value, dict)
+                    else zip(sorted(self._visible_layout), value, strict=True)
                 )
                 kept.update({f"{attribute}/{name}": np.asarray(array) for name, array in named})
         return kept
@@ -249,7 +251,7 @@ class StrategyRunner:
         for attribute in self.rule.memory:
             named = {
                 name: memory[f"{attribute}/{name}"]
-                for name in sorted(self._shown)
+                for name in sorted(self._visible_layout)
                 if f"{attribute}/{name}" in memory
             }
             if named:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fedpeft.aggregation.robust import Coefficients, geometric_median, krum, multikrum, norm_bound
 from fedpeft.config.option_tables import unknown_name
 from fedpeft.config.sections import PeftSection, RunConfig, StrategySection
-from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, choose_traits
 from fedpeft.errors import MissingExtraError
 from fedpeft.models.methods import METHODS
 from fedpeft.plugins import EntryTable
@@ -76,14 +76,14 @@ class StrategyRule:
     def traits(self) -> Traits:
         """What it is, as `fedpeft.compatibility` asks."""
         told = {Trait.REMEMBERS_STEPS: bool(self.memory), Trait.NEEDS_EACH_UPDATE: not self.folds}
-        return self.declares | chosen(told)
+        return self.declares | choose_traits(told)
 
     def traits_with(self, options: Mapping[str, Any]) -> Traits:
         """What it is with its options."""
         eta = self.options.get("eta")
         step = options.get("eta", 1.0 if eta is None else eta.default)
         small = Trait.STEPS_BY_ETA in self.declares and isinstance(step, int | float) and step < 1
-        return self.traits | chosen({Trait.STEPS_BELOW_ONE: small})
+        return self.traits | choose_traits({Trait.STEPS_BELOW_ONE: small})
 
     @property
     def options(self) -> Mapping[str, inspect.Parameter]:

@@ -9,7 +9,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
+def compile_function(function: Callable[P, R]) -> Callable[P, R]:
     """`function` compiled to machine code at its first call.
 
     The code is cached beside the source or in the user's cache folder, keyed by processor. Where neither

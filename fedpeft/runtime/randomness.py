@@ -15,11 +15,11 @@ _SEPARATOR = "\x1f"  # ASCII's unit separator
 
 def derive_seed(seed: int, *name: str | int) -> int:
     """A 63-bit seed for the stream `name` of a run: bits of SHA-256 over the seed and the name."""
-    text = _SEPARATOR.join(f"{type(part).__name__}:{_escaped(part)}" for part in (seed, *name))
+    text = _SEPARATOR.join(f"{type(part).__name__}:{_escape(part)}" for part in (seed, *name))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def _escaped(part: str | int) -> str:
+def _escape(part: str | int) -> str:
     """The part without the separator, so that no client's name can run into the next part."""
     return str(part).replace("\\", "\\\\").replace(_SEPARATOR, "\\x1f")
 

@@ -50,7 +50,7 @@ class HostState:
             flat, sums = base.reshape(-1), self._sums[name]
             for start in range(0, flat.size, _CHUNK):
                 window = slice(start, start + _CHUNK)
-                digest.update(moved(flat[window], sums[window], self._quantum).data)
+                digest.update(apply_sums(flat[window], sums[window], self._quantum).data)
         return np.frombuffer(digest.digest(), dtype=">u4").astype(np.int64)
 
     def _move(self, amounts: NDArray[np.int64]) -> None:
@@ -68,7 +68,7 @@ class HostState:
         self._amounts = np.array(amounts)
 
 
-def moved(base: NDArray[np.float32], sums: NDArray[np.int32], quantum: float) -> NDArray[np.float32]:
+def apply_sums(base: NDArray[np.float32], sums: NDArray[np.int32], quantum: float) -> NDArray[np.float32]:
     """float32 base + quantum * sums, each weight rounded to nearest-even once; see `rounding.combine`."""
     from fedpeft.seedspace.numba_round import add_exactly
 

@@ -119,12 +119,12 @@ class Matrix:
     def __iter__(self) -> Iterator[Block]:
         """Each block, perturbed: use it before the next."""
         if self._weights.data_ptr() != self._place:  # the first time, or the parameter has moved
-            self._blocks, self._place = list(self._prepared()), self._weights.data_ptr()
+            self._blocks, self._place = list(self._prepare()), self._weights.data_ptr()
         for block in self._blocks:
             block.shift(self._point.direction, self._point.scale, block.values)
             yield block
 
-    def _prepared(self) -> Iterator[Block]:
+    def _prepare(self) -> Iterator[Block]:
         point, weights = self._point, self._weights.detach()
         height, rows = len(weights), point.rows(weights)
         for first in range(0, height, rows):
@@ -197,7 +197,7 @@ def embedding(site: Site, point: Point) -> Forward:
     return forward
 
 
-def swapped(site: Site, point: Point) -> Forward:
+def swap_parameters(site: Site, point: Point) -> Forward:
     """Any module: its own forward while perturbed copies stand in for its parameters."""
     original: Forward = site.module.forward
     places: list[tuple[dict[str, Any], str, torch.Tensor, Whole]] = []
@@ -288,8 +288,8 @@ def _choose(site: Site) -> Callable[[Site, Point], Forward]:
     """The special forward where the module is plain enough for it, else a swapped copy."""
     module = site.module
     if "forward" in module.__dict__ or getattr(module, "max_norm", None) is not None:
-        return swapped
-    return _FORWARDS.get(type(module), swapped)
+        return swap_parameters
+    return _FORWARDS.get(type(module), swap_parameters)
 
 
 def _sites(model: nn.Module, ids: Mapping[int, int]) -> list[Site]:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 from fedpeft.seedspace.parallel import over_ranges
@@ -20,7 +20,7 @@ _SPREAD = np.array(
 _DIRECTIONS = DIRECTIONS_PER_CHUNK
 
 
-@compiled
+@compile_function
 def _add_eight(rows: Words, planes: Words, addition: NDArray[np.int32], words: int) -> None:
     """One carry-save addition: eight rows into three planes and a carry row; seven full adders per word."""
     a, b, c, d = rows[addition[0]], rows[addition[1]], rows[addition[2]], rows[addition[3]]
@@ -55,7 +55,7 @@ def _add_eight(rows: Words, planes: Words, addition: NDArray[np.int32], words: i
         plane1[w] = ones
 
 
-@compiled
+@compile_function
 def _unpack(
     planes: Words, depth: int, blocks: int, total: int, packed: Words, spread: Words, out: NDArray[np.int64]
 ) -> None:
@@ -85,7 +85,7 @@ def _unpack(
                 out[base + i] += np.int64(octets[group, 64 * w + i]) << (8 * group + 1)
 
 
-@compiled
+@compile_function
 def _tiles(
     out: NDArray[np.int64],
     first_tile: int,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 from fedpeft.seedspace.layout import BLOCK, CounterStream
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 
@@ -16,7 +16,7 @@ _ONE = np.uint64(1)
 Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
-@compiled
+@compile_function
 def _add_blocks(
     low: Words, high: Words, before: Floats, after: Floats, scale: np.float32 | np.float64
 ) -> None:
@@ -32,7 +32,7 @@ def _add_blocks(
             target[i] = source[i] + (scale if (word >> np.uint64(i)) & _ONE else -scale)
 
 
-@compiled
+@compile_function
 def _add_partly(
     low: np.uint64, high: np.uint64, offset: int, before: Floats, after: Floats,
     scale: np.float32 | np.float64,
@@ -44,7 +44,7 @@ def _add_partly(
         after[i] = before[i] + (scale if bit & _ONE else -scale)
 
 
-@compiled
+@compile_function
 def _pieces(
     source: Floats,
     out: Floats,

@@ -9,7 +9,7 @@ so the order of tiles, threads and directions cannot show.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
 from fedpeft.seedspace.numba_signs import Words, fill_signs
 from fedpeft.seedspace.parallel import over_ranges
@@ -21,7 +21,7 @@ _PAIRS, _QUADS = np.uint64(0x5555555555555555), np.uint64(0x3333333333333333)
 _BYTES, _ONES = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(0x0101010101010101)
 
 
-@compiled
+@compile_function
 def _popcount(x: np.uint64) -> np.uint64:
     """Set bits of a word, in the form that compilers recognise and replace by the processor's instruction."""
     x = x - ((x >> _ONE) & _PAIRS)
@@ -30,7 +30,7 @@ def _popcount(x: np.uint64) -> np.uint64:
     return np.uint64((x * _ONES) >> _TOP)
 
 
-@compiled
+@compile_function
 def _pack(delta: NDArray[np.int64], blocks: int, planes: Words) -> int:
     """Writes the bit planes of one tile (row layout of `fill_signs`) and returns how many there are."""
     largest = np.int64(0)
@@ -50,7 +50,7 @@ def _pack(delta: NDArray[np.int64], blocks: int, planes: Words) -> int:
     return depth
 
 
-@compiled
+@compile_function
 def _count(row: Words, planes: Words, depth: int, words: int) -> np.int64:
     """sum_j weight_j |D_j & row|; four planes per pass share one load of the row."""
     result = np.int64(0)
@@ -78,7 +78,7 @@ def _count(row: Words, planes: Words, depth: int, words: int) -> np.int64:
     return result
 
 
-@compiled
+@compile_function
 def _tiles(
     delta: NDArray[np.int64],
     first_tile: int,

@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 
-@compiled
+@compile_function
 def add_exactly(
     base: NDArray[np.float32], sums: NDArray[np.int64], quantum: float, out: NDArray[np.float32]
 ) -> int:
@@ -26,7 +26,7 @@ def add_exactly(
     return inexact
 
 
-@compiled
+@compile_function
 def add_to_odd(
     base: NDArray[np.float32], sums: NDArray[np.int64], quantum: float, out: NDArray[np.float32]
 ) -> int:

@@ -8,7 +8,7 @@ processor has 512-bit registers, four with 256 bits.
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 from fedpeft.seedspace.philox_constants import MULTIPLIERS, ROUNDS, WEYL
 
 Words = NDArray[np.uint64]
@@ -19,7 +19,7 @@ _W0, _W1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
 _LOW, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 
-@compiled
+@compile_function
 def fill_signs(
     low: Words, high: Words, blocks: int, first: np.uint64, tail: Words, direction: np.uint64, key: np.uint64
 ) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
-from fedpeft.runtime.jit import compiled
+from fedpeft.runtime.jit import compile_function
 
 FORMAT = 0x51
 MAX_PARAMETER = 62
@@ -41,7 +41,7 @@ def encode_amounts(amounts: NDArray[np.int64]) -> bytes:
         ("1" if value < 0 else "0") + _rice(abs(value) - 1, value_bits) for value in values.tolist()
     )
     head = bytes([FORMAT]) + _varint(len(amounts)) + _varint(len(values)) + bytes([gap_bits, value_bits])
-    return head + _packed(text)
+    return head + _pack(text)
 
 
 def decode_amounts(payload: bytes, num_seeds: int, largest: int) -> NDArray[np.int64]:
@@ -88,12 +88,12 @@ def _line(fault: int, place: int, value: int, num_seeds: int, largest: int) -> s
     return f"{value} bits follow the last scalar: the stream is damaged"
 
 
-@compiled
+@compile_function
 def _bit(body: NDArray[np.uint8], place: int) -> Any:
     return (np.int64(body[place >> 3]) >> (7 - (place & 7))) & 1
 
 
-@compiled
+@compile_function
 def _take(body: NDArray[np.uint8], start: int, size: int, parameter: int, limit: int) -> tuple[int, int, Any]:
     """One code from bit `start`, expected below about `limit`: longer runs of ones aren't followed.
 
@@ -115,7 +115,7 @@ def _take(body: NDArray[np.uint8], start: int, size: int, parameter: int, limit:
     return _SOUND, start + parameter, value
 
 
-@compiled
+@compile_function
 def _read(
     body: NDArray[np.uint8],
     result: NDArray[np.int64],
@@ -167,7 +167,7 @@ def _rice(value: int, parameter: int) -> str:
     return "1" * (value >> parameter) + "0" + low
 
 
-def _packed(text: str) -> bytes:
+def _pack(text: str) -> bytes:
     padded = text + "0" * (-len(text) % 8)
     return int(padded, 2).to_bytes(len(padded) // 8, "big") if padded else b""
 

@@ -73,7 +73,7 @@ class BlockHadamard:
         _check(delta, (self.size,), self.block)
         result = torch.empty(self.num_blocks, self.rows, dtype=torch.int64, device=delta.device)
         for first, last, kept in self._groups(delta.device):
-            part = self._signed(delta, first, last)
+            part = self._apply_signs(delta, first, last)
             result[first:last] = hadamard(part).gather(1, kept)
         return result
 
@@ -105,7 +105,7 @@ class BlockHadamard:
     def _stream_of_rows(self) -> CounterStream:
         return CounterStream(self.seed, Purpose.HADAMARD_ROWS, self.step)
 
-    def _signed(self, delta: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    def _apply_signs(self, delta: torch.Tensor, first: int, last: int) -> torch.Tensor:
         """[blocks, n]: D x, padded with zeros."""
         begin, end = first * self.block, min(last * self.block, self.size)
         part = torch.zeros((last - first) * self.block, dtype=torch.int64, device=delta.device)

@@ -59,7 +59,7 @@ class OneBlock:
     count: int
     digest: str = ""
 
-    def chosen(self, directions: torch.Tensor) -> torch.Tensor:
+    def choose_blocks(self, directions: torch.Tensor) -> torch.Tensor:
         """int64 [K]: the block of each direction; 32 bits modulo `count`, so all but equally likely."""
         if len(directions) == 1:  # every tensor of a perturbed forward asks this
             return torch.tensor([_block_of(self.seed, int(directions), self.count)])
@@ -67,7 +67,7 @@ class OneBlock:
 
     def moves(self, tensor_id: int, directions: torch.Tensor) -> torch.Tensor:
         """Those that chose the tensor's block."""
-        return self.chosen(directions) == self.blocks[tensor_id]
+        return self.choose_blocks(directions) == self.blocks[tensor_id]
 
     def mask(self, tensor_id: int) -> None:
         """Everything."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fedpeft.seedspace.layout import BLOCK, CounterStream, Span
-from fedpeft.seedspace.triton_signs import kernel, sign_words, signed
+from fedpeft.seedspace.triton_signs import kernel, load_signs, sign_words
 
 LANES = 32  # blocks per program: 4096 coordinates, 32 accumulators per thread of a 128-thread program
 NARROW_LIMIT = 2**31 - 1
@@ -36,10 +36,10 @@ def _accumulate(  # type: ignore[no-untyped-def]  # Triton types its own argumen
     for k in range(count):
         amount = tl.load(amounts + k).to(kind)
         w0, w1, w2, w3 = sign_words(parameters, tl.load(directions + k), offsets)
-        s0 += signed(w0, amount)
-        s1 += signed(w1, amount)
-        s2 += signed(w2, amount)
-        s3 += signed(w3, amount)
+        s0 += load_signs(w0, amount)
+        s1 += load_signs(w1, amount)
+        s2 += load_signs(w2, amount)
+        s3 += load_signs(w3, amount)
     inside = (offsets < blocks)[:, None]
     target = out + offsets[:, None] * 128 + tl.arange(0, 32)[None, :]
     tl.store(target, s0.to(tl.int64), mask=inside)
@@ -70,7 +70,7 @@ def _project(  # type: ignore[no-untyped-def]  # Triton types its own arguments
     d3 = tl.load(source + 96, mask=inside, other=0).to(kind)
     for k in range(count):
         w0, w1, w2, w3 = sign_words(parameters, tl.load(directions + k), offsets)
-        products = signed(w0, d0) + signed(w1, d1) + signed(w2, d2) + signed(w3, d3)
+        products = load_signs(w0, d0) + load_signs(w1, d1) + load_signs(w2, d2) + load_signs(w3, d3)
         tl.atomic_add(out + k, tl.sum(tl.sum(products, axis=1), axis=0).to(tl.int64))
 
 
@@ -98,7 +98,7 @@ def _perturb(  # type: ignore[no-untyped-def]  # Triton types its own arguments
         place = base + 32 * word
         inside = (place >= 0) & (place < length)
         before = tl.load(source + piece * length + place, mask=inside, other=0)
-        tl.store(out + piece * length + place, before + signed(bits, amount), mask=inside)
+        tl.store(out + piece * length + place, before + load_signs(bits, amount), mask=inside)
 
 
 def accumulate(

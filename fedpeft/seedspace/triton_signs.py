@@ -44,7 +44,7 @@ def sign_words(parameters, direction, blocks):  # type: ignore[no-untyped-def]  
 
 
 @kernel
-def signed(word, value):  # type: ignore[no-untyped-def]  # Triton types its own arguments
+def load_signs(word, value):  # type: ignore[no-untyped-def]  # Triton types its own arguments
     """[lanes, 32]: +value where the lane's bit is set, -value elsewhere."""
     bits = (word[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) & 1
     return tl.where(bits != 0, value, -value)

@@ -94,7 +94,7 @@ def run_baselines(
     if "pooled" not in names:  # the longest job first
         jobs[_submit(scorer, "pooled", None, budget.pooled, shared)] = ("pooled", "pooled")
     if "local" not in names:
-        for name in _sampled(sorted(budget.alone)):
+        for name in _sample(sorted(budget.alone)):
             jobs[_submit(scorer, f"local/{name}", name, budget.alone[name], shared)] = ("local", name)
     results: dict[str, dict[str, Evaluation]] = {"local": {}, "pooled": {}}
     wanted = {kind: sum(job[0] == kind for job in jobs.values()) for kind in results}
@@ -133,7 +133,7 @@ def train_and_score(
     return summarise(columns, metrics, clients=places, resamples=resident.run.evaluation.bootstrap, rng=rng)
 
 
-def _sampled(names: Sequence[str]) -> Sequence[str]:
+def _sample(names: Sequence[str]) -> Sequence[str]:
     if len(names) <= MOST_ALONE:
         return names
     return [names[round(place)] for place in np.linspace(0, len(names) - 1, MOST_ALONE)]

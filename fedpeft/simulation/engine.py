@@ -25,22 +25,22 @@ from fedpeft.errors import StateError, UsageError
 from fedpeft.evaluation.metrics import METRICS, metrics_of
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.ray_engine import run_on_ray
-from fedpeft.flower.server_app import Order, Server, execute_rounds
+from fedpeft.flower.server_app import Order, RoundServer, execute_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.records import ClientOutcome, Finished, Promise, Round, Started
-from fedpeft.ledger.run_folder import begun_or_new
+from fedpeft.ledger.run_folder import open_or_create
 from fedpeft.ledger.run_place import PLUGGED
 from fedpeft.models.base_model import load_base
 from fedpeft.models.card import public_name, write_card, write_tokenizer
-from fedpeft.models.comparison import bytes_of_copy, made_up_rows, read_logits, refuse_difference
+from fedpeft.models.comparison import bytes_of_copy, draw_token_rows, read_logits, refuse_difference
 from fedpeft.models.coverage import coverage_notes
 from fedpeft.models.device import available_memory, full_memory_refused, move, peak_memory
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter
 from fedpeft.models.starts import decomposition_of_model
 from fedpeft.models.trainable import count_parameters
 from fedpeft.participant.assembly import Admit, device_for
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.preflight import has_answers, refuse_problems, simulation_problems
 from fedpeft.privacy.kinds import budget_of, event_of, kind_of
 from fedpeft.privacy.noise_sources import refuse_seeded
@@ -60,7 +60,9 @@ from fedpeft.training.setting_notes import setting_notes
 from fedpeft.transport.roster import Roster
 from fedpeft.workers import Workers, open_workers
 
-Engine = Callable[[Server, Checkpoint | None, Workers], Checkpoint]  # holds the rounds after a checkpoint
+Engine = Callable[
+    [RoundServer, Checkpoint | None, Workers], Checkpoint
+]  # holds the rounds after a checkpoint
 OWN_MODELS = (
     "every client keeps parameters to itself: scores are of each client's own model on its own held-out rows,"
     " and adapter/ holds only what clients share"
@@ -159,7 +161,7 @@ def execute_run(
     Raises:
         FedPEFTError: see `fedpeft.errors`. Every committed round stays, and the run can be resumed.
     """
-    if folder.finished() is not None:
+    if folder.read_end() is not None:
         progress.note(f"{folder.path} is finished already; nothing to do")
         return _result(folder)
     return _RunExecution(folder, venue, progress, spent_s).run(workers)
@@ -178,24 +180,24 @@ def serve(order: Order) -> None:
     refuse_attack(run)
     out = order.out or Path("runs") / run.run.name
 
-    def on_nodes(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+    def on_nodes(server: RoundServer, last: Checkpoint | None, pool: Workers) -> Checkpoint:
         deadline_s = run.federation.deadline_s if run.federation.clock is None else None
         return execute_rounds(server, order.grid, last, timeout_s=deadline_s)
 
     log = Console(force_terminal=False, highlight=False)  # what is printed goes to the Flower run's log
-    with begun_or_new(out, run) as folder, PlainProgress(log) as progress:
-        finished = folder.finished() is not None
+    with open_or_create(out, run) as folder, PlainProgress(log) as progress:
+        finished = folder.read_end() is not None
         result = execute_run(folder, Deployment("flower", on_nodes), progress)
         if not finished:
             progress.result(result.summary, result.paths, result.snippet)
 
 
-def _on_local_grid(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+def _on_local_grid(server: RoundServer, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     grid = LocalGrid(server.resident.clients_here, pool)
     return execute_rounds(server, grid, last, grid)
 
 
-def _on_ray(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+def _on_ray(server: RoundServer, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     server.step("starting Flower's simulation engine")
     clients = server.resident.clients_here
     return run_on_ray(lambda grid: execute_rounds(server, grid, last), clients, pool.width)
@@ -269,7 +271,7 @@ class _RunExecution:
         if last is not None and last.round >= self._run.run.rounds:
             self._announce()
             return last
-        server = Server(
+        server = RoundServer(
             resident=self._resident,
             journal=self._folder,
             observer=_Observer(self._progress, self._sinks),
@@ -286,13 +288,13 @@ class _RunExecution:
 
     def _announce(self, roster: Roster | None = None) -> None:
         """Write the first row once, and tell people in any case."""
-        row = self._folder.started()
+        row = self._folder.read_start()
         if row is None:
-            row = started_row(self._resident, self._metrics, self._venue.name, roster)
+            row = make_start_row(self._resident, self._metrics, self._venue.name, roster)
             self._folder.append(row)
         for sink in self._sinks:
             sink.write(row)
-        self._progress.started(row)
+        self._progress.show_start(row)
         covered = coverage_notes(self._resident.model, self._run.peft)
         for note in (*promise_notes(row.privacy), *attack_notes(row), *covered):
             self._progress.note(note)
@@ -340,13 +342,13 @@ class _RunExecution:
                 adapter_digest=adapter_digest(folder.adapter),
                 bytes_up_per_client=up,
                 bytes_down_per_client=down,
-                stopped=_stopped(self._run, final.round),
+                stopped=_describe_stop(self._run, final.round),
                 peak_rss_mib=_peak_rss_mib(),
                 peak_device_mib=_peak_device_mib(self._resident),
                 wall_s=time.monotonic() - self._began,
             )
             folder.append(row)
-            self._progress.finished(row)
+            self._progress.show_end(row)
         write_summary(folder)
 
 
@@ -384,7 +386,7 @@ def compare_adapter(resident: LoadedRun, adapter: Path) -> str:
     run = resident.run
     base = load_base(run.model, num_labels=resident.data.num_labels, seed=derive_seed(run.run.seed, "head"))
     loaded = load_adapter(base, adapter, decomposition_of_model(resident.model))
-    rows = made_up_rows(loaded)
+    rows = draw_token_rows(loaded)
     with full_memory_refused():
         found = read_logits(move(loaded, resident.device), rows)
     refuse_difference(
@@ -432,7 +434,9 @@ def run_metrics(run: RunConfig) -> tuple[str, ...]:
     return metrics_of(run.model.task, run.evaluation.metrics, answers=has_answers(run))
 
 
-def started_row(resident: LoadedRun, metrics: tuple[str, ...], engine: str, roster: Roster | None) -> Started:
+def make_start_row(
+    resident: LoadedRun, metrics: tuple[str, ...], engine: str, roster: Roster | None
+) -> Started:
     """What a run says of itself before it begins; without a roster, its clients are those of its rows."""
     run, data = resident.run, resident.data
     private = run.privacy is not None
@@ -481,7 +485,7 @@ def refuse_other_plugins(folder: RunFolder) -> None:
     Raises:
         StateError: they differ.
     """
-    begun, now = folder.started(), plugin_versions(folder.run)
+    begun, now = folder.read_start(), plugin_versions(folder.run)
     if begun is None:
         return
     before = {name: version for name, version in begun.versions.items() if name.startswith(_PLUGIN)}
@@ -513,7 +517,7 @@ def promise_of(run: RunConfig, *, measured: bool) -> Promise | None:
     )
 
 
-def _stopped(run: RunConfig, last: int) -> str:
+def _describe_stop(run: RunConfig, last: int) -> str:
     """Why a run ended before its last round, which only a spent budget makes it do well; empty: it didn't."""
     if last >= run.run.rounds:
         return ""
@@ -527,7 +531,7 @@ def _result(folder: RunFolder) -> RunResult:
 
 def _snippet(folder: RunFolder, adapter: str) -> str:
     """The lines that load the adapter; labels that the run file doesn't list come from the rows."""
-    tables, started = tomllib.loads(run_toml(folder.run)), folder.started()
+    tables, started = tomllib.loads(run_toml(folder.run)), folder.read_start()
     if started is not None and started.labels:
         tables["data"]["labels"] = list(started.labels)
     return load_snippet(tables, adapter)

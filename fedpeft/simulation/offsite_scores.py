@@ -13,7 +13,7 @@ from fedpeft.models.base_model import load_base
 from fedpeft.models.device import move
 from fedpeft.models.export import load_adapter
 from fedpeft.models.offsite import Emulator, check_source, emulator_of, plug_in
-from fedpeft.models.trainable import frozen_digest
+from fedpeft.models.trainable import digest_frozen
 from fedpeft.participant.loaded_run import LoadedRun, add_loaded_run, drop_loaded_run
 from fedpeft.runtime.randomness import derive_seed
 from fedpeft.simulation.parallel_scoring import Scorer
@@ -76,7 +76,7 @@ def _full_resident(resident: LoadedRun, name: str, adapter: Path | None) -> Load
     model = load_base(section, num_labels=resident.data.num_labels, seed=seed)
     if adapter is not None:
         model = load_adapter(model, adapter)
-    digest = frozen_digest(model)
+    digest = digest_frozen(model)
     move(model, resident.device)
     return LoadedRun(
         run=run,

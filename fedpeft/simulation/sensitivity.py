@@ -93,11 +93,11 @@ def measure_sensitivity(
     chosen = rng.permutation(len(units))[:neighbours]
     for round_, number in enumerate(chosen):
         unit = units[int(number)]
-        fewer = _encoded(run, resident, [r for place, r in enumerate(records) if place not in unit])
+        fewer = _encode(run, resident, [r for place, r in enumerate(records) if place not in unit])
         resident.space.enter(resident.parameters, state)
         key = int(rng.integers(2**63))
         whole, part = (_sum(resident, data, state, key) for data in (resident.data, fewer))
-        told = _told(resident, resident.data)
+        told = _make_inputs(resident, resident.data)
         unit_length = math.ldexp(1.0, told.mechanism.exponent) / told.mechanism.max_grad_norm
         yield Measurement(
             left_out=records[min(unit)].where,
@@ -127,11 +127,11 @@ def _table(run: RunConfig, records: Sequence[RowRecord]) -> RawFederated:
     return client_table(section, records, run.model.task, run.run.seed, CLIENT, hides_rows=True)
 
 
-def _encoded(run: RunConfig, resident: LoadedRun, records: Sequence[RowRecord]) -> FederatedData:
+def _encode(run: RunConfig, resident: LoadedRun, records: Sequence[RowRecord]) -> FederatedData:
     return encode(_table(run, records), resident.tokenizer, run.data, run.model.task, hides_rows=True)
 
 
-def _told(resident: LoadedRun, data: FederatedData) -> private.PrivateTrainingInputs:
+def _make_inputs(resident: LoadedRun, data: FederatedData) -> private.PrivateTrainingInputs:
     run = resident.run
     if not isinstance(run.privacy, RecordLevelPrivacy):
         raise PrivacyError("a run without record-level privacy has no bound on its rows")
@@ -142,7 +142,7 @@ def _told(resident: LoadedRun, data: FederatedData) -> private.PrivateTrainingIn
 
 def _sum(resident: LoadedRun, data: FederatedData, state: Arrays, key: int) -> NDArray[np.int64]:
     """The sum of one step, before its noise, at the parameters as they are."""
-    told = _told(resident, data)
+    told = _make_inputs(resident, data)
     if told.section.kind != "zeroth-order":
         return private.gradient_sum(resident.model, resident.parameters, told, key)
     route = resident.space.route(state, told.section.queries, stream(key, "directions"))

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.aggregation.exact_sum import moved
+from fedpeft.aggregation.exact_sum import add_change
 from fedpeft.config.sections import RunConfig, Section
 from fedpeft.config.traits import Trait, Traits
 from fedpeft.seedspace.layout import MAX_DIRECTION
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.updates.packed import PackedArrays, pack, packing_of
-from fedpeft.updates.update import Arrays, Layout, frozen_arrays, layout_of
+from fedpeft.updates.update import Arrays, Layout, freeze_arrays, layout_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,7 +61,7 @@ class AdapterDelta(Section):
         """Copies of the trainable parameters."""
         from fedpeft.models.trainable import read_parameters  # with a model, as it brings torch
 
-        return frozen_arrays(read_parameters(parameters))
+        return freeze_arrays(read_parameters(parameters))
 
     def enter(self, parameters: Parameters, state: Arrays) -> None:
         """Copy the state into the trainable parameters."""
@@ -94,7 +94,7 @@ class AdapterDelta(Section):
         """That of an update."""
         return self.update_layout(state)
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """Itself: a change is added wherever the model has got to."""
         return arrays
 
@@ -105,4 +105,4 @@ class AdapterDelta(Section):
         """State plus change, added in float64 and rounded once to float32."""
         packing = packing_of(layout_of(state)).like("<f4")
         start, by = pack(state, packing).flat, pack(change, packing.like("<f8")).flat
-        return PackedArrays(moved(start, by), packing)
+        return PackedArrays(add_change(start, by), packing)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 FEWEST = 2  # coefficients of a block
 
 
-def shared_counts(total: int, norms: Sequence[int]) -> list[int]:
+def count_shared(total: int, norms: Sequence[int]) -> list[int]:
     """Return how many of `total` coefficients each block gets: `FEWEST`, and more in proportion to norms.
 
     What the division leaves over goes to the blocks with the largest remainders, earlier ones first.

@@ -75,7 +75,7 @@ class ServerSpace(Protocol):
         """Names, shapes and dtypes of an update as it is summed; see `placed`."""
         ...
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """An update as it is summed with others, which may have started from other states.
 
         Args:

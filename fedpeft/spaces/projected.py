@@ -16,14 +16,14 @@ from torch import nn
 from fedpeft.errors import ModelError, TrainingError, UpdateError
 from fedpeft.seedspace.project import quantise
 from fedpeft.seedspace.rounding import combine
-from fedpeft.spaces.allocation import shared_counts, squared_norm, whole_root
+from fedpeft.spaces.allocation import count_shared, squared_norm, whole_root
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.spaces.fingerprint import fingerprint, refuse_other_weights
 from fedpeft.spaces.projections import Projection, Signs
-from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, rounded
+from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, round_to_integers
 from fedpeft.spaces.seed_rules import FINGERPRINT
 from fedpeft.spaces.timing import least_s
-from fedpeft.updates.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, freeze_arrays
 
 LARGEST = 2**30  # quanta of one coefficient
 MOST = 2**53  # of all coefficients of a tensor in magnitude: sums stay exact
@@ -100,7 +100,7 @@ class Projected:
         """The coefficients of one round; the fingerprint is any other."""
         mean = np.mean([update[AMOUNTS] for update in updates], axis=0)
         amounts = np.zeros(self._rounds * self._width, dtype=np.int64)
-        amounts[: self._width] = rounded(mean * self._server_lr)
+        amounts[: self._width] = round_to_integers(mean * self._server_lr)
         words = rng.integers(-(2**32), 2**32, state[FINGERPRINT].size)
         return {AMOUNTS: amounts, NEXT: np.ones(1, dtype=np.int64), FINGERPRINT: words}
 
@@ -173,7 +173,7 @@ class Projected:
         """That of an update."""
         return self.update_layout(state)
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """Itself; only updates of one round are summed."""
         return arrays
 
@@ -209,7 +209,7 @@ class Projected:
         """
         number = int(state[NEXT][0])
         amounts = np.array(state[AMOUNTS])
-        amounts[number * self._width : (number + 1) * self._width] = rounded(
+        amounts[number * self._width : (number + 1) * self._width] = round_to_integers(
             change[AMOUNTS] * self._server_lr
         )
         if float(np.abs(amounts.astype(np.float64)).sum()) >= MOST:
@@ -221,7 +221,7 @@ class Projected:
 
     def _with_fingerprint(self, arrays: dict[str, NDArray[np.int64]]) -> Arrays:
         self._move(arrays)
-        return frozen_arrays(
+        return freeze_arrays(
             {**arrays, FINGERPRINT: fingerprint({name: self._weights(name) for name in self._base})}
         )
 
@@ -230,7 +230,7 @@ class Projected:
 
     def _move(self, state: Arrays) -> None:
         """Bring the cached sums to a state: add its new rounds, or begin anew where an old one differs."""
-        amounts, number = self._checked(state)
+        amounts, number = self._check(state)
         past = self._done.size // self._width
         if past > number or not np.array_equal(self._done, amounts[: self._done.size]):
             self._sums, self._squares, past = self._zeros(), [0] * len(self.projections), 0
@@ -258,7 +258,7 @@ class Projected:
             return self.projections
         if not any(self._squares):
             return self._by_norm
-        counts = shared_counts(self.count, [whole_root(square) for square in self._squares])
+        counts = count_shared(self.count, [whole_root(square) for square in self._squares])
         return {
             name: replace(block, count=count)
             for (name, block), count in zip(self._by_norm.items(), counts, strict=True)
@@ -276,7 +276,7 @@ class Projected:
             for name, base in self._base.items()
         }
 
-    def _checked(self, state: Arrays) -> tuple[NDArray[np.int64], int]:
+    def _check(self, state: Arrays) -> tuple[NDArray[np.int64], int]:
         amounts, following = state.get(AMOUNTS), state.get(NEXT)
         if (
             amounts is None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from fedpeft.config.sections import Count, PositiveFloat, RunConfig, Section, TrainingSection, unit
-from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.config.traits import Trait, Traits, choose_traits
 from fedpeft.seedspace.layout import tensor_ids
 from fedpeft.spaces.allocation import FEWEST
 
@@ -97,7 +97,7 @@ class ProjectedOptions(Section):
     @property
     def traits(self) -> Traits:
         """With several sets of directions most coefficients come from one client or none."""
-        return self.declares | chosen({Trait.SPARSE_VISITS: self.direction_sets > 1})
+        return self.declares | choose_traits({Trait.SPARSE_VISITS: self.direction_sets > 1})
 
     def open(self, run: RunConfig, model: nn.Module) -> Projected:
         """Take theta_0 from the model."""
@@ -118,7 +118,7 @@ class ProjectedOptions(Section):
         exponent = self.quantum_exponent
         if exponent is None:
             total = sum(parameter.numel() for parameter in live.values())
-            exponent = fitting_exponent(expected_move(run.training, total), widest, self.num_seeds)
+            exponent = fitting_exponent(estimate_move(run.training, total), widest, self.num_seeds)
         return Projected(
             live,
             projections,
@@ -141,7 +141,7 @@ def fitting_exponent(move: float, size: int, count: int) -> int:
     return math.floor(math.log2(move * min(1.0, math.sqrt(size) / count) / RESOLUTION))
 
 
-def expected_move(section: TrainingSection, parameters: int) -> float:
+def estimate_move(section: TrainingSection, parameters: int) -> float:
     """Return about how far a round of local steps moves a weight, before any step is made.
 
     Steps are taken to have unrelated directions. An optimiser that divides by the size of gradients moves a

@@ -65,7 +65,7 @@ class Signs:
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
         """Each dot product times the factor, rounded to the nearest integer."""
         dots = project(CounterStream(self.seed), self._span, self._directions(round_), change)
-        return divided(dots, self.count)
+        return divide_rounded(dots, self.count)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The directions, each times its coefficient."""
@@ -114,7 +114,7 @@ class Sketch:
     def coefficients(self, change: torch.Tensor, round_: int) -> torch.Tensor:
         """Each kept coefficient over the number kept of its block, rounded to the nearest integer."""
         kept = self._transform(round_).project(change).flatten()
-        return divided(kept, self.rows)
+        return divide_rounded(kept, self.rows)
 
     def rebuild(self, coefficients: torch.Tensor, round_: int) -> torch.Tensor:
         """The transposed transform of the coefficients."""
@@ -124,7 +124,7 @@ class Sketch:
         return BlockHadamard(self.seed, round_, self.tensor_id, self.size, self.block, self.rows)
 
 
-def divided(values: torch.Tensor, by: int) -> torch.Tensor:
+def divide_rounded(values: torch.Tensor, by: int) -> torch.Tensor:
     """int64 values over a positive integer, to nearest with ties upwards, in integers throughout."""
     return torch.div(2 * values + by, 2 * by, rounding_mode="floor")
 

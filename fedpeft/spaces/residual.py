@@ -13,7 +13,7 @@ from fedpeft.aggregation.lora_rules import is_residual, residuals_of
 from fedpeft.models.frozen_products import FrozenProducts
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.spaces.base import Memory, Parameters, Route, Trail
-from fedpeft.updates.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, freeze_arrays
 
 
 class ResidualSpace:
@@ -37,7 +37,7 @@ class ResidualSpace:
 
     def example(self, state: Arrays, visits: int, rng: np.random.Generator) -> tuple[Arrays, Arrays]:
         """As without frozen products, of which nobody knows the rank beforehand."""
-        return self._plain.example(_trained(state), visits, rng)
+        return self._plain.example(_select_trained(state), visits, rng)
 
     def example_step(self, state: Arrays, updates: Sequence[Arrays], rng: np.random.Generator) -> None:
         """States travel whole."""
@@ -52,7 +52,7 @@ class ResidualSpace:
     def enter(self, parameters: Parameters, state: Arrays) -> None:
         """Parameters and products as the state has them."""
         self._products.write(residuals_of(state))
-        self._plain.enter(parameters, _trained(state))
+        self._plain.enter(parameters, _select_trained(state))
 
     def route(self, state: Arrays, visits: int, rng: np.random.Generator) -> Route:
         """As `AdapterDelta`."""
@@ -66,7 +66,7 @@ class ResidualSpace:
         memory: Memory | None = None,
     ) -> Arrays:
         """As `AdapterDelta`; nothing is said of the products."""
-        return self._plain.express(parameters, _trained(state), trail, memory)
+        return self._plain.express(parameters, _select_trained(state), trail, memory)
 
     def update_layout(self, state: Layout) -> Layout:
         """That of the parameters."""
@@ -76,7 +76,7 @@ class ResidualSpace:
         """That of the parameters."""
         return self.update_layout(state)
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """Itself."""
         return arrays
 
@@ -85,13 +85,15 @@ class ResidualSpace:
 
     def apply(self, state: Arrays, change: Mapping[str, NDArray[np.floating[Any]]]) -> Arrays:
         """Parameters plus their change; products replaced where the change has them."""
-        moved = self._plain.apply(_trained(state), {n: a for n, a in change.items() if not is_residual(n)})
+        moved = self._plain.apply(
+            _select_trained(state), {n: a for n, a in change.items() if not is_residual(n)}
+        )
         products = {name: array for name, array in state.items() if is_residual(name)}
         products |= {name: array.astype(np.float32) for name, array in change.items() if is_residual(name)}
-        return frozen_arrays({**moved, **products}) if products else moved
+        return freeze_arrays({**moved, **products}) if products else moved
 
 
-def _trained(state: Arrays) -> Arrays:
+def _select_trained(state: Arrays) -> Arrays:
     """The state without its products; itself if it has none."""
     if not any(is_residual(name) for name in state):
         return state

@@ -43,7 +43,7 @@ class Mode(Protocol):
         """Arrays of an update as it is summed."""
         ...
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """An update as it is summed, whose state was `age` rounds old."""
         ...
 
@@ -60,7 +60,7 @@ class Mode(Protocol):
         ...
 
 
-def rounded(values: NDArray[np.floating[Any]]) -> Integers:
+def round_to_integers(values: NDArray[np.floating[Any]]) -> Integers:
     """Nearest integers, ties to even: the one place where a strategy's floats become integers again.
 
     Raises:
@@ -72,7 +72,7 @@ def rounded(values: NDArray[np.floating[Any]]) -> Integers:
     return whole
 
 
-def _summed(length: int, directions: Integers, values: Integers) -> Integers:
+def _sum(length: int, directions: Integers, values: Integers) -> Integers:
     result = np.zeros(length, dtype=np.int64)
     np.add.at(result, directions, values)
     return result
@@ -103,7 +103,7 @@ class FixedSeeds:
         """The same."""
         return self.layout()
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """Itself: the candidates are those of the whole run."""
         return arrays
 
@@ -113,11 +113,11 @@ class FixedSeeds:
 
     def express(self, state: Arrays, trail: Trail) -> dict[str, Integers]:
         """The client's own A."""
-        return {AMOUNTS: _summed(self.num_seeds, trail.directions, trail.amounts)}
+        return {AMOUNTS: _sum(self.num_seeds, trail.directions, trail.amounts)}
 
     def apply(self, state: Arrays, change: Change) -> dict[str, Integers]:
         """A plus the rounded change."""
-        return {AMOUNTS: state[AMOUNTS] + rounded(change[AMOUNTS])}
+        return {AMOUNTS: state[AMOUNTS] + round_to_integers(change[AMOUNTS])}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class WeightedSeeds:
         """The same."""
         return self.layout()
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """Itself: the candidates are those of the whole run."""
         return arrays
 
@@ -169,15 +169,15 @@ class WeightedSeeds:
         """The client's own three sums."""
         sizes = np.minimum(np.abs(trail.amounts), self.clip)
         return {
-            AMOUNTS: _summed(self.num_seeds, trail.directions, trail.amounts),
-            MAGNITUDES: _summed(self.num_seeds, trail.directions, sizes),
-            VISITS: _summed(self.num_seeds, trail.directions, np.ones_like(sizes)),
+            AMOUNTS: _sum(self.num_seeds, trail.directions, trail.amounts),
+            MAGNITUDES: _sum(self.num_seeds, trail.directions, sizes),
+            VISITS: _sum(self.num_seeds, trail.directions, np.ones_like(sizes)),
         }
 
     def apply(self, state: Arrays, change: Change) -> dict[str, Integers]:
         """Every array plus its rounded change; sizes and visits in 1024ths."""
         unit = {AMOUNTS: 1, MAGNITUDES: _COUNT_UNIT, VISITS: _COUNT_UNIT}
-        return {name: state[name] + rounded(change[name] * unit[name]) for name in unit}
+        return {name: state[name] + round_to_integers(change[name] * unit[name]) for name in unit}
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ class CommonDirections:
         """int64 [window * S], the directions of this round first, then those of the round before it."""
         return _layout(self.window * self.per_round, AMOUNTS)
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """The scalars in the row of their round, zeros in the others."""
         if self.window == 1:
             return arrays
@@ -235,13 +235,13 @@ class CommonDirections:
 
     def express(self, state: Arrays, trail: Trail) -> dict[str, Integers]:
         """The client's own A over the round's directions."""
-        return {AMOUNTS: _summed(self.per_round, trail.directions - self._first(state), trail.amounts)}
+        return {AMOUNTS: _sum(self.per_round, trail.directions - self._first(state), trail.amounts)}
 
     def apply(self, state: Arrays, change: Change) -> dict[str, Integers]:
         """The parts of A that belong to the last rounds' directions; those of a later one are still zero."""
         first = self._first(state)
         amounts = np.array(state[AMOUNTS])
-        for age, row in enumerate(rounded(change[AMOUNTS]).reshape(-1, self.per_round)):
+        for age, row in enumerate(round_to_integers(change[AMOUNTS]).reshape(-1, self.per_round)):
             begin = first - age * self.per_round
             if begin >= 0:  # nobody can have started before the first state
                 amounts[begin : begin + self.per_round] += row

@@ -97,11 +97,11 @@ class SeedScalarsOptions(Section):
             )
         if self.mode == "fedkseed-pro":
             largest = quanta(PUBLISHED_CLIP * run.training.lr, self.exponent(run.training.lr))
-            return WeightedSeeds(self.num_seeds, largest, expected_cohort(run))
+            return WeightedSeeds(self.num_seeds, largest, estimate_cohort(run))
         return FixedSeeds(self.num_seeds)
 
 
-def expected_cohort(run: RunConfig) -> int:
+def estimate_cohort(run: RunConfig) -> int:
     """Return how many clients a round is expected to average, from the run file alone.
 
     Raises:

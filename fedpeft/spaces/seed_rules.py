@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedpeft.errors import ModelError, UpdateError
 from fedpeft.seedspace.layout import MAX_INT32
 from fedpeft.spaces.seed_modes import AMOUNTS, Integers, Mode
-from fedpeft.updates.update import Arrays, Layout, frozen_arrays
+from fedpeft.updates.update import Arrays, Layout, freeze_arrays
 
 FINGERPRINT = "fingerprint"  # of the weights that a state stands for, as int64 [8]
 
@@ -23,7 +23,7 @@ class SeedRules:
 
     Attributes:
         largest: the most quanta that one client may move along one direction in a round.
-        weighed: from int64 [K] amounts to the fingerprint of their weights; see `checked_amounts`.
+        weighed: from int64 [K] amounts to the fingerprint of their weights; see `check_amounts`.
     """
 
     kind: ClassVar[str] = "seed-scalars"
@@ -44,9 +44,9 @@ class SeedRules:
         """The mode's arrays."""
         return self.mode.sum_layout()
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """As the mode does: by the directions that it was measured along."""
-        return self.mode.placed(arrays, age)
+        return self.mode.align(arrays, age)
 
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """Refuse scalars out of the agreed range, and what the state's sums have no room for.
@@ -82,11 +82,11 @@ class SeedRules:
         return self._with_fingerprint(self.mode.apply(state, change))
 
     def _with_fingerprint(self, arrays: dict[str, Integers]) -> Arrays:
-        amounts = checked_amounts(arrays, self.mode.num_seeds)
-        return frozen_arrays({**arrays, FINGERPRINT: self.weighed(amounts)})
+        amounts = check_amounts(arrays, self.mode.num_seeds)
+        return freeze_arrays({**arrays, FINGERPRINT: self.weighed(amounts)})
 
 
-def checked_amounts(state: Arrays, num_seeds: int) -> Integers:
+def check_amounts(state: Arrays, num_seeds: int) -> Integers:
     """A of a state.
 
     Raises:

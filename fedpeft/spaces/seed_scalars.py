@@ -19,7 +19,7 @@ from fedpeft.spaces.base import Memory, Parameters, Route, Trail
 from fedpeft.spaces.fingerprint import fingerprint, refuse_other_weights
 from fedpeft.spaces.seed_modes import AMOUNTS, NEXT, Mode
 from fedpeft.spaces.seed_options import LARGEST, RESOLUTION
-from fedpeft.spaces.seed_rules import FINGERPRINT, SeedRules, checked_amounts
+from fedpeft.spaces.seed_rules import FINGERPRINT, SeedRules, check_amounts
 from fedpeft.spaces.timing import least_s
 from fedpeft.updates.update import Arrays, Layout
 
@@ -44,7 +44,7 @@ class SeedScalars:
         self._live = trainable_parameters(model)
         base = {name: parameter.detach().clone() for name, parameter in self._live.items()}
         self._position = SeedState(space, base)
-        self._rules = SeedRules(mode, largest, self._weighed)
+        self._rules = SeedRules(mode, largest, self._weigh)
         self._verified: tuple[bytes, bytes] | None = None  # amounts and fingerprint that were found to agree
 
     def facts(self) -> Mapping[str, str]:
@@ -133,9 +133,9 @@ class SeedScalars:
         """The mode's arrays."""
         return self._rules.sum_layout(state)
 
-    def placed(self, arrays: Arrays, age: int) -> Arrays:
+    def align(self, arrays: Arrays, age: int) -> Arrays:
         """See `SeedRules`."""
-        return self._rules.placed(arrays, age)
+        return self._rules.align(arrays, age)
 
     def check(self, arrays: Arrays, *, state: Arrays, who: str) -> None:
         """See `SeedRules`."""
@@ -145,7 +145,7 @@ class SeedScalars:
         """See `SeedRules`."""
         return self._rules.apply(state, change)
 
-    def _weighed(self, amounts: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _weigh(self, amounts: NDArray[np.int64]) -> NDArray[np.int64]:
         self._move({AMOUNTS: amounts})
         weights = {name: torch.empty_like(tensor) for name, tensor in self._position.base.items()}
         self._position.write(weights)
@@ -153,7 +153,7 @@ class SeedScalars:
 
     def _move(self, state: Arrays) -> None:
         """Bring the cached sums to a state."""
-        amounts = checked_amounts(state, self.space.num_seeds)
+        amounts = check_amounts(state, self.space.num_seeds)
         difference = torch.from_numpy(amounts - self._position.amounts.numpy())
         if bool(difference.any()):
             self._position.advance(difference)

@@ -3,9 +3,9 @@
 from fedpeft.stages.base import (
     Stage,
     StageContext,
+    derive_payload,
     on_client,
     on_server,
-    promised_payload,
     stage_list,
     stage_traits,
 )
@@ -19,9 +19,9 @@ __all__ = [
     "build_downlink",
     "build_stages",
     "check_touched",
+    "derive_payload",
     "on_client",
     "on_server",
-    "promised_payload",
     "stage_list",
     "stage_traits",
 ]

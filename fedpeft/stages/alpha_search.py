@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.codec import TernaryTensor, distortion, rescaled
+from fedpeft.codec import TernaryTensor, distortion, rescale
 from fedpeft.codec.ternary import ALPHA_GRID
 from fedpeft.errors import UpdateError
 from fedpeft.stages.base import StageContext
@@ -21,7 +21,7 @@ from fedpeft.updates.update import EncodedArray, Update
 SEARCH = "search"
 
 
-def searched(sent: Update, given: Update, context: StageContext) -> Update:
+def search_alpha(sent: Update, given: Update, context: StageContext) -> Update:
     """`sent`, whose alpha is 1, with the alpha of the grid that has the lowest held-out loss.
 
     Of equal ones the smallest. Adds the metric ``alpha``, and measures the distortion anew.
@@ -37,21 +37,21 @@ def searched(sent: Update, given: Update, context: StageContext) -> Update:
             f"{context.client}: alpha = '{SEARCH}' needs held-out rows and there are none; raise"
             " data.heldout, or use stage 'ternary'"
         )
-    losses = {alpha: context.held_out_loss(_dense(_scaled(sent, alpha))) for alpha in ALPHA_GRID}
+    losses = {alpha: context.held_out_loss(_dense(_scale(sent, alpha))) for alpha in ALPHA_GRID}
     numbers = {alpha: loss for alpha, loss in losses.items() if np.isfinite(loss)}
     if not numbers:
         raise UpdateError(f"{context.client}: no alpha of {len(losses)} has a held-out loss that is a number")
     best = min(numbers, key=lambda alpha: (numbers[alpha], alpha))
-    encoded = _scaled(sent, best)
+    encoded = _scale(sent, best)
     lost = distortion(given.arrays, _dense(encoded))
     metrics = {**sent.metrics, "alpha": best, "distortion": lost.relative_l2, "cosine": lost.cosine}
     return replace(sent, encoded=encoded, metrics=metrics)
 
 
-def _scaled(sent: Update, alpha: float) -> dict[str, EncodedArray]:
+def _scale(sent: Update, alpha: float) -> dict[str, EncodedArray]:
     """What was ternarised, times alpha; what travels whole stays."""
     return {
-        name: rescaled(tensor, alpha) if isinstance(tensor, TernaryTensor) else tensor
+        name: rescale(tensor, alpha) if isinstance(tensor, TernaryTensor) else tensor
         for name, tensor in sent.encoded.items()
     }
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.config.traits import NO_TRAITS, Trait, Traits, chosen
+from fedpeft.config.traits import NO_TRAITS, Trait, Traits, choose_traits
 from fedpeft.runtime.randomness import stream
 from fedpeft.updates.update import Arrays, Update
 from fedpeft.wire.payloads import Payload
@@ -84,7 +84,7 @@ def stage_traits(stage: Stage) -> Traits:
 
     A stage declares more with an attribute `traits`, which need not be there.
     """
-    fed_back = chosen({Trait.ERROR_FEEDBACK: bool(getattr(stage, "error_feedback", False))})
+    fed_back = choose_traits({Trait.ERROR_FEEDBACK: bool(getattr(stage, "error_feedback", False))})
     declared: Traits = getattr(stage, "traits", NO_TRAITS)
     return _OF_ROLE.get(stage.role, NO_TRAITS) | fed_back | declared
 
@@ -103,7 +103,7 @@ def on_server(stages: Sequence[Stage], update: Update, context: StageContext) ->
     return update
 
 
-def promised_payload(stages: Sequence[Stage]) -> Payload:
+def derive_payload(stages: Sequence[Stage]) -> Payload:
     """The form in which an update leaves the last client hook."""
     return next((stage.payload for stage in reversed(stages) if stage.payload != "dense"), "dense")
 

@@ -36,7 +36,7 @@ class Clip(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Clip to `clip_norm`."""
-        return self._clipped(update)
+        return self._clip(update)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Clip what was not clipped.
@@ -46,8 +46,8 @@ class Clip(Section):
         """
         if not update.is_finite():
             raise UpdateError("an update with NaN or infinity came; a finite one is needed")
-        return self._clipped(update) if update.global_norm() > self.clip_norm * (1 + ROUNDING) else update
+        return self._clip(update) if update.global_norm() > self.clip_norm * (1 + ROUNDING) else update
 
-    def _clipped(self, update: Update) -> Update:
+    def _clip(self, update: Update) -> Update:
         norm = update.global_norm()
         return update.scale(self.clip_norm / norm) if norm > self.clip_norm else update

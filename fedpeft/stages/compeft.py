@@ -10,13 +10,21 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, StdScale, TernaryTensor, ternarise_together
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.config.sections import Section, unit
-from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.config.traits import Trait, Traits, choose_traits
 from fedpeft.errors import UpdateError
-from fedpeft.stages.alpha_search import SEARCH, searched
+from fedpeft.stages.alpha_search import SEARCH, search_alpha
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import (
+    EVERY,
+    Density,
+    ErrorFeedback,
+    Float32Array,
+    Patterns,
+    compress_update,
+    restore_update,
+)
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -55,7 +63,7 @@ class Compeft(Section):
     @property
     def traits(self) -> Traits:
         """A search for alpha asks the client's rows."""
-        return chosen({Trait.READS_ROWS_AGAIN: self.alpha == SEARCH})
+        return choose_traits({Trait.READS_ROWS_AGAIN: self.alpha == SEARCH})
 
     @field_validator("error_feedback")
     @classmethod
@@ -68,8 +76,8 @@ class Compeft(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress; under alpha "search" with the alpha that serves this client's held-out rows best."""
-        sent = compressed(self, update, context)
-        return searched(sent, update, context) if self.alpha == SEARCH else sent
+        sent = compress_update(self, update, context)
+        return search_alpha(sent, update, context) if self.alpha == SEARCH else sent
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32.
@@ -77,9 +85,9 @@ class Compeft(Section):
         Raises:
             UpdateError: a tensor in another form, more signs than the density keeps of all, or two scales.
         """
-        result = restored(self, update, context)
+        result = restore_update(self, update, context)
         tensors = {name: sent for name, sent in update.encoded.items() if isinstance(sent, TernaryTensor)}
-        most, came = kept_count(sum(sent.trits.size for sent in tensors.values()), self.density), 0
+        most, came = count_selected(sum(sent.trits.size for sent in tensors.values()), self.density), 0
         scales: set[float] = set()
         for name, sent in tensors.items():
             kept = int(np.count_nonzero(sent.trits))

@@ -17,9 +17,9 @@ from fedpeft.stages.lossy import (
     ErrorFeedback,
     Float32Array,
     Patterns,
-    compressed,
+    compress_update,
     public_source,
-    restored,
+    restore_update,
 )
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
@@ -55,11 +55,11 @@ class Dare(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """What this client's coins of this round keep."""

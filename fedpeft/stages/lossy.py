@@ -97,7 +97,7 @@ def check_touched(stages: Sequence[Stage], layout: Layout) -> None:
             )
 
 
-def compressed(stage: Lossy, update: Update, context: StageContext) -> Update:
+def compress_update(stage: Lossy, update: Update, context: StageContext) -> Update:
     """The client's hook of every lossy stage.
 
     Adds the metrics ``distortion`` (relative L2) and ``cosine`` of what was sent against what was to be sent:
@@ -127,7 +127,7 @@ def compressed(stage: Lossy, update: Update, context: StageContext) -> Update:
     return Update({}, update.weight, metrics, encoded)
 
 
-def restored(stage: Lossy, update: Update, context: StageContext) -> Update:
+def restore_update(stage: Lossy, update: Update, context: StageContext) -> Update:
     """The server's hook of every lossy stage: dense float32 arrays.
 
     Raises:

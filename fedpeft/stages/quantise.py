@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from fedpeft.codec import Encoded, QuantisedTensor, default_channel_axis, quantise
 from fedpeft.config.sections import Section, unit
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compress_update, restore_update
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -41,11 +41,11 @@ class Quantise(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """Rounded by the client's coins of this round and tensor."""

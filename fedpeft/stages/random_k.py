@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import ClassVar
 
-from fedpeft.codec import Encoded, MaskedTensor, RandomKMask, random_k, unbiased_random_k
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec import Encoded, MaskedTensor, RandomKMask, random_k, select_unbiased_random_k
+from fedpeft.codec.topk import count_selected
 from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
 from fedpeft.stages.lossy import (
@@ -16,9 +16,9 @@ from fedpeft.stages.lossy import (
     ErrorFeedback,
     Float32Array,
     Patterns,
-    compressed,
+    compress_update,
     public_source,
-    restored,
+    restore_update,
 )
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
@@ -43,15 +43,15 @@ class RandomK(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """The `density` fraction at this client's positions of this round."""
-        method = random_k if self.error_feedback else unbiased_random_k
+        method = random_k if self.error_feedback else select_unbiased_random_k
         return {
             name: method(delta, self.density, public_source(self, name, context))
             for name, delta in deltas.items()
@@ -62,7 +62,7 @@ class RandomK(Section):
         if not isinstance(tensor, MaskedTensor):
             return f"a {type(tensor).__name__} came"
         size = math.prod(tensor.shape)
-        count = kept_count(size, self.density)
+        count = count_selected(size, self.density)
         if tensor.mask != RandomKMask(public_source(self, name, context), count):
             return "its positions are not those of this run, round and client"
         gain = 1.0 if self.error_feedback else size / count

@@ -8,7 +8,7 @@ from typing import ClassVar
 from fedpeft.codec import Encoded, SignTensor, sign_with_scale
 from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import EVERY, ErrorFeedback, Float32Array, Patterns, compress_update, restore_update
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -29,11 +29,11 @@ class Sign(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """Signs times ||delta||_1 / d."""

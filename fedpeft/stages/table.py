@@ -54,7 +54,7 @@ def build_stages(run: RunConfig) -> tuple[Stage, ...]:
     problems: list[str] = []
     for index, section in enumerate(run.stages):
         try:
-            asked.append(_built(run, f"stages.{index}", section))
+            asked.append(_build(run, f"stages.{index}", section))
             problems.extend(_search_problems(run, f"stages.{index}", asked[-1]))
         except RunFileError as error:
             problems.extend(error.problems)
@@ -74,7 +74,7 @@ def _role_of(kind: str) -> Role:
     return role
 
 
-def _built(run: RunConfig, where: str, section: StageSection) -> Any:
+def _build(run: RunConfig, where: str, section: StageSection) -> Any:
     """One stage of the run file; the place of the noise has its options from `[privacy]`."""
     if section.kind != Noise.kind:
         return build_option(where, STAGES, section.kind, section.options)

@@ -10,10 +10,18 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator
 
 from fedpeft.codec import Encoded, FixedScale, LeastSquaresScale, TernaryTensor, ternarise
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.config.sections import PositiveFloat, Section, unit
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import (
+    EVERY,
+    Density,
+    ErrorFeedback,
+    Float32Array,
+    Patterns,
+    compress_update,
+    restore_update,
+)
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -54,11 +62,11 @@ class Ternary(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """Top-k signs; ties go to the smaller index."""
@@ -69,7 +77,10 @@ class Ternary(Section):
         """At most the promised number of signs, and the public scale where it is fixed."""
         if not isinstance(tensor, TernaryTensor):
             return f"a {type(tensor).__name__} came"
-        most, came = kept_count(math.prod(tensor.shape), self.density), int(np.count_nonzero(tensor.trits))
+        most, came = (
+            count_selected(math.prod(tensor.shape), self.density),
+            int(np.count_nonzero(tensor.trits)),
+        )
         if came > most:
             return f"{came} signs came, density {self.density:g} keeps {most}"
         if self.scale == "fixed" and tensor.scale != float(np.float32(self.value or 0.0)):

@@ -7,10 +7,18 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from fedpeft.codec import Encoded, SparseTensor, top_k
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.config.sections import Section
 from fedpeft.stages.base import Role, StageContext
-from fedpeft.stages.lossy import EVERY, Density, ErrorFeedback, Float32Array, Patterns, compressed, restored
+from fedpeft.stages.lossy import (
+    EVERY,
+    Density,
+    ErrorFeedback,
+    Float32Array,
+    Patterns,
+    compress_update,
+    restore_update,
+)
 from fedpeft.updates.update import Update
 from fedpeft.wire.payloads import Payload
 
@@ -30,11 +38,11 @@ class TopK(Section):
 
     def on_client(self, update: Update, context: StageContext) -> Update:
         """Compress."""
-        return compressed(self, update, context)
+        return compress_update(self, update, context)
 
     def on_server(self, update: Update, context: StageContext) -> Update:
         """Back to float32."""
-        return restored(self, update, context)
+        return restore_update(self, update, context)
 
     def compress(self, deltas: Mapping[str, Float32Array], context: StageContext) -> dict[str, Encoded]:
         """The `density` fraction with the largest magnitudes."""
@@ -44,7 +52,7 @@ class TopK(Section):
         """At most the promised number of entries."""
         if not isinstance(tensor, SparseTensor):
             return f"a {type(tensor).__name__} came"
-        most = kept_count(math.prod(tensor.shape), self.density)
+        most = count_selected(math.prod(tensor.shape), self.density)
         if tensor.indices.size > most:
             return f"{tensor.indices.size} entries came, density {self.density:g} keeps {most}"
         return None

@@ -38,11 +38,11 @@ from fedpeft.training.first_order import (
     Rows,
     add_proximal_gradient,
     autocast,
-    seeded_generators,
+    seed_generators,
     training_mode,
 )
 from fedpeft.training.optimizers import build_optimizer, build_schedule
-from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows, row_number
+from fedpeft.training.record_mechanism import RecordMechanism, draw_rows, row_number
 from fedpeft.training.record_rules import section_problems
 
 _BATCH_STATISTICS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -100,8 +100,8 @@ def train(
         for step in range(steps):
             check_cancelled()
             key = int(rng.integers(2**63))
-            drawn = drawn_rows(rows, mechanism, source, key)
-            total = clipped_sum(model, parameters, rows, drawn, section, mechanism, key)
+            drawn = draw_rows(rows, mechanism, source, key)
+            total = sum_clipped(model, parameters, rows, drawn, section, mechanism, key)
             _set_noised_gradients(parameters, total, mechanism, source)
             add_proximal_gradient(trained, start, proximal_mu)
             optimizer.step()
@@ -133,7 +133,7 @@ def private_mode(model: nn.Module, section: TrainingSection) -> Iterator[None]:
         yield
 
 
-def clipped_sum(
+def sum_clipped(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     rows: Rows,
@@ -173,7 +173,7 @@ def row_gradient(
     """
     batch = collate(rows.encoded, np.array([index]), rows.pad_id, task=rows.task)
     device = next(iter(parameters.values())).device
-    with seeded_generators(device, row_number(rows.encoded, index, step_key)), autocast(section, device):
+    with seed_generators(device, row_number(rows.encoded, index, step_key)), autocast(section, device):
         logits = model(
             input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device)
         ).logits

@@ -44,7 +44,7 @@ def eight_bit(name: str, parameters: list[nn.Parameter], section: TrainingSectio
     return optimizer
 
 
-def kept_bytes(name: str, numbers: int) -> int:
+def count_kept_bytes(name: str, numbers: int) -> int:
     """Bytes kept between steps for one parameter of so many numbers."""
     if not name.endswith("8bit") or numbers < SMALLEST:
         return 8 * numbers

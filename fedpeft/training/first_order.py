@@ -225,7 +225,7 @@ def _activations(section: TrainingSection) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def seeded_generators(device: torch.device, seed: int) -> Iterator[None]:
+def seed_generators(device: torch.device, seed: int) -> Iterator[None]:
     """Torch's global generators, from which dropout draws, seeded within and restored after."""
     with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -235,7 +235,7 @@ def seeded_generators(device: torch.device, seed: int) -> Iterator[None]:
 @contextmanager
 def training_mode(model: nn.Module, section: TrainingSection, seed: int) -> Iterator[None]:
     """Dropout on, checkpointing as asked, torch's global generator seeded for dropout and restored after."""
-    with seeded_generators(next(model.parameters()).device, seed):
+    with seed_generators(next(model.parameters()).device, seed):
         model.train()
         try:
             with _checkpointing(model) if section.gradient_checkpointing else nullcontext():

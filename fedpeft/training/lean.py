@@ -34,7 +34,7 @@ class MemoryOption:
     cuda: bool = False
 
 
-def _fused(run: RunConfig) -> str | None:
+def _describe_fused(run: RunConfig) -> str | None:
     training = run.training
     if training.gradient_accumulation > 1:
         return "a step's gradient is known after its last micro-batch only; set gradient_accumulation 1"
@@ -60,7 +60,7 @@ SAVERS: Mapping[str, MemoryOption] = MappingProxyType(
             "each parameter moves once its gradient is there, which is then dropped (Lv et al. 2023, LOMO)",
             "gradients",
             lambda section: section.fused_update,
-            _fused,
+            _describe_fused,
         ),
         "sampled_layers": MemoryOption(
             "a few layers train at a time, the same for all clients of a round (Pan et al. 2024, LISA)",

@@ -64,28 +64,28 @@ def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 LOSSES = {"causal-lm": causal_loss, "sequence-classification": class_loss}
 
 
-def scored_causal_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_causal_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each scored token, float32[N]."""
     rows, targets, _ = token_logits(logits, labels)
     return functional.cross_entropy(rows, targets, reduction="none")
 
 
-def scored_class_losses(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_class_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Negative log-likelihood of each class, float32[B]."""
     return functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-SCORED_LOSSES = {"causal-lm": scored_causal_losses, "sequence-classification": scored_class_losses}
+SCORED_LOSSES = {"causal-lm": compute_causal_losses, "sequence-classification": compute_class_losses}
 
 
 def precise_causal_loss(logits: Tensor, labels: Tensor) -> float:
     """`causal_loss` with the tokens' float32 losses summed in float64, for differences of nearby losses."""
-    return float(scored_causal_losses(logits, labels).double().sum())
+    return float(compute_causal_losses(logits, labels).double().sum())
 
 
 def precise_class_loss(logits: Tensor, labels: Tensor) -> float:
     """`class_loss` with the examples' float32 losses summed in float64."""
-    return float(scored_class_losses(logits, labels).double().sum())
+    return float(compute_class_losses(logits, labels).double().sum())
 
 
 PRECISE_LOSSES = {"causal-lm": precise_causal_loss, "sequence-classification": precise_class_loss}

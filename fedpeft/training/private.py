@@ -15,7 +15,7 @@ from fedpeft.spaces.base import Route, Trail
 from fedpeft.training import dp_sgd, zeroth_private
 from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows
-from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
+from fedpeft.training.record_mechanism import RecordMechanism, draw_rows
 from fedpeft.training.zeroth_prober import Prober
 
 
@@ -92,9 +92,9 @@ def gradient_sum(
 ) -> NDArray[np.int64]:
     """Return what a step of DP-SGD sums before its noise if everybody's coin shows heads, in quanta, flat."""
     rows, mechanism = told.rows, told.mechanism
-    drawn = drawn_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
+    drawn = draw_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
     with dp_sgd.private_mode(model, told.section):
-        total = dp_sgd.clipped_sum(model, parameters, rows, drawn, told.section, mechanism, step_key)
+        total = dp_sgd.sum_clipped(model, parameters, rows, drawn, told.section, mechanism, step_key)
     return np.concatenate([total[name].cpu().numpy().reshape(-1) for name in parameters])
 
 
@@ -103,6 +103,6 @@ def slope_sum(
 ) -> NDArray[np.int64]:
     """Return what a private zeroth-order step sums before its noise, as `gradient_sum`: one per direction."""
     rows, mechanism = told.rows, told.mechanism
-    drawn = drawn_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
+    drawn = draw_rows(rows, replace(mechanism, sample_rate=1.0), told.source, step_key)
     slopes = zeroth_private.example_slopes(probe, rows, drawn, list(directions), told.section.radius)
-    return zeroth_private.clipped_sum(slopes, mechanism)
+    return zeroth_private.sum_clipped(slopes, mechanism)

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ProjectedAdam", "kept_numbers"]
+__all__ = ["ProjectedAdam", "count_kept_numbers"]
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
-def kept_numbers(shape: tuple[int, ...], rank: int) -> int:
+def count_kept_numbers(shape: tuple[int, ...], rank: int) -> int:
     """Numbers kept between steps for one parameter: two moments, and the subspace of a projected one."""
     if not _projects(shape, rank):
         return 2 * math.prod(shape)

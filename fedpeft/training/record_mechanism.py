@@ -70,7 +70,7 @@ class RecordMechanism:
         return self.noise_multiplier * self.sensitivity(entries)
 
 
-def drawn_rows(
+def draw_rows(
     rows: Rows, mechanism: RecordMechanism, source: NoiseSource, step_key: int
 ) -> NDArray[np.int64]:
     """Return a step's rows, int64[B]: those whose own coin shows heads, or one row of each such person.

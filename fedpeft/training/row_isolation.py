@@ -55,7 +55,7 @@ def verify_gradients_apart(
         with private_mode(model, section):
             return row_gradient(model, parameters, rows, index, section, step_key=0)
 
-    return _verify(model, gradient, _made_up(task, vocabulary, labels))
+    return _verify(model, gradient, _draw_rows(task, vocabulary, labels))
 
 
 def verify_losses_apart(model: nn.Module, task: Task, *, vocabulary: int, labels: int = 2) -> float:
@@ -73,7 +73,7 @@ def verify_losses_apart(model: nn.Module, task: Task, *, vocabulary: int, labels
             ).logits
             return {"loss": EXAMPLE_LOSSES[task](logits, batch.labels.to(device))}
 
-    return _verify(model, loss, _made_up(task, vocabulary, labels))
+    return _verify(model, loss, _draw_rows(task, vocabulary, labels))
 
 
 def _verify(model: nn.Module, measure: Measure, rows: Rows) -> float:
@@ -110,7 +110,7 @@ def _difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> fl
     return change / max(math.hypot(*(float(tensor.double().norm()) for tensor in first.values())), 1e-30)
 
 
-def _made_up(task: Task, vocabulary: int, labels: int) -> Rows:
+def _draw_rows(task: Task, vocabulary: int, labels: int) -> Rows:
     """Random rows that no client holds, always the same."""
     rng = np.random.Generator(np.random.Philox(key=0))
     encoded = Encoded(

@@ -40,7 +40,7 @@ class SelfPruning:
     rank: int
 
     @property
-    def kept(self) -> int:
+    def rank_after_shrinking(self) -> int:
         """What its rank becomes if the last ranks shrink."""
         return max(1, int(self.section.keep * self.rank))
 
@@ -69,17 +69,21 @@ class SelfPruning:
 
     def after(self, before: float) -> int:
         """The rank after training that began with last ranks of a size; what is given up becomes zero."""
-        if self.kept == self.rank or not self.size() < before:
+        if self.rank_after_shrinking == self.rank or not self.size() < before:
             return self.rank
-        self.clear(self.kept)
-        return self.kept
+        self.clear(self.rank_after_shrinking)
+        return self.rank_after_shrinking
 
     def _last(self) -> Iterator[tuple[Tensor, Tensor]]:
         for a, b in self.pairs:
             yield self._of(a.detach(), True), self._of(b.detach(), False)
 
     def _of(self, factor: Tensor, rows: bool) -> Tensor:
-        return factor[self.kept : self.rank] if rows else factor[:, self.kept : self.rank]
+        return (
+            factor[self.rank_after_shrinking : self.rank]
+            if rows
+            else factor[:, self.rank_after_shrinking : self.rank]
+        )
 
 
 def self_pruning(

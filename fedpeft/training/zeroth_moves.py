@@ -78,7 +78,7 @@ class Along:
         kind = RULES[self.section.rule].step
         share = self.section.lr / self.section.queries
         wanted = -share * (math.copysign(1.0, scalar) if kind == "sign" and scalar else scalar)
-        length, amount = self._quantised(wanted)
+        length, amount = self._quantise(wanted)
         if kind == "best-of-three":
             sign = self._best(direction, length, loss)
             length, amount = sign * length, sign * amount
@@ -91,7 +91,7 @@ class Along:
     def finish(self) -> None:
         """Nothing was left behind."""
 
-    def _quantised(self, wanted: float) -> tuple[float, int]:
+    def _quantise(self, wanted: float) -> tuple[float, int]:
         if self.route.exponent is None:
             return wanted, 0
         amount = round(math.ldexp(wanted, -self.route.exponent))  # ties to even

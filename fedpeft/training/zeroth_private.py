@@ -27,7 +27,7 @@ from fedpeft.spaces.base import Route, Trail
 from fedpeft.training.dp_sgd import PrivateReport
 from fedpeft.training.first_order import Rows
 from fedpeft.training.losses import PRECISE_LOSSES
-from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
+from fedpeft.training.record_mechanism import RecordMechanism, draw_rows
 from fedpeft.training.zeroth_moves import build_mover
 from fedpeft.training.zeroth_prober import Prober
 
@@ -60,9 +60,9 @@ def train(
         check_cancelled()
         visits = range(step * section.queries, (step + 1) * section.queries)
         directions = [int(route.directions[visit]) for visit in visits]
-        drawn = drawn_rows(rows, mechanism, source, int(rng.integers(2**63)))
+        drawn = draw_rows(rows, mechanism, source, int(rng.integers(2**63)))
         slopes = example_slopes(probe, rows, drawn, directions, section.radius)
-        for visit, scalar in zip(visits, noised_mean(slopes, mechanism, source), strict=True):
+        for visit, scalar in zip(visits, add_noise_and_average(slopes, mechanism, source), strict=True):
             cut = float(np.clip(scalar, -(section.max_scalar or math.inf), section.max_scalar or math.inf))
             amounts[visit] = mover.step(int(route.directions[visit]), cut, _nothing_more)
         mover.close_step()
@@ -87,12 +87,14 @@ def example_slopes(
             np.array(probe.evaluate(batches, PRECISE_LOSSES[rows.task], direction, scale), dtype=np.float64)
             for scale in (radius, -radius)
         )
-        with np.errstate(invalid="ignore"):  # infinite losses: their record adds nothing, see `noised_mean`
+        with np.errstate(
+            invalid="ignore"
+        ):  # infinite losses: their record adds nothing, see `add_noise_and_average`
             slopes[:, column] = (above - below) / tokens / (2.0 * radius)
     return slopes
 
 
-def clipped_sum(slopes: NDArray[np.float64], mechanism: RecordMechanism) -> NDArray[np.int64]:
+def sum_clipped(slopes: NDArray[np.float64], mechanism: RecordMechanism) -> NDArray[np.int64]:
     """Clip each record's row of slopes and sum them in the mechanism's quanta: int64[Q].
 
     A row that isn't finite adds nothing: a refusal would tell about the record.
@@ -107,11 +109,11 @@ def clipped_sum(slopes: NDArray[np.float64], mechanism: RecordMechanism) -> NDAr
     return total
 
 
-def noised_mean(
+def add_noise_and_average(
     slopes: NDArray[np.float64], mechanism: RecordMechanism, source: NoiseSource
 ) -> NDArray[np.float64]:
     """Add noise to the clipped sum and divide by the expected batch size: float64[Q]."""
-    total = clipped_sum(slopes, mechanism)
+    total = sum_clipped(slopes, mechanism)
     noise = discrete_gaussian(source, mechanism.noise_std(len(total)), len(total))
     noised: NDArray[np.float64] = np.ldexp((total + noise).astype(np.float64), mechanism.exponent)
     return noised / mechanism.expected_batch_size

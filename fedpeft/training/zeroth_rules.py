@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedpeft.config.option_tables import unknown_name
 from fedpeft.config.sections import RunConfig, TrainingSection
-from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.config.traits import Trait, Traits, choose_traits
 from fedpeft.training.lean import SAVERS
 
 
@@ -50,7 +50,7 @@ class ZerothOrderRule:
     def traits(self) -> Traits:
         """What it is, as `fedpeft.compatibility` asks."""
         tangent = self.measure != "difference"
-        return chosen(
+        return choose_traits(
             {
                 Trait.NO_REPLAY: not self.replays,
                 Trait.FORWARD_DERIVATIVES: tangent,

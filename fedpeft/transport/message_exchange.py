@@ -35,7 +35,7 @@ class Spares(Protocol):
 class Attendance(Protocol):
     """A grid that knows which nodes are connected; Flower's own do not say."""
 
-    def given_up(self, nodes: Collection[int]) -> bool:
+    def has_given_up(self, nodes: Collection[int]) -> bool:
         """Whether these, of whom alone there is no answer, have all been away for too long to wait for."""
         ...
 
@@ -101,7 +101,7 @@ class MessageExchange:
     def _may_leave_out(self) -> bool:
         if self._enough is None or not isinstance(self._grid, Attendance):
             return False
-        return self._grid.given_up(list(self._waiting)) and self._enough()
+        return self._grid.has_given_up(list(self._waiting)) and self._enough()
 
     def release(self) -> None:
         """Take back what has no answer, where the grid can: who is at work on it may stop."""

@@ -57,7 +57,7 @@ class Roster:
         """Sorted names of those that a round's cohort is drawn from."""
         return [name for name in self.names if self.members[name].since <= number]
 
-    def joined(self, number: int) -> tuple[str, ...]:
+    def names_joining(self, number: int) -> tuple[str, ...]:
         """Sorted names of those that joined with a round."""
         return tuple(name for name in self.names if self.members[name].since == number > 0)
 

@@ -61,7 +61,7 @@ class ProductSvd:
         return float(np.linalg.norm(self.singular_values[rank:])) / total if total else 0.0
 
 
-def stacked(adapters: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
+def stack(adapters: Sequence[LoraFactors], weights: Sequence[float]) -> LoraFactors:
     """One adapter of rank sum r_i and scaling 1 whose product is exactly sum_i w_i s_i B_i A_i.
 
     Source: Wang et al. (2024), "FLoRA": A = [A_i] in rows, B = [w_i s_i B_i] in columns. The weight and the
@@ -101,7 +101,7 @@ def product_svd(factors: LoraFactors) -> ProductSvd:
     return ProductSvd(u, values, vt)
 
 
-def truncated(svd: ProductSvd, rank: int, scaling: float, split: Split) -> LoraFactors:
+def truncate(svd: ProductSvd, rank: int, scaling: float, split: Split) -> LoraFactors:
     """The best rank-`rank` factors for an adapter with that `scaling`: s B A is the truncated product.
 
     A product of lower rank is padded with zeros.
@@ -123,11 +123,11 @@ def truncated(svd: ProductSvd, rank: int, scaling: float, split: Split) -> LoraF
     return LoraFactors(a, b, scaling)
 
 
-def merged_in_product_space(
+def merge_in_product_space(
     adapters: Sequence[LoraFactors], weights: Sequence[float], rank: int, scaling: float, split: Split
 ) -> LoraFactors:
     """The closest rank-`rank` adapter to sum_i w_i s_i B_i A_i in Frobenius norm. Raises as its halves."""
-    return truncated(product_svd(stacked(adapters, weights)), rank, scaling, split)
+    return truncate(product_svd(stack(adapters, weights)), rank, scaling, split)
 
 
 def relative_aggregation_error(adapters: Sequence[LoraFactors], weights: Sequence[float]) -> float:
@@ -138,7 +138,7 @@ def relative_aggregation_error(adapters: Sequence[LoraFactors], weights: Sequenc
     B. 0 when the mean of products and the difference both vanish, infinity when only the former does.
 
     Raises:
-        UpdateError: as `stacked`, adapters of different ranks, or weights that sum to 0.
+        UpdateError: as `stack`, adapters of different ranks, or weights that sum to 0.
     """
     _check(adapters, weights)
     if len({adapter.rank for adapter in adapters}) != 1:
@@ -156,8 +156,8 @@ def relative_aggregation_error(adapters: Sequence[LoraFactors], weights: Sequenc
         LoraFactors(_wide(adapter.a) - mean_a, b - mean_b, 1.0)
         for adapter, b in zip(adapters, bs, strict=True)
     ]
-    difference = product_norm(stacked(deviations, shares))
-    products = product_norm(stacked(adapters, shares))
+    difference = product_norm(stack(deviations, shares))
+    products = product_norm(stack(adapters, shares))
     if products == 0.0:
         return 0.0 if difference == 0.0 else float("inf")
     return difference / products
@@ -178,7 +178,7 @@ def product_distance(first: LoraFactors, second: LoraFactors) -> float:
     Raises:
         UpdateError: other m or n.
     """
-    return product_norm(stacked((first, second), (1.0, -1.0)))
+    return product_norm(stack((first, second), (1.0, -1.0)))
 
 
 def product_inner(first: LoraFactors, second: LoraFactors) -> float:

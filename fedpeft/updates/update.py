@@ -41,7 +41,7 @@ class EncodedArray(Protocol):
         ...
 
 
-def frozen_arrays(arrays: Arrays) -> Arrays:
+def freeze_arrays(arrays: Arrays) -> Arrays:
     """A read-only mapping of read-only views, sorted by name, nothing copied; packed arrays stay packed."""
     if isinstance(arrays, PackedArrays):
         return arrays
@@ -73,7 +73,7 @@ class Update:
     encoded: Mapping[str, EncodedArray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
+        object.__setattr__(self, "arrays", freeze_arrays(self.arrays))
         object.__setattr__(self, "metrics", MappingProxyType(dict(self.metrics)))
         object.__setattr__(self, "encoded", MappingProxyType(dict(sorted(self.encoded.items()))))
         both = sorted(self.arrays.keys() & self.encoded.keys()) if self.encoded else ()
@@ -163,7 +163,7 @@ def _describe(entry: tuple[tuple[int, ...], str]) -> str:
 def arrays_digest(arrays: Arrays) -> str:
     """SHA-256 (hex) of names, dtypes, shapes and little-endian bytes, names sorted: a state's fingerprint."""
     digest = hashlib.sha256()
-    for head, values in _packed_parts(arrays) if isinstance(arrays, PackedArrays) else _parts(arrays):
+    for head, values in _iterate_packed_parts(arrays) if isinstance(arrays, PackedArrays) else _parts(arrays):
         digest.update(head)
         digest.update(values)
     return digest.hexdigest()
@@ -177,7 +177,7 @@ def _parts(arrays: Arrays) -> Iterator[tuple[bytes, memoryview]]:
         yield _head(name, array.shape, array.dtype), little.reshape(-1).view(np.uint8).data
 
 
-def _packed_parts(arrays: PackedArrays) -> Iterator[tuple[bytes, memoryview]]:
+def _iterate_packed_parts(arrays: PackedArrays) -> Iterator[tuple[bytes, memoryview]]:
     """As `_parts`, without an array object for each."""
     little = arrays.flat.astype(arrays.flat.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
     for head, start, end in _places(arrays.packing):

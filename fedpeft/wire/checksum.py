@@ -17,7 +17,7 @@ _TAG = bytes(((15 << 3) | 1,))  # field 15, wire type 1: eight bytes, little-end
 SIZE = 9
 
 
-def sealed(pieces: Sequence[bytes | memoryview]) -> bytes:
+def seal(pieces: Sequence[bytes | memoryview]) -> bytes:
     """The pieces of a message and their checksum as a protobuf field; the whole is again one message."""
     checksum = xxhash.xxh3_64()
     for piece in pieces:

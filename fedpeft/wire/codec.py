@@ -15,9 +15,9 @@ from typing import cast, get_args
 from google.protobuf.message import DecodeError
 
 from fedpeft.errors import UpdateError
-from fedpeft.updates.update import Arrays, EncodedArray, Layout, frozen_arrays, layout_of
+from fedpeft.updates.update import Arrays, EncodedArray, Layout, freeze_arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.checksum import SIZE, check_seal, sealed
+from fedpeft.wire.checksum import SIZE, check_seal, seal
 from fedpeft.wire.dense import Pieces, dense_field, find_dense, read_dense
 from fedpeft.wire.exact import Exact, codable, exact_payload, read_exact, write_exact
 from fedpeft.wire.fields import Field, MalformedError
@@ -58,7 +58,7 @@ class Envelope:
     stages: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arrays", frozen_arrays(self.arrays))
+        object.__setattr__(self, "arrays", freeze_arrays(self.arrays))
         object.__setattr__(self, "encoded", MappingProxyType(dict(self.encoded)))
         object.__setattr__(self, "stages", tuple(self.stages))
 
@@ -85,7 +85,7 @@ def encode(envelope: Envelope) -> bytes:
         large = dense_field(envelope.arrays, message.ByteSize())
     else:
         write_coded(getattr(message, payload), envelope.encoded)
-    return sealed([message.SerializeToString(deterministic=True), *large])
+    return seal([message.SerializeToString(deterministic=True), *large])
 
 
 def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Payload = "dense") -> Envelope:
@@ -108,7 +108,7 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
     if layout is not None:
         check_size(payload, layout, who)
     check_seal(payload, who)
-    message, dense = _parsed(payload, who)
+    message, dense = _parse(payload, who)
     came = "dense" if dense is not None else message.WhichOneof("payload")
     if layout is None and came in get_args(Exact):
         return _envelope(message.header, read_exact(message, cast(Exact, came), who, None), {})
@@ -126,7 +126,7 @@ def decode(payload: bytes, *, who: str, layout: Layout | None = None, expect: Pa
     return _envelope(message.header, {}, read_coded(getattr(message, expect), expect, who, layout))
 
 
-def _parsed(payload: bytes, who: str) -> tuple[pb.Update, Field | None]:
+def _parse(payload: bytes, who: str) -> tuple[pb.Update, Field | None]:
     """The message without its dense payload, and where that lies."""
     try:
         dense = find_dense(payload, len(payload) - SIZE)

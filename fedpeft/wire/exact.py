@@ -91,7 +91,7 @@ def read_exact(
         except UpdateError as error:
             raise UpdateError(f"{who}: array {name!r}: {error}") from error
         if relation != pb.RELATION_NONE:
-            arrays[name] = arrays[name] + _told(arrays, name, length, relation, of, who)
+            arrays[name] = arrays[name] + _read_relation(arrays, name, length, relation, of, who)
             if not codable({name: arrays[name]}):
                 raise UpdateError(f"{who}: array {name!r} reaches 2^62")
         arrays[name].flags.writeable = False
@@ -101,7 +101,9 @@ def read_exact(
     return arrays
 
 
-def _told(arrays: Arrays, name: str, length: int, relation: pb.Relation, of: str, who: str) -> NDArray[Any]:
+def _read_relation(
+    arrays: Arrays, name: str, length: int, relation: pb.Relation, of: str, who: str
+) -> NDArray[Any]:
     """What an earlier array tells of this one."""
     if of == name or of not in arrays or len(arrays[of]) != length or relation not in _RELATIONS:
         raise UpdateError(

@@ -109,7 +109,7 @@ def without_text(error: BaseException, who: str = "a client") -> FedPEFTError:
         who: the device.
     """
     if isinstance(error, PolicyError):
-        return _refused(error.limits, who)
+        return _refusal_error(error.limits, who)
     return _of_code(code_of(error), who)
 
 
@@ -142,7 +142,7 @@ def from_message(message: pb.Failure | pb.Refusal, who: str) -> FedPEFTError:
         UpdateError: a code or a key that is not in the list, a limit that is no number, or too many of them.
     """
     if isinstance(message, pb.Failure):
-        code = _listed(pb.FailureCode, message.code, "FAILURE_CODE", who)
+        code = _list_problems(pb.FailureCode, message.code, "FAILURE_CODE", who)
         return _of_code(code, who)
     if not 1 <= len(message.objections) <= MAX_OBJECTIONS:
         raise UpdateError(
@@ -150,11 +150,11 @@ def from_message(message: pb.Failure | pb.Refusal, who: str) -> FedPEFTError:
         )
     limits: dict[str, float | None] = {}
     for objection in message.objections:
-        key = _listed(pb.PolicyKey, objection.key, "POLICY_KEY", who)
+        key = _list_problems(pb.PolicyKey, objection.key, "POLICY_KEY", who)
         limits[key] = objection.limit if objection.HasField("limit") else None
         if not math.isfinite(limits[key] or 0.0):
             raise UpdateError(f"{who}: a refusal came whose limit for policy.{key} is not finite")
-    return _refused(limits, who)
+    return _refusal_error(limits, who)
 
 
 def policy_keys() -> frozenset[str]:
@@ -169,14 +169,14 @@ def _of_code(code: str, who: str) -> FedPEFTError:
     return kind(f"{who}: {sentence} ('{code}'); the reason is in that device's own log")
 
 
-def _refused(limits: Mapping[str, float | None], who: str) -> PolicyError:
+def _refusal_error(limits: Mapping[str, float | None], who: str) -> PolicyError:
     named = ", ".join(
         f"policy.{key}" + ("" if limit is None else f" ({limit:g})") for key, limit in sorted(limits.items())
     )
     return PolicyError(f"{who}: refused by the agent's policy: {named}", limits)
 
 
-def _listed(enum: Any, number: int, prefix: str, who: str) -> str:
+def _list_problems(enum: Any, number: int, prefix: str, who: str) -> str:
     if number == 0 or number not in enum.values():
         raise UpdateError(
             f"{who}: a {prefix.lower().replace('_', ' ')} came that is not in the list ({number})"

@@ -30,7 +30,7 @@ class Slot:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(self._file).st_size < _FIRST_BYTES:
             self._allocate(_FIRST_BYTES)
-        self._map = self._mapped()
+        self._map = self._open_map()
         self._place = 0
 
     def dump(self, value: Any) -> int:
@@ -48,7 +48,7 @@ class Slot:
         """Take a value of `size` bytes out, which the process at the other end has put in."""
         if size > len(self._map):
             self._map.close()
-            self._map = self._mapped()
+            self._map = self._open_map()
         with memoryview(self._map) as whole, whole[:size] as pickled:
             return pickle.loads(pickled)
 
@@ -59,7 +59,7 @@ class Slot:
         if end > len(self._map):
             self._allocate(int(end * _SPARE))
             self._map.close()
-            self._map = self._mapped()
+            self._map = self._open_map()
         self._map[self._place : end] = view
         self._place = end
         return view.nbytes
@@ -83,5 +83,5 @@ class Slot:
                 " set TMPDIR"
             ) from error
 
-    def _mapped(self) -> mmap.mmap:
+    def _open_map(self) -> mmap.mmap:
         return mmap.mmap(self._file, os.fstat(self._file).st_size)

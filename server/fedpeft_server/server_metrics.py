@@ -50,30 +50,30 @@ class ServerMetrics:
     def _histogram(self, name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
         return Histogram(PREFIX + name, text, labels, registry=self.registry, buckets=buckets)
 
-    def accepted(self, kind: str, size: int, waited_s: float | None) -> None:
+    def count_accepted(self, kind: str, size: int, waited_s: float | None) -> None:
         """A result is durable; `waited_s` since its round was opened, None for greetings."""
         self._results.labels(kind).inc()
         if waited_s is not None:
             self._result_bytes.inc(size)
             self._updates.observe(max(0.0, waited_s))
 
-    def refused(self, reason: str) -> None:
+    def count_refused(self, reason: str) -> None:
         """The ledger refused a result; `reason` is one of its short names."""
         self._verdicts.labels(reason).inc()
 
-    def closed(self, seconds: float) -> None:
+    def count_committed_round(self, seconds: float) -> None:
         """A round was committed, so many seconds after it was opened."""
         self._rounds.observe(max(0.0, seconds))
 
-    def received(self, call: str, size: int) -> None:
+    def count_received(self, call: str, size: int) -> None:
         """A message came."""
         self._received.labels(call).inc(size)
 
-    def sent(self, call: str, size: int) -> None:
+    def count_sent(self, call: str, size: int) -> None:
         """A message went."""
         self._sent.labels(call).inc(size)
 
-    def ended(self, call: str, code: str, seconds: float) -> None:
+    def count_call(self, call: str, code: str, seconds: float) -> None:
         """A call has ended; `code` is gRPC's name in small letters."""
         self._calls.labels(call, code).observe(seconds)
 

@@ -70,7 +70,7 @@ def test_agents_outlive_their_server(tmp_path: Path) -> None:
     with server(port=port) as first, fleet(first.address, ["site-a"], tmp_path):
         grid = first.grid(RUN)
         ids = list(grid.push_messages(messages(grid, ["site-a"], b"sleep:0.5")))
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         first.stop()
         with server(port=port) as second:
             again = second.grid(RUN)  # as after a restart: the run asks once more
@@ -146,7 +146,7 @@ def test_what_a_run_remembers_is_no_other_runs_that_has_its_name(tmp_path: Path)
     """Error feedback of one run in an update of another would tell of its rows outside of its promise."""
     with server() as running, fleet(running.address, ["site-a"], tmp_path):
         asked: list[Any] = []
-        wait_for(lambda: running.grid(RUN).connected)
+        wait_for(lambda: running.grid(RUN).agents_here)
         for digest in ("ab" * 32, "cd" * 32, "ab" * 32):
             grid = running.grid(RunIdentity("run-1", digest))
             sent = messages(grid, ["site-a"], f"{len(asked)}".encode(), round_=len(asked) + 1, run=digest)

@@ -20,7 +20,7 @@ from fedpeft_client.agent import Agent
 from fedpeft_client.client_settings import ClientSettings
 from fedpeft_client.commands.client_command import client_status_command, serve_agent
 from fedpeft_client.status import read_status
-from fedpeft_client.transport.device_certificate import own_material, renewed
+from fedpeft_client.transport.device_certificate import own_material, renew_if_due
 from fedpeft_client.transport.dialing import is_final
 from fedpeft_client.workers.in_process_worker import InlineWorkshop
 from tests.client.test_agent import agent, free_port
@@ -62,7 +62,7 @@ def test_a_certificate_that_has_not_begun_is_waited_for(
 
     async def live() -> None:
         settings = ClientSettings(server=ours.running.address, data=tmp_path, connect_s=1.0)
-        renewing = lambda: renewed(keys, ours.running.address)  # noqa: E731 - as the command does
+        renewing = lambda: renew_if_due(keys, ours.running.address)  # noqa: E731 - as the command does
         made = Agent(settings, name, tmp_path / "home", renewing, APP, InlineWorkshop())
         run = asyncio.create_task(made.run())
         while made.status.state != "connected":
@@ -198,7 +198,7 @@ def test_an_agent_whose_disk_is_full_stays_and_tries_again(tmp_path: Path) -> No
     outbox, aside = tmp_path / "site-a" / "outbox", tmp_path / "aside"
     with server() as running, fleet(running.address, ["site-a"], tmp_path) as agents:
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         outbox.rename(aside)
         outbox.write_text("in the way, as a disk that takes nothing is")
         ids = list(grid.push_messages(messages(grid, ["site-a"], b"hi")))
@@ -213,7 +213,7 @@ def test_an_agent_whose_disk_is_full_stays_and_tries_again(tmp_path: Path) -> No
 def test_a_status_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     with server() as running, fleet(running.address, ["site-a"], tmp_path) as agents:
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         agents["site-a"].status._path = tmp_path / "nowhere" / "status.json"
         (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"hi"))
         assert answer(reply)["asked"] == 1

@@ -20,7 +20,7 @@ from fedpeft.cli import app as command_line
 from fedpeft.errors import StateError
 from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
-from fedpeft.updates.update import arrays_digest, frozen_arrays
+from fedpeft.updates.update import arrays_digest, freeze_arrays
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
 from fedpeft.wire.codec import Envelope, encode
@@ -41,7 +41,7 @@ from tests.server.hostile.apps import BASE
 from tests.server.relay import relay
 
 APP = "tests.server.hostile.apps:plain"
-START = frozen_arrays({"a": np.zeros((2, 3), dtype=np.float32), "b": np.ones(4000, dtype=np.float32)})
+START = freeze_arrays({"a": np.zeros((2, 3), dtype=np.float32), "b": np.ones(4000, dtype=np.float32)})
 
 
 def state(round_: int) -> bytes:
@@ -83,7 +83,7 @@ def test_the_ledger_is_what_a_socket_saw(tmp_path: Path) -> None:
     ):
         with fleet(seen.address, ["ada"], tmp_path, app=APP):
             grid = running.grid(RUN)
-            wait_for(lambda: grid.connected)
+            wait_for(lambda: grid.agents_here)
             assert not ask(grid, "ada", HELLO, 0, b"").has_error()
             assert not ask(grid, "ada", TRAIN, 1, state(1)).has_error()
             assert ask(grid, "ada", TRAIN, 2, b"no state").has_error()
@@ -110,7 +110,7 @@ def test_a_refusal_is_in_the_ledger_with_the_number_that_it_tells(tmp_path: Path
     with server() as running, relay(running.address) as seen:
         with fleet(seen.address, ["site-a"], tmp_path, app=APP, policy=policy):
             grid = running.grid(RUN)
-            wait_for(lambda: grid.connected)
+            wait_for(lambda: grid.agents_here)
             assert ask(grid, "site-a", TRAIN, 1, b"x" * 500).has_error()
         wait_for(lambda: sums(list(read_ledger(tmp_path / "site-a")))[0] == len(seen.messages()))
     entries = list(read_ledger(tmp_path / "site-a"))

@@ -85,8 +85,8 @@ def test_a_damaged_memory_is_said_to_be(tmp_path: Path) -> None:
 def test_what_was_done_survives_and_adds_up(tmp_path: Path) -> None:
     book = UsageBook(tmp_path / "usage.json")
     book.usage.runs["a"] = RunUsage(name="a", rows="ab" * 32)
-    book.moved("2030-01-01", up=3, down=4)
-    book.moved("2030-01-02", up=5)
+    book.count_bytes("2030-01-01", up=3, down=4)
+    book.count_bytes("2030-01-02", up=5)
     book.save()
     usage = UsageBook(tmp_path / "usage.json").usage
     assert usage.runs["a"] == RunUsage(name="a", rows="ab" * 32)

@@ -17,9 +17,9 @@ from fedpeft_client.policy.owner_policy import (
     Policy,
     _data,
     fields_used,
+    find_unwanted_metrics,
     objections,
     over_bytes,
-    unwanted_metrics,
 )
 
 LOCAL = {"kind": "local", "noise_multiplier": 2.0, "target_delta": 1e-5, "max_epsilon": 4.0, "clip_norm": 1.0}
@@ -191,9 +191,9 @@ def test_every_way_to_use_a_field_is_seen() -> None:
 
 
 def test_metrics_are_refused_by_name() -> None:
-    refused = unwanted_metrics(Policy(metrics=("steps",)), {"loss": 0.5, "steps": 3.0, "alpha": 1.0})
+    refused = find_unwanted_metrics(Policy(metrics=("steps",)), {"loss": 0.5, "steps": 3.0, "alpha": 1.0})
     assert [objection.text.split()[1] for objection in refused] == ["'alpha'", "'loss'"]
-    assert unwanted_metrics(Policy(), {"loss": 0.5}) == []
+    assert find_unwanted_metrics(Policy(), {"loss": 0.5}) == []
 
 
 def test_only_keys_of_the_table_are_told() -> None:

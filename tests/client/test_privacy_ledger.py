@@ -174,19 +174,19 @@ def test_a_round_is_answered_once(tmp_path: Path) -> None:
     run, book = private(), accountant(tmp_path)
     digest = run_digest(run)
     charge(book, run, 2)
-    assert book.kept_answer(digest, 2, "study-1") is None, "paid for, and nothing has left"
+    assert book.get_answer(digest, 2, "study-1") is None, "paid for, and nothing has left"
     answer = Answer(2, b"body", b"memory")
     book.keep_answer(digest, answer)
     for again in (book, accountant(tmp_path)):
-        assert again.kept_answer(digest, 2, "study-1") == answer
+        assert again.get_answer(digest, 2, "study-1") == answer
         with pytest.raises(PrivacyError, match="round 2 is paid for"):
-            again.kept_answer(digest, 1, "study-1")
+            again.get_answer(digest, 1, "study-1")
         with pytest.raises(PrivacyError, match="answered before, as run study-1"):
-            again.kept_answer(digest, 2, "study-2")
-        assert again.kept_answer(digest, 3, "study-1") is None
+            again.get_answer(digest, 2, "study-2")
+        assert again.get_answer(digest, 3, "study-1") is None
     (tmp_path / "answers" / f"{digest}.answer").unlink()
     with pytest.raises(PrivacyError, match="a round is answered once"):
-        accountant(tmp_path).kept_answer(digest, 2, "study-1")
+        accountant(tmp_path).get_answer(digest, 2, "study-1")
 
 
 def test_a_round_that_fails_again_and_again_is_refused(tmp_path: Path) -> None:
@@ -194,12 +194,12 @@ def test_a_round_that_fails_again_and_again_is_refused(tmp_path: Path) -> None:
     digest = run_digest(run)
     charge(book, run, 1)
     for _ in range(MAX_FAILURES):
-        assert book.kept_answer(digest, 1, "study-1") is None
+        assert book.get_answer(digest, 1, "study-1") is None
         book.note_failure(digest, 1)
     with pytest.raises(PrivacyError, match="failed here 3 times"):
-        accountant(tmp_path).kept_answer(digest, 1, "study-1")
+        accountant(tmp_path).get_answer(digest, 1, "study-1")
     charge(book, run, 2)
-    assert book.kept_answer(digest, 2, "study-1") is None
+    assert book.get_answer(digest, 2, "study-1") is None
 
 
 def test_a_line_that_was_cut_short_was_never_acted_on(tmp_path: Path) -> None:

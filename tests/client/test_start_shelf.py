@@ -12,13 +12,13 @@ import pytest
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run
 from fedpeft.models.starts import decomposition_bytes, decomposition_of
+from fedpeft.participant.load_server import load_serving_run
 from fedpeft.participant.loaded_run import drop_loaded_run
-from fedpeft.participant.serving import load_serving_run
 from fedpeft.runtime.frames import Frame
 from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import HELLO, TRAIN, Task, task_content
 from fedpeft_client.workers.start_cache import StartShelf
-from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker import execute_order
 from fedpeft_client.workers.worker_process import CLIENT_APP
 
 RUN = build_run(
@@ -61,7 +61,9 @@ def base_held(site: Path, kind: str, start: bytes = b"") -> str:
     drop_loaded_run(DIGEST)
     header = order(site, kind)
     content = content_bytes(task_content(Task(DIGEST, 0, b"", device_task=TASK.text, start=start)))
-    return str(done(Frame(header, {"content": content, "memory": b""})).header.get("base_digest", ""))
+    return str(
+        execute_order(Frame(header, {"content": content, "memory": b""})).header.get("base_digest", "")
+    )
 
 
 def test_a_start_that_came_once_serves_every_later_worker(site: Path) -> None:
@@ -108,7 +110,7 @@ def test_a_run_that_starts_by_its_seed_has_no_use_for_a_start(site: Path) -> Non
     plain = device_task(build_run(tables, source="test"))
     asked = Task(plain.digest, 0, b"", device_task=plain.text, start=b"anything")
     header = order(site, HELLO) | {"run_digest": plain.digest, "device_task": plain.text}
-    answer = done(Frame(header, {"content": content_bytes(task_content(asked)), "memory": b""}))
+    answer = execute_order(Frame(header, {"content": content_bytes(task_content(asked)), "memory": b""}))
     drop_loaded_run(plain.digest)
     assert answer.header["error"] is None
     assert not (site / "starts").exists()

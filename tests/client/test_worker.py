@@ -15,8 +15,8 @@ import pytest
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import DataError, PolicyError, StateError
+from fedpeft.participant.load_server import load_serving_run
 from fedpeft.participant.loaded_run import drop_loaded_run, get_loaded_run, has_loaded_run
-from fedpeft.participant.serving import load_serving_run
 from fedpeft.rounds.downlink.exact_steps import steps_of
 from fedpeft.runtime.frames import Frame
 from fedpeft.transport.record_bytes import content_bytes, content_of
@@ -28,7 +28,7 @@ from fedpeft.wire.state_message import StateMessage, encode_state
 from fedpeft_client.transport.egress import contents
 from fedpeft_client.workers.replicas import ReplicaShelf
 from fedpeft_client.workers.start_cache import StartShelf
-from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker import execute_order
 from fedpeft_client.workers.worker_process import CLIENT_APP, Bounds, WorkerPlace, WorkerProcess
 
 RUN = build_run(
@@ -68,15 +68,15 @@ def order(rows: Path, **header: Any) -> Frame:
 
 
 def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
-    answered = done(order(rows))
+    answered = execute_order(order(rows))
     assert answered.header["error"] is None
     hello = content_of(answered.parts["content"], who="worker").config_records["hello"]
     assert hello["client"] == "site-a"
     assert hello["examples"] == 8
     assert hello["base-digest"] == answered.header["base_digest"]
-    pinned = done(order(rows, base_digests=[answered.header["base_digest"]]))
+    pinned = execute_order(order(rows, base_digests=[answered.header["base_digest"]]))
     assert pinned.header["error"] is None
-    other = done(order(rows, base_digests=["ab" * 32]))
+    other = execute_order(order(rows, base_digests=["ab" * 32]))
     refused = from_record(other.header["error"])
     assert isinstance(refused, PolicyError)
     assert refused.limits == {"base_digests": None}
@@ -88,17 +88,17 @@ def test_the_owner_says_how_its_files_are_written(rows: Path, tmp_path: Path) ->
     path = tmp_path / "site-a.csv"
     path.write_bytes("prompt|answer\nna\xefve, very;1 |2\nb, c;3 |4\n".encode("cp1250"))
     files = {"encoding": "cp1250", "separator": "|", "quoting": "none"}
-    answered = done(order(path, files=files))
+    answered = execute_order(order(path, files=files))
     assert answered.header["error"] is None
     read = get_loaded_run(TASK.digest).data
     assert len(read.rows) == 2
     drop_loaded_run(TASK.digest)
-    assert done(order(path, files={"separator": ";"})).header["error"]["class"] == "DataError"
+    assert execute_order(order(path, files={"separator": ";"})).header["error"]["class"] == "DataError"
 
 
 def test_another_task_than_announced(rows: Path) -> None:
     changed = TASK.text.replace('"rounds":1', '"rounds":9')
-    answered = done(order(rows, device_task=changed))
+    answered = execute_order(order(rows, device_task=changed))
     assert answered.header["error"]["text"].startswith("what came is not what run ")
 
 
@@ -111,14 +111,14 @@ def test_a_message_of_another_run_than_the_one_that_was_let_in(rows: Path, tmp_p
     )
     asked = Task(run_digest(other), 0, b"", run_json(other), device_task=device_task(other).text)
     content = content_bytes(task_content(asked))
-    answered = done(Frame(order(rows).header, {"content": content, "memory": b""}))
+    answered = execute_order(Frame(order(rows).header, {"content": content, "memory": b""}))
     assert answered.header["error"]["text"].startswith("a message of round 0 of run ")
     assert not has_loaded_run(run_digest(other))
 
 
 def test_rows_that_cannot_be_read(rows: Path) -> None:
     rows.write_text('{"question": "1"}\n')
-    answered = done(order(rows))
+    answered = execute_order(order(rows))
     assert isinstance(from_record(answered.header["error"]), DataError)
 
 
@@ -150,7 +150,7 @@ def test_what_memory_a_run_that_hides_rows_needs_does_not_tell_how_long_one_is(m
     header = {"run_digest": task.digest, "device_task": task.text, "max_memory_mib": mib}
 
     def error() -> Any:
-        answered = done(Frame(order(rows, **header).header, {"content": content, "memory": b""}))
+        answered = execute_order(Frame(order(rows, **header).header, {"content": content, "memory": b""}))
         drop_loaded_run(task.digest)
         return answered.header["error"]
 
@@ -227,7 +227,7 @@ def test_numbers_that_the_owner_does_not_tell_are_not_in_an_update(
     state = encode(Envelope(first, digest, 1, arrays_digest(first), resident.space.kind))
     header = order(rows, run_digest=digest, device_task=task.text, kind=TRAIN, group="1", **told).header
     content = content_bytes(task_content(Task(digest, 1, state, device_task=task.text)))
-    answered = done(Frame(header, {"content": content, "memory": b""}))
+    answered = execute_order(Frame(header, {"content": content, "memory": b""}))
     drop_loaded_run(digest)
     assert answered.header["error"] is None
     left = contents(answered.parts["content"])

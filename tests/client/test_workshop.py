@@ -127,7 +127,7 @@ def test_a_worker_that_dies_in_a_round_costs_its_agents_update_only(tmp_path: Pa
         fleet(running.address, ["site-a", "site-b"], tmp_path, processes=True) as agents,
     ):
         grid = running.grid(RUN)
-        wait_for(lambda: len(grid.connected) == 2)
+        wait_for(lambda: len(grid.agents_here) == 2)
         mark = f"died-in-{tmp_path.name}"  # each worker's own: it writes to its scratch folder alone
         ids = list(grid.push_messages(messages(grid, ["site-a", "site-b"], f"die:{mark}".encode())))
         replies = collected(grid, ids, 60.0)
@@ -149,7 +149,7 @@ def test_a_worker_that_is_killed_in_a_round_costs_nothing(tmp_path: Path) -> Non
         workshop = agents["site-a"].workshop
         assert isinstance(workshop, WorkerProcess)
         grid, killed = running.grid(RUN), list[int]()
-        wait_for(lambda: len(grid.connected) == 1)
+        wait_for(lambda: len(grid.agents_here) == 1)
         for number, kills in ((1, 1), (2, 2)):
             ids = list(grid.push_messages(messages(grid, ["site-a"], b"sleep:1.5", number)))
             for _ in range(kills):
@@ -178,7 +178,7 @@ def test_refusals_are_shown_at_both_ends(tmp_path: Path) -> None:
     policy = Policy(max_bytes_per_day=100)
     with server() as running, fleet(running.address, ["site-a"], tmp_path, policy=policy):
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"x" * 500))
         assert reason(reply).endswith("site-a: refused by the agent's policy: policy.max_bytes_per_day")
         (status,) = running.agents()
@@ -193,7 +193,7 @@ def test_an_owner_may_tell_a_number_of_its_policy(tmp_path: Path) -> None:
     policy = Policy(max_bytes_per_day=100, tell_limits=("max_bytes_per_day",))
     with server() as running, fleet(running.address, ["site-a"], tmp_path, policy=policy):
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         (reply,) = grid.send_and_receive(messages(grid, ["site-a"], b"x" * 500))
         assert reason(reply).endswith("policy.max_bytes_per_day (100)")
 
@@ -204,7 +204,7 @@ def test_a_withdrawn_training_is_left_and_its_worker_kept(tmp_path: Path) -> Non
         workshop = agents["site-a"].workshop
         assert isinstance(workshop, WorkerProcess)
         grid = running.grid(RUN)
-        wait_for(lambda: len(grid.connected) == 1)
+        wait_for(lambda: len(grid.agents_here) == 1)
         (first,) = grid.send_and_receive(messages(grid, ["site-a"], b"hi", 1), timeout=60.0)
         ids = list(grid.push_messages(messages(grid, ["site-a"], b"steps:1500", 2)))
         wait_for(lambda: agents["site-a"].status.doing == "train, round 2")

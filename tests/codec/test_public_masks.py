@@ -9,8 +9,8 @@ from fedpeft.codec import (
     RandomKMask,
     dare,
     random_k,
+    select_unbiased_random_k,
     tensor_stream,
-    unbiased_random_k,
 )
 from fedpeft.codec.masks import keep_threshold
 from fedpeft.errors import UpdateError
@@ -76,7 +76,7 @@ def test_unbiased_random_k_and_dare_average_to_the_delta() -> None:
     delta = np.array([1.0, -2.0, 3.0, 0.0, 4.0, -1.0], dtype=np.float32)
     runs = 3000
     kept = sum(
-        unbiased_random_k(delta, 0.5, PublicSource(s, 0, 0)).dense().astype(float) for s in range(runs)
+        select_unbiased_random_k(delta, 0.5, PublicSource(s, 0, 0)).dense().astype(float) for s in range(runs)
     )
     dropped = sum(dare(delta, 0.75, PublicSource(s, 0, 0)).dense().astype(float) for s in range(runs))
     # Standard errors |x| / sqrt(n) and |x| sqrt(3 / n); 5 sigma.
@@ -107,7 +107,7 @@ def test_wrong_requests_are_refused() -> None:
         with pytest.raises(UpdateError, match="drop rate"):
             dare(ones, rate, PublicSource(0, 0, 0))
     with pytest.raises(UpdateError, match="density 0"):
-        unbiased_random_k(ones, 0.0, PublicSource(0, 0, 0))
+        select_unbiased_random_k(ones, 0.0, PublicSource(0, 0, 0))
     with pytest.raises(UpdateError, match="2\\^64"):
         PublicSource(2**64, 0, 0)
     with pytest.raises(UpdateError, match="out of 4"):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedpeft.codec.ternary
-from fedpeft.codec import FixedScale, LeastSquaresScale, StdScale, TernaryTensor, rescaled, ternarise
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec import FixedScale, LeastSquaresScale, StdScale, TernaryTensor, rescale, ternarise
+from fedpeft.codec.topk import count_selected
 from fedpeft.errors import UpdateError
 from tests.codec.strategies import densities, shapes
 
@@ -23,7 +23,7 @@ def test_scale_is_alpha_times_the_deviation_of_the_whole_delta(
     delta = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
     ternary = ternarise(delta, density, StdScale(alpha=2.0))
     assert ternary.shape == delta.shape
-    assert np.count_nonzero(ternary.trits) == kept_count(delta.size, density)
+    assert np.count_nonzero(ternary.trits) == count_selected(delta.size, density)
     if delta.size > 1:
         # Over all entries, kept or not.
         assert ternary.scale == pytest.approx(2.0 * float(delta.astype(np.float64).std()), rel=1e-6)
@@ -41,7 +41,7 @@ def test_least_squares_scale_cannot_be_bettered() -> None:
     best = ternarise(delta, 0.3, LeastSquaresScale())
     loss = float(np.sum((delta - best.dense()) ** 2))
     for factor in (0.9, 0.99, 1.01, 1.1):
-        assert float(np.sum((delta - rescaled(best, factor).dense()) ** 2)) > loss
+        assert float(np.sum((delta - rescale(best, factor).dense()) ** 2)) > loss
 
 
 @pytest.mark.parametrize("value", [0.5, -2.0])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpeft.codec.topk import find_cut, kept_count, moments, top_k_indices, top_k_signs
+from fedpeft.codec.topk import count_selected, find_cut, moments, top_k_indices, top_k_signs
 from fedpeft.errors import UpdateError
 from tests.codec.strategies import deltas
 
@@ -60,7 +60,7 @@ def test_wrong_requests_are_refused() -> None:
     with pytest.raises(UpdateError, match="float64"):
         top_k_indices(delta.astype(np.float64), 1)
     with pytest.raises(UpdateError, match=r"density 1\.5"):
-        kept_count(3, 1.5)
+        count_selected(3, 1.5)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_wrong_requests_are_refused() -> None:
     [(30, 0.1, 3), (8, 0.05, 1), (8, 0.0, 0), (0, 0.5, 0), (7, 1.0, 7), (10, 0.25, 3), (1000, 0.05, 50)],
 )
 def test_counts(size: int, density: float, count: int) -> None:
-    assert kept_count(size, density) == count
+    assert count_selected(size, density) == count
 
 
 @settings(deadline=None)

@@ -17,8 +17,8 @@ import torch
 
 from fedpeft.commands.arguments import run_of
 from fedpeft.config.sections import RecordLevelPrivacy
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.memory import estimate_memory
 from fedpeft.privacy.noise_sources import noise_source
 from fedpeft.simulation.engine import run_metrics

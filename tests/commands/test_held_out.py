@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedpeft.codec.ternary import ALPHA_GRID
 from fedpeft.commands.experts import read_adapter
-from fedpeft.commands.held_out import AdapterScores, held_out_run
+from fedpeft.commands.held_out import AdapterScores, with_held_out_test_set
 from fedpeft.commands.merge import LAM
 from fedpeft.config.run_file import build_run, load_run, run_toml
 from fedpeft.errors import ModelError, PrivacyError
@@ -57,7 +57,7 @@ def test_adapters_on_one_loaded_base_score_as_each_on_its_own(
 ) -> None:
     adapters = [tiny_run / "adapter", other, tiny_run / "adapter"]
     sources = [read_adapter(path) for path in adapters]
-    scores = AdapterScores(held_out_run(load_run(by_loss)), sources[0].config)
+    scores = AdapterScores(with_held_out_test_set(load_run(by_loss)), sources[0].config)
     found = [scores.of(source.weights)["loss"] for source in sources]
     assert found == [evaluated(call, path, by_loss) for path in adapters]
     assert found[0] != found[1]
@@ -72,7 +72,7 @@ def test_private_rows_choose_nothing() -> None:
     privacy |= {"target_delta": 1e-5, "max_epsilon": 8.0}
     run = build_run({"run": {"name": "hidden", "rounds": 1}, "privacy": privacy}, source="x")
     with pytest.raises(PrivacyError, match="hidden is private"):
-        held_out_run(run)
+        with_held_out_test_set(run)
 
 
 @pytest.mark.slow

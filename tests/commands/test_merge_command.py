@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from fedpeft.config.sections import ModelSection
 from fedpeft.errors import ModelError
 from fedpeft.models.base_model import load_base
-from fedpeft.models.comparison import made_up_rows, read_logits
+from fedpeft.models.comparison import draw_token_rows, read_logits
 from fedpeft.models.export import load_adapter
 from fedpeft.models.quiet import quiet
 from tests.commands.calling import Call
@@ -32,7 +32,7 @@ def plain_adapter(folder: Path, seed: int, **more: object) -> torch.Tensor:
         model = peft.get_peft_model(tiny_base("llama"), config)
         model.get_input_embeddings().weight.data.add_(0.01 * seed)
         model.save_pretrained(str(folder), save_embedding_layers=True)
-    return read_logits(model, made_up_rows(model))
+    return read_logits(model, draw_token_rows(model))
 
 
 def test_an_adapter_of_plain_peft_with_its_embedding_is_loaded(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_an_adapter_of_plain_peft_with_its_embedding_is_loaded(tmp_path: Path) -
     assert EMBEDDING in load_file(tmp_path / "a" / "adapter_model.safetensors")
 
     model = load_adapter(load_base(section), tmp_path / "a")
-    assert torch.equal(read_logits(model, made_up_rows(model)), wanted)
+    assert torch.equal(read_logits(model, draw_token_rows(model)), wanted)
 
 
 def test_adapters_of_plain_peft_are_merged_and_their_embeddings_averaged(call: Call, tmp_path: Path) -> None:

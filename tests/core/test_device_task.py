@@ -59,7 +59,7 @@ def test_what_a_device_computes_with_is_what_was_let_in() -> None:
     came = read_device_task(task.text)
     assert came == task
     assert came.digest == task.digest == identity_digest(task.text)
-    run = came.described_run
+    run = came.as_run
     assert run_digest(run) == task.digest, "one digest"
     assert (run.data.train, run.data.test, run.evaluation.plug_into) == ((), None, None)
     assert run.model.path == "own:"
@@ -111,7 +111,7 @@ def test_runs_that_differ_in_what_a_device_is_told_have_other_digests() -> None:
 def test_a_base_model_is_told_by_its_name_on_the_hub_or_not_at_all(path: str, name: str, told: str) -> None:
     task = device_task(run_of(model={"path": path}))
     assert task.model.name == name
-    assert task.described_run.model.path == told
+    assert task.as_run.model.path == told
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.config.key_hints import ELSEWHERE, OPEN, known_keys, suggest_key, suggest_option
+from fedpeft.config.key_hints import ELSEWHERE, OPEN, list_known_keys, suggest_key, suggest_option
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
 
 
 def test_every_key_that_is_suggested_is_one() -> None:
-    keys = known_keys()
+    keys = list_known_keys()
     assert {"training.lr", "data.partitioner.clients", "privacy.clip_norm", "run.seed"} <= set(keys)
     assert [key for key in ELSEWHERE.values() if key not in keys and not key.startswith(OPEN)] == []
     assert [name for name in ELSEWHERE if name in {key.rpartition(".")[2] for key in keys}] == []

@@ -10,14 +10,14 @@ from fedpeft.errors import UpdateError
 from fedpeft.updates.low_rank import (
     LoraFactors,
     Split,
-    merged_in_product_space,
+    merge_in_product_space,
     product_distance,
     product_inner,
     product_norm,
     product_svd,
     relative_aggregation_error,
-    stacked,
-    truncated,
+    stack,
+    truncate,
 )
 
 
@@ -49,7 +49,7 @@ def test_stacking_and_svd_are_exact_for_any_ranks_and_scalings(
     adapters = [adapter(rng, *size, r, scaling=float(rng.uniform(0.5, 4))) for r in of_rank]
     weights = rng.uniform(0.1, 1, len(adapters)).tolist()
     exact = sum((w * dense(one) for w, one in zip(weights, adapters, strict=True)), np.zeros(size))
-    both = stacked(adapters, weights)
+    both = stack(adapters, weights)
     assert both.rank == sum(of_rank)
     assert np.allclose(dense(both), exact, atol=1e-12)
     svd = product_svd(both)
@@ -90,22 +90,22 @@ def test_truncation_is_the_best_of_its_rank(rank: int, scaling: float, split: Sp
     rng = np.random.default_rng(rank)
     adapters = [adapter(rng, 7, 6, 2), adapter(rng, 7, 6, 3, scaling=0.5)]
     exact = 0.3 * dense(adapters[0]) + 0.7 * dense(adapters[1])
-    merged = merged_in_product_space(adapters, [0.3, 0.7], rank, scaling, split)
+    merged = merge_in_product_space(adapters, [0.3, 0.7], rank, scaling, split)
     assert merged.scaling == scaling
     assert merged.a.shape == (rank, 6)
     u, s, vt = np.linalg.svd(exact)
     best = (u[:, :rank] * s[:rank]) @ vt[:rank]
     assert np.allclose(dense(merged), best, atol=1e-10)
     left_out = np.linalg.norm(exact - best) / np.linalg.norm(exact)
-    assert product_svd(stacked(adapters, [0.3, 0.7])).truncation_error(rank) == pytest.approx(
+    assert product_svd(stack(adapters, [0.3, 0.7])).truncation_error(rank) == pytest.approx(
         left_out, abs=1e-9
     )
 
 
 def test_balanced_factors_share_the_singular_values() -> None:
-    merged = truncated(product_svd(adapter(np.random.default_rng(0), 9, 5, 3)), 3, 1.0, Split.BALANCED)
+    merged = truncate(product_svd(adapter(np.random.default_rng(0), 9, 5, 3)), 3, 1.0, Split.BALANCED)
     assert np.allclose(merged.a @ merged.a.T, merged.b.T @ merged.b)
-    into_b = truncated(product_svd(adapter(np.random.default_rng(0), 9, 5, 3)), 3, 1.0, Split.INTO_B)
+    into_b = truncate(product_svd(adapter(np.random.default_rng(0), 9, 5, 3)), 3, 1.0, Split.INTO_B)
     assert np.allclose(into_b.a @ into_b.a.T, np.eye(3))
 
 
@@ -119,12 +119,12 @@ def test_a_hidden_size_equal_to_the_rank_is_not_ambiguous() -> None:
     rng = np.random.default_rng(2)
     square = [adapter(rng, 4, 4, 4), adapter(rng, 4, 4, 4)]
     exact = 0.5 * dense(square[0]) + 0.5 * dense(square[1])
-    assert np.allclose(dense(merged_in_product_space(square, [0.5, 0.5], 4, 1.0, Split.BALANCED)), exact)
+    assert np.allclose(dense(merge_in_product_space(square, [0.5, 0.5], 4, 1.0, Split.BALANCED)), exact)
 
 
 def test_a_fresh_adapter_merges_to_zero() -> None:
     fresh = LoraFactors(np.ones((2, 5)), np.zeros((4, 2)), 2.0)
-    merged = merged_in_product_space([fresh, fresh], [1, 1], 3, 2.0, Split.BALANCED)
+    merged = merge_in_product_space([fresh, fresh], [1, 1], 3, 2.0, Split.BALANCED)
     assert np.allclose(dense(merged), 0.0)
     assert product_svd(fresh).truncation_error(1) == 0.0
 
@@ -173,23 +173,23 @@ def test_what_cannot_be_merged_is_refused() -> None:
     rng = np.random.default_rng(0)
     one, other = adapter(rng, 4, 5, 2), adapter(rng, 5, 4, 2)
     with pytest.raises(UpdateError, match="one layer"):
-        stacked([one, other], [1, 1])
+        stack([one, other], [1, 1])
     with pytest.raises(UpdateError, match="one layer"):
         product_inner(one, other)
     with pytest.raises(UpdateError, match="one layer"):
         product_distance(one, other)
     with pytest.raises(UpdateError, match="one weight each"):
-        stacked([one], [])
+        stack([one], [])
     with pytest.raises(UpdateError, match="finite"):
-        stacked([one], [np.inf])
+        stack([one], [np.inf])
     with pytest.raises(UpdateError, match="one rank"):
         relative_aggregation_error([one, adapter(rng, 4, 5, 3)], [1, 1])
     with pytest.raises(UpdateError, match="positive sum"):
         relative_aggregation_error([one], [0])
     with pytest.raises(UpdateError, match="rank 5"):
-        truncated(product_svd(one), 5, 1.0, Split.INTO_B)
+        truncate(product_svd(one), 5, 1.0, Split.INTO_B)
     with pytest.raises(UpdateError, match="scaling"):
-        truncated(product_svd(one), 1, 0.0, Split.INTO_B)
+        truncate(product_svd(one), 1, 0.0, Split.INTO_B)
     with pytest.raises(UpdateError, match="are needed"):
         LoraFactors(np.ones((2, 3)), np.ones((3, 3)), 1.0)
     with pytest.raises(UpdateError, match="NaN"):

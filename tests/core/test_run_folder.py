@@ -61,13 +61,18 @@ def test_a_run_is_begun_and_gone_on_with(tmp_path: Path) -> None:
         assert last is not None
         assert (last.round, last.state["a"].tolist()) == (1, [1.0, 1.0])
         assert folder.rows() == [STARTED, Round(round=0), Round(round=1)]
-        assert folder.started() == STARTED
-        assert folder.finished() is None
+        assert folder.read_start() == STARTED
+        assert folder.read_end() is None
 
 
 def test_a_new_folder_has_nothing_yet(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "x", RUN) as folder:
-        assert (folder.rows(), folder.latest(), folder.started(), folder.baselines()) == ([], None, None, [])
+        assert (folder.rows(), folder.latest(), folder.read_start(), folder.baselines()) == (
+            [],
+            None,
+            None,
+            [],
+        )
 
 
 def test_a_run_is_replaced_only_by_force_and_other_files_stay(tmp_path: Path) -> None:
@@ -175,11 +180,11 @@ def test_a_run_is_finished_when_all_it_promises_is_there(tmp_path: Path) -> None
     begun(tmp_path, rounds=3)
     with RunFolder.resume(tmp_path) as folder:
         folder.append(FINISHED)
-        assert folder.finished() is None
+        assert folder.read_end() is None
         folder.adapter.mkdir()
-        assert folder.finished() is None
+        assert folder.read_end() is None
         (tmp_path / "report.html").touch()
-        assert folder.finished() == FINISHED
+        assert folder.read_end() == FINISHED
 
 
 @pytest.mark.parametrize("keep", [None, 1, 2])

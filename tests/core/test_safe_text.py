@@ -60,7 +60,7 @@ def test_what_a_server_said_is_shown_without_its_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status = AgentStatusFile(tmp_path / STATUS_FILE, name="site-a", server="host:1")
-    status.noticed(HOSTILE)
+    status.record_notice(HOSTILE)
     client_status_command(tmp_path, "", as_json=False)
     shown = capsys.readouterr().out
     assert "all is well" in shown

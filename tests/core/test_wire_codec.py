@@ -14,7 +14,7 @@ from fedpeft.errors import UpdateError
 from fedpeft.updates.packed import Packing
 from fedpeft.updates.update import Layout, Update, arrays_digest, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.checksum import SIZE, sealed
+from fedpeft.wire.checksum import SIZE, seal
 from fedpeft.wire.codec import PROTOCOL_VERSION, Envelope, decode, encode
 from tests.core.strategies import several
 
@@ -101,19 +101,19 @@ def test_every_truncation_and_every_changed_byte(layout: Layout | None) -> None:
     for length in range(len(FLOAT_PAYLOAD)):
         with pytest.raises(UpdateError):
             decode(FLOAT_PAYLOAD[:length], who="x", layout=layout)
-        harmless(sealed([body[:length]]), layout)
+        harmless(seal([body[:length]]), layout)
     for position in range(len(FLOAT_PAYLOAD)):
         for mask in (0x01, 0x80, 0xFF):
             changed = bytearray(FLOAT_PAYLOAD)
             changed[position] ^= mask
             with pytest.raises(UpdateError):
                 decode(bytes(changed), who="x", layout=layout)
-            harmless(sealed([bytes(changed[:-SIZE])]), layout)
+            harmless(seal([bytes(changed[:-SIZE])]), layout)
 
 
 @given(st.binary(max_size=200), st.booleans(), st.booleans())
 def test_garbage(payload: bytes, known: bool, right_checksum: bool) -> None:
-    harmless(sealed([payload]) if right_checksum else payload, layout_of(FLOATS) if known else None)
+    harmless(seal([payload]) if right_checksum else payload, layout_of(FLOATS) if known else None)
 
 
 @given(st.randoms(use_true_random=False))
@@ -123,7 +123,7 @@ def test_spliced_messages(rng: random.Random) -> None:
     for _ in range(rng.randint(1, 4)):
         start, end = sorted(rng.randrange(len(payload) + 1) for _ in range(2))
         payload[start:end] = rng.choice([b"", payload[start:end] * 2, rng.randbytes(3), PAYLOAD[:20]])
-    harmless(sealed([bytes(payload)]), rng.choice([layout_of(FLOATS), Packing(layout_of(FLOATS)), None]))
+    harmless(seal([bytes(payload)]), rng.choice([layout_of(FLOATS), Packing(layout_of(FLOATS)), None]))
 
 
 def message(**tensor: object) -> bytes:
@@ -132,7 +132,7 @@ def message(**tensor: object) -> bytes:
     result = pb.Update(header=pb.Header(protocol_version=PROTOCOL_VERSION))
     result.dense.index.tensors.append(pb.TensorHead(**{**fields, **tensor}))  # type: ignore[arg-type]
     result.dense.values = values  # type: ignore[assignment]
-    return sealed([result.SerializeToString()])
+    return seal([result.SerializeToString()])
 
 
 @pytest.mark.parametrize(
@@ -181,17 +181,17 @@ def test_other_versions_are_refused(version: int) -> None:
     other = pb.Update.FromString(PAYLOAD)
     other.header.protocol_version = version
     with pytest.raises(UpdateError, match=f"version {version} came"):
-        decode(sealed([other.SerializeToString()]), who="x")
+        decode(seal([other.SerializeToString()]), who="x")
 
 
 def test_an_array_that_comes_twice_is_refused() -> None:
     twice = pb.Update.FromString(PAYLOAD)
     twice.dense.index.tensors.append(twice.dense.index.tensors[0])
     with pytest.raises(UpdateError, match="'a' came twice"):
-        decode(sealed([twice.SerializeToString()]), who="x", layout=LAYOUT)
+        decode(seal([twice.SerializeToString()]), who="x", layout=LAYOUT)
 
 
 def test_a_message_without_arrays_is_refused() -> None:
     empty = pb.Update(header=pb.Header(protocol_version=PROTOCOL_VERSION))
     with pytest.raises(UpdateError, match="no known kind"):
-        decode(sealed([empty.SerializeToString()]), who="x")
+        decode(seal([empty.SerializeToString()]), who="x")

@@ -160,13 +160,13 @@ def test_renewal_is_refused_early_late_and_after_revocation(authority: Authority
 
 def test_who_is_revoked_until_a_new_certificate(authority: Authority) -> None:
     member(authority)
-    assert authority.revoked(NOW) == frozenset()
+    assert authority.list_revoked(NOW) == frozenset()
     authority.revoke("hospital-1", NOW)
-    assert authority.revoked(NOW) == {"hospital-1"}
+    assert authority.list_revoked(NOW) == {"hospital-1"}
     member(authority)  # invited anew
-    assert authority.revoked(NOW) == frozenset()
+    assert authority.list_revoked(NOW) == frozenset()
     authority.revoke("hospital-1", NOW)
-    assert authority.revoked(NOW + 5000 * DAY) == frozenset(), "they ended by themselves meanwhile"
+    assert authority.list_revoked(NOW + 5000 * DAY) == frozenset(), "they ended by themselves meanwhile"
 
 
 def test_revoking_takes_tokens_too(authority: Authority) -> None:

@@ -20,7 +20,7 @@ from fedpeft.credentials import (
     make_request,
     new_key,
     pending_key,
-    pinned_authority,
+    pin_authority,
     read_material,
     visitor_material,
 )
@@ -158,7 +158,7 @@ def test_first_contact_needs_a_token_and_nothing_else(authority: Authority, tmp_
     async def body(served: Served) -> str:
         address = ("127.0.0.1", served.port)
         shown = await to_thread(ssl.get_server_certificate, address, timeout=10)
-        trusted = pinned_authority(token, shown.encode())
+        trusted = pin_authority(token, shown.encode())
         assert trusted == authority.certificate
         visitor = visitor_material(trusted)
         assert (
@@ -188,7 +188,7 @@ def test_first_contact_with_a_false_server_stops(authority: Authority, tmp_path:
         address = ("127.0.0.1", served.port)
         shown = await to_thread(ssl.get_server_certificate, address, timeout=10)
         with pytest.raises(CredentialError, match="not the one that the token is of"):
-            pinned_authority(token, shown.encode())
+            pin_authority(token, shown.encode())
 
     serving(other, body)
 
@@ -200,4 +200,4 @@ def test_a_false_server_cannot_borrow_the_right_authority(authority: Authority, 
     forger = Authority(other.folder, authority.certificate, other.key)  # its key, the victim's certificate
     forged = forger.server(new_key().public_key(), ["127.0.0.1"], NOW)
     with pytest.raises(CredentialError, match="did not issue"):
-        pinned_authority(token, forged)
+        pin_authority(token, forged)

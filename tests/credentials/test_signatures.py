@@ -21,7 +21,7 @@ from fedpeft.credentials import (
     verify_body_digest,
     verify_update,
 )
-from fedpeft.credentials.signing import length_prefixed, signed_bytes
+from fedpeft.credentials.signing import bytes_to_sign, length_prefixed
 from fedpeft.errors import UpdateError
 from tests.credentials.federation import member
 
@@ -133,7 +133,7 @@ def test_what_is_signed_byte_for_byte() -> None:
         + number(8) + b"\x05\0\0\0\0\0\0\0"
         + number(32) + bytes(range(32))
     )  # fmt: skip
-    assert signed_bytes(header, bytes(range(32)), 5) == expected
+    assert bytes_to_sign(header, bytes(range(32)), 5) == expected
 
 
 FIELDS = st.lists(st.binary(max_size=12), max_size=5)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedpeft.config.sections import DataSection
-from fedpeft.data.embedded import federated_rows
+from fedpeft.data.embedded import make_federated_rows
 from fedpeft.data.encoded import Task
 from fedpeft.data.federated import FederatedData
 from fedpeft.data.run_tables import read_tables
@@ -165,7 +165,7 @@ def test_a_device_needs_the_classes_of_the_run(write_rows: Any, tokenizer: Any) 
 
 
 def test_embedded_rows_bring_their_clients_and_their_held_out_rows(tokenizer: Any) -> None:
-    train, test = federated_rows(4, 3, 10, 5)
+    train, test = make_federated_rows(4, 3, 10, 5)
     keys = DataSection.model_validate({"partitioner": {"clients": 3}, "limit": 30, "test_limit": 15})
     raw = read_tables(keys, LM, 4)
     assert raw.rows.answers is not None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpeft.data.labels import label_map, natural_key, plain_value, sorted_label_map
+from fedpeft.data.labels import label_map, make_label_map, natural_key, plain_value
 from fedpeft.errors import DataError
 
 
@@ -42,7 +42,7 @@ def test_a_label_outside_the_map_names_row_and_label() -> None:
 
 @given(st.lists(st.integers(0, 500), min_size=1))
 def test_default_map_of_integers_is_in_numeric_order(values: list[int]) -> None:
-    assert sorted_label_map(values).names == tuple(str(value) for value in sorted(set(values)))
+    assert make_label_map(values).names == tuple(str(value) for value in sorted(set(values)))
 
 
 def test_natural_order() -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from fedpeft.data.describe import listed, shown
+from fedpeft.data.describe import list_names, show
 from fedpeft.data.hub import parse_hub_source
 from fedpeft.data.readers import READERS, read_csv, read_jsonl, read_parquet, read_tsv
 from fedpeft.data.run_sources import find_parts
@@ -223,6 +223,6 @@ def test_only_the_hub_and_its_cache_are_read_without_a_network_or_a_progress_bar
 
 
 def test_messages_stay_short_and_on_one_line() -> None:
-    assert len(shown("x" * 1000)) == 60
-    assert listed(["a\nb"] + ["c"] * 9) == "a b, " + ", ".join(["c"] * 7) + " and 2 more"
-    assert listed([]) == "none"
+    assert len(show("x" * 1000)) == 60
+    assert list_names(["a\nb"] + ["c"] * 9) == "a b, " + ", ".join(["c"] * 7) + " and 2 more"
+    assert list_names([]) == "none"

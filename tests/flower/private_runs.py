@@ -21,7 +21,7 @@ from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task
-from fedpeft.updates.update import frozen_arrays
+from fedpeft.updates.update import freeze_arrays
 from fedpeft.workers import InlineWorkers
 
 SIZE = 4
@@ -63,7 +63,7 @@ class Disk:
             raise KilledError
         self.checkpoints.append(checkpoint)
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         return self.ledgers[-1] if self.ledgers else None
 
     def commit_spent(self, ledger: str) -> None:
@@ -122,6 +122,6 @@ def hold(
         budget=disk,
     )
     if not disk.checkpoints:
-        initial_checkpoint(federation, frozen_arrays({"a": np.zeros(size, dtype=np.float32)}))
+        initial_checkpoint(federation, freeze_arrays({"a": np.zeros(size, dtype=np.float32)}))
     run_rounds(federation, disk.checkpoints[-1])
     return disk

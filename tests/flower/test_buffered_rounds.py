@@ -29,7 +29,7 @@ from fedpeft.stages import build_stages
 from fedpeft.transport.polled_grid import PolledGrid
 from fedpeft.transport.roster import Member, Roster, roll_call
 from fedpeft.transport.tasks import Task
-from fedpeft.updates.update import frozen_arrays
+from fedpeft.updates.update import freeze_arrays
 from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
 from tests.flower.buffered_apps import EXAMPLES, point, weight
 
@@ -59,7 +59,7 @@ class Ledger:
             raise StateError(f"round {number} is not kept")
         return self.read(number)
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         return self.waiting
 
     def round_started(self, number: int, asked: int) -> None: ...
@@ -165,7 +165,7 @@ def held(
         timeout_s=timeout_s if gone else None,
     )
     first = (
-        initial_checkpoint(federation, frozen_arrays(START)) if start is None else ledger.checkpoint(start)
+        initial_checkpoint(federation, freeze_arrays(START)) if start is None else ledger.checkpoint(start)
     )
     run_rounds(federation, first)
     return ledger
@@ -406,8 +406,8 @@ def test_common_directions_of_several_rounds_are_summed_side_by_side() -> None:
     update = {AMOUNTS: np.array([5, -7])}
     assert mode.layout()[AMOUNTS][0] == (2,)
     assert mode.sum_layout()[AMOUNTS][0] == (6,)
-    assert mode.placed(update, 0)[AMOUNTS].tolist() == [5, -7, 0, 0, 0, 0]
-    assert mode.placed(update, 2)[AMOUNTS].tolist() == [0, 0, 0, 0, 5, -7]
+    assert mode.align(update, 0)[AMOUNTS].tolist() == [5, -7, 0, 0, 0, 0]
+    assert mode.align(update, 2)[AMOUNTS].tolist() == [0, 0, 0, 0, 5, -7]
     state = {AMOUNTS: np.array([1, 2, 3, 4, 0, 0, 0, 0]), NEXT: np.array([4])}
     change = {AMOUNTS: np.array([10.4, -10.6, 1.0, 1.0, 100.0, -100.0])}
     after = mode.apply(state, change)
@@ -415,7 +415,7 @@ def test_common_directions_of_several_rounds_are_summed_side_by_side() -> None:
     assert after[NEXT].tolist() == [6]
     early = mode.apply(mode.start(), change | {AMOUNTS: np.array([3.0, 4.0, 0, 0, 0, 0])})
     assert early[AMOUNTS].tolist() == [3, 4, 0, 0, 0, 0, 0, 0]
-    assert CommonDirections(2, 4).placed(update, 0) is update
+    assert CommonDirections(2, 4).align(update, 0) is update
 
 
 def test_who_joins_is_drawn_from_its_round_on_and_work_under_way_stays_whose_it_is() -> None:

@@ -19,19 +19,19 @@ from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.server_app import Order
 from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.ledger.records import ClientOutcome, Round, parse_row
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
 from fedpeft.planning.preflight import refuse_problems
 from fedpeft.rounds.downlink.broadcast import Broadcast
-from fedpeft.rounds.downlink.replica import Replica, caught_up
+from fedpeft.rounds.downlink.replica import Replica, catch_up
 from fedpeft.rounds.downlink.state_steps import CompressedSteps
 from fedpeft.simulation.engine import serve
 from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import STAGES, build_downlink
 from fedpeft.transport.record_bytes import content_bytes
 from fedpeft.transport.tasks import TRAIN, Task, task_content
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft.wire.state_message import StateMessage, decode_state, encode_state
 from fedpeft.workers import InlineWorkers
@@ -58,7 +58,7 @@ def drawn(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
 
 
 def start() -> Arrays:
-    return frozen_arrays({name: array.astype(np.float32) for name, array in drawn(0).items()})
+    return freeze_arrays({name: array.astype(np.float32) for name, array in drawn(0).items()})
 
 
 def whole(state: Arrays) -> bytes:
@@ -90,14 +90,14 @@ class Course:
             self.receive(name, payload)
             assert self.replicas[name].digest == arrays_digest(self.state)
             self.held[name] = number - 1
-            self.broadcast.heard(outcome(name))
+            self.broadcast.record_outcome(outcome(name))
         step = self.broadcast.advance(self.state, change)
         self.state, self.steps[number] = step.state, len(step.payload)
         return sizes
 
     def receive(self, name: str, payload: bytes) -> None:
         message = decode_state(payload, who=name)
-        self.replicas[name] = caught_up(message, self.replicas.get(name), steps())
+        self.replicas[name] = catch_up(message, self.replicas.get(name), steps())
 
 
 def test_every_replica_is_the_servers_state_and_costs_the_smaller_of_steps_and_whole() -> None:
@@ -170,7 +170,7 @@ def test_a_restored_server_goes_on_to_the_bit() -> None:
         for number in range(1, 4):
             message = whole(course.state)
             one.open(number, message, arrays_digest(course.state))
-            one.heard(outcome(CLIENTS[number]))
+            one.record_outcome(outcome(CLIENTS[number]))
             course.state = one.advance(course.state, drawn(number)).state
         other.restore(one.memory())
         for broadcast in (one, other):
@@ -201,7 +201,7 @@ def test_a_client_that_is_further_than_the_server_knows_is_served() -> None:
     for number in (2, 3):
         course.broadcast.open(number, whole(course.state), arrays_digest(course.state))
         course.receive("ward-0", course.broadcast.payload("ward-0"))
-        course.broadcast.heard(outcome("ward-0", "late"))
+        course.broadcast.record_outcome(outcome("ward-0", "late"))
         assert course.replicas["ward-0"].digest == arrays_digest(course.state)
         course.state = course.broadcast.advance(course.state, drawn(number)).state
     size = course.hold(4, ["ward-0"], drawn(4))["ward-0"]
@@ -211,7 +211,7 @@ def test_a_client_that_is_further_than_the_server_knows_is_served() -> None:
 def test_a_client_that_failed_is_sent_the_whole_state() -> None:
     course = Course(Broadcast(steps(), CLIENTS, shared=False), start())
     course.hold(1, ["ward-0", "ward-1"], drawn(1))
-    course.broadcast.heard(outcome("ward-0", "failed"))
+    course.broadcast.record_outcome(outcome("ward-0", "failed"))
     course.broadcast.open(2, whole(course.state), arrays_digest(course.state))
     assert decode_state(course.broadcast.payload("ward-0"), who="a").whole
     assert decode_state(course.broadcast.payload("ward-1"), who="a").steps
@@ -229,10 +229,10 @@ def test_wrong_states_and_steps_are_refused() -> None:
     step = steps().make(1, state, drawn(1), {})
     message = StateMessage(arrays_digest(step.state), steps=(step.payload,), keep=True)
     with pytest.raises(FederationError, match="no state is held here"):
-        caught_up(message, None, steps())
-    elsewhere = frozen_arrays({name: array + np.float32(1) for name, array in state.items()})
+        catch_up(message, None, steps())
+    elsewhere = freeze_arrays({name: array + np.float32(1) for name, array in state.items()})
     with pytest.raises(FederationError, match="fingerprint"):
-        caught_up(message, Replica(arrays_digest(elsewhere), elsewhere), steps())
+        catch_up(message, Replica(arrays_digest(elsewhere), elsewhere), steps())
     with pytest.raises(UpdateError, match="another run or downlink stage"):
         steps(kind="ternary", density=0.2).take(state, step.payload, who="a")
     with pytest.raises(UpdateError, match="no whole update message"):
@@ -353,7 +353,7 @@ def test_damaged_messages_are_refused_or_lead_to_the_announced_state() -> None:
                 payload[place] ^= 1 << int(rng.integers(8))
         try:
             message = decode_state(bytes(payload), who="a")
-            replica = caught_up(message, held, steps())
+            replica = catch_up(message, held, steps())
         except (UpdateError, FederationError):
             continue
         read += 1

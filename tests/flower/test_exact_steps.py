@@ -19,7 +19,7 @@ from fedpeft.models.attach import attach
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.rounds.downlink.broadcast import Broadcast
 from fedpeft.rounds.downlink.exact_steps import ExactSteps, steps_of
-from fedpeft.rounds.downlink.replica import Replica, caught_up
+from fedpeft.rounds.downlink.replica import Replica, catch_up
 from fedpeft.seedspace.digest import digest
 from fedpeft.spaces import Space, Trail, build_space
 from fedpeft.updates.update import Arrays, arrays_digest
@@ -77,11 +77,11 @@ def test_veterans_late_joiners_and_those_who_missed_rounds_hold_one_model(name: 
         for client in asked:
             message = decode_state(broadcast.payload(client), who="s")
             took_steps += len(message.steps)
-            held[client] = caught_up(message, held.get(client), models[client][2])
+            held[client] = catch_up(message, held.get(client), models[client][2])
             assert held[client].digest == arrays_digest(state)
             model, own, _ = models[client]
             own.enter(trainable_parameters(model), held[client].arrays)
-            broadcast.heard(ClientOutcome(client=client, status="folded"))
+            broadcast.record_outcome(ClientOutcome(client=client, status="folded"))
         if number < 6:
             state = broadcast.advance(state, change_of(space, state, rng)).state
     assert len({digest(dict(model.named_parameters())) for model, _, _ in models.values()}) == 1
@@ -120,9 +120,9 @@ def test_a_missed_round_costs_its_own_step_and_never_more_than_the_whole_state()
     for number in range(1, 12):
         broadcast.open(number, *whole(space, state, number))
         sizes.append((broadcast.size("a"), broadcast.size("b")))
-        broadcast.heard(ClientOutcome(client="a", status="folded"))
+        broadcast.record_outcome(ClientOutcome(client="a", status="folded"))
         if number == 1:
-            broadcast.heard(ClientOutcome(client="b", status="folded"))
+            broadcast.record_outcome(ClientOutcome(client="b", status="folded"))
         if number == 11:
             assert sizes[-1][1] <= len(whole(space, state, number)[0]) + 64
         state = broadcast.advance(state, change_of(space, state, rng)).state
@@ -142,9 +142,9 @@ def test_steps_from_elsewhere_or_to_nowhere_are_refused() -> None:
     message = decode_state(_message(steps, step.payload, arrays_digest(step.state)), who="s")
     altered = {**state, "amounts": state["amounts"] + 1}
     with pytest.raises(FederationError, match="nothing was trained"):
-        caught_up(message, Replica(arrays_digest(altered), altered), steps)
+        catch_up(message, Replica(arrays_digest(altered), altered), steps)
     with pytest.raises(FederationError, match="no state is held"):
-        caught_up(message, None, steps)
+        catch_up(message, None, steps)
 
 
 def _message(steps: ExactSteps, payload: bytes, leads_to: str) -> bytes:
@@ -171,7 +171,7 @@ def test_published_sizes_take_a_kilobyte_up_and_a_third_of_eight_down() -> None:
     broadcast = Broadcast(steps, ["a"], shared=False)
     broadcast.restore({})
     broadcast.open(21, *whole(space, state, 21))
-    broadcast.heard(ClientOutcome(client="a", status="folded"))
+    broadcast.record_outcome(ClientOutcome(client="a", status="folded"))
     broadcast.advance(state, {"amounts": np.mean(updates, axis=0)})
     broadcast.open(22, *whole(space, step.state, 22))
     down = broadcast.size("a")

@@ -168,9 +168,7 @@ def test_ours_on_entries_choose_as_flower_s(kind: str) -> None:
         assert rule is not None
         ours = rule(Entries().gram(arrays), weights / weights.sum(), **OPTIONS[kind])
         flowers = closed(runner(kind, state), updates)
-        np.testing.assert_allclose(
-            Entries().combined(arrays, ours)[HEAD], flowers[HEAD], rtol=1e-5, atol=1e-6
-        )
+        np.testing.assert_allclose(Entries().combine(arrays, ours)[HEAD], flowers[HEAD], rtol=1e-5, atol=1e-6)
 
 
 def test_bulyan_leaves_the_collector_as_it_was() -> None:

@@ -19,7 +19,7 @@ from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task
-from fedpeft.updates.update import frozen_arrays
+from fedpeft.updates.update import freeze_arrays
 from fedpeft.workers import InlineWorkers, ProcessWorkers, Workers
 from tests.flower.apps import MISBEHAVIOUR
 
@@ -70,7 +70,7 @@ def held(
         evaluate=lambda state: None,
         memory=grid,
     )
-    run_rounds(federation_, initial_checkpoint(federation_, frozen_arrays(START)))
+    run_rounds(federation_, initial_checkpoint(federation_, freeze_arrays(START)))
     return recorder, grid
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from safetensors.numpy import load_file
 
-from simulations.deployment import ROOT, end_group, environment, free_ports, started
+from simulations.deployment import ROOT, end_group, environment, free_ports, start_process
 
 PATIENCE_S = 240.0
 RUN_FILE = str(ROOT / "server" / "three_agents.toml")
@@ -70,7 +70,9 @@ class Site:
         return done.stdout
 
     def start(self, name: str, *arguments: str) -> None:
-        process = started(self.words(*arguments), self.folder, self.folder / f"{name}.log", self.environment)
+        process = start_process(
+            self.words(*arguments), self.folder, self.folder / f"{name}.log", self.environment
+        )
         self.processes[name] = process
         self.stack.callback(end_group, process)
 

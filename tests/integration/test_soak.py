@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from simulations.soak import AGENTS, Samples, failures, growth, soaked
+from simulations.soak import AGENTS, Samples, failures, growth, run_soak
 
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
 def test_a_short_soak_loses_nothing(tmp_path: Path) -> None:
-    result = soaked(tmp_path, minutes=0.1, seed=3, here=True, rounds=4, every_s=0.5)
+    result = run_soak(tmp_path, minutes=0.1, seed=3, here=True, rounds=4, every_s=0.5)
     assert result["failures"] == []
     assert result["runs"] >= 1
     assert result["updates"] == result["runs"] * 4 * len(AGENTS)

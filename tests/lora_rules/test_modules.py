@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fedpeft.aggregation.lora_rules import Combined, ModuleReplies, combine_named, distance_of, together
-from fedpeft.aggregation.lora_rules.modules import squeezed
+from fedpeft.aggregation.lora_rules.modules import compress_ranks
 from fedpeft.updates.low_rank import LoraFactors, product_norm
 
 Matrix = NDArray[np.float64]
@@ -167,10 +167,12 @@ def test_squeezing_finds_the_rank_of_a_product() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, N)), rng.standard_normal((M, 2))
     wide = LoraFactors(np.concatenate([a, a, a]), np.concatenate([b, -b, b], axis=1), 3.0)
-    small = squeezed(wide, None)
+    small = compress_ranks(wide, None)
     assert small is not None
     assert (small.rank, small.scaling) == (2, 1.0)
     assert np.allclose(dense(small), dense(wide), atol=1e-5)
     assert product_norm(small) == pytest.approx(product_norm(wide), rel=1e-6)
-    assert squeezed(LoraFactors(a, np.zeros((M, 2)), 1.0), None) is None
-    assert squeezed(wide, None, beside=1e9 * product_norm(wide)) is None  # rounding of the larger hides it
+    assert compress_ranks(LoraFactors(a, np.zeros((M, 2)), 1.0), None) is None
+    assert (
+        compress_ranks(wide, None, beside=1e9 * product_norm(wide)) is None
+    )  # rounding of the larger hides it

@@ -59,7 +59,7 @@ def test_a_lower_rank_computes_the_product_of_the_first_ranks(rank: int, alpha: 
     assert shares.layout("a", layout_of(state), 1)[B] == ((M, rank), "<f4")
     # The client's product after its update, and what the server makes of it, are the same.
     own = scaling * (view[B] + update[B]).astype(np.float64) @ (view[A] + update[A])
-    wide = shares.widened("a", update, state)
+    wide = shares.widen("a", update, state)
     seen = 2.0 * (state[B] + wide[B]).astype(np.float64) @ (state[A] + wide[A])
     assert np.allclose(seen, own, rtol=1e-4, atol=1e-5)
     assert not (state[A] + wide[A])[rank:].any()  # ranks that it doesn't hold are zero
@@ -72,7 +72,7 @@ def test_others_of_the_run_are_not_touched_by_a_group() -> None:
     state = state_of()
     assert shares.view("b", state) is state
     sent = {A: np.ones((R, N), np.float32), B: np.ones((M, R), np.float32), HEAD: np.ones((3, M), np.float32)}
-    wide = shares.widened("b", sent, state)
+    wide = shares.widen("b", sent, state)
     assert all(np.array_equal(wide[name], sent[name]) for name in sent)
 
 
@@ -86,9 +86,9 @@ def test_rolora_moves_b_then_a_and_the_head_always() -> None:
 def test_fedsa_shares_a_and_trains_all() -> None:
     shares = Shares(run_of("fedsa"))
     assert set(shares.layout("a", layout_of(state_of()), 1)) == {A}
-    assert all(shares.trained("a", name, 1) for name in (A, B, HEAD))
+    assert all(shares.is_trained("a", name, 1) for name in (A, B, HEAD))
     assert set(shares.view("a", state_of())) == {A}
-    assert [shares.kept(name) for name in (A, B, HEAD)] == [False, True, True]
+    assert [shares.is_private(name) for name in (A, B, HEAD)] == [False, True, True]
 
 
 def test_a_group_trains_the_modules_that_it_names() -> None:

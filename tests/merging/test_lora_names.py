@@ -5,7 +5,7 @@ import pytest
 
 from fedpeft.adapters.lora_names import LoraArrays, put_together, take_apart
 from fedpeft.errors import UpdateError
-from fedpeft.updates.low_rank import Split, merged_in_product_space
+from fedpeft.updates.low_rank import Split, merge_in_product_space
 
 PREFIX = "base_model.model.layers.0.self_attn.q_proj"
 RNG = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def test_merging_by_name_keeps_the_product() -> None:
     parts = take_apart(ARRAYS, SCALINGS)
     merged = LoraArrays(
         {
-            key: merged_in_product_space([one, one], [0.5, 0.5], 2, 2.0, Split.BALANCED)
+            key: merge_in_product_space([one, one], [0.5, 0.5], 2, 2.0, Split.BALANCED)
             for key, one in parts.pairs.items()
         },
         {},

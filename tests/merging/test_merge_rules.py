@@ -25,7 +25,7 @@ from fedpeft.adapters import (
 )
 from fedpeft.adapters.lines import block_index
 from fedpeft.codec.masks import BernoulliMask, PublicSource, tensor_stream
-from fedpeft.codec.topk import kept_count
+from fedpeft.codec.topk import count_selected
 from fedpeft.errors import UpdateError
 from tests.merging import oracles
 
@@ -80,7 +80,7 @@ def test_linear_rules(stack: AdapterStack) -> None:
 @settings(deadline=None, max_examples=100)
 @given(stacks(), st.sampled_from([0.1, 0.2, 0.5, 1.0]))
 def test_ties(stack: AdapterStack, density: float) -> None:
-    kept = {name: kept_count(math.prod(shape), density) for name, shape in SHAPES.items()}
+    kept = {name: count_selected(math.prod(shape), density) for name, shape in SHAPES.items()}
     expected = oracles.ties({name: rows(stack, name) for name in SHAPES}, stack.weights, kept)
     check(
         Ties(density, lam=0.7).merge(stack),
@@ -97,7 +97,7 @@ def test_breadcrumbs(stack: AdapterStack, parts: tuple[float, float]) -> None:
     for name, shape in SHAPES.items():
         size = math.prod(shape)
         top = int(gamma * size)
-        kept = min(kept_count(size, density), size - top)
+        kept = min(count_selected(size, density), size - top)
         expected[name] = [0.5 * v for v in oracles.breadcrumbs(rows(stack, name), stack.weights, top, kept)]
     check(Breadcrumbs(density, gamma, lam=0.5).merge(stack), expected, stack)
 
@@ -109,7 +109,7 @@ def test_pcb(stack: AdapterStack, density: float) -> None:
     for name, shape in SHAPES.items():
         size = math.prod(shape)
         expected[name] = (
-            oracles.pcb(rows(stack, name), stack.weights, kept_count(size, density)) if size else []
+            oracles.pcb(rows(stack, name), stack.weights, count_selected(size, density)) if size else []
         )
     check(Pcb(density).merge(stack), expected, stack)
 

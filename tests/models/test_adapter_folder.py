@@ -16,7 +16,7 @@ from fedpeft.config.sections import PeftSection
 from fedpeft.errors import ModelError, StorageError
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter, load_adapter
-from fedpeft.models.trainable import frozen_digest
+from fedpeft.models.trainable import digest_frozen
 from tests.models.tiny import TASKS, logits, tiny_base
 
 SHOW = """
@@ -134,11 +134,11 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
 
 def test_loading_leaves_the_generator_alone_and_the_base_frozen(tmp_path: Path) -> None:
     folder = exported(tmp_path, "vera")
-    before, untouched = torch.get_rng_state(), frozen_digest(tiny_base("llama"))
+    before, untouched = torch.get_rng_state(), digest_frozen(tiny_base("llama"))
     base = tiny_base("llama")
     load_adapter(base, folder)
     assert torch.equal(before, torch.get_rng_state())
-    assert untouched == frozen_digest(tiny_base("llama"))
+    assert untouched == digest_frozen(tiny_base("llama"))
 
 
 @pytest.mark.parametrize(

@@ -27,10 +27,10 @@ from fedpeft.models.base_model import (
     new_modules,
     skeleton_of,
 )
-from fedpeft.models.comparison import made_up_rows, read_logits
+from fedpeft.models.comparison import draw_token_rows, read_logits
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.offsite import whole_model
-from fedpeft.models.trainable import frozen_digest, trainable_parameters
+from fedpeft.models.trainable import digest_frozen, trainable_parameters
 from tests.models.tiny import LABELS, VOCABULARY, batch, logits, saved, tiny_base, tiny_tokenizer
 
 
@@ -62,8 +62,8 @@ def test_a_new_head_depends_on_the_seed_alone(tmp_path: Path) -> None:
     first = load_base(where, num_labels=LABELS, seed=7)
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(5)
-    assert frozen_digest(load_base(where, num_labels=LABELS, seed=7)) == frozen_digest(first)
-    assert frozen_digest(load_base(where, num_labels=LABELS, seed=8)) != frozen_digest(first)
+    assert digest_frozen(load_base(where, num_labels=LABELS, seed=7)) == digest_frozen(first)
+    assert digest_frozen(load_base(where, num_labels=LABELS, seed=8)) != digest_frozen(first)
     assert new_modules(first) == head_modules(first) == ("score",)
 
 
@@ -281,7 +281,7 @@ def test_a_classifier_of_any_architecture_gets_a_new_head_that_trains(kind: str,
     model = attach(base, PeftSection(method="lora"), task=where.task, seed=0)
     trained = trainable_parameters(model)
     assert all(any(f".{head}." in name for name in trained) for head in heads)
-    rows = made_up_rows(model)
+    rows = draw_token_rows(model)
     assert read_logits(model, rows).shape == (len(rows), LABELS)
     export_adapter(model, tmp_path / "adapter", base_name="base")
     again = load_adapter(load_base(where, num_labels=LABELS, seed=7), tmp_path / "adapter")

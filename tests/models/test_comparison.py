@@ -14,7 +14,7 @@ from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.errors import ModelError
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base, load_tokenizer
-from fedpeft.models.comparison import made_up_rows, read_logits, refuse_difference
+from fedpeft.models.comparison import draw_token_rows, read_logits, refuse_difference
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.trainable import trainable_parameters
 from tests.models.tiny import VOCABULARY, saved, tiny_base
@@ -54,7 +54,7 @@ def test_adapter_and_merged_model_compute_what_was_trained(
 ) -> None:
     section = ModelSection(path=str(saved(kind, tmp_path / "base")))
     model = moved(section, **options)
-    rows = made_up_rows(model)
+    rows = draw_token_rows(model)
     trained = read_logits(model, rows)
     assert float((trained - read_logits(load_base(section), rows)).abs().max()) > 1e-2
     export_adapter(model, tmp_path / "adapter", base_name="base")
@@ -84,16 +84,16 @@ def test_a_merged_model_that_computes_something_else_is_not_written(tmp_path: Pa
 
 
 def test_made_up_rows_stay_inside_the_model() -> None:
-    rows = made_up_rows(tiny_base("llama"))
+    rows = draw_token_rows(tiny_base("llama"))
     assert rows.shape == (4, 12)
     assert int(rows.min()) > 0
     assert int(rows.max()) < VOCABULARY
-    assert torch.equal(rows, made_up_rows(tiny_base("llama")))
+    assert torch.equal(rows, draw_token_rows(tiny_base("llama")))
     with torch.random.fork_rng(devices=[]):
         section = PeftSection.model_validate({"method": "prompt", "num_virtual_tokens": 60})
         bert = tiny_base("bert")
         model = attach(bert, section, task="sequence-classification", seed=0)
-    assert made_up_rows(model).shape[1] == 64 - 60
+    assert draw_token_rows(model).shape[1] == 64 - 60
 
 
 def difference(found: float) -> None:

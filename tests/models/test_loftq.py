@@ -17,9 +17,9 @@ from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.loftq import KINDS, decompose, without
-from fedpeft.models.rounded_linear import Levels, levels_of, unpacked
+from fedpeft.models.rounded_linear import Levels, levels_of, unpack
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.trainable import frozen_digest, get_arrays, trainable_parameters
+from fedpeft.models.trainable import digest_frozen, get_arrays, trainable_parameters
 from fedpeft.planning.preflight import problems_of
 from tests.models.tiny import batch, logits, saved, tiny_base
 
@@ -64,7 +64,7 @@ def errors(model: nn.Module) -> dict[str, float]:
 
 def four_bits(weight: torch.Tensor) -> torch.Tensor:
     found = levels_of(weight, Levels(4, 8))
-    return unpacked(found.codes, found.scale, found.zero, 4)
+    return unpack(found.codes, found.scale, found.zero, 4)
 
 
 def test_one_iteration_leaves_what_no_rank_can_reach() -> None:
@@ -109,10 +109,10 @@ def test_a_start_is_nearer_to_full_precision_than_a_plain_one(folder: Path, kind
 def test_all_clients_start_alike_and_one_iteration_leaves_the_base_alone(folder: Path, kind: str) -> None:
     for turns in (1, 3):
         one, two = started(folder, kind, turns), started(folder, kind, turns)
-        assert frozen_digest(one) == frozen_digest(two)
+        assert digest_frozen(one) == digest_frozen(two)
         arrays, others = get_arrays(one), get_arrays(two)
         assert all(np.array_equal(arrays[name], others[name]) for name in arrays)
-        assert (frozen_digest(one) == frozen_digest(started(folder, kind, 0))) == (turns == 1)
+        assert (digest_frozen(one) == digest_frozen(started(folder, kind, 0))) == (turns == 1)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "rtn4"])

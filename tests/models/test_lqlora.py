@@ -14,14 +14,14 @@ from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.loftq import decompose, loftq_problem, without
 from fedpeft.models.lqlora import largest_directions
-from fedpeft.models.rounded_linear import Levels, levels_of, unpacked
-from fedpeft.models.trainable import frozen_digest, get_arrays
+from fedpeft.models.rounded_linear import Levels, levels_of, unpack
+from fedpeft.models.trainable import digest_frozen, get_arrays
 from tests.models.tiny import logits, saved
 
 
 def four_bits(weight: torch.Tensor) -> torch.Tensor:
     found = levels_of(weight, Levels(4, 8))
-    return unpacked(found.codes, found.scale, found.zero, 4)
+    return unpack(found.codes, found.scale, found.zero, 4)
 
 
 def spiked(seed: int) -> torch.Tensor:
@@ -54,11 +54,11 @@ def test_all_clients_start_alike_and_an_adapter_folder_knows_its_start(tmp_path:
     options = {"method": "lora", "r": 4, "init_lora_weights": "lq-lora", "loftq_config": {"loftq_iter": 2}}
     peft = PeftSection.model_validate(options)
     one, two = (attach(load_base(section), peft, task="causal-lm", seed=seed) for seed in (1, 2))
-    assert frozen_digest(one) == frozen_digest(two)
+    assert digest_frozen(one) == digest_frozen(two)
     first, second = get_arrays(one), get_arrays(two)
     assert all(np.array_equal(first[name], second[name]) for name in first)
     plain = PeftSection.model_validate({"method": "lora", "r": 4})
-    assert frozen_digest(one) != frozen_digest(attach(load_base(section), plain, task="causal-lm", seed=1))
+    assert digest_frozen(one) != digest_frozen(attach(load_base(section), plain, task="causal-lm", seed=1))
     export_adapter(one, tmp_path / "adapter", base_name="x")
     reloaded = load_adapter(load_base(section), tmp_path / "adapter")
     assert torch.equal(logits(reloaded, "llama"), logits(one, "llama"))

@@ -21,7 +21,7 @@ from fedpeft.models.export import adapter_digest, export_adapter, load_adapter, 
 from fedpeft.models.methods import METHODS
 from fedpeft.models.rounded_linear import Levels
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.trainable import frozen_digest, get_arrays, set_arrays, trainable_parameters
+from fedpeft.models.trainable import digest_frozen, get_arrays, set_arrays, trainable_parameters
 from tests.models.tiny import TASKS, batch, logits, tiny_base
 
 HEADS = ("lm_head", "score", "classifier", "bert.pooler.dense")
@@ -69,7 +69,7 @@ class Trial:
 @cache  # one training serves every test of a method
 def trial(name: str, kind: str) -> Trial:
     model = attached(name, kind)
-    fresh_logits, arrays, digest = logits(model, kind), dict(get_arrays(model)), frozen_digest(model)
+    fresh_logits, arrays, digest = logits(model, kind), dict(get_arrays(model)), digest_frozen(model)
     parameters = trainable_parameters(model)
     optimizer = torch.optim.Adam(parameters.values(), lr=0.001)
     losses: list[float] = []
@@ -97,7 +97,7 @@ def test_a_second_instance_of_the_seed_is_the_same_and_takes_the_trained_state(n
     before = torch.get_rng_state()
     again = attached(name, kind)
     assert torch.equal(before, torch.get_rng_state())
-    assert frozen_digest(again) == trial(name, kind).fresh_digest
+    assert digest_frozen(again) == trial(name, kind).fresh_digest
     arrays = get_arrays(again)
     expected = trial(name, kind).fresh_arrays
     assert arrays.keys() == expected.keys()
@@ -118,7 +118,7 @@ def test_training_lowers_the_loss_and_moves_the_trainable_parameters_only(name: 
     seen = trial(name, kind)
     assert seen.losses[-1] < seen.losses[0]
     assert seen.ungraded == []
-    assert frozen_digest(seen.model) == seen.fresh_digest
+    assert digest_frozen(seen.model) == seen.fresh_digest
     assert all(p.dtype == torch.float32 for p in trainable_parameters(seen.model).values())
     now = get_arrays(seen.model)
     assert any(not np.array_equal(now[key], seen.fresh_arrays[key]) for key in now)
@@ -183,7 +183,7 @@ def test_what_a_method_draws_or_rewrites_is_declared(name: str) -> None:
     method = METHODS[name]
     kind = "bert" if method.needs_bias else "llama"
     model = attached(name, kind, seed=6)
-    if frozen_digest(model) != trial(name, kind).fresh_digest:
+    if digest_frozen(model) != trial(name, kind).fresh_digest:
         assert method.draws_frozen_tensors
     base = dict(base_for(name, kind).named_parameters())
     rewritten = [

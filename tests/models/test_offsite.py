@@ -21,9 +21,9 @@ from fedpeft.models.export import export_adapter, load_adapter
 from fedpeft.models.offsite import (
     Emulator,
     check_source,
+    choose_layers,
     emulator_at,
     emulator_of,
-    kept_layers,
     make_emulator,
     plug_in,
     whole_model,
@@ -67,13 +67,13 @@ def load(folder: Path) -> nn.Module:
 
 
 def test_layers_are_kept_at_even_distances() -> None:
-    assert kept_layers(12, pad=2, middle=4) == (0, 1, 2, 4, 7, 9, 10, 11)
-    assert kept_layers(24, pad=2, middle=8) == (0, 1, 2, 5, 7, 10, 13, 16, 18, 21, 22, 23)
-    assert kept_layers(5, pad=1, middle=1) == (0, 2, 4)
-    assert kept_layers(6, pad=1, middle=4) == tuple(range(6))
+    assert choose_layers(12, pad=2, middle=4) == (0, 1, 2, 4, 7, 9, 10, 11)
+    assert choose_layers(24, pad=2, middle=8) == (0, 1, 2, 5, 7, 10, 13, 16, 18, 21, 22, 23)
+    assert choose_layers(5, pad=1, middle=1) == (0, 2, 4)
+    assert choose_layers(6, pad=1, middle=4) == tuple(range(6))
     for pad, middle in ((0, 2), (3, 1), (1, 5), (1, 0)):
         with pytest.raises(ModelError, match="the model has 6 layers"):
-            kept_layers(6, pad=pad, middle=middle)
+            choose_layers(6, pad=pad, middle=middle)
 
 
 def test_an_emulator_is_a_model_of_the_kept_layers(full: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedpeft.models.methods import METHODS, base_refusal
 from fedpeft.models.quantization import quantization_of
 from fedpeft.models.trainable import (
     count_parameters,
-    frozen_digest,
+    digest_frozen,
     get_arrays,
     set_arrays,
     trainable_parameters,
@@ -97,14 +97,14 @@ def test_a_method_trains_travels_and_reloads_with_equal_logits(
 ) -> None:
     section = PeftSection(method=name)
     model = attach(quantised(folder, kind), section, task="causal-lm", seed=1)
-    digest = frozen_digest(model)
+    digest = digest_frozen(model)
     losses = stepped(model)
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in trainable_parameters(model).values())
     trained = logits(model, "llama")
-    assert frozen_digest(model) == digest  # neither training nor evaluation touches what is frozen
+    assert digest_frozen(model) == digest  # neither training nor evaluation touches what is frozen
     receiver = attach(quantised(folder, kind), section, task="causal-lm", seed=1)
-    assert frozen_digest(receiver) == digest
+    assert digest_frozen(receiver) == digest
     set_arrays(receiver, get_arrays(model))
     assert torch.equal(logits(receiver, "llama"), trained)
     export_adapter(model, tmp_path, base_name="x")
@@ -166,14 +166,14 @@ def test_the_digest_sees_the_scales(folder: Path) -> None:
         ("rtn8", "weight_zero"),
     ):
         base = quantised(folder, kind)
-        digest = frozen_digest(base)
+        digest = digest_frozen(base)
         layer: Any = base.get_submodule("model.layers.0.mlp.up_proj")
         holder = (
             layer if kind.startswith("rtn") else layer.state if kind == "int8" else layer.weight.quant_state
         )
         scales = getattr(holder, scale)
         scales[-1] += 1
-        assert frozen_digest(base) != digest
+        assert digest_frozen(base) != digest
 
 
 @pytest.mark.exhaustive

@@ -14,7 +14,7 @@ from fedpeft.config.sections import ModelSection
 from fedpeft.errors import ModelError, RunFileError
 from fedpeft.models.base_model import load_base
 from fedpeft.models.rounded_linear import RoundedLinear
-from fedpeft.models.trainable import frozen_digest
+from fedpeft.models.trainable import digest_frozen
 from tests.models.tiny import LABELS, logits, saved
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs the extra 'quant'")
@@ -40,9 +40,9 @@ def test_double_quantisation_is_the_default_and_can_be_turned_off(folder: Path) 
     weight = once.get_submodule(UP).get_parameter("weight")
     assert not weight.quant_state.nested
     assert weight.quant_state.absmax.dtype == torch.float32
-    assert frozen_digest(twice) != frozen_digest(once)
+    assert digest_frozen(twice) != digest_frozen(once)
     told = base(folder, quantization="nf4", double_quantization=True)
-    assert frozen_digest(told) == frozen_digest(twice)
+    assert digest_frozen(told) == digest_frozen(twice)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "rtn4"])
@@ -51,7 +51,7 @@ def test_products_are_taken_in_the_compute_dtype(folder: Path, kind: str) -> Non
     one, two = logits(exact, "llama"), logits(rough, "llama")
     error = float((one - two).norm() / one.norm())
     assert 1e-4 < error < 3e-2  # bfloat16 keeps eight bits: 0.4% per product
-    assert frozen_digest(exact) == frozen_digest(rough)
+    assert digest_frozen(exact) == digest_frozen(rough)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "rtn8", "rtn4"])

@@ -15,9 +15,9 @@ from fedpeft.config.sections import ModelSection, PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter, load_adapter, merge_adapter
-from fedpeft.models.rounded_linear import Levels, RoundedLinear, levels_of, unpacked
+from fedpeft.models.rounded_linear import Levels, RoundedLinear, levels_of, unpack
 from fedpeft.models.rounded_loading import round_layers
-from fedpeft.models.trainable import frozen_digest, get_arrays, set_arrays
+from fedpeft.models.trainable import digest_frozen, get_arrays, set_arrays
 from fedpeft.models.tuners.peqa import PEQAConfig, PEQALayer
 from tests.models.tiny import logits, saved, tiny_base
 
@@ -42,7 +42,7 @@ def test_four_levels_by_hand() -> None:
     codes = [0, 5, 15, 15, 15, 8, 1, 0]  # 15 / 2 = 7.5 goes to the even 8
     packed = [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)]
     assert found.codes.tolist() == [packed]
-    back = unpacked(found.codes, found.scale, found.zero, 4)
+    back = unpack(found.codes, found.scale, found.zero, 4)
     assert torch.allclose(back, torch.tensor([[-1.0, 0.0, 2.0, 2.0, 30.0, 16.0, 2.0, 0.0]]))
 
 
@@ -51,20 +51,20 @@ def test_four_levels_by_hand() -> None:
 def test_no_weight_is_off_by_more_than_a_step(bits: int, group: int | None) -> None:
     weight = normal(2500, 8)  # more rows than one block
     found = levels_of(weight, Levels(bits, group))
-    error = (unpacked(found.codes, found.scale, found.zero, bits) - weight).abs()
+    error = (unpack(found.codes, found.scale, found.zero, bits) - weight).abs()
     step = found.scale.repeat_interleave(8 // found.scale.shape[1], dim=1)
     # Half a step by rounding, and half by rounding the zero, where the range's end is cut.
     assert bool((error <= step * 1.0001).all())
     assert float((error <= 0.5001 * step).float().mean()) > 0.85
     assert int(found.codes.max()) <= 255
     zeros = levels_of(torch.zeros(3, 8), Levels(bits, group))
-    assert not unpacked(zeros.codes, zeros.scale, zeros.zero, bits).any()
+    assert not unpack(zeros.codes, zeros.scale, zeros.zero, bits).any()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_rounded_layer_is_its_unpacked_weight_in_both_directions(bits: int) -> None:
     layer, x = rounded(Levels(bits, 4)), normal(2, 3, 8, seed=2).requires_grad_(True)
-    plain, same = layer.dequantised(), x.detach().clone().requires_grad_(True)
+    plain, same = layer.dequantise(), x.detach().clone().requires_grad_(True)
     y, expected = layer(x), plain(same)
     assert torch.allclose(y, expected, atol=1e-6)
     up = normal(2, 3, 6, seed=3)
@@ -84,7 +84,7 @@ def test_gradients_of_scales_are_those_of_the_written_out_formula(bits: int) -> 
     other = layer.weight_scale.clone().requires_grad_(True)
     x, up = normal(5, 8, seed=2), normal(5, 6, seed=3)
     layer.product(x, scale).backward(up)  # type: ignore[no-untyped-call]  # torch annotates it so
-    one = unpacked(layer.weight, torch.ones_like(scale), layer.weight_zero, bits)  # q - z
+    one = unpack(layer.weight, torch.ones_like(scale), layer.weight_zero, bits)  # q - z
     weight = one * other.repeat_interleave(4, dim=1)
     (x @ weight.T).backward(up)  # type: ignore[no-untyped-call]  # torch annotates it so
     assert scale.grad is not None
@@ -119,7 +119,7 @@ def test_bfloat16_inputs_come_out_as_bfloat16_and_autocast_is_followed() -> None
 def test_loading_rounds_as_rounding_in_place_does(tmp_path: Path) -> None:
     section = ModelSection(path=str(saved("llama", tmp_path)), quantization="rtn4", group_size=8)
     here = round_layers(tiny_base("llama"), Levels(4, 8), ["lm_head"])
-    assert frozen_digest(load_base(section)) == frozen_digest(here)
+    assert digest_frozen(load_base(section)) == digest_frozen(here)
 
 
 @pytest.mark.parametrize("levels", [Levels(4, 8), Levels(8)])

@@ -19,7 +19,7 @@ from fedpeft.models.base_model import load_base
 from fedpeft.models.export import export_adapter
 from fedpeft.models.loftq import without
 from fedpeft.models.starts import decomposition_bytes, decomposition_of, start_of_model
-from fedpeft.models.trainable import frozen_digest, get_arrays
+from fedpeft.models.trainable import digest_frozen, get_arrays
 from fedpeft.reporting.snippet import load_snippet
 from tests.models.tiny import logits, saved
 
@@ -43,7 +43,7 @@ def attached(folder: Path, start_bytes: bytes = b"", **peft: Any) -> nn.Module:
 
 def same(one: nn.Module, two: nn.Module) -> bool:
     first, second = get_arrays(one), get_arrays(two)
-    return frozen_digest(one) == frozen_digest(two) and all(
+    return digest_frozen(one) == digest_frozen(two) and all(
         np.array_equal(first[name], second[name]) for name in first
     )
 
@@ -68,7 +68,7 @@ def test_what_came_is_used_and_not_computed_again(folder: Path) -> None:
     ups = [name for name in ours if ".lora_B." in name]
     assert len(ups) == 14
     assert all(np.array_equal(ours[name], theirs[name] / 2) for name in ups)
-    assert frozen_digest(model) == frozen_digest(attached(folder)), "nothing was taken out: the plain codes"
+    assert digest_frozen(model) == digest_frozen(attached(folder)), "nothing was taken out: the plain codes"
 
 
 def test_without_a_start_there_is_nothing_to_hand_on(folder: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from fedpeft.errors import ModelError
 from fedpeft.models.trainable import (
     count_parameters,
-    frozen_digest,
+    digest_frozen,
     get_arrays,
     set_arrays,
     trainable_parameters,
@@ -82,34 +82,34 @@ def test_a_state_that_does_not_fit_changes_nothing(arrays: dict[str, np.ndarray]
 
 def test_the_digest_sees_what_is_frozen_and_nothing_else() -> None:
     model = Pair()
-    digest = frozen_digest(model)
-    assert frozen_digest(Pair()) == digest
+    digest = digest_frozen(model)
+    assert digest_frozen(Pair()) == digest
     assert len(digest) == 64
     with torch.no_grad():
         model.first.weight += 1
         model.get_buffer("passing").add_(1)
-    assert frozen_digest(model) == digest
+    assert digest_frozen(model) == digest
     with torch.no_grad():
         model.second.weight[1, 2] += 1e-6 * model.second.weight[1, 2]
-    assert frozen_digest(model) != digest
+    assert digest_frozen(model) != digest
 
 
 def test_the_digest_sees_persistent_buffers_dtypes_shapes_and_names() -> None:
-    digest = frozen_digest(Pair())
+    digest = digest_frozen(Pair())
     bump, recast, reshaped = Pair(), Pair(), Pair()
     bump.get_buffer("kept")[0] = 5
     recast.kept = recast.get_buffer("kept").view(torch.int16)
     reshaped.kept = reshaped.get_buffer("kept").reshape(2, 2)
-    assert len({digest, *(frozen_digest(m) for m in (bump, recast, reshaped))}) == 4
+    assert len({digest, *(digest_frozen(m) for m in (bump, recast, reshaped))}) == 4
     renamed = nn.ModuleDict({"second": Pair().second, "other": Pair().first})
     plain = nn.ModuleDict({"third": Pair().second, "other": Pair().first})
-    assert frozen_digest(renamed) != frozen_digest(plain)
+    assert digest_frozen(renamed) != digest_frozen(plain)
 
 
 def test_the_digest_of_a_tensor_larger_than_a_chunk_covers_its_end() -> None:
     model = nn.Embedding(5_000_000, 1)
     model.requires_grad_(False)
-    digest = frozen_digest(model)
+    digest = digest_frozen(model)
     with torch.no_grad():
         model.weight[-1] += 1
-    assert frozen_digest(model) != digest
+    assert digest_frozen(model) != digest

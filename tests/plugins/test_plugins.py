@@ -29,7 +29,7 @@ from fedpeft.transport.tasks import Hello, task_content
 from fedpeft.wire.failures import from_record
 from fedpeft.wire.task_content import Task
 from fedpeft.wire.task_kinds import HELLO
-from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker import execute_order
 from fedpeft_client.workers.worker_process import CLIENT_APP
 from tests.simulation.conftest import tiny_tables
 from tests.simulation.runs import fingerprint, resumed, simulated
@@ -160,13 +160,13 @@ def test_an_owner_lists_what_may_be_loaded(example: Path, tmp_path: Path) -> Non
     }
     header |= {"device_task": task.text, "data": str(rows), "model": "", "base_digests": []}
     content = content_bytes(task_content(Task(task.digest, 0, b"", device_task=task.text)))
-    refused = from_record(done(Frame(header, {"content": content, "memory": b""})).header["error"])
+    refused = from_record(execute_order(Frame(header, {"content": content, "memory": b""})).header["error"])
     assert isinstance(refused, PolicyError)
     assert refused.limits == {"plugins": None}
     assert "fedpeft-example 1.0" in str(refused)
     assert MODULE not in sys.modules
     listed = Frame({**header, "plugins": ["fedpeft_example"]}, {"content": content, "memory": b""})
-    assert done(listed).header["error"] is None
+    assert execute_order(listed).header["error"] is None
     drop_loaded_run(task.digest)
 
 

@@ -77,7 +77,7 @@ def test_names_and_directions() -> None:
     ]
     assert text.direction(True) == "↑"
     assert text.direction(False) == "↓"
-    assert text.counted(1, "client") == "1 client"
-    assert text.counted(1200, "client") == "1,200 clients"
+    assert text.count_noun(1, "client") == "1 client"
+    assert text.count_noun(1200, "client") == "1,200 clients"
     assert text.metric_difference("accuracy", -0.123) == "12.3 points"
     assert text.metric_difference("loss", -0.31) == "0.310"

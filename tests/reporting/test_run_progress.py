@@ -36,7 +36,7 @@ def play(progress: Progress, rows: list[Row]) -> None:
 
 def play_row(progress: Progress, row: Row) -> None:
     if isinstance(row, Started):
-        progress.started(row)
+        progress.show_start(row)
     elif isinstance(row, Round):
         if row.round > 0:
             progress.round_started(row.round, len(row.outcomes))
@@ -47,7 +47,7 @@ def play_row(progress: Progress, row: Row) -> None:
         progress.baseline_progress(row.name, 1, 2)
         progress.baseline_done(row)
     else:
-        progress.finished(row)
+        progress.show_end(row)
 
 
 def on_terminal() -> tuple[io.StringIO, LiveProgress]:
@@ -118,7 +118,7 @@ def test_the_cursor_comes_back_after_an_error(error: type[BaseException]) -> Non
 
     def interrupted() -> None:
         with progress:
-            progress.started(started())
+            progress.show_start(started())
             progress.round_started(1, 8)
             assert HIDE in out.getvalue()
             raise error
@@ -132,7 +132,7 @@ def test_the_cursor_comes_back_after_an_error(error: type[BaseException]) -> Non
 def test_a_resumed_run_does_not_take_its_first_rounds_for_speed() -> None:
     out, progress = on_terminal()
     with progress:
-        progress.started(started(rounds=100))
+        progress.show_start(started(rounds=100))
         progress.round_started(91, 4)
         (rounds,) = [task for task in progress.tasks() if task.description == "rounds"]
         assert (rounds.completed, rounds.total, rounds.speed) == (90, 100, None)
@@ -144,7 +144,7 @@ def test_a_resumed_run_does_not_take_its_first_rounds_for_speed() -> None:
 def test_the_time_that_is_left_counts_the_baselines() -> None:
     _, progress = on_terminal()
     with progress:
-        progress.started(started(rounds=4, baselines=True))
+        progress.show_start(started(rounds=4, baselines=True))
         progress.round_started(4, 2)
         (bar,) = [task for task in progress.tasks() if "then baselines" in task.description]
         assert (bar.completed, bar.total) == (3, 12)

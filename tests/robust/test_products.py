@@ -107,8 +107,8 @@ def test_nothing_depends_on_the_choice_of_factors(started: bool) -> None:
     assert krum_selection(again, 4, 1) == krum_selection(gram, 4, 1)
     weights = np.full(CLIENTS, 1.0 / CLIENTS)
     for rule in (norm_bound, krum, multikrum, geometric_median):
-        came = geometry.combined(others, rule(again, weights))
-        expected = geometry.combined(updates, rule(gram, weights))
+        came = geometry.combine(others, rule(again, weights))
+        expected = geometry.combine(updates, rule(gram, weights))
         for name in expected:
             np.testing.assert_allclose(came[name], expected[name], atol=1e-7)
     for update, other in zip(updates, others, strict=True):
@@ -124,7 +124,7 @@ def test_the_combined_change_is_the_best_of_its_rank(started: bool) -> None:
     rng = np.random.default_rng(3)
     state = state_of(rng, started=started)
     updates, coefficients = updates_of(rng, state), np.array([0.5, 0.0, 0.2, 0.1, 0.0, 0.05])
-    change = products(state).combined(updates, coefficients)
+    change = products(state).combine(updates, coefficients)
     after = weights_of(state, change)
     for module in SHAPES:
         start = weights_of(state)[module]
@@ -140,7 +140,7 @@ def test_one_update_alone_arrives_whole() -> None:
     rng = np.random.default_rng(4)
     state = state_of(rng, started=False)
     updates = updates_of(rng, state)
-    came = weights_of(state, products(state).combined(updates, np.eye(CLIENTS)[2]))
+    came = weights_of(state, products(state).combine(updates, np.eye(CLIENTS)[2]))
     for name, expected in weights_of(state, updates[2]).items():
         np.testing.assert_allclose(came[name], expected, atol=1e-10)
 
@@ -163,7 +163,7 @@ def test_a_product_of_lower_rank_goes_on_from_the_states_a() -> None:
     rng = np.random.default_rng(6)
     state = state_of(rng, started=False)
     still = {name: np.zeros_like(array) for name, array in state.items()}
-    change = products(state).combined([still], np.ones(1))
+    change = products(state).combine([still], np.ones(1))
     for module in SHAPES:
         a = state[a_of(module)] + change[a_of(module)]
         assert np.linalg.matrix_rank(np.concatenate([a, state[a_of(module)]])) == RANK

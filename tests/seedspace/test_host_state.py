@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedpeft.seedspace.host_state import HostState, moved
+from fedpeft.seedspace.host_state import HostState, apply_sums
 from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.rounding import combine
 from fedpeft.seedspace.space import SeedSpace
@@ -46,7 +46,7 @@ def test_a_weight_is_rounded_once_also_where_doubles_are_too_short(exponent: int
     base = (rng.standard_normal(4000) * 10.0 ** rng.integers(-20, 20, 4000)).astype(np.float32)
     sums = rng.integers(-(2**31) + 1, 2**31, 4000).astype(np.int32)
     wanted = combine(torch.from_numpy(base), torch.from_numpy(sums), exponent).numpy()
-    assert moved(base, sums, 2.0**exponent).tobytes() == wanted.tobytes()
+    assert apply_sums(base, sums, 2.0**exponent).tobytes() == wanted.tobytes()
 
 
 def test_a_base_that_cannot_be_written_is_only_read() -> None:

@@ -81,15 +81,15 @@ def test_each_direction_chooses_its_block_by_the_public_generator() -> None:
     directions = torch.arange(200)
     purpose = 5  # CHOICE
     expected = [_philox((0, SEED // 2**32, 0, purpose * 2**24), (k, SEED % 2**32))[0] % 3 for k in range(200)]
-    assert support.chosen(directions).tolist() == expected
-    assert [int(support.chosen(torch.tensor([k]))) for k in range(200)] == expected
+    assert support.choose_blocks(directions).tolist() == expected
+    assert [int(support.choose_blocks(torch.tensor([k]))) for k in range(200)] == expected
     assert set(expected) == {0, 1, 2}
     assert support.moves(1, directions).tolist() == [block == 1 for block in expected]
 
 
 def test_directions_of_other_blocks_move_nothing() -> None:
     support = OneBlock(SEED, {0: 0, 1: 1}, 2)
-    chosen = support.chosen(torch.arange(8)).tolist()
+    chosen = support.choose_blocks(torch.arange(8)).tolist()
     stream = CounterStream(SEED, support=support)
     for tensor in (0, 1):
         expected = torch.zeros(SIZE, dtype=torch.int64)

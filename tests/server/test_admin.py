@@ -288,7 +288,7 @@ def test_a_revoked_agent_is_listed_as_one(tmp_path: Path) -> None:
         token = authority.tokens.invite(Identity(name, Role.AGENT), now, timedelta(days=1))
         authority.enrol(token, make_request(new_key()), now)
     with Store(tmp_path / "state") as store:
-        store.agents.seen(["hospital-1", "hospital-2"])
+        store.agents.record_seen(["hospital-1", "hospital-2"])
         doors, running = Doors(), list[RunningServer]()
         supervisor = Supervisor(store, standins(store, []))
         base = Administration(store, supervisor, doors.gate, authority, lambda: running[0])

@@ -23,7 +23,7 @@ from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task
-from fedpeft.updates.update import frozen_arrays
+from fedpeft.updates.update import freeze_arrays
 from fedpeft_server.store import Rules, Store, StoredRun
 from fedpeft_server.store.rounds import StoredRounds
 from fedpeft_server.transport.grpc_grid import RunIdentity
@@ -90,7 +90,7 @@ def served(
                 history=rounds,
                 timeout_s=run.federation.deadline_s if run.federation.clock is None else None,
             )
-            last = rounds.latest() or initial_checkpoint(federation, frozen_arrays(START))
+            last = rounds.latest() or initial_checkpoint(federation, freeze_arrays(START))
             run_rounds(federation, last)
 
 
@@ -100,7 +100,9 @@ def committed(state: Path, run: RunConfig) -> tuple[list[Checkpoint], list[tuple
         stored: StoredRun = store.runs.submit(run, Rules(), submission="one", submitter="me")
         rounds, last = store.rounds(stored), store.rounds(stored).latest()
         assert last is not None
-        return [rounds.checkpoint(number) for number in range(last.round + 1)], list(rounds.arrived())
+        return [rounds.checkpoint(number) for number in range(last.round + 1)], list(
+            rounds.list_uncommitted()
+        )
 
 
 def replayed(checkpoints: list[Checkpoint]) -> list[dict[str, NDArray[Any]]]:

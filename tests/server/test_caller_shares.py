@@ -72,7 +72,7 @@ def test_what_speaks_against_a_caller_uses_its_share_of_refusals() -> None:
         shares.count("ada", Reason.STALLED, "the server's own bound")
     for _ in range(4):
         with shares.call("mallory"):
-            shares.ended("mallory", Refused(Reason.MALFORMED, UpdateError("no protobuf")))
+            shares.end_call("mallory", Refused(Reason.MALFORMED, UpdateError("no protobuf")))
     with shares.call("ada"):
         pass
     with pytest.raises(Refused, match="too much was refused; try again in 900 s"), shares.call("mallory"):
@@ -93,7 +93,7 @@ def test_bytes_and_sessions_have_their_shares() -> None:
     assert caught.value.reason is Reason.QUOTA
     clock.now = 1.0
     shares.bytes("ada", down=601)
-    assert shares.used("ada") == {"calls": 0, "bytes_up": 3000, "bytes_down": 601}
+    assert shares.get_usage("ada") == {"calls": 0, "bytes_up": 3000, "bytes_down": 601}
     for _ in range(5):
         shares.session("ada")
     with pytest.raises(Refused, match="5 sessions a minute"):

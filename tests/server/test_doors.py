@@ -30,7 +30,7 @@ from fedpeft.errors import CredentialError, FederationError, FedPEFTError, Updat
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.agent import Agent
 from fedpeft_client.client_settings import ClientSettings
-from fedpeft_client.transport.device_certificate import own_material, renewed
+from fedpeft_client.transport.device_certificate import own_material, renew_if_due
 from fedpeft_client.transport.dialing import error_of, open_channel
 from fedpeft_client.transport.session import Session
 from fedpeft_client.workers.in_process_worker import InlineWorkshop
@@ -131,7 +131,7 @@ def test_a_token_becomes_a_certificate_once(ours: House, tmp_path: Path) -> None
     assert (keys / "key.pem").stat().st_mode & 0o777 == 0o600
     again = played(own_material(keys, ours.running.address, ""))
     assert again.certificate == material.certificate, "later starts need no token"
-    assert played(renewed(keys, ours.running.address)).certificate == material.certificate
+    assert played(renew_if_due(keys, ours.running.address)).certificate == material.certificate
     with pytest.raises(CredentialError):
         played(own_material(tmp_path / "thief", ours.running.address, token))
     with pytest.raises(CredentialError, match="give the token"):
@@ -155,7 +155,7 @@ def test_results_are_signed_and_refused_if_anything_differs(ours: House, tmp_pat
 
     running = asyncio.run_coroutine_threadsafe(made.run(), get_grpc_event_loop())
     grid = ours.running.grid(RUN)
-    wait_for(lambda: "hospital-3" in grid.connected)
+    wait_for(lambda: "hospital-3" in grid.agents_here)
     (reply,) = grid.send_and_receive(messages(grid, ["hospital-3"], b"hi", 4))
     assert answer(reply)["payload"] == b"hi"
     get_grpc_event_loop().call_soon_threadsafe(made.stop)

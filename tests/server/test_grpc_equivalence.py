@@ -16,14 +16,14 @@ import pytest
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import RunConfig
-from fedpeft.data.embedded import federated_rows
+from fedpeft.data.embedded import make_federated_rows
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.server_app import Server, execute_rounds
+from fedpeft.flower.server_app import RoundServer, execute_rounds
 from fedpeft.ledger import Checkpoint, Cohort
 from fedpeft.ledger.records import ClientOutcome, Round
+from fedpeft.participant.load_server import load_serving_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
-from fedpeft.participant.serving import load_serving_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.transport.roster import Roster, roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import arrays_digest
@@ -38,7 +38,7 @@ FEEDBACK = [{"kind": "top-k", "density": 0.1, "error_feedback": True}]
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """One file of rows for each site, and a test set."""
-    train, test = federated_rows(0, len(SITES), 40, 4)
+    train, test = make_federated_rows(0, len(SITES), 40, 4)
     (tmp_path / "train").mkdir()
     for number, site in enumerate(SITES):
         lines = [json.dumps(asdict(row)) for row in train if row.client == number]
@@ -87,8 +87,8 @@ class Notes:
         return [arrays_digest(checkpoint.state) for checkpoint in self.committed]
 
 
-def serving(resident: LoadedRun, notes: Notes) -> Server:
-    return Server(resident, notes, notes, lambda state: None, lambda step: None, lambda roster: None)
+def serving(resident: LoadedRun, notes: Notes) -> RoundServer:
+    return RoundServer(resident, notes, notes, lambda state: None, lambda step: None, lambda roster: None)
 
 
 def locally(run: RunConfig) -> Notes:

@@ -33,7 +33,7 @@ def grid(running: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> It
     """One for all tests of this file; each uses a round of its own."""
     with fleet(running.address, NAMES, tmp_path_factory.mktemp("agents")):
         made = running.grid(RUN)
-        wait_for(lambda: made.connected == NAMES)
+        wait_for(lambda: made.agents_here == NAMES)
         yield made
 
 
@@ -122,7 +122,7 @@ def test_arrays_are_no_content(grid: GrpcGrid) -> None:
 
 def test_runs_share_agents_and_nothing_else(running: RunningServer, grid: GrpcGrid) -> None:
     other = running.grid(RunIdentity("run-2", "cd" * 32), agents=NAMES[:2])
-    assert other.connected == NAMES[:2]
+    assert other.agents_here == NAMES[:2]
     ours = list(grid.push_messages(messages(grid, NAMES, b"ours", 9)))
     theirs = list(other.push_messages(messages(other, NAMES[:2], b"theirs", 9, run="cd" * 32)))
     assert {answer(reply)["payload"] for reply in collected(grid, ours)} == {b"ours"}
@@ -184,10 +184,10 @@ def test_it_says_how_long_an_agent_has_been_away(tmp_path: Path) -> None:
         assert never[0] == "site"
         assert never[1] >= 0.1, "since the server started"
         with fleet(running.address, ["site"], tmp_path):
-            wait_for(lambda: grid.connected == ["site"])
+            wait_for(lambda: grid.agents_here == ["site"])
             assert grid.away_s(node_id("site")) is None
             here = time.monotonic()
-        wait_for(lambda: grid.connected == [])
+        wait_for(lambda: grid.agents_here == [])
         left = grid.away_s(node_id("site"))
         assert left is not None
         assert left[1] <= time.monotonic() - here, "since it left"

@@ -13,14 +13,14 @@ from fedpeft.commands.emulator import plug_in_command
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import ModelSection, RunConfig
-from fedpeft.data.embedded import federated_rows, model_folder
+from fedpeft.data.embedded import make_federated_rows, model_folder
 from fedpeft.flower.server_app import execute_rounds
 from fedpeft.models.base_model import load_tokenizer
 from fedpeft.models.export import adapter_digest, export_adapter
 from fedpeft.models.offsite import make_emulator, whole_model
+from fedpeft.participant.load_server import load_serving_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun
-from fedpeft.participant.serving import load_serving_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.transport.roster import Roster, roll_call
 from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import Arrays
@@ -34,7 +34,7 @@ SITES = ("site-0", "site-1")
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Rows of each site, a test set, the owner's full model, and the emulator that clients are given."""
-    train, test = federated_rows(0, len(SITES), 24, 4)
+    train, test = make_federated_rows(0, len(SITES), 24, 4)
     (tmp_path / "train").mkdir()
     for number, site in enumerate(SITES):
         lines = [json.dumps(asdict(row)) for row in train if row.client == number]

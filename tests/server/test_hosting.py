@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedpeft.config.run_file import build_run
-from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.load_server import load_serving_run
 from fedpeft.stages import StageContext, on_client, stage_list
 from fedpeft.updates.update import Update, layout_of
 from fedpeft.wire.codec import Envelope, encode

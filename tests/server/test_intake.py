@@ -48,7 +48,7 @@ def test_a_full_disk_pauses_the_round_and_loses_nothing(tmp_path: Path) -> None:
     acceptor, lines = Reluctant(), list[str | None]()
     with server(acceptor, trouble=lines.append) as running, fleet(running.address, NAMES, tmp_path):
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected == NAMES)
+        wait_for(lambda: grid.agents_here == NAMES)
         ids = list(grid.push_messages(messages(grid, NAMES, b"hi")))
         wait_for(lambda: lines and outbox(tmp_path) == len(NAMES))
         time.sleep(0.2)

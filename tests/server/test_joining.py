@@ -15,8 +15,8 @@ from flwr.serverapp import Grid
 from fedpeft.config.run_file import build_run, run_digest
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import FederationError
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import drop_loaded_run, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.runtime.randomness import stream
 from fedpeft.transport.node_identity import ensure_identity
 from fedpeft.transport.polled_grid import PolledGrid
@@ -180,7 +180,11 @@ def test_nobody_is_waited_for_and_everyone_is_greeted_once() -> None:
     at.door.silent = False
     roster = at.joining.before(4)
     assert roster.members["bob"] == Member(at.door.nodes["bob"], 7, since=4)
-    assert (roster.in_round(3), roster.in_round(4), roster.joined(4)) == (["ann"], ["ann", "bob"], ("bob",))
+    assert (roster.in_round(3), roster.in_round(4), roster.names_joining(4)) == (
+        ["ann"],
+        ["ann", "bob"],
+        ("bob",),
+    )
     assert at.joining.before(5) == roster
     assert (at.kept, at.said, at.door.told, len(at.door.pushed)) == ([roster], [], [], 1)
 
@@ -189,7 +193,11 @@ def test_a_round_that_is_drawn_is_not_joined() -> None:
     """As after a restart in it."""
     at = scene({"bob": BASE}, open_=3)
     roster = at.joining.before(3)
-    assert (roster.members["bob"].since, roster.joined(3), roster.joined(4)) == (4, (), ("bob",))
+    assert (roster.members["bob"].since, roster.names_joining(3), roster.names_joining(4)) == (
+        4,
+        (),
+        ("bob",),
+    )
 
 
 def test_who_cannot_join_is_told_once_and_again_when_it_returns() -> None:
@@ -241,7 +249,7 @@ def test_what_the_server_says_is_in_the_agents_status(
 ) -> None:
     with server() as running, fleet(running.address, ["site-a"], tmp_path):
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected)
+        wait_for(lambda: grid.agents_here)
         grid.tell("site-a", "it is not asked in this run:\nit came late")
         grid.tell("nobody", "is here")
 

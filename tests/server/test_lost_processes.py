@@ -18,8 +18,8 @@ import pytest
 
 from fedpeft.config.run_file import build_run, run_digest, run_json
 from fedpeft.errors import RunFileError
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft_server.runs.control import Control, ProcessLostError, SteadyClock, Stopped
 from fedpeft_server.runs.model_process_pool import ModelProcess, ModelProcessPool, TookTooLongError
 from fedpeft_server.runs.supervisor import Supervisor
@@ -151,7 +151,7 @@ def test_a_stop_before_or_while_a_process_works_ends_the_wait() -> None:
     threading.Timer(0.1, lambda: control.halt(Stopped("enough"))).start()
 
     def work() -> None:
-        with control.killed_with(killed.set):
+        with control.kill_on_stop(killed.set):
             assert killed.wait(LONG_S)
             raise ProcessLostError("killed")
 
@@ -162,7 +162,7 @@ def test_a_stop_before_or_while_a_process_works_ends_the_wait() -> None:
         work()
     assert not killed.is_set()
     control.take_halt()
-    with control.killed_with(killed.set):
+    with control.kill_on_stop(killed.set):
         pass
 
 

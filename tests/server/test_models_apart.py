@@ -19,8 +19,8 @@ from safetensors.numpy import load_file
 from fedpeft.config.run_file import build_run, run_digest
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import add_loaded_run, drop_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.spaces.directions import SUPPORTS
 from fedpeft.spaces.seed_options import SUPPORTED_RULES
 from fedpeft_server.runs.model_host import counts_alone

@@ -15,7 +15,7 @@ from fedpeft.errors import CredentialError, FedPEFTError
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.wire.protocol import NEWEST_PROTOCOL
 from fedpeft_client.transport.admin_client import AdminClient
-from fedpeft_client.transport.device_certificate import renewed
+from fedpeft_client.transport.device_certificate import renew_if_due
 from fedpeft_client.transport.dialing import error_of, open_channel
 from fedpeft_server.ops.expiry import ExpiryWatch
 from fedpeft_server.transport.sessions import AgentStatus, ServerStatus
@@ -42,9 +42,9 @@ def aged(ours: House, folder: Path, name: str, days: int, role: Role = Role.AGEN
 
 def test_a_device_renews_in_the_last_third_and_a_thief_then_shows(ours: House, tmp_path: Path) -> None:
     young = aged(ours, tmp_path / "young", "young", 200)
-    assert played(renewed(tmp_path / "young", ours.running.address)).certificate == young.certificate
+    assert played(renew_if_due(tmp_path / "young", ours.running.address)).certificate == young.certificate
     old = aged(ours, tmp_path / "old", "old", 300)
-    fresh = played(renewed(tmp_path / "old", ours.running.address))
+    fresh = played(renew_if_due(tmp_path / "old", ours.running.address))
     assert fresh.certificate.not_valid_after_utc > old.certificate.not_valid_after_utc + 200 * DAY
     kept = read_material(tmp_path / "old", datetime.now(UTC))
     assert (kept.certificate, kept.key_pem) == (fresh.certificate, fresh.key_pem)
@@ -76,7 +76,7 @@ def test_what_cannot_be_renewed_is_said_with_its_end(
 ) -> None:
     aged(ours, tmp_path / "away", "away", 360)
     with caplog.at_level(logging.WARNING, "fedpeft.client"):
-        played(renewed(tmp_path / "away", "127.0.0.1:9"))
+        played(renew_if_due(tmp_path / "away", "127.0.0.1:9"))
     assert "is not renewed yet" in caplog.messages[0]
     assert "expires in 4 days; renew it, or ask the federation's admin" in caplog.messages[1]
 

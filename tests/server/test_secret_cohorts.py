@@ -16,7 +16,7 @@ from fedpeft.credentials import Identity, Role
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.v1 import federation_pb2 as pb
-from fedpeft_server.runs.admin_messages import pulled_files, run_info
+from fedpeft_server.runs.admin_messages import list_pullable_files, run_info
 from fedpeft_server.runs.admin_servicer import Admin, Administration
 from fedpeft_server.runs.supervisor import Supervisor
 from fedpeft_server.store import RunStatus, Store
@@ -77,7 +77,7 @@ def test_neither_the_log_nor_the_files_of_a_run_tell_whom_it_asked(
     assert not found
     assert {line["event"] for line in told} <= {"round", "step", "status", "note"}
     folder = daemon.store.run_folder(stored.id)
-    checkpoints = [path for path in pulled_files(folder) if path.suffix == ".safetensors"]
+    checkpoints = [path for path in list_pullable_files(folder) if path.suffix == ".safetensors"]
     tensors = [set(load(path.read_bytes())) for path in checkpoints if "checkpoints" in path.parts]
     assert any(any(name.startswith("downlink/step/") for name in names) for names in tensors)
     assert not [name for names in tensors for name in names if "held" in name]

@@ -131,7 +131,7 @@ def _worked(running: RunningServer, material: Material, home: Path) -> None:
     agent = played(made())
     ended = asyncio.run_coroutine_threadsafe(agent.run(), get_grpc_event_loop())
     grid = running.grid(RunIdentity("run-1", "ab" * 32))
-    wait_for(lambda: "north" in grid.connected)
+    wait_for(lambda: "north" in grid.agents_here)
     (reply,) = grid.send_and_receive(messages(grid, ["north"], b"hi"), timeout=20.0)
     assert reply.has_error() or answer(reply)
     get_grpc_event_loop().call_soon_threadsafe(agent.stop)

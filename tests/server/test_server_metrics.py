@@ -21,8 +21,8 @@ from fedpeft.cli import main
 from fedpeft.config.run_file import build_run
 from fedpeft.credentials import read_material
 from fedpeft.errors import FederationError
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.privacy.accountant import epsilon
 from fedpeft.privacy.events import ClientLevel
 from fedpeft.runtime.telemetry import JsonLines, expose

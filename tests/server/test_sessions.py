@@ -143,7 +143,7 @@ def test_an_honest_agents_round_ends_beside_strangers(running: RunningServer, tm
 
     with fleet(running.address, ["honest"], tmp_path):
         grid = running.grid(RUN)
-        wait_for(lambda: grid.connected == ["honest"])
+        wait_for(lambda: grid.agents_here == ["honest"])
         ids = list(grid.push_messages(messages(grid, ["honest"], b"sleep:0.5")))
         played(strangers())
         assert answer(collected(grid, ids)[0])["client"] == "honest"
@@ -158,9 +158,9 @@ def test_a_slow_reader_is_let_go(running: RunningServer) -> None:
         async with grpc.aio.insecure_channel(running.address) as channel:
             call = federation(channel).Session()
             await call.write(hello("slow"))
-            while "slow" not in grid.connected:
+            while "slow" not in grid.agents_here:
                 await asyncio.sleep(0.01)
-            while "slow" in grid.connected:
+            while "slow" in grid.agents_here:
                 await call.write(pb.AgentMessage(heartbeat=pb.Heartbeat()))
                 await asyncio.sleep(0.05)
 
@@ -252,7 +252,7 @@ def test_a_port_in_use_and_plaintext_for_others_are_refused() -> None:
 def test_agents_know_when_the_server_stops(tmp_path: Path) -> None:
     with server() as started:
         with fleet(started.address, ["site-a"], tmp_path):
-            wait_for(lambda: started.grid(RUN).connected)
+            wait_for(lambda: started.grid(RUN).agents_here)
             began = time.monotonic()
             started.disconnect("site-a", "maintenance")
             wait_for(lambda: started.agents()[0].sessions == 2)

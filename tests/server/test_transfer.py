@@ -254,8 +254,8 @@ def test_the_memory_blobs_of_tests_keep_whole_blobs_only() -> None:
 
 def test_a_run_may_narrow_what_its_grid_takes(running: RunningServer) -> None:
     grid = running.grid(RUN, max_result_bytes=20_000)
-    grid.bound(15_000)
-    grid.bound(30_000)
+    grid.set_result_limit(15_000)
+    grid.set_result_limit(30_000)
 
     async def play() -> str:
         async with scene(running, grid) as on:

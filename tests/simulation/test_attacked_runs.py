@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
 from fedpeft.ledger.records import Round, Started, parse_row
-from fedpeft.participant.device import Own, load_own_resident
+from fedpeft.participant.load_device import Own, load_own_resident
+from fedpeft.participant.load_server import load_serving_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun
-from fedpeft.participant.serving import load_serving_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.plan import make_plan
 from tests.simulation.runs import fingerprint, simulated
 

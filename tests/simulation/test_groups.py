@@ -13,7 +13,7 @@ from fedpeft.config.run_file import build_run, run_digest, run_from_json, run_js
 from fedpeft.errors import RunFileError
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.records import Round
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.planning.plan import make_plan
 from fedpeft.planning.preflight import problems_of
 from tests.simulation.runs import fingerprint, simulated

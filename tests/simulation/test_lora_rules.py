@@ -25,10 +25,10 @@ from fedpeft.ledger.checkpoint import read_checkpoint
 from fedpeft.ledger.records import Round, parse_row
 from fedpeft.models.base_model import load_base
 from fedpeft.models.export import load_adapter
-from fedpeft.participant.device import Own, load_own_resident
+from fedpeft.participant.load_device import Own, load_own_resident
+from fedpeft.participant.load_server import load_serving_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
-from fedpeft.participant.serving import load_serving_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.planning.preflight import problems_of
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task
@@ -254,7 +254,7 @@ def test_fedsa_keeps_b_with_its_client_and_scores_everybodys_own_model(tmp_path:
         assert set(own) == {name for name in last.state if ".lora_B." in name}
         if client.name not in scored:
             continue
-        loss = resident.held_out_loss(
+        loss = resident.compute_held_out_loss(
             index, {**last.state, **own}, {}, {f"kept/{n}": a for n, a in own.items()}
         )
         assert evaluation.clients["loss"][client.name] == pytest.approx(loss, rel=1e-6)
@@ -330,5 +330,5 @@ def test_a_run_folder_keeps_what_a_rule_needs(tmp_path: Path) -> None:
     assert row.aggregation.residual_rank == 3
     assert 1e-6 < row.aggregation.error < 1.0  # what the cap leaves out is said
     with RunFolder.resume(tmp_path / "run") as folder:
-        assert folder.finished() is not None
+        assert folder.read_end() is not None
     assert "Aggregation error of exact-residual" in (tmp_path / "run" / "report.html").read_text()

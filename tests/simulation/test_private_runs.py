@@ -153,11 +153,11 @@ class Dying:
     def checkpoint(self, number: int) -> Checkpoint:
         return self._inner.checkpoint(number)
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
-        return self._inner.arrived()
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
+        return self._inner.list_uncommitted()
 
-    def spent(self) -> str | None:
-        return self._inner.spent()
+    def read_spent_ledger(self) -> str | None:
+        return self._inner.read_spent_ledger()
 
     def commit_spent(self, ledger: str) -> None:
         self._inner.commit_spent(ledger)

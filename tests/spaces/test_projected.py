@@ -19,10 +19,10 @@ from fedpeft.planning.preflight import problems_of
 from fedpeft.seedspace.project import quantise
 from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces import build_space
-from fedpeft.spaces.allocation import FEWEST, shared_counts, squared_norm
+from fedpeft.spaces.allocation import FEWEST, count_shared, squared_norm
 from fedpeft.spaces.projected import LARGEST, Projected
-from fedpeft.spaces.projected_options import expected_move, fitting_exponent
-from fedpeft.spaces.projections import PROJECTIONS, divided
+from fedpeft.spaces.projected_options import estimate_move, fitting_exponent
+from fedpeft.spaces.projections import PROJECTIONS, divide_rounded
 from fedpeft.updates.update import Arrays, arrays_digest, layout_of
 from tests.models.tiny import tiny_base
 from tests.spaces.oracles import sign
@@ -116,7 +116,7 @@ def test_more_coefficients_never_make_it_worse(count: int) -> None:
 
 def test_the_quantum_follows_the_steps_and_the_kind_of_optimiser() -> None:
     def move(**keys: Any) -> float:
-        return expected_move(TrainingSection(lr=1e-2, **keys), 10_000)
+        return estimate_move(TrainingSection(lr=1e-2, **keys), 10_000)
 
     assert move(optimizer="adamw", steps=4) == pytest.approx(2e-2)
     assert move(optimizer="sgd", steps=4) == pytest.approx(2e-4)
@@ -141,7 +141,7 @@ def test_projections_fit_every_size(kind: str, size: int) -> None:
 
 def test_division_rounds_to_nearest() -> None:
     values = torch.tensor([-7, -6, -5, -4, 4, 5, 6, 7])
-    assert divided(values, 4).tolist() == [-2, -1, -1, -1, 1, 1, 2, 2]
+    assert divide_rounded(values, 4).tolist() == [-2, -1, -1, -1, 1, 1, 2, 2]
 
 
 def test_coefficients_follow_the_square_root_of_the_size() -> None:
@@ -290,9 +290,9 @@ def test_blocks_that_move_further_get_more_coefficients() -> None:
 
 
 def test_counts_are_whole_shares_of_the_norms() -> None:
-    assert shared_counts(10, [3, 1]) == [2 + 5, 2 + 1]  # 4.5 and 1.5 of 6: the earlier one is rounded up
-    assert shared_counts(7, [0, 5, 0]) == [2, 3, 2]
-    assert sum(shared_counts(1001, [7**9, 3**20, 1, 0])) == 1001
+    assert count_shared(10, [3, 1]) == [2 + 5, 2 + 1]  # 4.5 and 1.5 of 6: the earlier one is rounded up
+    assert count_shared(7, [0, 5, 0]) == [2, 3, 2]
+    assert sum(count_shared(1001, [7**9, 3**20, 1, 0])) == 1001
     change = torch.from_numpy(np.random.default_rng(3).integers(-4000, 4000, 96))
     found = [
         squared_norm(PROJECTIONS["signs"](SEED, 0, 96, 64).coefficients(change, draw).tolist())

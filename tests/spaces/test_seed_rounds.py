@@ -18,10 +18,10 @@ from fedpeft.cli import main
 from fedpeft.config.run_file import build_run, run_digest
 from fedpeft.errors import ModelError
 from fedpeft.flower.local_grid import LocalGrid
-from fedpeft.flower.server_app import Server, execute_rounds
+from fedpeft.flower.server_app import RoundServer, execute_rounds
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.records import Round
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.planning.preflight import problems_of
 from fedpeft.reporting.progress import make_progress
 from fedpeft.rounds.round_context import RoundContext
@@ -236,7 +236,7 @@ def test_any_number_of_workers_and_a_restart_give_the_same_bytes(
     assert last(out).state["amounts"].any()
 
 
-def _apart(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+def _apart(server: RoundServer, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     """Clients that are sent nothing but messages, and remember what they hold."""
     return execute_rounds(server, LocalGrid(server.resident.clients_here, pool), last)
 

@@ -21,7 +21,7 @@ from fedpeft.models.attach import attach
 from fedpeft.models.trainable import trainable_parameters
 from fedpeft.seedspace.trainable_tensors import trainable_parameters as canonical
 from fedpeft.spaces import Space, Trail, build_space, space_options
-from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, WeightedSeeds, rounded
+from fedpeft.spaces.seed_modes import CommonDirections, FixedSeeds, WeightedSeeds, round_to_integers
 from fedpeft.spaces.seed_scalars import LARGEST, SeedScalars
 from fedpeft.updates.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, encode
@@ -196,7 +196,14 @@ def test_what_is_no_integer_is_refused(value: float) -> None:
 
 
 def test_rounding_is_to_nearest_with_ties_to_even() -> None:
-    assert rounded(np.array([0.5, 1.5, -0.5, -1.5, 2.4999, -7.5001])).tolist() == [0, 2, 0, -2, 2, -8]
+    assert round_to_integers(np.array([0.5, 1.5, -0.5, -1.5, 2.4999, -7.5001])).tolist() == [
+        0,
+        2,
+        0,
+        -2,
+        2,
+        -8,
+    ]
 
 
 def test_wrong_number_of_seeds_is_refused() -> None:

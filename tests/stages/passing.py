@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedpeft.stages import STAGES, Stage, StageContext, on_client, on_server, promised_payload, stage_list
+from fedpeft.stages import STAGES, Stage, StageContext, derive_payload, on_client, on_server, stage_list
 from fedpeft.updates.update import Update, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
@@ -57,7 +57,7 @@ def sent(stages: Sequence[Stage], update: Update, at: StageContext) -> bytes:
 
 def received(stages: Sequence[Stage], payload: bytes, update: Update, at: StageContext) -> Update:
     """What the server makes of it; it has no memory of the client's."""
-    layout, expect = layout_of(update.arrays), promised_payload(stages)
+    layout, expect = layout_of(update.arrays), derive_payload(stages)
     envelope = decode(payload, who=at.client, layout=layout, expect=expect)
     came = Update(envelope.arrays, envelope.weight, envelope.metrics, envelope.encoded)
     return on_server(stages, came, StageContext(at.seed, at.round, at.client))

@@ -10,7 +10,7 @@ from fedpeft.compatibility import conflicts_of
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import RunFileError
 from fedpeft.planning.preflight import problems_of
-from fedpeft.stages import build_stages, promised_payload, stage_list
+from fedpeft.stages import build_stages, derive_payload, stage_list
 from fedpeft.stages.base import Role
 from fedpeft.stages.composition import composition_problems
 
@@ -24,14 +24,14 @@ CLIP, TERNARY = {"kind": "clip", "clip_norm": 1.0}, {"kind": "ternary", "density
 
 def test_clip_then_compress_is_allowed() -> None:
     stages = build_stages(run_with(CLIP, {"kind": "identity"}, TERNARY))
-    assert promised_payload(stages) == "ternary"
+    assert derive_payload(stages) == "ternary"
     assert stage_list(stages) == (
         ("weigh", "{}"),
         ("clip", '{"clip_norm":1.0}'),
         ("identity", "{}"),
         ("ternary", '{"density":0.05}'),
     )
-    assert promised_payload(build_stages(run_with(CLIP))) == "dense"
+    assert derive_payload(build_stages(run_with(CLIP))) == "dense"
 
 
 @pytest.mark.parametrize(

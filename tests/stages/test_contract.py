@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedpeft.errors import UpdateError
-from fedpeft.stages import STAGES, on_client, promised_payload
+from fedpeft.stages import STAGES, derive_payload, on_client
 from fedpeft.stages.composition import REFUSED
 from fedpeft.updates.update import Update, arrays_digest, layout_of
 from tests.stages.oracles import CHECKS, largest
@@ -188,7 +188,7 @@ def test_the_server_refuses_what_another_stage_sends(kind: str, options: dict[st
             with pytest.raises(UpdateError, match=r"ward-7: array .* breaks stage"):
                 stage.on_server(foreign, context())
             if STAGES[other].payload != STAGES[kind].payload:
-                with pytest.raises(UpdateError, match=f"this run's stages send {promised_payload([stage])}"):
+                with pytest.raises(UpdateError, match=f"this run's stages send {derive_payload([stage])}"):
                     received([stage], sent([built(other, others)], update, context()), update, context())
 
 

@@ -24,9 +24,9 @@ from fedpeft.training.dp_losses import causal_example_losses
 from fedpeft.training.dp_sgd import (
     PrivateReport,
     clip_factor,
-    clipped_sum,
     private_mode,
     row_gradient,
+    sum_clipped,
     train,
 )
 from fedpeft.training.first_order import Rows
@@ -131,7 +131,7 @@ def test_a_sum_is_that_of_its_rows_to_the_last_bit(method: str, kind: str) -> No
     def quanta(drawn: Sequence[int]) -> dict[str, Tensor]:
         with private_mode(model, section()):
             indices = np.array(drawn, dtype=np.int64)
-            return clipped_sum(model, parameters, rows, indices, section(), mech, step_key=5)
+            return sum_clipped(model, parameters, rows, indices, section(), mech, step_key=5)
 
     singles = [quanta([index]) for index in range(6)]
     for drawn in ([0, 1, 2, 3, 4, 5], [5, 2, 0], [3, 1]):
@@ -152,10 +152,10 @@ def test_rows_are_apart_with_less_memory_too(change: dict[str, Any]) -> None:
     for drawn in ([0, 1, 2], [0, 2], [1]):
         with private_mode(model, options):
             indices = np.array(drawn, dtype=np.int64)
-            sums.append(clipped_sum(model, parameters, rows, indices, options, mech, step_key=5))
+            sums.append(sum_clipped(model, parameters, rows, indices, options, mech, step_key=5))
     assert all(torch.equal(sums[0][name], sums[1][name] + sums[2][name]) for name in parameters)
     with private_mode(model, section()):
-        plain = clipped_sum(model, parameters, rows, np.array([0, 1, 2]), section(), mech, step_key=5)
+        plain = sum_clipped(model, parameters, rows, np.array([0, 1, 2]), section(), mech, step_key=5)
     same = all(torch.equal(sums[0][name], plain[name]) for name in parameters)
     assert same == ("gradient_checkpointing" in change)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedpeft.config.sections import ModelSection, PeftSection, TrainingSection
-from fedpeft.data.embedded import federated_rows
+from fedpeft.data.embedded import make_federated_rows
 from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import RunFileError, TrainingError
 from fedpeft.models.attach import attach
@@ -27,7 +27,7 @@ from fedpeft.training.steps import examples_per_round, local_steps
 def encoded_rows(count: int) -> Rows:
     tokenizer = load_tokenizer(ModelSection())
     lines, starts = [], []
-    for row in federated_rows(1, 2, count, 1)[0][:count]:  # tasks that the base model doesn't know
+    for row in make_federated_rows(1, 2, count, 1)[0][:count]:  # tasks that the base model doesn't know
         prompt = tokenizer(row.prompt)["input_ids"]
         answer = tokenizer(row.answer, add_special_tokens=False)["input_ids"]
         lines.append(np.array([*prompt, *answer, tokenizer.eos_token_id], dtype=np.int32))

@@ -17,14 +17,14 @@ from fedpeft.errors import RunFileError, TrainingError
 from fedpeft.models.attach import attach
 from fedpeft.models.base_model import load_base
 from fedpeft.models.trainable import get_arrays, trainable_parameters
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.planning.preflight import problems_of
 from fedpeft.runtime.randomness import stream
-from fedpeft.training.eight_bit import BLOCK, SMALLEST, kept_bytes
+from fedpeft.training.eight_bit import BLOCK, SMALLEST, count_kept_bytes
 from fedpeft.training.first_order import train
 from fedpeft.training.layers import layer_of, layers_of
 from fedpeft.training.lean import SAVERS, device_problems
-from fedpeft.training.projected_adam import ProjectedAdam, kept_numbers
+from fedpeft.training.projected_adam import ProjectedAdam, count_kept_numbers
 from tests.training.test_first_order import ROWS, distance, fresh, trained
 
 BATCH = {"lr": 1e-3, "batch_size": 6}
@@ -148,7 +148,7 @@ def test_projected_adam_follows_its_paper(tall: bool, steps: int) -> None:
         optimizer.step()
     np.testing.assert_allclose(turn(parameter.detach().numpy()), expected, atol=2e-6)
     kept = [t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)]
-    assert sum(t.numel() for t in kept) == kept_numbers(tuple(parameter.shape), 3) == 2 * 12 * 3 + 7 * 3
+    assert sum(t.numel() for t in kept) == count_kept_numbers(tuple(parameter.shape), 3) == 2 * 12 * 3 + 7 * 3
 
 
 def test_projected_adam_moves_what_it_cannot_project_as_adam_does() -> None:
@@ -173,7 +173,9 @@ def test_eight_bit_moments_take_what_is_said() -> None:
         parameter.grad = torch.ones(numbers)
         optimizer.step()
         kept = {k: v for k, v in optimizer.state[parameter].items() if isinstance(v, torch.Tensor)}
-        assert sum(v.nbytes for k, v in kept.items() if "qmap" not in k) == kept_bytes("adamw8bit", numbers)
+        assert sum(v.nbytes for k, v in kept.items() if "qmap" not in k) == count_kept_bytes(
+            "adamw8bit", numbers
+        )
 
 
 def run_of(**training: Any) -> Any:

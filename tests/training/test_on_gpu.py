@@ -14,8 +14,8 @@ import torch
 from fedpeft.config.run_file import build_run
 from fedpeft.errors import RunFileError
 from fedpeft.models.export import adapter_digest, export_adapter
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.updates.update import Arrays, Update
 from tests.simulation.runs import simulated
 

@@ -17,9 +17,9 @@ from fedpeft.errors import FederationError
 from fedpeft.flower.local_grid import LocalGrid
 from fedpeft.flower.server_app import check_base
 from fedpeft.ledger.records import Round, Started, parse_row
-from fedpeft.models.trainable import frozen_digest, get_arrays
+from fedpeft.models.trainable import digest_frozen, get_arrays
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, get_loaded_run, set_loaded_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.transport.message_exchange import exchange
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import Task, read_update, task_content
@@ -149,7 +149,7 @@ def test_a_run_learns_on_a_base_that_never_changes(name: str, tmp_path: Path) ->
     tables = few(**COMPOSED[name])
     before = loaded(tables)
     simulated(tables, tmp_path / "run")
-    assert frozen_digest(get_loaded_run(before.run_digest).model) == frozen_digest(before.model)
+    assert digest_frozen(get_loaded_run(before.run_digest).model) == digest_frozen(before.model)
     seen = losses(tmp_path / "run")
     # Over seeds 0 to 2 and three instruction sets the least fall of any of these runs was 0.14.
     assert seen[-1] < seen[0] - 0.05, seen

@@ -33,7 +33,7 @@ def pruning(model: nn.Module, rank: int | None = None, **keys: float) -> SelfPru
 def test_the_gradient_is_that_of_the_penalty() -> None:
     model = attached("lora", "llama")
     mine = pruning(model, 6, penalty=0.3)
-    assert (mine.kept, len(mine.pairs)) == (4, 14)
+    assert (mine.rank_after_shrinking, len(mine.pairs)) == (4, 14)
     penalty = 0.3 * sum(b[:, 4:6].norm() * a[4:6].norm() for a, b in mine.pairs)
     parameters = list(trainable_parameters(model).values())
     wanted = torch.autograd.grad(penalty, parameters)
@@ -67,7 +67,7 @@ def test_ranks_go_only_where_they_shrank_and_never_all() -> None:
     assert all(not a[4:].any() and not b[:, 4:].any() for a, b in mine.pairs)
     assert all(a[:4].all() and b[:, :4].all() for a, b in mine.pairs)
     last = pruning(attached("lora", "llama"), 1)
-    assert last.after(1e9) == last.kept == 1
+    assert last.after(1e9) == last.rank_after_shrinking == 1
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

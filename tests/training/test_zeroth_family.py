@@ -17,7 +17,7 @@ from fedpeft.data.encoded import Encoded, offsets_of
 from fedpeft.errors import FederationError, ModelError, TrainingError
 from fedpeft.ledger import RunFolder
 from fedpeft.models.attach import attach
-from fedpeft.participant.simulated import load_simulated_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.support import Support
 from fedpeft.seedspace.supports import OneBlock, lowest_blocks, one_block, smallest_weights
@@ -122,7 +122,7 @@ def test_block_wise_steps_move_the_chosen_layer_only() -> None:
     model = model_of()
     support = one_block(model, SEED)
     assert support.count == 4  # embedding, two layers, last norm
-    chosen = support.chosen(torch.arange(12)).tolist()
+    chosen = support.choose_blocks(torch.arange(12)).tolist()
     for block in range(4):
         direction = chosen.index(block)
         other = model_of()
@@ -311,7 +311,7 @@ def test_hybrid_runs_in_the_plain_space(tmp_path: Path) -> None:
     tables["training"] |= {"rule": "hybrid", "layers_below": 2, "optimizer": "sgd"}
     simulated(tables, tmp_path / "run")
     with RunFolder.resume(tmp_path / "run") as folder:
-        assert folder.finished() is not None
+        assert folder.read_end() is not None
 
 
 def test_a_model_for_evaluation_is_not_trained(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from fedpeft.seedspace.layout import CounterStream
 from fedpeft.seedspace.trainable_tensors import trainable_parameters
 from fedpeft.spaces.base import Route
 from fedpeft.training.first_order import Rows
-from fedpeft.training.record_mechanism import RecordMechanism, drawn_rows
-from fedpeft.training.zeroth_private import example_slopes, noised_mean, train
+from fedpeft.training.record_mechanism import RecordMechanism, draw_rows
+from fedpeft.training.zeroth_private import add_noise_and_average, example_slopes, train
 from fedpeft.training.zeroth_prober import prober
 from tests.spaces.oracles import sign
 from tests.training.rows import attached, loss_of, rows_for
@@ -113,7 +113,7 @@ def moved_from(model: torch.nn.Module, start: dict[str, torch.Tensor]) -> torch.
 def test_the_noise_is_of_the_promised_width_and_shape() -> None:
     queries = 20_000
     for slopes in (np.zeros((0, queries)), np.full((3, queries), 5.0)):
-        mean = noised_mean(slopes, mechanism(max_grad_norm=2.0, noise_multiplier=1.5), source())
+        mean = add_noise_and_average(slopes, mechanism(max_grad_norm=2.0, noise_multiplier=1.5), source())
         clipped = min(5.0, 2.0 / math.sqrt(queries)) * len(slopes)
         noise = 4.0 * mean - clipped
         assert kstest(noise / 3.0, normal.cdf).pvalue > FALSE_ALARM
@@ -123,11 +123,13 @@ def test_a_record_adds_no_more_than_the_bound_and_a_broken_one_nothing() -> None
     rng = np.random.default_rng(0)
     for scale in (1e-6, 1.0, 1e200):
         slopes = rng.normal(size=(5, 8)) * scale
-        with_, without = (noised_mean(part, mechanism(), source("same")) for part in (slopes, slopes[:-1]))
+        with_, without = (
+            add_noise_and_average(part, mechanism(), source("same")) for part in (slopes, slopes[:-1])
+        )
         assert np.linalg.norm(with_ - without) * 4.0 <= 1.0 + 1e-8
     broken = np.array([[np.nan, 1.0], [np.inf, 0.0]])
-    same = noised_mean(np.zeros((0, 2)), mechanism(), source("same"))
-    assert np.array_equal(noised_mean(broken, mechanism(), source("same")), same)
+    same = add_noise_and_average(np.zeros((0, 2)), mechanism(), source("same"))
+    assert np.array_equal(add_noise_and_average(broken, mechanism(), source("same")), same)
 
 
 def test_the_noise_has_nothing_to_do_with_the_directions() -> None:
@@ -165,7 +167,7 @@ def test_a_person_enters_by_one_coin_with_any_one_row() -> None:
     assert persons.event(3) == PersonLevel(noise_multiplier=1e-7, sample_rate=rate, steps=3)
     counts = np.zeros(51)
     for _ in range(trials):
-        drawn = drawn_rows(rows, persons, noise, int(rng.integers(2**63)))
+        drawn = draw_rows(rows, persons, noise, int(rng.integers(2**63)))
         assert (drawn < 50).sum() <= 1
         np.add.at(counts, drawn, 1)
     for came, chance in (
@@ -179,7 +181,7 @@ def test_a_person_enters_by_one_coin_with_any_one_row() -> None:
 
 def test_persons_need_a_column() -> None:
     with pytest.raises(PrivacyError, match=r"data\.user"):
-        drawn_rows(rows_for("llama"), mechanism(unit="person"), source(), 0)
+        draw_rows(rows_for("llama"), mechanism(unit="person"), source(), 0)
 
 
 def test_a_person_is_served_by_the_same_row_whoever_else_is_there() -> None:
@@ -187,9 +189,9 @@ def test_a_person_is_served_by_the_same_row_whoever_else_is_there() -> None:
     rows, persons = rows_with_users([n % 5 for n in range(15)]), mechanism(unit="person")
     order = stream(0, "order")
     for key in range(40):
-        whole = drawn_rows(rows, persons, source(), key)
+        whole = draw_rows(rows, persons, source(), key)
         assert rows.encoded.users is not None
         for left_out in range(5):
             others = order.permutation(rows.indices[rows.encoded.users != left_out])
-            fewer = drawn_rows(Rows(rows.encoded, others, "causal-lm", 0), persons, source("other"), key)
+            fewer = draw_rows(Rows(rows.encoded, others, "causal-lm", 0), persons, source("other"), key)
             assert set(fewer) == {index for index in whole if rows.encoded.users[index] != left_out}

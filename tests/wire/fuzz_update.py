@@ -26,7 +26,7 @@ from fedpeft.errors import MissingExtraError, UpdateError
 from fedpeft.updates.packed import Packing
 from fedpeft.updates.update import Layout
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.checksum import SIZE, sealed
+from fedpeft.wire.checksum import SIZE, seal
 from fedpeft.wire.codec import decode, encode
 from fedpeft.wire.payloads import Payload
 from tests.wire.messages import ENVELOPES, LAYOUT, PAYLOADS
@@ -59,7 +59,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 def resealed(data: bytes, rng: random.Random) -> bytes:
     """Damaged before the checksum, which is then made to fit."""
-    return sealed([damaged(data[:-SIZE], rng)])
+    return seal([damaged(data[:-SIZE], rng)])
 
 
 def forged(data: bytes, rng: random.Random) -> bytes:
@@ -77,7 +77,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
                 message.dense.padding = rng.randbytes(rng.randrange(20))
             case 6:  # a payload twice, or two kinds of payload: the last of a oneof would win
                 second = ORIGINALS[rng.choice(PAYLOADS)][:-SIZE]
-                return sealed([data[:-SIZE], second] if rng.random() < 0.5 else [second, data[:-SIZE]])
+                return seal([data[:-SIZE], second] if rng.random() < 0.5 else [second, data[:-SIZE]])
             case 2:
                 tensor.dtype = rng.choice((0, 1, 2, 3, 77))  # type: ignore[assignment]  # hostile
             case 3:
@@ -105,7 +105,7 @@ def forged(data: bytes, rng: random.Random) -> bytes:
         header.metrics["x" * rng.choice((1, 70))] = rng.choice((float("nan"), float("inf"), 1e308))
         header.client = "c" * rng.choice((0, 2000))
     message.ClearField("checksum")
-    return sealed([message.SerializeToString()])
+    return seal([message.SerializeToString()])
 
 
 PACKING = Packing(LAYOUT)

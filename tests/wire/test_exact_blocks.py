@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedpeft.errors import UpdateError
 from fedpeft.updates.update import Arrays, layout_of
 from fedpeft.v1 import update_pb2 as pb
-from fedpeft.wire.checksum import SIZE, sealed
+from fedpeft.wire.checksum import SIZE, seal
 from fedpeft.wire.codec import Envelope, decode, encode
 
 integers = st.integers(-(2**62) + 1, 2**62 - 1)
@@ -69,7 +69,7 @@ def test_a_vector_told_by_something_else_is_refused(forge: Callable[[pb.Update],
     forge(message)
     for layout in (layout_of(arrays), None):
         with pytest.raises(UpdateError, match=needle):
-            decode(sealed([message.SerializeToString()]), who="x", layout=layout)
+            decode(seal([message.SerializeToString()]), who="x", layout=layout)
 
 
 def test_a_sum_beyond_the_codes_range_is_refused() -> None:
@@ -77,4 +77,4 @@ def test_a_sum_beyond_the_codes_range_is_refused() -> None:
     message = pb.Update.FromString(sent({"amounts": top, "magnitudes": np.abs(top)})[:-SIZE])
     message.projected.blocks[1].amounts = message.projected.blocks[0].amounts
     with pytest.raises(UpdateError, match="reaches 2\\^62"):
-        decode(sealed([message.SerializeToString()]), who="x")
+        decode(seal([message.SerializeToString()]), who="x")

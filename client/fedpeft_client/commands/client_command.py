@@ -25,7 +25,7 @@ from fedpeft_client.agent_metrics import AgentMetrics
 from fedpeft_client.client_settings import ClientSettings, read_settings
 from fedpeft_client.commands.ledger_lines import ledger_lines
 from fedpeft_client.status import STATUS_FILE, read_status
-from fedpeft_client.transport.device_certificate import has_unused_token, own_material, renewed
+from fedpeft_client.transport.device_certificate import has_unused_token, own_material, renew_if_due
 from fedpeft_client.transport.egress import EGRESS_FILE, EgressLedger, read_ledger
 
 LOG = logging.getLogger("fedpeft.client")
@@ -46,7 +46,7 @@ def client_command(config: Path | None, given: Mapping[str, Any], token: str) ->
         raise UsageError(
             f"--insecure is plaintext and {settings.host} is another machine; enrol with --token instead"
         )
-    asyncio.run(serve_agent(settings, token, _heed_signals))
+    asyncio.run(serve_agent(settings, token, _install_signal_handlers))
 
 
 def client_status_command(home: Path | None, name: str, *, as_json: bool) -> None:
@@ -101,7 +101,9 @@ async def serve_agent(settings: ClientSettings, token: str, made: Callable[[Agen
     while True:
         ledger = EgressLedger(home / EGRESS_FILE)
         material = None if settings.insecure else await _own_material(settings, keys, token, ledger, refused)
-        name = settings.name or settings.data.stem if material is None else _certified(material, settings)
+        name = (
+            settings.name or settings.data.stem if material is None else _certificate_line(material, settings)
+        )
         try:
             return await _work(settings, name, home, None if material is None else keys, ledger, made)
         except CredentialError as error:
@@ -129,7 +131,7 @@ async def _work(
     made: Callable[[Agent], None],
 ) -> None:
     """Be an agent, with the certificate in `keys`, or in plaintext without one, until told to stop."""
-    renewing = None if keys is None else lambda: renewed(keys, settings.server, ledger)
+    renewing = None if keys is None else lambda: renew_if_due(keys, settings.server, ledger)
     metrics = AgentMetrics()
     agent = Agent(settings, check_name(name), home, renewing, metrics=metrics, ledger=ledger)
     made(agent)
@@ -141,14 +143,14 @@ async def _work(
         await agent.run()
 
 
-def _heed_signals(agent: Agent) -> None:
+def _install_signal_handlers(agent: Agent) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, agent.stop)
     loop.add_signal_handler(signal.SIGUSR1, lambda: asyncio.ensure_future(agent.workshop.release()))
 
 
-def _certified(material: Material, settings: ClientSettings) -> str:
+def _certificate_line(material: Material, settings: ClientSettings) -> str:
     who = identity_of(material.certificate)
     if who.role is not Role.AGENT:
         raise CredentialError(
@@ -195,10 +197,10 @@ def _lines(table: Mapping[str, Any]) -> list[tuple[str, str]]:
         "last error": "last_error",
         "the server": "notice",
     }
-    return lines + [(label, _dated(table, key)) for label, key in optional.items() if table.get(key)]
+    return lines + [(label, _with_date(table, key)) for label, key in optional.items() if table.get(key)]
 
 
-def _dated(table: Mapping[str, Any], key: str) -> str:
+def _with_date(table: Mapping[str, Any], key: str) -> str:
     """A text with when it was; it may be of long ago."""
     at = table.get("at", {}).get(key)
     when = "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S  ", time.localtime(at))

@@ -15,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedpeft.config.deployment import clients_named, ignored_keys
+from fedpeft.config.deployment import clients_named, find_ignored_keys
 from fedpeft.config.run_file import load_run, run_toml
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import StateError
 from fedpeft.ledger.records import Baseline, Finished, Round, Started, parse_row
 from fedpeft.ledger.run_place import holds_run
 from fedpeft.reporting import event_lines
-from fedpeft.reporting.text import counted, metric_name, metric_value, printable
+from fedpeft.reporting.text import count_noun, metric_name, metric_value, printable
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft_client.transport.admin_client import AdminClient, new_submission, run_and_answer
 
@@ -68,10 +68,10 @@ def _expectations(run: RunConfig, rules: Rules) -> Iterator[str]:
     said = rules.min_agents or rules.agents
     source = "" if said else ", as many as the run file has clients; --min-agents N begins with fewer"
     verb = "is" if wanted == 1 else "are"
-    yield f"begins when {counted(wanted, 'agent')} {verb} connected{source}"
+    yield f"begins when {count_noun(wanted, 'agent')} {verb} connected{source}"
     if rules.agents:
         yield printable(f"only these are asked: {', '.join(rules.agents)}")
-    yield from (f"{key} plays no part: {why}" for key, why in ignored_keys(run).items())
+    yield from (f"{key} plays no part: {why}" for key, why in find_ignored_keys(run).items())
 
 
 def list_command(desk: AdminClient, *, limit: int, as_json: bool) -> None:
@@ -184,7 +184,7 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
     status = info.status + (f": {printable(info.detail)}" if info.detail else "")
     facts = [
         ("run", info.id),
-        ("submitter", printable(info.submitter) + _shared(info.readers)),
+        ("submitter", printable(info.submitter) + _format_shared(info.readers)),
         ("status", status),
         ("round", f"{info.round} of {info.rounds}"),
         ("agents", ", ".join(map(printable, info.agents)) or "none yet"),
@@ -204,7 +204,7 @@ def _facts(info: pb.RunInfo) -> list[tuple[str, str]]:
     return facts
 
 
-def _shared(readers: Sequence[str]) -> str:
+def _format_shared(readers: Sequence[str]) -> str:
     named = ", ".join("every submitter" if reader == "*" else printable(reader) for reader in readers)
     return f"; also read by {named}" if named else ""
 
@@ -217,9 +217,9 @@ def _line_text(text: str, row: Mapping[str, Any], primary: str, rounds: int) -> 
         return printable(str(row["text"]))
     known = parse_row(text)
     if isinstance(known, Started):
-        return event_lines.started_line(known)
+        return event_lines.format_start(known)
     if isinstance(known, Round):
         return event_lines.round_line(known, rounds, primary)
     if isinstance(known, Baseline):
         return event_lines.baseline_line(known, primary)
-    return event_lines.finished_line(known) if isinstance(known, Finished) else text
+    return event_lines.format_end(known) if isinstance(known, Finished) else text

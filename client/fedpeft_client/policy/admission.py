@@ -92,7 +92,7 @@ class Admission:
         described = read_device_task(text)
         if described.digest != digest:
             raise UpdateError(f"what came is not what run {digest[:12]} is; nothing was trained")
-        run = described.described_run
+        run = described.as_run
         refuse(
             [
                 *objections(self._policy, run.of_client(self._client)),
@@ -109,11 +109,11 @@ class Admission:
         approved = self._approved.get(task.run_digest.hex())
         return task.kind == TRAIN and approved is not None and approved.privacy is not None
 
-    def kept_answer(self, task: pb.Task) -> Answer | None:
-        """Return the answer that a round of a private run has had; raises as `Accountant.kept_answer`."""
+    def get_answer(self, task: pb.Task) -> Answer | None:
+        """Return the answer that a round of a private run has had; raises as `Accountant.get_answer`."""
         if not self.is_charged(task):
             return None
-        return self.accountant.kept_answer(task.run_digest.hex(), task.round, task.run)
+        return self.accountant.get_answer(task.run_digest.hex(), task.round, task.run)
 
     async def charge(self, task: pb.Task, described: str) -> None:
         """Pay for a round of a private run, and settle a run's rows, durably and before anything is trained.

@@ -82,7 +82,7 @@ class Accountant:
         if run.privacy is not None:
             self._check(await self._costs(digest, described), run)
 
-    def kept_answer(self, digest: str, round_: int, run: str) -> Answer | None:
+    def get_answer(self, digest: str, round_: int, run: str) -> Answer | None:
         """Return the round's one answer; None if there is none yet.
 
         Args:

@@ -172,7 +172,7 @@ class Policy(Section):
         return DELTA if self.max_delta is None else self.max_delta
 
     @property
-    def asked_privacy(self) -> list[str]:
+    def list_privacy_demands(self) -> list[str]:
         """Keys that ask a run for a promise."""
         keys = (
             "privacy",
@@ -189,7 +189,7 @@ class Policy(Section):
         """What one run may come to; without a word on privacy anything."""
         if self.max_run_epsilon is not None:
             return self.max_run_epsilon
-        return MOST_EPSILON if self.asked_privacy else math.inf
+        return MOST_EPSILON if self.list_privacy_demands else math.inf
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def objections(policy: Policy, run: RunConfig) -> list[Objection]:
     ]
 
 
-def unwanted_metrics(policy: Policy, metrics: Collection[str]) -> list[Objection]:
+def find_unwanted_metrics(policy: Policy, metrics: Collection[str]) -> list[Objection]:
     """Why an update must not leave with these metrics, by name; the worker has withheld them already."""
     if policy.metrics is None:
         return []
@@ -293,7 +293,7 @@ def _stages(policy: Policy, run: RunConfig) -> list[Objection]:
 
 
 def _privacy(policy: Policy, run: RunConfig) -> list[Objection]:
-    wanted = policy.asked_privacy
+    wanted = policy.list_privacy_demands
     promise = run.privacy
     if not wanted:
         return []

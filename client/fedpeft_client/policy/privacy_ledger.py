@@ -101,7 +101,7 @@ class PrivacyLedger:
             content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         for line in whole.splitlines():
-            self._apply(self._parsed(line))
+            self._apply(self._parse(line))
         if self.lines < self.at_least:
             raise StateError(
                 f"{self.path} holds {self.lines} lines and this agent wrote {self.at_least}; restore the"
@@ -166,18 +166,18 @@ class PrivacyLedger:
                 sync_folder(self.path.parent)
         self._apply(line)
 
-    def _parsed(self, line: bytes) -> Mapping[str, Any]:
+    def _parse(self, line: bytes) -> Mapping[str, Any]:
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError) as error:
-            raise self._damaged(str(error)) from error
+            raise self._damage_error(str(error)) from error
 
     def _apply(self, line: Mapping[str, Any]) -> None:
         """Take one line into the accounts."""
         try:
             if "version" in line:
                 if line["version"] != VERSION:
-                    raise self._damaged(f"it has version {line['version']!r}, known is {VERSION}")
+                    raise self._damage_error(f"it has version {line['version']!r}, known is {VERSION}")
                 return
             self.lines += 1
             if "charge" in line:
@@ -189,7 +189,7 @@ class PrivacyLedger:
                 digest = str(line["failure"])
                 self.runs[digest] = replace(self.runs[digest], failures=self.runs[digest].failures + 1)
         except (KeyError, ValueError, TypeError) as error:
-            raise self._damaged(repr(error)) from error
+            raise self._damage_error(repr(error)) from error
 
     def _apply_charge(self, digest: str, line: Mapping[str, Any]) -> None:
         before = self.runs.get(digest) or RunAccount(str(line["run"]), str(line["name"]), dict(line["event"]))
@@ -202,7 +202,7 @@ class PrivacyLedger:
             epsilon=float(line["epsilon"]),
         )
 
-    def _damaged(self, why: str) -> StateError:
+    def _damage_error(self, why: str) -> StateError:
         return StateError(
             f"{self.path} cannot be read ({why}); restore the newest copy, since what was spent on these"
             " rows is unknown without it"

@@ -72,7 +72,7 @@ class UsageBook:
         self._path = path
         self.usage = _read(path)
 
-    def moved(self, day: str, *, up: int = 0, down: int = 0) -> None:
+    def count_bytes(self, day: str, *, up: int = 0, down: int = 0) -> None:
         """Count bytes; not durable before `save`."""
         if self.usage.day != day:
             self.usage.day, self.usage.bytes_today = day, 0

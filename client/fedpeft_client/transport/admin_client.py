@@ -20,7 +20,7 @@ from fedpeft.errors import FederationError, UsageError
 from fedpeft.runtime.files import folder_atomically, storage
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import federation_pb2_grpc as rpc
-from fedpeft_client.transport.device_certificate import renewed
+from fedpeft_client.transport.device_certificate import renew_if_due
 from fedpeft_client.transport.dialing import STEADY_S, error_of, open_channel
 
 ATTEMPTS, PAUSE_S = 3, 0.5
@@ -135,7 +135,7 @@ class AdminClient:
         return self.server
 
     async def _material(self, address: str) -> Material | None:
-        return None if self.keys is None else await renewed(self.keys, address)
+        return None if self.keys is None else await renew_if_due(self.keys, address)
 
 
 def _write(folder: Path, chunk: pb.ResultChunk) -> bool:

@@ -17,7 +17,7 @@ from fedpeft.credentials import (
     Material,
     expiry_warning,
     make_request,
-    pinned_authority,
+    pin_authority,
     read_material,
     token_fingerprint,
     visitor_material,
@@ -87,7 +87,7 @@ async def own_material(
         try:
             if not usable:
                 return read_material(keys, datetime.now(UTC))
-            return await _enrolled(keys, server, token, ledger)
+            return await _enrol(keys, server, token, ledger)
         except ValidityError as error:
             if repeats.due(str(error)):
                 LOG.warning("%s; this is looked at again until then", error)
@@ -126,12 +126,12 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-async def _enrolled(keys: Path, server: str, token: str, ledger: EgressLedger | None) -> Material:
-    shown = await asyncio.to_thread(_shown_certificate, server)
-    authority, now = pinned_authority(token, shown), datetime.now(UTC)
+async def _enrol(keys: Path, server: str, token: str, ledger: EgressLedger | None) -> Material:
+    shown = await asyncio.to_thread(_fetch_server_certificate, server)
+    authority, now = pin_authority(token, shown), datetime.now(UTC)
     check_dates(parse_certificate(shown, server), now, f"the server at {server}")
     visitor = visitor_material(authority)
-    certificate = await _asked(server, visitor, keys, token, _NO_TOKEN, ledger)
+    certificate = await _request_certificate(server, visitor, keys, token, _NO_TOKEN, ledger)
     LOG.info("enrolled; key and certificate are in %s", keys)
     material = adopt(keys, certificate, authority)
     write_atomically(keys / _USED_FILE, (_digest(token) + "\n").encode(), mode=0o600)
@@ -139,7 +139,7 @@ async def _enrolled(keys: Path, server: str, token: str, ledger: EgressLedger | 
     return material
 
 
-async def renewed(keys: Path, server: str, ledger: EgressLedger | None = None) -> Material:
+async def renew_if_due(keys: Path, server: str, ledger: EgressLedger | None = None) -> Material:
     """The device's key and certificate; fresh ones if two thirds of their life are over and they can be had.
 
     Raises:
@@ -149,7 +149,7 @@ async def renewed(keys: Path, server: str, ledger: EgressLedger | None = None) -
     if not renewal_due(material.certificate, datetime.now(UTC)):
         return material
     try:
-        certificate = await _asked(server, material, keys, "", _NOT_KNOWN, ledger)
+        certificate = await _request_certificate(server, material, keys, "", _NOT_KNOWN, ledger)
         LOG.info("the certificate was renewed")
         return adopt(keys, certificate, material.authority)
     except FedPEFTError as error:
@@ -160,7 +160,7 @@ async def renewed(keys: Path, server: str, ledger: EgressLedger | None = None) -
         return material
 
 
-async def _asked(
+async def _request_certificate(
     server: str, material: Material, keys: Path, token: str, refused: str, ledger: EgressLedger | None
 ) -> bytes:
     """The certificate for the pending key.
@@ -189,13 +189,13 @@ async def _asked(
 def _is_there(server: str) -> bool:
     """Whether the server still shows its certificate: TLS 1.3 refuses a client's without saying so."""
     try:
-        _shown_certificate(server)
+        _fetch_server_certificate(server)
     except FederationError:
         return False
     return True
 
 
-def _shown_certificate(server: str) -> bytes:
+def _fetch_server_certificate(server: str) -> bytes:
     """What the server shows to whoever connects; nothing is sent to it, and nothing is believed yet."""
     host, _, port = server.rpartition(":")
     try:

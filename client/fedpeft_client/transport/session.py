@@ -78,7 +78,7 @@ class Session:
         await _write(ledger, call, pb.AgentMessage(hello=hello))
         first = await call.read()
         if not isinstance(first, pb.ServerMessage):
-            raise await _ended(call) or FederationError(
+            raise await _error_of_call(call) or FederationError(
                 "the server ended the session before it began; dialling again"
             )
         welcome = first.welcome
@@ -119,7 +119,7 @@ class Session:
                     f"the server has said nothing for {silence_s:g} s; dialling again"
                 ) from None
             if not isinstance(message, pb.ServerMessage):
-                error = await _ended(self._call)
+                error = await _error_of_call(self._call)
                 if error is not None:
                     raise error
                 return
@@ -154,17 +154,17 @@ class Session:
         await _write(self._ledger, call, pb.BlobUpload(open=opened))
         progress = await call.read()  # waits for a credit
         if isinstance(progress, pb.BlobProgress) and not (progress.complete or progress.refused):
-            progress = await self._pushed(call, body, progress.offset, sent)
+            progress = await self._push_chunks(call, body, progress.offset, sent)
         await call.done_writing()
         if isinstance(progress, pb.BlobProgress) and progress.refused:
             raise error_named(progress.refused)
         if not isinstance(progress, pb.BlobProgress) or not progress.complete:
-            raise await _ended(call) or FederationError(
+            raise await _error_of_call(call) or FederationError(
                 "the server ended an upload without a word; sending it again"
             )
         return reference
 
-    async def _pushed(self, call: Any, body: bytes, start: int, sent: Callable[[int], None]) -> Any:
+    async def _push_chunks(self, call: Any, body: bytes, start: int, sent: Callable[[int], None]) -> Any:
         """Send the chunks from `start` on, until the server answers."""
         answer = asyncio.create_task(call.read())
         if start > len(body):
@@ -196,7 +196,7 @@ class Session:
             async with asyncio.timeout(_STALL_S):
                 chunk = await call.read()
             if not isinstance(chunk, pb.BlobChunk):
-                raise await _ended(call) or FederationError(
+                raise await _error_of_call(call) or FederationError(
                     "the server ended a blob too early; fetching the rest"
                 )
             check_piece(chunk, reference.size - len(begun), self.welcome)
@@ -252,11 +252,11 @@ async def _write(
     try:
         await call.write(message)
     except asyncio.InvalidStateError:
-        error = await _ended(call)
+        error = await _error_of_call(call)
         raise error or FederationError("the server has ended the call; dialling again") from None
 
 
-async def _ended(call: Any) -> grpc.aio.AioRpcError | None:
+async def _error_of_call(call: Any) -> grpc.aio.AioRpcError | None:
     """Why a call ended; None if without an error."""
     code = await call.code()
     if code == grpc.StatusCode.OK:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from fedpeft.runtime.frames import Frame
-from fedpeft_client.workers.worker import done
+from fedpeft_client.workers.worker import execute_order
 
 
 class InlineWorkshop:
@@ -13,7 +13,7 @@ class InlineWorkshop:
 
     async def do(self, order: Frame) -> Frame:
         """On a thread, so that the connection lives on."""
-        return await asyncio.to_thread(done, order)
+        return await asyncio.to_thread(execute_order, order)
 
     async def interrupt(self) -> None:
         """Nothing: what is under way goes on to its end, as other agents work in this process too."""

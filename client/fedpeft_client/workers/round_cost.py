@@ -64,7 +64,7 @@ def _costs(header: Mapping[str, Any]) -> dict[str, Any]:
     from fedpeft.privacy.kinds import KINDS, budget_of, event_of
     from fedpeft.privacy.run_checks import privacy_problems
 
-    run = read_device_task(header["device_task"]).described_run.of_client(header["client"])
+    run = read_device_task(header["device_task"]).as_run.of_client(header["client"])
     problems = privacy_problems(run)
     if problems or run.privacy is None:
         raise PrivacyError("; ".join(problems) or "the run has no [privacy] section")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedpeft.config.device_task import read_device_task
 from fedpeft.errors import DataError, FedPEFTError, ModelError, PolicyError, RowsChangedError
-from fedpeft.flower.execute import Outcome, execute, named_app
+from fedpeft.flower.execute import Outcome, execute, load_app
 from fedpeft.plugins import allow_plugins, is_allowed
 from fedpeft.runtime.cancellation import clear_cancellation, install_cancellation
 from fedpeft.runtime.crash_points import crash_point
@@ -48,30 +48,30 @@ def main(fd: int, gaps: Sequence[str] = ()) -> None:
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while (order := read_frame(orders)) is not None:
             clear_cancellation()  # it was meant for an order before this one
-            pipe.sendall(pack(_refused(gaps) if gaps else done(order)))
+            pipe.sendall(pack(_refuse(gaps) if gaps else execute_order(order)))
 
 
-def _refused(gaps: Sequence[str]) -> Frame:
+def _refuse(gaps: Sequence[str]) -> Frame:
     text = (
         f"policy.needs_confinement asks for a worker that is confined, and this one is not: {'; '.join(gaps)}"
     )
     return Frame({"error": to_record(PolicyError(text, {"needs_confinement": None}))})
 
 
-def done(order: Frame) -> Frame:
+def execute_order(order: Frame) -> Frame:
     """One order's answer; what goes wrong is part of it."""
     header = order.header
     if header["kind"] == ACCOUNT:
         return costs_of_round(order)
     try:
-        digest, rows, fresh = _loaded(header, order.parts["content"])
+        digest, rows, fresh = _ensure_loaded(header, order.parts["content"])
     except FedPEFTError as error:
         return Frame({"error": to_record(error)})
     crash_point("agent.worker.loaded")
     shelf = ReplicaShelf(Path(header["replicas"])) if header.get("replicas") else None
     replica = shelf.get(header["run_digest"]) if shelf is not None and fresh else None
     outcome: Outcome = execute(
-        named_app(header["app"]),
+        load_app(header["app"]),
         header["kind"],
         header["group"],
         order.parts["content"],
@@ -98,7 +98,7 @@ def _record_of(text: str) -> dict[str, Any] | None:
     return {"class": name, "text": reason} if error is None else to_record(error)
 
 
-def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
+def _ensure_loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
     """Load the order's run unless it is loaded; digests of model and rows, and whether that was now.
 
     Foreign apps load for themselves.
@@ -106,7 +106,7 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
     if header["app"] != CLIENT_APP:
         return "", "", False
     # Here, as it brings torch and all that stands on it.
-    from fedpeft.participant.device import Own, load_own_resident
+    from fedpeft.participant.load_device import Own, load_own_resident
     from fedpeft.participant.loaded_run import get_loaded_run, has_loaded_run, set_loaded_run
 
     digest, pins, fresh = header["run_digest"], header["base_digests"], False
@@ -115,7 +115,7 @@ def _loaded(header: Any, content: bytes) -> tuple[str, str, bool]:
         described = read_device_task(header["device_task"])
         if described.digest != digest:
             raise ModelError(f"what came is not what run {digest[:12]} is; nothing was trained")
-        run = described.described_run
+        run = described.as_run
         _refuse_plugins(run)
         _refuse_problems(run, header)
         device, files = header.get("device", "cpu"), header.get("files", {})

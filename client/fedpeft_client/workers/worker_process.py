@@ -57,7 +57,7 @@ class WorkerPlace:
     data: Path
     model: str = ""
 
-    def allowed(self, download: bool) -> Allowed:
+    def build_allowed(self, download: bool) -> Allowed:
         """Return it as what the worker does not give up; folders that it writes to are made.
 
         Raises:
@@ -160,7 +160,7 @@ class WorkerProcess:
                 return answer.result()
             except (asyncio.IncompleteReadError, OSError) as error:
                 died = f"the worker process died ({self._epitaph()}); it is started anew"
-                kind = WorkerKilledError if self._killed() else WorkerError
+                kind = WorkerKilledError if self._was_killed() else WorkerError
                 raise kind(died) from error
             except asyncio.CancelledError:
                 await self._end()
@@ -216,7 +216,7 @@ class WorkerProcess:
         python = [sys.executable, "-P", "-m"]
         if self._place is None:
             return [*python, "fedpeft_client.workers.worker", str(fd)]
-        allowed = self._place.allowed(self._download)
+        allowed = self._place.build_allowed(self._download)
         needs = "needs-confinement" if self._needs_confinement else "takes-what-there-is"
         return [*python, "fedpeft_client.workers.confined", str(fd), json.dumps(asdict(allowed)), needs]
 
@@ -249,7 +249,7 @@ class WorkerProcess:
             return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
         return f"exit code {code}"
 
-    def _killed(self) -> bool:
+    def _was_killed(self) -> bool:
         return self._process is not None and (self._process.returncode or 0) < 0
 
     async def _end(self) -> None:

@@ -3,7 +3,7 @@
 from fedpeft.aggregation.lora_rules.compose import lora_problems
 from fedpeft.aggregation.lora_rules.measure import Distance, distance_of, together
 from fedpeft.aggregation.lora_rules.modules import Combined, ModuleReplies, combine_named
-from fedpeft.aggregation.lora_rules.residual import is_residual, residual_arrays, residuals_of
+from fedpeft.aggregation.lora_rules.residual_names import is_residual, residual_arrays, residuals_of
 from fedpeft.aggregation.lora_rules.shares import Share, Shares, rank_of
 from fedpeft.aggregation.lora_rules.table import LORA_RULES, LoraRule, rule_of
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpeft.aggregation.lora_rules.modules import Combined, ModuleReplies
-from fedpeft.updates.low_rank import LoraFactors, product_norm, stacked
+from fedpeft.updates.low_rank import LoraFactors, product_norm, stack
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,24 @@ def distance_of(given: ModuleReplies, made: Combined | None) -> Distance:
     frozen = [] if given.residual is None else [given.residual]
     exact = product_norm(_sum(*frozen, given.products))
     if made is None:
-        return Distance(product_norm(_missed_by_means(given)), exact)
+        return Distance(product_norm(_error_of_means(given)), exact)
     left = [] if made.residual is None else [made.residual]
-    after = _sum(*left, _stored(made.factors))
-    return Distance(product_norm(stacked((_sum(*frozen, given.products), after), (1.0, -1.0))), exact)
+    after = _sum(*left, _as_stored(made.factors))
+    return Distance(product_norm(stack((_sum(*frozen, given.products), after), (1.0, -1.0))), exact)
 
 
-def _missed_by_means(given: ModuleReplies) -> LoraFactors:
+def _error_of_means(given: ModuleReplies) -> LoraFactors:
     """Source: mean(B A) - mean(B) mean(A) = sum_i p_i (B_i - mean(B)) (A_i - mean(A)): no cancellation."""
     mean_a = sum((share * reply.a for share, reply in zip(given.shares, given.replies, strict=True)), 0.0)
     mean_b = sum((share * reply.b for share, reply in zip(given.shares, given.replies, strict=True)), 0.0)
     deviations = [LoraFactors(reply.a - mean_a, reply.b - mean_b, reply.scaling) for reply in given.replies]
-    return stacked(deviations, given.shares)
+    return stack(deviations, given.shares)
 
 
 def _sum(*parts: LoraFactors) -> LoraFactors:
-    return stacked(parts, [1.0] * len(parts))
+    return stack(parts, [1.0] * len(parts))
 
 
-def _stored(factors: LoraFactors) -> LoraFactors:
+def _as_stored(factors: LoraFactors) -> LoraFactors:
     """As the state holds them."""
     return LoraFactors(factors.a.astype(np.float32), factors.b.astype(np.float32), factors.scaling)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpeft.errors import UpdateError
-from fedpeft.updates.low_rank import LoraFactors, Split, product_norm, product_svd, stacked, truncated
+from fedpeft.updates.low_rank import LoraFactors, Split, product_norm, product_svd, stack, truncate
 
 NOTHING_LEFT = 2.0**-24  # of the largest singular value: what storing factors as float32 loses anyway
 
@@ -41,7 +41,7 @@ class ModuleReplies:
     @property
     def products(self) -> LoraFactors:
         """The mean of products, as one adapter; the frozen part is not in it."""
-        return stacked(self.replies, self.shares)
+        return stack(self.replies, self.shares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ def flexlora(given: ModuleReplies) -> Combined:
     if not values.size or not values[0] > 0.0:
         return Combined(given.state)
     rank = given.state.rank
-    found = truncated(svd, min(rank, *_shape(given.state)), given.state.scaling, Split.INTO_B)
+    found = truncate(svd, min(rank, *_shape(given.state)), given.state.scaling, Split.INTO_B)
     a, b = given.state.a.astype(np.float64), np.zeros(given.state.b.shape)
     used = min(int(np.count_nonzero(values > NOTHING_LEFT * values[0])), found.rank)
     a[:used], b[:, :used] = found.a[:used], found.b[:, :used]
@@ -91,7 +91,7 @@ def flora(given: ModuleReplies) -> Combined:
     so that it stays a product here.
     """
     fresh = LoraFactors(given.fresh_a(), np.zeros(given.state.b.shape), given.state.scaling)
-    return Combined(fresh, _kept(given, given.products))
+    return Combined(fresh, _truncate_small(given, given.products))
 
 
 def exact_residual(given: ModuleReplies) -> Combined:
@@ -102,7 +102,7 @@ def exact_residual(given: ModuleReplies) -> Combined:
     """
     mean = _mean_of_factors(given, given.shares)
     deviations = [LoraFactors(reply.a - mean.a, reply.b - mean.b, reply.scaling) for reply in given.replies]
-    return Combined(mean, _kept(given, stacked(deviations, given.shares)))
+    return Combined(mean, _truncate_small(given, stack(deviations, given.shares)))
 
 
 RULES: Mapping[str, Callable[[ModuleReplies], Combined]] = {
@@ -118,7 +118,7 @@ def combine_named(name: str) -> Callable[[ModuleReplies], Combined] | None:
     return RULES.get(name)
 
 
-def squeezed(factors: LoraFactors, most: int | None, beside: float = 0.0) -> LoraFactors | None:
+def compress_ranks(factors: LoraFactors, most: int | None, beside: float = 0.0) -> LoraFactors | None:
     """The same product in as few ranks as it takes, at most `most`; None for a product of zero.
 
     The factors share the singular values and are float32, as they are stored.
@@ -133,14 +133,14 @@ def squeezed(factors: LoraFactors, most: int | None, beside: float = 0.0) -> Lor
     if not needed:
         return None
     rank = min(needed, *_shape(factors), needed if most is None else most)
-    found = truncated(svd, rank, 1.0, Split.BALANCED)
+    found = truncate(svd, rank, 1.0, Split.BALANCED)
     return LoraFactors(found.a.astype(np.float32), found.b.astype(np.float32), 1.0)
 
 
-def _kept(given: ModuleReplies, more: LoraFactors) -> LoraFactors | None:
+def _truncate_small(given: ModuleReplies, more: LoraFactors) -> LoraFactors | None:
     parts = [part for part in (given.residual, more) if part is not None]
     beside = product_norm(given.products)
-    return squeezed(stacked(parts, [1.0] * len(parts)), given.residual_rank, beside)
+    return compress_ranks(stack(parts, [1.0] * len(parts)), given.residual_rank, beside)
 
 
 def _mean_of_factors(given: ModuleReplies, weights: Sequence[float]) -> LoraFactors:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedpeft.adapters.lora_names import factor_role
-from fedpeft.aggregation.lora_rules.residual import is_residual
+from fedpeft.aggregation.lora_rules.residual_names import is_residual
 from fedpeft.aggregation.lora_rules.table import LORA_RULES, LoraRule, Role, rule_of
 from fedpeft.config.sections import RunConfig
 from fedpeft.updates.packed import Entry
@@ -78,18 +78,18 @@ class Shares:
         place = self._run.group_of(client)
         return self._whole if place is None else self._of_group[place]
 
-    def trained(self, client: str, name: str, number: int) -> bool:
+    def is_trained(self, client: str, name: str, number: int) -> bool:
         """Whether a client trains a parameter in a round."""
         wanted = self.of(client).trains
         if wanted and not any(f".{part}." in f".{name}." for part in wanted):
             return False
         return self.rule.trained(_role(name), number)
 
-    def sent(self, client: str, name: str, number: int) -> bool:
+    def is_sent(self, client: str, name: str, number: int) -> bool:
         """Whether a client sends a parameter's change in a round."""
-        return self.trained(client, name, number) and self.rule.sent(_role(name), number)
+        return self.is_trained(client, name, number) and self.rule.sent(_role(name), number)
 
-    def kept(self, name: str) -> bool:
+    def is_private(self, name: str) -> bool:
         """Whether a parameter is nobody's but its client's."""
         return self.rule.keeps and not self.rule.sent(_role(name), 1)
 
@@ -103,7 +103,7 @@ class Shares:
         share = self.of(client)
         if share.rank is None and share.ratio == 1.0 and not self.rule.keeps:
             return state
-        shown = {name: array for name, array in state.items() if not self.kept(name)}
+        shown = {name: array for name, array in state.items() if not self.is_private(name)}
         return {name: _cut(name, array, share) for name, array in shown.items()}
 
     def layout(self, client: str, state: Layout, number: int) -> Layout:
@@ -112,10 +112,10 @@ class Shares:
         return {
             name: _cut_entry(name, entry, rank)
             for name, entry in state.items()
-            if not is_residual(name) and self.sent(client, name, number)
+            if not is_residual(name) and self.is_sent(client, name, number)
         }
 
-    def widened(self, client: str, update: Arrays, state: Arrays) -> dict[str, NDArray[np.float32]]:
+    def widen(self, client: str, update: Arrays, state: Arrays) -> dict[str, NDArray[np.float32]]:
         """A client's update as a change of the whole state; what it didn't send doesn't change.
 
         Ranks that the client doesn't hold go to zero.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedpeft.config.sections import RunConfig
-from fedpeft.config.traits import Trait, Traits, chosen
+from fedpeft.config.traits import Trait, Traits, choose_traits
 from fedpeft.plugins import EntryTable, instance_of
 
 Role = Literal["lora_A", "lora_B"] | None
@@ -52,7 +52,7 @@ class LoraRule:
     @property
     def traits(self) -> Traits:
         """What it is, as `fedpeft.compatibility` asks."""
-        return chosen(
+        return choose_traits(
             {
                 self.needs: True,
                 Trait.COMBINES_FACTORS: True,

@@ -106,7 +106,7 @@ def krum_order(gram: Gram, num_malicious_nodes: int) -> list[int]:
     if n == 1:
         return [0]
     nearest = min(n - 1, max(1, n - num_malicious_nodes - 2))
-    squares = squared_distances(gram)
+    squares = compute_squared_distances(gram)
     others = squares[~np.eye(n, dtype=bool)].reshape(n, n - 1)
     scores = np.sort(others, axis=1)[:, :nearest].sum(axis=1)
     return [int(place) for place in np.argsort(scores, kind="stable")]
@@ -118,7 +118,7 @@ def norms_of(gram: Gram) -> Vector:
     return norms
 
 
-def squared_distances(gram: Gram) -> NDArray[np.float64]:
+def compute_squared_distances(gram: Gram) -> NDArray[np.float64]:
     """float64 [n, n], not negative."""
     squares = np.diag(gram)
     result: NDArray[np.float64] = np.maximum(squares[:, None] + squares[None, :] - 2.0 * gram, 0.0)

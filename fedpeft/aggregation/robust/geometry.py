@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fedpeft.aggregation.robust.canonical import canonical
 from fedpeft.aggregation.robust.coefficients import Gram, Vector
 from fedpeft.aggregation.robust.pairs import Pair
-from fedpeft.updates.low_rank import LoraFactors, product_svd, stacked
+from fedpeft.updates.low_rank import LoraFactors, product_svd, stack
 from fedpeft.updates.update import Arrays
 
 Wide = dict[str, NDArray[np.float64]]
@@ -31,7 +31,7 @@ class Geometry(Protocol):
         """Inner products, float64 [n, n]."""
         ...
 
-    def combined(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
+    def combine(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
         """The change that is the sum of the updates times their coefficients, as an update."""
         ...
 
@@ -44,7 +44,7 @@ class Entries:
         """Sum over the arrays."""
         return _entries_gram(updates, sorted(updates[0]))
 
-    def combined(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
+    def combine(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
         """Sum, entry by entry."""
         return {name: _sum([update[name] for update in updates], coefficients) for name in sorted(updates[0])}
 
@@ -80,7 +80,7 @@ class Products:
             )
         return total
 
-    def combined(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
+    def combine(self, updates: Sequence[Arrays], coefficients: Vector) -> Wide:
         """The factors, of the run's rank, nearest to the state's product plus the sum of changes.
 
         Source: truncation as in FlexLoRA (Bai et al. 2024); see `fedpeft.updates.low_rank` and `canonical`.
@@ -92,7 +92,7 @@ class Products:
             moved = [self._factors(pair, updates[place]) for place in counted]
             shares = [float(coefficients[place]) for place in counted]
             start = self._factors(pair)
-            whole = stacked([start, *moved], [1.0 - sum(shares), *shares])
+            whole = stack([start, *moved], [1.0 - sum(shares), *shares])
             result |= self._change(pair, canonical(product_svd(whole), start))
         return result
 

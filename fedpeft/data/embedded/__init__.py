@@ -10,10 +10,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from fedpeft.data.embedded.corpus import Row, federated_rows, pretraining_rows
+from fedpeft.data.embedded.corpus import Row, make_federated_rows, pretraining_rows
 from fedpeft.errors import ModelError
 
-__all__ = ["Row", "federated_rows", "model_folder", "pretraining_rows", "verified_folder"]
+__all__ = ["Row", "make_federated_rows", "model_folder", "pretraining_rows", "verify_folder"]
 
 WEIGHTS_FILE = "model.safetensors"
 DIGEST_FILE = "digest.json"
@@ -25,10 +25,10 @@ def model_folder() -> Path:
     Raises:
         ModelError: The weights are missing or are not the ones that were shipped.
     """
-    return verified_folder(Path(__file__).parent / "model")
+    return verify_folder(Path(__file__).parent / "model")
 
 
-def verified_folder(folder: Path) -> Path:
+def verify_folder(folder: Path) -> Path:
     """`folder` itself, after the sha256 of its weights was found equal to the one in its `digest.json`.
 
     Raises:

@@ -139,7 +139,7 @@ def client_families(client: int) -> tuple[PrivateFamily, PrivateFamily]:
     return PRIVATE_FAMILIES[main], PRIVATE_FAMILIES[second % len(PRIVATE_FAMILIES)]
 
 
-def federated_rows(
+def make_federated_rows(
     seed: int, clients: int = 8, train_per_client: int = 192, test_per_client: int = 24
 ) -> tuple[list[Row], list[Row]]:
     """The private rows of a federation, skewed by client; no prompt occurs twice, in or across the two lists.
@@ -171,12 +171,12 @@ def federated_rows(
         rng = np.random.default_rng((seed, client))
         share = float(rng.uniform(*MAIN_SHARE))
         draw = _unseen_row_drawer(rng, client)
-        train.extend(_mixed(rng, draw, client, share, train_per_client))
-        test.extend(_mixed(rng, draw, client, share, test_per_client))
+        train.extend(_mix(rng, draw, client, share, train_per_client))
+        test.extend(_mix(rng, draw, client, share, test_per_client))
     return train, test
 
 
-def _mixed(
+def _mix(
     rng: np.random.Generator,
     draw: Callable[[PrivateFamily], Row],
     client: int,

@@ -56,12 +56,14 @@ class BufferedRounds:
         self._mail = Mailbox(federation.grid, federation.timeout_s)
         self._by_clock = federation.run.federation.clock is not None
         self._digests: dict[int, str] = {}  # of the states that somebody works on, by their tasks' round
-        arrived = () if self._by_clock or federation.history is None else federation.history.arrived()
+        arrived = (
+            () if self._by_clock or federation.history is None else federation.history.list_uncommitted()
+        )
         self._arrived = deque(arrived)  # before a restart: (client, round)
         self._adrift = dict(self._flights.working)  # at work since before a restart, not yet asked again
         self._spent = False  # whether some client's privacy budget is
 
-    def gather(self, opening: Opening) -> CollectedRound | None:
+    def collect(self, opening: Opening) -> CollectedRound | None:
         """Fill one buffer; None as soon as a client's privacy budget does not allow it to be asked."""
         flights, number = self._flights, opening.number
         began_s, collected = flights.now_s, RoundReplies(opening.before.state)
@@ -133,9 +135,9 @@ class BufferedRounds:
         else:
             digest = self._digests[flight.round]
             asked = TaskRequest(flight.client, flight.round, digest, flight.bytes_down)
-            aged = total.aged(opening.number - flight.round)
+            aged = total.sum_of_age(opening.number - flight.round)
             outcome = process_reply(self._federation, aged, reply, asked, collected)
-            opening.sending.heard(outcome, flight.round)
+            opening.sending.record_outcome(outcome, flight.round)
         outcome = self._flights.land(flight, outcome)
         note(self._federation, self._privacy, collected, outcome)
         return True
@@ -183,21 +185,21 @@ class BufferedRounds:
 
     def _send(self, opening: Opening, flights: Sequence[InFlightTask]) -> None:
         """Ask for this round's work, unless a privacy budget stands against it."""
-        if not self._paid(opening.number, flights):
+        if not self._charge(opening.number, flights):
             return
         payloads = {
-            flight.client: opening.sending.payload(flight.client) for flight in self._awaited(flights)
+            flight.client: opening.sending.payload(flight.client) for flight in self._select_awaited(flights)
         }
         self._mail.send(self._messages(opening.number, payloads))
 
     def _resend(self, opening: Opening) -> None:
         """After a restart: ask again for the work that was under way, on the states that it began with."""
         rounds: dict[int, list[InFlightTask]] = {}
-        for flight in self._awaited(self._adrift.values()):
+        for flight in self._select_awaited(self._adrift.values()):
             rounds.setdefault(flight.round, []).append(flight)
         self._adrift = {}
         for number, flights in sorted(rounds.items()):
-            if not self._paid(number, flights):  # once more, where they draw their noise anew
+            if not self._charge(number, flights):  # once more, where they draw their noise anew
                 return
             state = self._before(number).state
             self._digests[number] = arrays_digest(state)
@@ -206,13 +208,13 @@ class BufferedRounds:
             clients = [flight.client for flight in flights]
             self._mail.send(self._messages(number, dict.fromkeys(clients, payload)))
 
-    def _paid(self, number: int, flights: Sequence[InFlightTask]) -> bool:
+    def _charge(self, number: int, flights: Sequence[InFlightTask]) -> bool:
         """Charge those who are asked, durably; False, from then on, where a budget does not allow it."""
         if flights and not self._privacy.spend(number, [flight.client for flight in flights]):
             self._spent = True
         return not self._spent
 
-    def _awaited(self, flights: Iterable[InFlightTask]) -> list[InFlightTask]:
+    def _select_awaited(self, flights: Iterable[InFlightTask]) -> list[InFlightTask]:
         """Those whose work will be wanted: on a virtual clock it is known who vanishes or comes too late."""
         return [flight for flight in flights if self._flights.answers(flight)]
 

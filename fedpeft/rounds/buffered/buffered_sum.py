@@ -55,7 +55,7 @@ class BufferedSum:
         """Updates so far."""
         return self._sum.count
 
-    def aged(self, staleness: int) -> Aged:
+    def sum_of_age(self, staleness: int) -> Aged:
         """The sum as updates of one staleness see it."""
         return Aged(self, staleness)
 
@@ -65,7 +65,7 @@ class BufferedSum:
         Raises:
             UpdateError: it must not be counted; nothing of it was.
         """
-        placed = self._space.placed(update.arrays, staleness)
+        placed = self._space.align(update.arrays, staleness)
         units = self._weigh(staleness)
         norm = self._sum.fold(replace(update, arrays=placed, weight=update.weight * units), who=client)
         self._weight += update.weight * UNIT

@@ -64,7 +64,7 @@ class InFlightTasks:
         self._clock = None if clock is None else VirtualClock(clock, run.run.seed)
         deadline_s = run.federation.deadline_s
         self._patience_s = math.inf if deadline_s is None or clock is None else deadline_s
-        self.now_s, self.working = _restored(self._names, pending)
+        self.now_s, self.working = _restore(self._names, pending)
         self._number = 0
         self._turns: list[str] = []
         self._landed: set[str] = set()  # in the round that is open
@@ -116,7 +116,7 @@ class InFlightTasks:
 
     def answers(self, flight: InFlightTask) -> bool:
         """Whether its work will come in before it is given up, as far as the clock knows."""
-        return not math.isinf(flight.arrives_s) and flight.arrives_s <= self._given_up_s(flight)
+        return not math.isinf(flight.arrives_s) and flight.arrives_s <= self._give_up_time_s(flight)
 
     def next_by_clock(self) -> InFlightTask | None:
         """The one that is due first, at which the clock then stands; None if nobody ever will be."""
@@ -169,11 +169,11 @@ class InFlightTasks:
     def _present(self, name: str) -> bool:
         return self._clock is None or self._clock.available(name, self._number)
 
-    def _given_up_s(self, flight: InFlightTask) -> float:
+    def _give_up_time_s(self, flight: InFlightTask) -> float:
         return flight.asked_s + self._patience_s
 
     def _due_s(self, flight: InFlightTask) -> float:
-        return min(flight.arrives_s, self._given_up_s(flight))
+        return min(flight.arrives_s, self._give_up_time_s(flight))
 
     def _in_order(self) -> list[InFlightTask]:
         return [self.working[name] for name in sorted(self.working)]
@@ -208,7 +208,7 @@ def concurrency_problems(section: BufferSection, clients: int) -> list[str]:
     ]
 
 
-def _restored(names: list[str], pending: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, InFlightTask]]:
+def _restore(names: list[str], pending: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, InFlightTask]]:
     """The time and the flights of a checkpoint."""
     if not pending:
         return 0.0, {}

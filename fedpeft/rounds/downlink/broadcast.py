@@ -44,7 +44,7 @@ class Outgoing(Protocol):
         """
         ...
 
-    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+    def record_outcome(self, outcome: ClientOutcome, round_: int | None = None) -> None:
         """What became of an asked client.
 
         Args:
@@ -71,7 +71,7 @@ class WholeStates:
         """The state."""
         return whole
 
-    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+    def record_outcome(self, outcome: ClientOutcome, round_: int | None = None) -> None:
         """Nothing depends on it."""
 
 
@@ -119,7 +119,7 @@ class Broadcast:
         """Whole: nothing is known of who holds what."""
         return encode_state(StateMessage(digest, whole, keep=not self._shared))
 
-    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+    def record_outcome(self, outcome: ClientOutcome, round_: int | None = None) -> None:
         """A counted answer names its task's state: its sender holds it. A failed one may hold nothing."""
         if outcome.status == "folded":
             self._held[outcome.client] = (self._round if round_ is None else round_) - 1

@@ -17,7 +17,7 @@ from fedpeft.errors import UpdateError
 from fedpeft.rounds.downlink.state_steps import CompressedSteps, Memory, Step, Steps
 from fedpeft.spaces import ServerSpace, space_traits
 from fedpeft.stages import build_downlink
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays, layout_of
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
 
@@ -52,7 +52,7 @@ class ExactSteps:
         if (step.run_digest, step.space) != (self.run_digest, self.space.kind):
             raise UpdateError(f"{who}: a step of another run or space came; restart both sides")
         moved = {name: array + step.arrays[name] for name, array in state.items()}
-        return frozen_arrays(moved), step.state_digest
+        return freeze_arrays(moved), step.state_digest
 
     def _payload(self, number: int, difference: Arrays, leads_to: str) -> bytes:
         return encode(

@@ -40,7 +40,7 @@ class PerClientStates:
         """
         raise FederationError("an older state was asked for, and clients hold parts of states; begin anew")
 
-    def heard(self, outcome: ClientOutcome, round_: int | None = None) -> None:
+    def record_outcome(self, outcome: ClientOutcome, round_: int | None = None) -> None:
         """Nothing depends on it."""
 
     def _view(self, client: str) -> tuple[bytes, str]:

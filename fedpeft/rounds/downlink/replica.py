@@ -21,7 +21,7 @@ class Replica:
     arrays: Arrays
 
 
-def caught_up(message: StateMessage, held: Replica | None, steps: Steps) -> Replica:
+def catch_up(message: StateMessage, held: Replica | None, steps: Steps) -> Replica:
     """The state that `message` leads to.
 
     A client may hold a newer state than the server knows of, since its answer was lost: steps up to that
@@ -33,7 +33,7 @@ def caught_up(message: StateMessage, held: Replica | None, steps: Steps) -> Repl
         UpdateError: a part of the message is damaged or foreign.
     """
     if message.whole:
-        return _checked(decode(message.whole, who=WHO).arrays, message.state_digest)
+        return _check(decode(message.whole, who=WHO).arrays, message.state_digest)
     if held is None:
         raise FederationError(
             f"{len(message.steps)} steps came and no state is held here to take them from; the server sends"
@@ -46,10 +46,10 @@ def caught_up(message: StateMessage, held: Replica | None, steps: Steps) -> Repl
         arrays, announced = steps.take(arrays, payload, who=WHO)
         if announced == held.digest:  # these steps are behind this client
             arrays = held.arrays
-    return _checked(arrays, message.state_digest)
+    return _check(arrays, message.state_digest)
 
 
-def _checked(arrays: Arrays, announced: str) -> Replica:
+def _check(arrays: Arrays, announced: str) -> Replica:
     digest = arrays_digest(arrays)
     if digest != announced:
         raise FederationError(

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedpeft.errors import UpdateError
 from fedpeft.spaces import ServerSpace
-from fedpeft.stages import Stage, StageContext, on_client, on_server, promised_payload, stage_list
+from fedpeft.stages import Stage, StageContext, derive_payload, on_client, on_server, stage_list
 from fedpeft.updates.update import Arrays, Update, arrays_digest, layout_of
 from fedpeft.wire.codec import Envelope, decode, encode
 
@@ -81,7 +81,7 @@ class CompressedSteps:
         context = StageContext(self.seed, number, SERVER, dict(memory))
         plain = Update({name: array.astype(np.float32) for name, array in change.items()})
         sent = on_client((self.stage,), plain, context)
-        after = self._moved(state, on_server((self.stage,), sent, context))
+        after = self._apply_step(state, on_server((self.stage,), sent, context))
         envelope = Envelope(
             arrays={},
             run_digest=self.run_digest,
@@ -99,14 +99,14 @@ class CompressedSteps:
     def take(self, state: Arrays, payload: bytes, *, who: str) -> tuple[Arrays, str]:
         """Undo the stage and move."""
         layout = self.space.update_layout(layout_of(state))
-        envelope = decode(payload, who=who, layout=layout, expect=promised_payload((self.stage,)))
+        envelope = decode(payload, who=who, layout=layout, expect=derive_payload((self.stage,)))
         came = (envelope.run_digest, envelope.space, envelope.stages)
         if came != (self.run_digest, self.space.kind, stage_list((self.stage,))):
             raise UpdateError(f"{who}: a step of another run or downlink stage came; restart both sides")
         context = StageContext(self.seed, envelope.round, SERVER)
         update = on_server((self.stage,), Update({}, encoded=envelope.encoded), context)
-        return self._moved(state, update), envelope.state_digest
+        return self._apply_step(state, update), envelope.state_digest
 
-    def _moved(self, state: Arrays, step: Update) -> Arrays:
+    def _apply_step(self, state: Arrays, step: Update) -> Arrays:
         wide = {name: array.astype(np.float64) for name, array in step.arrays.items()}
         return self.space.apply(state, wide)

@@ -41,7 +41,7 @@ def audit_command(
     places = noted if kept is None else [(str(settings.state / HEAD), kept), *noted]
     with closing(Database(settings.database or f"sqlite:///{own.resolve()}")) as database:
         found = read_entries(database)
-        faults, last = find_faults(_printed(found, as_json=as_json) if entries else found, places)
+        faults, last = find_faults(_print_entries(found, as_json=as_json) if entries else found, places)
     for fault in faults:
         print(json.dumps({"fault": fault}) if as_json else f"fault    {fault}")
     if faults:
@@ -55,7 +55,7 @@ def audit_command(
         print(f"last     {last}\n         every entry follows the one before; note this line elsewhere")
 
 
-def _printed(entries: Iterator[AuditEntry], *, as_json: bool) -> Iterator[AuditEntry]:
+def _print_entries(entries: Iterator[AuditEntry], *, as_json: bool) -> Iterator[AuditEntry]:
     for entry in entries:
         if as_json:
             print(json.dumps({**vars(entry), "detail": _detail(entry)}))

@@ -94,14 +94,14 @@ def back_up(places: Places, out: Path) -> Manifest:
     with storage(out), tempfile.TemporaryDirectory(prefix=".backup-", dir=places.state) as name:
         staged = Path(name)  # beside the contents, so that they can be linked rather than copied
         for _ in range(_ATTEMPTS):
-            if _staged(places, staged):
+            if _stage(places, staged):
                 break
         else:
             raise StateError(f"{places.state} changes too fast to be backed up; try again")
-        return _packed(staged, out)
+        return _pack(staged, out)
 
 
-def _staged(places: Places, staged: Path) -> bool:
+def _stage(places: Places, staged: Path) -> bool:
     """Gather all parts in a folder; whether they are of one moment."""
     shutil.rmtree(staged / BLOBS, ignore_errors=True)
     (staged / DATABASE).unlink(missing_ok=True)
@@ -151,7 +151,7 @@ def _snapshot(places: Places, out: Path) -> None:
         raise StorageError(f"{own}: cannot be read ({error}); check its permissions") from error
 
 
-def _packed(staged: Path, out: Path) -> Manifest:
+def _pack(staged: Path, out: Path) -> Manifest:
     """All files below a folder as one, with a manifest at its head."""
     files = {
         path.relative_to(staged).as_posix(): path for path in sorted(staged.rglob("*")) if path.is_file()
@@ -207,7 +207,7 @@ def restore(file: Path, places: Places, *, nothing_since: bool = False) -> Manif
             raise UsageError(f"{place} is there already and not empty; a backup is put where nothing is")
     with storage(places.state):
         places.state.parent.mkdir(parents=True, exist_ok=True)
-    with _checked(file, places.state.parent) as (manifest, unpacked):
+    with _unpack_checked(file, places.state.parent) as (manifest, unpacked):
         for name, place in ((KEYS, places.keys), (AUTHORITY, places.authority)):
             if place is not None and not (unpacked / name).is_dir():
                 raise UsageError(f"{file} holds no {name}; it was taken without --with-keys")
@@ -216,10 +216,10 @@ def restore(file: Path, places: Places, *, nothing_since: bool = False) -> Manif
             (unpacked / DATABASE).unlink()
         for name, place in ((KEYS, places.keys), (AUTHORITY, places.authority)):
             if place is not None:
-                _moved(unpacked / name, place)
+                _move(unpacked / name, place)
             shutil.rmtree(unpacked / name, ignore_errors=True)
         (unpacked / BLOBS).mkdir(exist_ok=True)
-        _moved(unpacked, places.state)
+        _move(unpacked, places.state)
     taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(manifest.taken_at))
     with Store(places.state, url=places.database, migrate=True) as store:
         store.audit.record(SERVER, Action.RESTORED, "", taken=taken, software=manifest.software)
@@ -228,7 +228,7 @@ def restore(file: Path, places: Places, *, nothing_since: bool = False) -> Manif
     return manifest
 
 
-def _moved(folder: Path, place: Path) -> None:
+def _move(folder: Path, place: Path) -> None:
     with storage(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():
@@ -239,7 +239,7 @@ def _moved(folder: Path, place: Path) -> None:
 
 
 @contextmanager
-def _checked(file: Path, beside: Path) -> Iterator[tuple[Manifest, Path]]:
+def _unpack_checked(file: Path, beside: Path) -> Iterator[tuple[Manifest, Path]]:
     """A backup unpacked into a passing folder, all of it verified."""
     unpacked = Path(tempfile.mkdtemp(prefix=".restore-", dir=beside))
     try:
@@ -305,6 +305,6 @@ def _digest(path: Path) -> str:
 def _stop_private(store: Store, taken: str) -> None:
     """End what may have spent more than the backup knows."""
     why = f"restored from a backup of {taken}: what it has spent since then is not known; submit it again"
-    for stored in store.runs.unended():
+    for stored in store.runs.list_unended():
         if stored.problem or stored.run.privacy is not None:  # one that cannot be read may be private
             store.runs.set_status(stored.id, RunStatus.STOPPED, why)

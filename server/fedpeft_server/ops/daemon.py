@@ -79,9 +79,9 @@ def run_daemon(settings: ServerSettings, *, migrate: bool = False) -> int:
         LOG.info("listening on %s, state in %s", running.address, settings.state)
         _until(told, store, running, AuthorityActions(settings.tls.authority, store.audit))
         LOG.info("ending: runs are put aside, they go on at the next start")
-        if store.database.lost:
+        if store.database.reason_of_loss:
             supervisor.drain(WATCH_S)
-            raise StateError(store.database.lost)
+            raise StateError(store.database.reason_of_loss)
         if not supervisor.drain(settings.drain_s):
             LOG.warning(
                 "a run did not reach a safe point in %g s; it goes on from its last commit", settings.drain_s
@@ -203,7 +203,7 @@ class _Agents:
         return self.inner
 
     def here(self) -> Mapping[str, int]:
-        names = self.greeter.connected
+        names = self.greeter.agents_here
         self.greeter.know(names)
         return {name: node_id(name) for name in names}
 
@@ -213,18 +213,18 @@ class _Agents:
     def tell(self, agent: str, text: str) -> None:
         self.inner.tell(agent, text)
 
-    def bound(self, result_bytes: int) -> None:
-        self.inner.bound(result_bytes)
+    def set_result_limit(self, result_bytes: int) -> None:
+        self.inner.set_result_limit(result_bytes)
 
-    def refused(self, agent: str, why: str) -> None:
-        self.inner.refused(agent, why)
+    def count_refusal(self, agent: str, why: str) -> None:
+        self.inner.count_refusal(agent, why)
 
 
 def _until(told: threading.Event, store: Store, running: RunningServer, actions: AuthorityActions) -> None:
     """Wait for a signal, or until the database is another server's; note now and then who is here."""
     expiry, noted = ExpiryWatch(), time.monotonic()
     actions.take_in()
-    while not told.wait(WATCH_S) and not store.database.lost:
+    while not told.wait(WATCH_S) and not store.database.reason_of_loss:
         with contextlib.suppress(StorageError):
             store.database.watch()
         actions.take_in()
@@ -236,4 +236,4 @@ def _until(told: threading.Event, store: Store, running: RunningServer, actions:
             LOG.warning("%s", line)
         here = [status.name for status in agents if status.connected]
         with contextlib.suppress(StorageError):
-            store.agents.seen(here)
+            store.agents.record_seen(here)

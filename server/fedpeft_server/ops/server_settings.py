@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedpeft.config.sections import Count, Section, unit
-from fedpeft.config.settings_file import beside, checked, read_table
+from fedpeft.config.settings_file import beside, check_table, read_table
 from fedpeft.data.hub import PREFIX
 from fedpeft.errors import UsageError
 from fedpeft.runtime.telemetry import LogFormat, LogLevel, is_address
@@ -265,7 +265,7 @@ def _refuse_roots_over_secrets(settings: ServerSettings, where: str) -> None:
 
 def with_given(config: Path | None, given: Mapping[str, Any]) -> ServerSettings:
     """As `read_settings`, for commands beside a server's: whether a server could start so is not asked."""
-    return checked(ServerSettings, _over(_table(config), given), source=str(config or "fedpeft server"))
+    return check_table(ServerSettings, _over(_table(config), given), source=str(config or "fedpeft server"))
 
 
 def _over(table: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def server_info(status: ServerStatus) -> pb.ServerInfo:
     )
 
 
-def pulled_files(folder: Path) -> Iterator[Path]:
+def list_pullable_files(folder: Path) -> Iterator[Path]:
     """The files that people get, whole ones only."""
     for name in PULLED:
         place = folder / name

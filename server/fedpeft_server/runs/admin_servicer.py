@@ -24,10 +24,10 @@ from fedpeft_server.runs.access_log import AccessLog
 from fedpeft_server.runs.admin_messages import (
     agent_info,
     incomplete_members,
+    list_pullable_files,
     milliseconds,
     outline_agent,
     outline_server,
-    pulled_files,
     result_chunks,
     run_info,
     run_of,
@@ -146,7 +146,7 @@ class Admin(rpc.AdminServicer):
 
         def stop(who: Identity) -> pb.RunInfo:
             reason = " ".join(request.reason.split())[:500] or f"stopped by {who.name}"
-            if not self._owned(who, request.id, "StopRun").status.final:
+            if not self._get_owned(who, request.id, "StopRun").status.final:
                 self._record(who, Action.STOPPED, request.id, reason=reason)
             return self._info(self._base.supervisor.stop(request.id, reason))
 
@@ -156,7 +156,7 @@ class Admin(rpc.AdminServicer):
         """Delete what a run that has ended keeps on the disk."""
 
         def remove(who: Identity) -> pb.RunInfo:
-            stored = self._owned(who, request.id, "RemoveRun")
+            stored = self._get_owned(who, request.id, "RemoveRun")
             if not stored.status.final:
                 raise UsageError(
                     f"run {stored.id} has not ended; stop it first: fedpeft run stop {stored.id}"
@@ -198,7 +198,7 @@ class Admin(rpc.AdminServicer):
 
             def files(who: Identity) -> tuple[pb.Unfinished | None, list[tuple[str, Path]]]:
                 folder, unfinished = self._result(self._readable(who, request.id, "PullResult"), stack)
-                found = [(path.relative_to(folder).as_posix(), path) for path in pulled_files(folder)]
+                found = [(path.relative_to(folder).as_posix(), path) for path in list_pullable_files(folder)]
                 if not found:
                     raise UsageError(
                         f"run {request.id} has no files: it ended before its first round, or they are removed"
@@ -241,7 +241,7 @@ class Admin(rpc.AdminServicer):
                         name=sighting.name, last_seen_ms=milliseconds(sighting.last_seen)
                     )
             authority = self._base.authority  # without it a server knows serial numbers, and no names
-            for name in authority.revoked(datetime.now(UTC)) if authority is not None else ():
+            for name in authority.list_revoked(datetime.now(UTC)) if authority is not None else ():
                 if name in now:
                     now[name].revoked = True
             agents = [now[name] for name in sorted(now)]
@@ -327,7 +327,7 @@ class Admin(rpc.AdminServicer):
             self._access.read(who, stored.id, call)
         return stored
 
-    def _owned(self, who: Identity, run_id: str, call: str) -> StoredRun:
+    def _get_owned(self, who: Identity, run_id: str, call: str) -> StoredRun:
         """Return a run that the caller may stop and remove."""
         stored = self._readable(who, run_id, call)
         try:

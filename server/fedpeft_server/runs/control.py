@@ -130,7 +130,7 @@ class Control:
             self._halt = None
 
     @contextmanager
-    def killed_with(self, kill: Callable[[], None]) -> Iterator[None]:
+    def kill_on_stop(self, kill: Callable[[], None]) -> Iterator[None]:
         """While the run's thread waits in this block, a person's stop calls `kill`, which must end the wait.
 
         Raises:
@@ -257,7 +257,7 @@ class WatchedGrid(PolledGrid):
         self._control.check()
         return self._inner.pull_messages(message_ids)
 
-    def given_up(self, nodes: Collection[int]) -> bool:
+    def has_given_up(self, nodes: Collection[int]) -> bool:
         """See `Attendance`: nobody is given up who is here, or was a moment ago."""
         if not isinstance(self._inner, Presence):
             return False

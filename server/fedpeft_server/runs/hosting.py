@@ -21,7 +21,7 @@ from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import run_json
 from fedpeft.config.run_plugins import plugins_of, plugins_text
 from fedpeft.errors import StateError, StorageError, UsageError
-from fedpeft.flower.server_app import RunView, Server, check_base, execute_rounds
+from fedpeft.flower.server_app import RoundServer, RunView, check_base, execute_rounds
 from fedpeft.ledger import Checkpoint
 from fedpeft.ledger.run_place import ROWS
 from fedpeft.privacy.kinds import is_cohort_secret
@@ -57,11 +57,11 @@ class AgentGrid(Strangers, Protocol):
         """For the round loop."""
         ...
 
-    def bound(self, result_bytes: int) -> None:
+    def set_result_limit(self, result_bytes: int) -> None:
         """Refuse larger results than these before they are read."""
         ...
 
-    def refused(self, agent: str, why: str) -> None:
+    def count_refusal(self, agent: str, why: str) -> None:
         """Count an update that was not folded in, with its sender."""
         ...
 
@@ -108,15 +108,15 @@ class Host:
             self.stored.id,
             self._say,
             begun=rounds.latest() is not None,
-            refused=self._agents.refused,
+            refused=self._agents.count_refusal,
             secret_cohort=is_cohort_secret(self.stored.run),
         )
         crash_point("server.run.begun")
-        self._held(book, progress, self._holder(self._agents))
+        self._execute_rounds(book, progress, self._holder(self._agents))
         crash_point("server.run.exported")
         with book.open() as folder:
             write_checkpoints(folder, rounds)
-            end = folder.finished()
+            end = folder.read_end()
         if not self.stored.run.federation.over_selection:  # by which somebody's answer never counts
             for member in incomplete(rounds.rows()):
                 self._say(event_line("trouble", str(member)))
@@ -188,7 +188,7 @@ class Host:
         with suppress(StorageError):  # a word for people is no reason to leave the round
             self.store.runs.set_status(self.stored.id, RunStatus.RUNNING, why)
 
-    def _held(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
+    def _execute_rounds(self, book: RunStorage, progress: LoggedProgress, hold: Hold) -> None:
         """Bring the run to its end where its model is; kept for the next attempt."""
         if self._keeper is None:
             apart = self.models is not None and counts_alone(self.stored.run)
@@ -212,7 +212,7 @@ class Host:
         """Load the model where it may take a process down, or stand still, before this process loads it."""
         process = models.take()
         try:
-            with self.control.killed_with(process.kill):
+            with self.control.kill_on_stop(process.kill):
                 process.ask("load", {"run": run_json(self.stored.run)})
         finally:
             models.end(process)
@@ -238,8 +238,8 @@ class Host:
 
         task_text = device_task(run).text
 
-        def hold(server: Server, last: Checkpoint | None) -> Checkpoint:
-            agents.bound(largest_update(server.resident))
+        def hold(server: RoundServer, last: Checkpoint | None) -> Checkpoint:
+            agents.set_result_limit(largest_update(server.resident))
 
             joining = Joining(
                 run,
@@ -269,7 +269,7 @@ class Host:
 
         return hold
 
-    def _roster(self, server: Server, grid: Grid, task: Task) -> Roster:
+    def _roster(self, server: RoundServer, grid: Grid, task: Task) -> Roster:
         """Who takes part, by the roll call, which is held once in a run's life; `Joining` adds to it."""
         kept = self.store.runs.roster(self.stored.id)
         if kept is not None:

@@ -12,13 +12,13 @@ import torch
 
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.flower.server_app import Server
+from fedpeft.flower.server_app import RoundServer
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.records import Evaluation
 from fedpeft.ledger.run_place import ROWS
+from fedpeft.participant.load_server import load_serving_run
+from fedpeft.participant.load_simulation import load_simulated_run
 from fedpeft.participant.loaded_run import LoadedRun, add_loaded_run, drop_loaded_run
-from fedpeft.participant.serving import load_serving_run
-from fedpeft.participant.simulated import load_simulated_run
 from fedpeft.runtime.files import storage
 from fedpeft.simulation.engine import Deployment, execute_run, write_adapter, write_summary
 from fedpeft.updates.update import Arrays
@@ -46,8 +46,8 @@ class InProcessModelHost:
         """All of it in the caller's thread."""
         with ExitStack() as finishing, book.open() as folder:
 
-            def engine(server: Server, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
-                reached = hold(replace(server, evaluate=self._noted(server.evaluate)), last)
+            def engine(server: RoundServer, last: Checkpoint | None, _pool: Workers) -> Checkpoint:
+                reached = hold(replace(server, evaluate=self._wrap_evaluate(server.evaluate)), last)
                 finishing.enter_context(self._at_work())
                 return reached
 
@@ -72,7 +72,7 @@ class InProcessModelHost:
         self._resident = None
         drop_loaded_run(self._stored.digest)
 
-    def _noted(self, evaluate: Evaluate) -> Evaluate:
+    def _wrap_evaluate(self, evaluate: Evaluate) -> Evaluate:
         def noted(state: Arrays) -> Evaluation | None:
             with self._at_work():
                 return evaluate(state)

@@ -44,7 +44,7 @@ class Strangers(Protocol):
         ...
 
 
-def closed(run: RunConfig) -> str:
+def reason_joining_is_closed(run: RunConfig) -> str:
     """Why nobody may join a run after its roll call; empty: they may."""
     if isinstance(run.privacy, ClientLevelPrivacy):
         return "its privacy is that of a cohort drawn from the clients that it began with"
@@ -71,7 +71,11 @@ class Joining:
         say: Callable[[str], None],
         is_open: Callable[[int], bool],
     ) -> None:
-        self._strangers, self._closed, self._own_base = strangers, closed(run), own_base_of(run)
+        self._strangers, self._closed, self._own_base = (
+            strangers,
+            reason_joining_is_closed(run),
+            own_base_of(run),
+        )
         self._check, self._keep, self._say, self._is_open = check, keep, say, is_open
         self._plugins = plugins_text(plugins_of(run))
         self._task: Task | None = None
@@ -94,7 +98,7 @@ class Joining:
                 self._turn_away(name, f"it came after the roll call, and {self._closed}")
         elif fresh:
             self._greet({name: here[name] for name in sorted(fresh)})
-        came = self._welcomed(number) if self._asked else {}
+        came = self._welcome(number) if self._asked else {}
         if came:
             self._strangers.know(came)
             base = self._roster.base_digest or self._common
@@ -110,7 +114,7 @@ class Joining:
         ids = self._strangers.greeter.push_messages(messages)
         self._asked |= {name: (id_, nodes[name]) for name, id_ in zip(nodes, ids, strict=True)}
 
-    def _welcomed(self, number: int) -> dict[str, Member]:
+    def _welcome(self, number: int) -> dict[str, Member]:
         """Those who have answered and may join."""
         since = number + self._is_open(number)
         names = {node: name for name, (_, node) in self._asked.items()}

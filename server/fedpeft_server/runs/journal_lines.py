@@ -47,7 +47,7 @@ class LoggedProgress:
         """Write the step."""
         self._event("step", step)
 
-    def started(self, row: Started) -> None:
+    def show_start(self, row: Started) -> None:
         """Write the row, once in a run's life."""
         if not self._begun:
             self._begun = True
@@ -95,7 +95,7 @@ class LoggedProgress:
         """Write the row."""
         self._say(row.model_dump_json())
 
-    def finished(self, row: Finished) -> None:
+    def show_end(self, row: Finished) -> None:
         """Write the row."""
         self._say(row.model_dump_json())
 

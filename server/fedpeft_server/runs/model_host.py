@@ -10,10 +10,10 @@ from typing import Protocol
 
 from fedpeft.config.sections import RunConfig
 from fedpeft.config.traits import Trait
-from fedpeft.flower.server_app import Server
+from fedpeft.flower.server_app import RoundServer
 from fedpeft.ledger import Checkpoint, RunFolder
 from fedpeft.ledger.folder_rounds import checkpoint_name
-from fedpeft.ledger.run_folder import begun_or_new
+from fedpeft.ledger.run_folder import open_or_create
 from fedpeft.ledger.run_place import CHECKPOINTS
 from fedpeft.runtime.crash_points import crash_point
 from fedpeft.runtime.files import storage, write_atomically
@@ -22,7 +22,7 @@ from fedpeft.spaces.seed_options import SUPPORTED_RULES
 from fedpeft_server.runs.journal_lines import LoggedProgress
 from fedpeft_server.store import Reference, StoredRounds
 
-Hold = Callable[[Server, Checkpoint | None], Checkpoint]  # holds the rounds after a checkpoint
+Hold = Callable[[RoundServer, Checkpoint | None], Checkpoint]  # holds the rounds after a checkpoint
 
 
 class HeldElsewhereError(Exception):
@@ -46,7 +46,7 @@ class RunStorage:
 
     def open(self) -> RunFolder:
         """The run's folder, begun or not; one process at a time has it."""
-        return begun_or_new(self.path, self.run, rounds=self.rounds)
+        return open_or_create(self.path, self.run, rounds=self.rounds)
 
 
 class ModelHost(Protocol):

@@ -23,7 +23,7 @@ from safetensors.numpy import load, save
 
 from fedpeft.config.run_file import run_digest, run_from_json
 from fedpeft.errors import FederationError, FedPEFTError
-from fedpeft.flower.server_app import Server
+from fedpeft.flower.server_app import RoundServer
 from fedpeft.ledger import Checkpoint
 from fedpeft.participant.loaded_run import LoadedRun, set_loaded_run
 from fedpeft.planning.preflight import refuse_problems
@@ -31,7 +31,7 @@ from fedpeft.privacy.kinds import is_cohort_secret
 from fedpeft.runtime.frames import Frame, pack, read_frame
 from fedpeft.runtime.parent_exit import exit_with_parent
 from fedpeft.seedspace.trainable_tensors import trainable_parameters
-from fedpeft.simulation.engine import Deployment, execute_run, run_metrics, started_row, write_adapter
+from fedpeft.simulation.engine import Deployment, execute_run, make_start_row, run_metrics, write_adapter
 from fedpeft.simulation.parallel_scoring import Scorer, may_score
 from fedpeft.updates.update import Arrays
 from fedpeft.wire.failures import to_record
@@ -54,7 +54,7 @@ def main(fd: int, keep_s: float, parent: int) -> None:
     bench = ModelWorker()
     with socket.socket(fileno=fd) as pipe, pipe.makefile("rb") as orders:
         while _comes(pipe, keep_s) and (order := read_frame(orders)) is not None:
-            pipe.sendall(pack(bench.done(order)))
+            pipe.sendall(pack(bench.execute(order)))
 
 
 def _offer_to_the_oom_killer() -> None:
@@ -83,7 +83,7 @@ class ModelWorker:
             "snapshot": self._snapshot,
         }
 
-    def done(self, order: Frame) -> Frame:
+    def execute(self, order: Frame) -> Frame:
         """One order's answer; what goes wrong is part of it."""
         try:
             return self._orders[order.header["do"]](order)
@@ -98,7 +98,7 @@ class ModelWorker:
         return Frame({})
 
     def _load(self, order: Frame) -> Frame:
-        self._loaded(order)
+        self._ensure_loaded(order)
         return Frame({})
 
     def _describe(self, order: Frame) -> Frame:
@@ -115,7 +115,7 @@ class ModelWorker:
             {
                 "plain": plain,
                 "base_digest": resident.base_digest,
-                "started": started_row(resident, run_metrics(run), "grpc", None).model_dump_json(),
+                "started": make_start_row(resident, run_metrics(run), "grpc", None).model_dump_json(),
                 "scores": bool(len(resident.data.test)) and may_score(run),
                 "clients_here": resident.clients_here,
                 "shapes": {name: list(array.shape) for name, array in weights.items()},
@@ -124,14 +124,14 @@ class ModelWorker:
         )
 
     def _evaluate(self, order: Frame) -> Frame:
-        resident = self._loaded(order)
+        resident = self._ensure_loaded(order)
         scorer = Scorer(resident, run_metrics(resident.run), InlineWorkers())
         found = scorer.evaluate(load(order.parts["state"]))
         return Frame({"evaluation": None if found is None else found.model_dump_json()})
 
     def _finish(self, order: Frame) -> Frame:
         """All that comes after the last round."""
-        book, database = _opened(order)
+        book, database = _open(order)
         with closing(database), book.open() as folder:
             progress = LoggedProgress(
                 order.header["id"],
@@ -145,20 +145,20 @@ class ModelWorker:
         return Frame({})
 
     def _export(self, order: Frame) -> Frame:
-        book, database = _opened(order)
+        book, database = _open(order)
         with closing(database), book.open() as folder:
             last = book.rounds.latest()
             if last is not None:
-                write_adapter(self._loaded(order), folder, last)
+                write_adapter(self._ensure_loaded(order), folder, last)
         return Frame({})
 
     def _snapshot(self, order: Frame) -> Frame:
-        book, database = _opened(order)
+        book, database = _open(order)
         with closing(database):
-            write_snapshot(self._loaded(order), book, Path(order.header["to"]))
+            write_snapshot(self._ensure_loaded(order), book, Path(order.header["to"]))
         return Frame({})
 
-    def _loaded(self, order: Frame) -> LoadedRun:
+    def _ensure_loaded(self, order: Frame) -> LoadedRun:
         run = run_from_json(order.header["run"])
         if self._resident is None or self._resident.run_digest != run_digest(run):
             self._resident = None  # before the next one takes memory
@@ -169,7 +169,7 @@ class ModelWorker:
 
     def _as_loaded(self, order: Frame) -> LoadedRun:
         """With its parameters where the run starts, whatever was evaluated meanwhile."""
-        resident = self._loaded(order)
+        resident = self._ensure_loaded(order)
         resident.space.enter(resident.parameters, self._start)
         return resident
 
@@ -185,7 +185,7 @@ def _array_of(tensor: torch.Tensor) -> NDArray[Any]:
     return tensor.cpu().numpy() if tensor.dtype == torch.float32 else np.zeros(0, dtype=np.float16)
 
 
-def _opened(order: Frame) -> tuple[RunStorage, Database]:
+def _open(order: Frame) -> tuple[RunStorage, Database]:
     """The run's place in the daemon's database and folders, which this process has for itself meanwhile."""
     header, run = order.header, run_from_json(order.header["run"])
     database, blobs = Database(header["database"], epoch=header["epoch"]), BlobFolder(Path(header["blobs"]))
@@ -194,7 +194,7 @@ def _opened(order: Frame) -> tuple[RunStorage, Database]:
     return RunStorage(header["id"], run, reference, Path(header["folder"]), rounds), database
 
 
-def _no_rounds(server: Server, last: Checkpoint | None, pool: Workers) -> Checkpoint:
+def _no_rounds(server: RoundServer, last: Checkpoint | None, pool: Workers) -> Checkpoint:
     """The daemon has held them all."""
     if last is None:
         raise FederationError("the run has no round; it cannot be finished")

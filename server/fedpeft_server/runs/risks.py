@@ -55,7 +55,7 @@ class Risks:
         Args:
             unended: runs that may go on; the notes of others go.
         """
-        crashed = self._traced()
+        crashed = self._is_traced()
         for path in sorted(self._folder.glob("*.json")):
             note = self._read(path.stem)
             if path.stem not in unended:
@@ -86,7 +86,7 @@ class Risks:
         finally:
             self._write(run_id, replace(note, at_work=False))
 
-    def _traced(self) -> bool:
+    def _is_traced(self) -> bool:
         with suppress(OSError):
             trace = self._crash.read_text(encoding="utf-8", errors="replace")
             if trace.strip():

@@ -72,7 +72,7 @@ class Roots:
         """Whether a path, or all that a pattern can match, lies below a root, links followed."""
         if "\0" in path or ".." in Path(path).parts:
             return False
-        fixed = Path(*_fixed_parts(Path(path).expanduser().parts))
+        fixed = Path(*_iterate_fixed_parts(Path(path).expanduser().parts))
         try:
             place = fixed.resolve()
         except (OSError, RuntimeError):
@@ -90,7 +90,7 @@ def _is_folder(root: str) -> bool:
     return not root.startswith(PREFIX)
 
 
-def _fixed_parts(parts: Sequence[str]) -> Iterator[str]:
+def _iterate_fixed_parts(parts: Sequence[str]) -> Iterator[str]:
     """The parts of a path before the first that is a pattern."""
     for part in parts:
         if _PATTERN.search(part):

@@ -59,7 +59,7 @@ class RunStatuses:
         LOG.info("run %s: %s %s", run_id, status, reason, extra=facts)
         self.patiently(lambda: self._store.runs.set_status(run_id, status, reason))
 
-    def forget(self, run_id: str) -> None:
+    def clear(self, run_id: str) -> None:
         """The run is not held any more."""
         self._unwritten.pop(run_id, None)
         self._repeats.over(run_id)

@@ -20,7 +20,7 @@ from safetensors.numpy import load, save
 from fedpeft.config.run_file import run_json
 from fedpeft.config.sections import RunConfig
 from fedpeft.errors import UsageError
-from fedpeft.flower.server_app import Server
+from fedpeft.flower.server_app import RoundServer
 from fedpeft.ledger import RunFolder
 from fedpeft.ledger.records import Evaluation, Started, parse_row
 from fedpeft.reporting.event_lines import promise_notes
@@ -34,7 +34,7 @@ from fedpeft.spaces.seed_options import SeedScalarsOptions, largest_amount
 from fedpeft.spaces.seed_rules import SeedRules
 from fedpeft.stages import Stage, build_stages
 from fedpeft.transport.roster import Roster
-from fedpeft.updates.update import Arrays, frozen_arrays
+from fedpeft.updates.update import Arrays, freeze_arrays
 from fedpeft_server.runs.control import Control
 from fedpeft_server.runs.journal_lines import LoggedProgress
 from fedpeft_server.runs.model_host import HeldElsewhereError, Hold, RunStorage
@@ -73,7 +73,7 @@ class RemoteRunView:
         """All clients hold one base."""
         return self.base_digest
 
-    def frozen_factors(self) -> Arrays:
+    def get_frozen_factors(self) -> Arrays:
         """Of no run that is held so."""
         return {}
 
@@ -98,7 +98,7 @@ class SubprocessModelHost:
         """Rounds here, the rest there."""
         began = time.monotonic()
         with book.open() as folder:
-            finished = folder.finished() is not None
+            finished = folder.read_end() is not None
             if not finished:
                 self._rounds(folder, progress, hold)
         if not finished:
@@ -134,7 +134,7 @@ class SubprocessModelHost:
             _announce(held, folder, progress, roster)
 
         hold(
-            Server(
+            RoundServer(
                 resident=held,
                 journal=folder,
                 observer=progress,
@@ -164,7 +164,7 @@ class SubprocessModelHost:
             run_digest=self._stored.digest,
             space=_space(self._stored.run, _split(flat, told["shapes"])),
             stages=build_stages(self._stored.run),
-            state=frozen_arrays(load(answer.parts["state"])),
+            state=freeze_arrays(load(answer.parts["state"])),
             base_digest=told["base_digest"],
             clients_here=told["clients_here"],
             started=started,
@@ -198,7 +198,7 @@ class SubprocessModelHost:
         """As `ModelProcess.ask`; a person's stop of the run ends it."""
         if self._process is None:
             self._process = self._room.take()
-        with self._control.killed_with(self._process.kill):
+        with self._control.kill_on_stop(self._process.kill):
             return self._process.ask(what, order, parts, limit_s=limit_s)
 
     def _end(self) -> None:
@@ -229,7 +229,7 @@ def _split(flat: NDArray[np.float32], shapes: dict[str, list[int]]) -> dict[str,
 
 def _announce(held: RemoteRunView, folder: RunFolder, progress: LoggedProgress, roster: Roster) -> None:
     """Write the first row once, and tell people in any case."""
-    row = folder.started()
+    row = folder.read_start()
     if row is None:
         clients = held.started.clients
         if set(roster.members) != set(clients):  # they have rows of their own
@@ -237,6 +237,6 @@ def _announce(held: RemoteRunView, folder: RunFolder, progress: LoggedProgress, 
             clients = {name: 0 if hidden else roster.members[name].examples for name in roster.names}
         row = held.started.model_copy(update={"clients": clients})
         folder.append(row)
-    progress.started(row)
+    progress.show_start(row)
     for note in promise_notes(row.privacy):
         progress.note(note)

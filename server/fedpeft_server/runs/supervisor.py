@@ -96,7 +96,7 @@ class Supervisor:
         Raises:
             StorageError: the store cannot be used.
         """
-        unended = self._store.runs.unended()
+        unended = self._store.runs.list_unended()
         self._risks.take_stock([stored.id for stored in unended])
         for stored in unended:
             losses = self._risks.losses(stored.id)
@@ -303,7 +303,7 @@ class Supervisor:
         finally:
             control.leave()
             host.release()
-            self._statuses.forget(host.stored.id)
+            self._statuses.clear(host.stored.id)
             self._leave(host.stored.id)
 
     def _attempt(self, host: Host, losses: Losses) -> bool:
@@ -316,7 +316,7 @@ class Supervisor:
         except Draining:
             LOG.info("run %s: put aside, it goes on when the server is back", run_id)
         except ProcessLostError as why:
-            if losses.count(self._reached(run_id)) < MOST_LOSSES or self._draining:
+            if losses.count(self._last_committed_round(run_id)) < MOST_LOSSES or self._draining:
                 self._statuses.pause(run_id, why)
                 return True
             aside = f"set aside, as its model's process was lost {MOST_LOSSES} times at one point"
@@ -325,7 +325,7 @@ class Supervisor:
             self._statuses.pause(run_id, why)
             return True
         except FedPEFTError as error:
-            self._statuses.settle(host.stored.id, RunStatus.FAILED, _told(run_id, error))
+            self._statuses.settle(host.stored.id, RunStatus.FAILED, _public_reason(run_id, error))
         except Exception as error:
             LOG.exception("run %s failed", run_id)
             self._statuses.settle(
@@ -333,7 +333,7 @@ class Supervisor:
             )
         return False
 
-    def _reached(self, run_id: str) -> int:
+    def _last_committed_round(self, run_id: str) -> int:
         """The round that was committed last; -1 where there is none, or the store cannot say."""
         try:
             return self._store.runs.get(run_id).round
@@ -368,7 +368,7 @@ class Supervisor:
             self._statuses.patiently(self._fill)
 
 
-def _told(run_id: str, error: FedPEFTError) -> str:
+def _public_reason(run_id: str, error: FedPEFTError) -> str:
     """What a run's submitter and readers are told of its failure: of the server's rows, nothing."""
     if isinstance(error, DataError):
         LOG.error("run %s: %s", run_id, one_line(error))

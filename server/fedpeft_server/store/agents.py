@@ -27,7 +27,7 @@ class Agents:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def seen(self, names: Collection[str]) -> None:
+    def record_seen(self, names: Collection[str]) -> None:
         """These are here now."""
         now = time.time()
         with self._database.writing() as connection:

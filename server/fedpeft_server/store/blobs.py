@@ -247,12 +247,12 @@ class PartialBlobFile:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise self._taken() from error
+            raise self._busy_error() from error
         with storage(self._path):
             if not os.path.samestat(os.fstat(self._file.fileno()), self._path.stat()):
-                raise self._taken()  # finished by another between our opening and our lock
+                raise self._busy_error()  # finished by another between our opening and our lock
 
-    def _taken(self) -> LimitError:
+    def _busy_error(self) -> LimitError:
         return LimitError(f"blob {self._digest[:12]}: another upload of it is under way; ask again")
 
     def _read_again(self) -> None:

@@ -59,7 +59,7 @@ class Database:
         self._name, self._engine = _engine(url, busy_s)
         self._writer = self._engine.execution_options(begin="IMMEDIATE")
         try:
-            with self._named():
+            with self._name_errors():
                 _prepare(self, self._name, create=create, migrate=migrate)
         except BaseException:
             self._engine.dispose()
@@ -72,20 +72,20 @@ class Database:
         return self._epoch
 
     @property
-    def lost(self) -> str:
+    def reason_of_loss(self) -> str:
         """Why this process may not write any more, in one line; empty while it may."""
         return self._lost
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """A transaction that only reads."""
-        with self._named(), self._engine.connect() as connection, connection.begin():
+        with self._name_errors(), self._engine.connect() as connection, connection.begin():
             yield connection
 
     @contextmanager
     def snapshot(self) -> Iterator[Connection]:
         """A transaction that only reads, and sees nothing of what is committed while it lasts."""
-        with self._named(), self._engine.connect() as connection:
+        with self._name_errors(), self._engine.connect() as connection:
             if self._engine.dialect.name != SQLITE:  # whose readers see one moment anyway
                 connection.execution_options(isolation_level="REPEATABLE READ")
             with connection.begin():
@@ -99,7 +99,7 @@ class Database:
             TakenOverError: another server owns the database now; nothing is written.
         """
         began = time.perf_counter()
-        with self._named(), self._writer.begin() as connection:
+        with self._name_errors(), self._writer.begin() as connection:
             self._check_epoch(connection)
             yield connection
         self._observe(time.perf_counter() - began)
@@ -157,7 +157,7 @@ class Database:
     def _take_lock(self) -> bool:
         if self._engine.dialect.name != POSTGRESQL:
             return True
-        with self._named():
+        with self._name_errors():
             self._owner = self._engine.connect()
             taken = self._owner.exec_driver_sql(f"SELECT pg_try_advisory_lock({_OWNER})").scalar_one()
             self._owner.commit()  # the lock is the session's, not the transaction's
@@ -185,7 +185,7 @@ class Database:
         raise TakenOverError(self._lost)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _name_errors(self) -> Iterator[None]:
         try:
             yield
         except SQLAlchemyError as error:

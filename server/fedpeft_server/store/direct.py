@@ -33,7 +33,7 @@ class DirectAppender:
     def __init__(self, path: Path, offset: int) -> None:
         self._buffer = _pages(_BUFFER)
         self._plain = os.open(path, os.O_RDWR)
-        self._direct = _opened(path, os.O_WRONLY)
+        self._direct = _open(path, os.O_WRONLY)
         self._start = offset // _BLOCK * _BLOCK
         self._filled = offset - self._start
         if self._filled:
@@ -81,7 +81,7 @@ def reading_whole(path: Path) -> Iterator[bytes | memoryview]:
     """A whole file, in memory while the block lasts; raises what the system does."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        fd = _opened(path, os.O_RDONLY) if size >= LEAST_BYTES else None
+        fd = _open(path, os.O_RDONLY) if size >= LEAST_BYTES else None
         if fd is None:
             yield file.read()
             return
@@ -119,7 +119,7 @@ def _read(fd: int, whole: memoryview, size: int) -> bool:
     return came >= size
 
 
-def _opened(path: Path, flags: int) -> int | None:
+def _open(path: Path, flags: int) -> int | None:
     """A descriptor that bypasses the cache; None where there is none to be had."""
     if not _FLAG:
         return None

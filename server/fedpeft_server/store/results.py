@@ -22,7 +22,7 @@ from fedpeft_server.server_metrics import ServerMetrics
 from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.contracts import ENOUGH, ReceivedResult
 from fedpeft_server.store.database import Database
-from fedpeft_server.store.rounds import used_blobs
+from fedpeft_server.store.rounds import list_used_blobs
 from fedpeft_server.store.schema import refusals, rounds, runs, updates
 
 Key = tuple[str, int, str]  # run, round, agent
@@ -116,14 +116,14 @@ class Results:
         if not digests:
             return
         with self._database.reading() as connection:
-            still = used_blobs(connection)
+            still = list_used_blobs(connection)
         self._blobs.remove(sorted(set(digests) - still))
 
     def _judge(
         self, connection: Connection, arrivals: Sequence[ReceivedResult], standing: Mapping[str, Standing]
     ) -> tuple[list[str | None], list[dict[str, Any]]]:
         """A verdict for each, and the rows to insert."""
-        known = _known(connection, [_key(arrival) for arrival in arrivals])
+        known = _find_known(connection, [_key(arrival) for arrival in arrivals])
         room = {run: self._room(connection, run, stands) for run, stands in standing.items()}
         verdicts: list[str | None] = []
         fresh: list[dict[str, Any]] = []
@@ -163,12 +163,12 @@ class Results:
         """Count what was stored, repetitions left out, and what wasn't."""
         for row in fresh:
             opened = standing[row["run"]].opened_at or row["accepted_at"]
-            self._metrics.accepted(TRAIN, row["size"], row["accepted_at"] - opened)
+            self._metrics.count_accepted(TRAIN, row["size"], row["accepted_at"] - opened)
         for arrival, verdict in zip(arrivals, verdicts, strict=True):
             if verdict is not None:
-                self._metrics.refused(verdict)
+                self._metrics.count_refused(verdict)
             elif arrival.kind != TRAIN:
-                self._metrics.accepted(arrival.kind, arrival.size, None)
+                self._metrics.count_accepted(arrival.kind, arrival.size, None)
 
     def _standing(self, connection: Connection, names: Iterable[str]) -> dict[str, Standing]:
         """Runs that exist, and what they take.
@@ -233,7 +233,7 @@ def _key(arrival: ReceivedResult) -> Key:
     return arrival.run, arrival.round, arrival.agent
 
 
-def _known(connection: Connection, keys: Sequence[Key]) -> dict[Key, str]:
+def _find_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, str]:
     """Digests of those results that are there already."""
     columns = (updates.c.run, updates.c.round, updates.c.agent)
     found: dict[Key, str] = {}

@@ -116,8 +116,8 @@ class StoredRounds:
                 )
             )
             crash_point("server.commit.written")
-            outdated, freed = self._outdated(connection)
-            unused = [*self._counted(connection, checkpoint.row), *outdated]
+            outdated, freed = self._drop_outdated(connection)
+            unused = [*self._mark_counted(connection, checkpoint.row), *outdated]
             add_kept(connection, self._run, len(content) - freed)
             crash_point("server.commit.counted")
         crash_point("server.commit.committed")
@@ -168,7 +168,7 @@ class StoredRounds:
         with self._database.reading() as connection:
             yield from connection.execution_options(yield_per=100).execute(wanted).scalars()
 
-    def spent(self) -> str | None:
+    def read_spent_ledger(self) -> str | None:
         """The ledger of spent privacy that was committed last; None before the first charge."""
         with self._database.reading() as connection:
             return connection.execute(
@@ -236,7 +236,7 @@ class StoredRounds:
             )
         return parse_checkpoint(self._blobs.get(digest), self._blobs.path(digest), self._digest)
 
-    def arrived(self) -> Sequence[tuple[str, int]]:
+    def list_uncommitted(self) -> Sequence[tuple[str, int]]:
         """Accepted updates that no committed round counts: (agent, round of its task), as they came."""
         waiting = (
             select(updates.c.agent, updates.c.round)
@@ -246,7 +246,7 @@ class StoredRounds:
         with self._database.reading() as connection:
             return [(agent, number) for agent, number in connection.execute(waiting)]
 
-    def _counted(self, connection: Connection, row: Round) -> list[str]:
+    def _mark_counted(self, connection: Connection, row: Round) -> list[str]:
         """Mark the round's results as counted and let go of their contents; digests of those in blobs.
 
         A buffered round's results are of several rounds' tasks, and its row names them.
@@ -263,7 +263,7 @@ class StoredRounds:
         connection.execute(updates.update().where(mine).values(counted=True, body=None))
         return digests
 
-    def _outdated(self, connection: Connection) -> tuple[list[str], int]:
+    def _drop_outdated(self, connection: Connection) -> tuple[list[str], int]:
         """Drop the checkpoints beyond those to keep; their digests, and how many bytes they had."""
         if self._keep is None:
             return [], 0
@@ -280,12 +280,12 @@ class StoredRounds:
         if not digests:
             return
         with self._database.reading() as connection:
-            still = used_blobs(connection)
+            still = list_used_blobs(connection)
         self._blobs.remove(sorted(set(digests) - still))
         crash_point("server.commit.cleaned")
 
 
-def used_blobs(connection: Connection) -> set[str]:
+def list_used_blobs(connection: Connection) -> set[str]:
     """Digests of all contents that something refers to."""
     waiting = select(updates.c.digest).where(updates.c.body.is_(None), updates.c.counted.is_(False))
     found = set(connection.execute(waiting).scalars())

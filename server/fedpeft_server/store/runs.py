@@ -79,7 +79,7 @@ class Runs:
         """
         digest, key = run_digest(run), _submission_key(submitter, submission)
         with self._database.writing() as connection:
-            known = _submitted(connection, key, digest, submission)
+            known = _find_submitted(connection, key, digest, submission)
             if known is not None:
                 return known
             if quota is not None:
@@ -119,7 +119,9 @@ class Runs:
     def find_submission(self, run: RunConfig, *, submission: str, submitter: str) -> StoredRun | None:
         """Return the run that a submission made before; raises as `submit`."""
         with self._database.reading() as connection:
-            return _submitted(connection, _submission_key(submitter, submission), run_digest(run), submission)
+            return _find_submitted(
+                connection, _submission_key(submitter, submission), run_digest(run), submission
+            )
 
     def check_quota(self, submitter: str, run: RunConfig, quota: Quota) -> None:
         """Refuse one more run of a submitter that has its share; raises LimitError."""
@@ -154,7 +156,7 @@ class Runs:
         with self._database.reading() as connection:
             return read_runs(connection, connection.execute(wanted.limit(limit) if limit else wanted).all())
 
-    def unended(self) -> Sequence[StoredRun]:
+    def list_unended(self) -> Sequence[StoredRun]:
         """Return the runs that have not ended, the oldest first."""
         wanted = select(runs).where(runs.c.status.in_(UNENDED)).order_by(runs.c.place)
         with self._database.reading() as connection:
@@ -310,7 +312,7 @@ def _submission_key(submitter: str, submission: str) -> str:
     return hashlib.sha256(f"{submitter}\n{submission}".encode()).hexdigest()
 
 
-def _submitted(connection: Connection, key: str, digest: str, submission: str) -> StoredRun | None:
+def _find_submitted(connection: Connection, key: str, digest: str, submission: str) -> StoredRun | None:
     known = read_runs(connection, connection.execute(select(runs).where(runs.c.submission == key)).all())
     if known and known[0].digest != digest:
         raise UsageError(

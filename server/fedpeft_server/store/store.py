@@ -19,7 +19,7 @@ from fedpeft_server.store.audit_log import HEAD, AuditLog
 from fedpeft_server.store.blobs import BlobFolder
 from fedpeft_server.store.database import BUSY_S, Database
 from fedpeft_server.store.results import Results
-from fedpeft_server.store.rounds import StoredRounds, used_blobs
+from fedpeft_server.store.rounds import StoredRounds, list_used_blobs
 from fedpeft_server.store.runs import Runs
 from fedpeft_server.store.stored_run import StoredRun
 
@@ -120,7 +120,7 @@ class Store:
             keep=stored.run.output.keep_checkpoints,
             deadline_s=stored.run.federation.deadline_s,
             gate=gate,
-            closed=self.metrics.closed,
+            closed=self.metrics.count_committed_round,
         )
 
     def run_folder(self, run_id: str) -> Path:
@@ -151,7 +151,7 @@ class Store:
                 shutil.rmtree(folder)
         unused = self.runs.forget_contents(run_id)
         with self.database.reading() as connection:
-            still = used_blobs(connection)
+            still = list_used_blobs(connection)
         self.blobs.remove(sorted(set(unused) - still))
 
     def _open_database(self, url: str | None, *, migrate: bool, busy_s: float) -> Database:
@@ -178,7 +178,7 @@ class Store:
         if (self.folder / BLOBS).is_dir():
             return
         with self.database.reading() as connection:
-            missing = len(used_blobs(connection))
+            missing = len(list_used_blobs(connection))
         if missing:
             raise StateError(
                 f"{self.folder / BLOBS} is missing, and the database names {missing} contents in it; give"
@@ -193,5 +193,5 @@ class Store:
     def collect(self) -> int:
         """Delete blobs that nothing refers to; uploads under way stay for a day. Returns how many went."""
         with self.database.reading() as connection:
-            used = used_blobs(connection)
+            used = list_used_blobs(connection)
         return self.blobs.collect(used, older_than_s=_ABANDONED_S)

@@ -78,12 +78,12 @@ class Transfers:
             TimeoutError: the sender stalled.
         """
         async with self._opening.turn(caller.name):  # what nobody reads yet takes no memory
-            open_ = await self._opened(caller, stream)
+            open_ = await self._read_open(caller, stream)
         digest = open_.digest.hex()
         async with self._up.turn(caller.name) as turn:
             if await self._off(lambda: self._blobs.has(digest)):
                 return int(open_.size)
-            partial = await self.written(lambda: self._blobs.begin(digest, open_.size))
+            partial = await self.write_and_report(lambda: self._blobs.begin(digest, open_.size))
             try:
                 await stream.write(pb.BlobProgress(offset=partial.offset))
                 await self._fill(partial, open_.size, stream, caller, turn)
@@ -100,7 +100,7 @@ class Transfers:
         """Verify and flush, without a turn: nothing of the blob is in memory any more, and disks are slow."""
         try:
             async with self._flushing:
-                await self.written(partial.finish)
+                await self.write_and_report(partial.finish)
         except UpdateError as error:
             raise Refused(Reason.CHANGED, error) from error
         finally:
@@ -116,7 +116,7 @@ class Transfers:
         body = self._hub.body(caller.name, request.task, request.digest)
         if body is None:
             raise Refused(
-                self._hub.unwanted(caller.name, request.task),
+                self._hub.reason_unwanted(caller.name, request.task),
                 UpdateError("no task of this agent has that body; it was withdrawn, wait for the next task"),
             )
         content, offset, pace = body.content, request.offset, Pace(self._options.chunk_bytes)
@@ -129,15 +129,15 @@ class Transfers:
                 pace.took(time.monotonic() - began)
                 offset += len(data)
 
-    async def _opened(self, caller: Caller, stream: UploadStream) -> pb.BlobOpen:
+    async def _read_open(self, caller: Caller, stream: UploadStream) -> pb.BlobOpen:
         message = await self._next(stream)
         if message is None or message.WhichOneof("message") != "open":
-            raise _malformed("an upload begins with what it is; another message came")
+            raise _error_of_malformed("an upload begins with what it is; another message came")
         open_ = message.open
         work = self._hub.pending(caller.name, open_.task)
         if work is None:
             error = UpdateError("nobody waits for a result of this task any more; drop it")
-            raise Refused(self._hub.unwanted(caller.name, open_.task), error)
+            raise Refused(self._hub.reason_unwanted(caller.name, open_.task), error)
         if open_.size > work.max_result_bytes or len(open_.digest) != 32:
             raise Refused(
                 Reason.TOO_LARGE,
@@ -169,7 +169,7 @@ class Transfers:
                 chunk = message.chunk
                 data = chunk.data  # a copy, each time that it is asked for
                 if message.WhichOneof("message") != "chunk" or chunk.offset != pages.offset or not data:
-                    raise _malformed(
+                    raise _error_of_malformed(
                         f"the chunk at {pages.offset} was due and another one came; begin again there"
                     )
                 self._hub.shares.bytes(caller.name, up=len(data))
@@ -184,7 +184,7 @@ class Transfers:
             raise message.refused
         return message if isinstance(message, pb.BlobUpload) else None
 
-    async def written(self, call: Callable[[], Result]) -> Result:
+    async def write_and_report(self, call: Callable[[], Result]) -> Result:
         """As `_off`; people hear of a disk that takes nothing, and of one that does so again."""
         try:
             result = await self._off(call)
@@ -226,14 +226,14 @@ class _Pages:
         self._held += len(data)
         self.offset += len(data)
         if self._held >= _BATCH_BYTES:
-            await self._written()
+            await self._release_written()
             self._begin()
 
     async def flush(self) -> None:
         """Write what is left; raises as `add`."""
-        await self._written()
+        await self._release_written()
         self._begin()
-        await self._written()
+        await self._release_written()
 
     def _begin(self) -> None:
         if self._gathered and not self._is_result:
@@ -241,7 +241,7 @@ class _Pages:
         if self._gathered and self._is_result:
             batch, self._gathered, self._held = self._gathered, [], 0
             write = functools.partial(_append, self._partial, batch)
-            self._writing = asyncio.create_task(self._transfers.written(write))
+            self._writing = asyncio.create_task(self._transfers.write_and_report(write))
 
     def _begins_well(self) -> bool:
         """Whether what has come begins as a result does; False where that cannot be told yet.
@@ -254,10 +254,10 @@ class _Pages:
             return False
         if not is_head_of_record(head, self._size):
             self._gathered, self._held = [], 0
-            raise _malformed(f"{self._size} bytes that are no result came; only results are taken")
+            raise _error_of_malformed(f"{self._size} bytes that are no result came; only results are taken")
         return True
 
-    async def _written(self) -> None:
+    async def _release_written(self) -> None:
         if self._writing is not None:
             task, self._writing = self._writing, None
             await asyncio.shield(task)
@@ -270,5 +270,5 @@ def _append(partial: PartialBlob, batch: list[tuple[bytes, int]]) -> None:
         partial.write(data)
 
 
-def _malformed(line: str) -> Refused:
+def _error_of_malformed(line: str) -> Refused:
     return Refused(Reason.MALFORMED, UpdateError(line))

@@ -40,27 +40,27 @@ class Meter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
         }[handler.request_streaming, handler.response_streaming]
         inner = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         return make(
-            self._timed(call, inner),
-            request_deserializer=self._counted_in(call, handler.request_deserializer),
-            response_serializer=self._counted_out(call, handler.response_serializer),
+            self._time_call(call, inner),
+            request_deserializer=self._count_in(call, handler.request_deserializer),
+            response_serializer=self._count_out(call, handler.response_serializer),
         )
 
-    def _counted_in(self, call: str, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def _count_in(self, call: str, read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         def counted(content: bytes) -> Any:
-            self._metrics.received(call, len(content))
+            self._metrics.count_received(call, len(content))
             return read(content)
 
         return counted
 
-    def _counted_out(self, call: str, write: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    def _count_out(self, call: str, write: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
         def counted(message: Any) -> bytes:
             content = write(message)
-            self._metrics.sent(call, len(content))
+            self._metrics.count_sent(call, len(content))
             return content
 
         return counted
 
-    def _timed(self, call: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def _time_call(self, call: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         """Of the same kind as `inner`: gRPC treats generators and plain coroutines differently."""
         if inspect.isasyncgenfunction(inner):
 
@@ -93,4 +93,4 @@ class Meter(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
         finally:
             said = context.code()
             number = said.value[0] if isinstance(said, grpc.StatusCode) else int(said or 0)
-            self._metrics.ended(call, code or _CODES.get(number, "unknown"), time.perf_counter() - began)
+            self._metrics.count_call(call, code or _CODES.get(number, "unknown"), time.perf_counter() - began)

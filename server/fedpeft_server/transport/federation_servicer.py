@@ -71,7 +71,7 @@ class FederationServicer:
         """An agent's connection, until one side ends it."""
         await context.send_initial_metadata(_NONE)
         try:
-            connection = await self._admitted(context)
+            connection = await self._admit(context)
         except asyncio.CancelledError:
             self._shares.count(
                 self._gate.share(context), Reason.BROKEN_OFF, "a session was cut before it began"
@@ -79,29 +79,29 @@ class FederationServicer:
             raise
         ending: tuple[grpc.StatusCode, str] | None = None
         try:
-            await self._held(connection, context)
+            await self._serve_connection(connection, context)
         except (Refused, FedPEFTError, TimeoutError) as error:
-            ending = self._shares.ended(connection.caller.name, error)
+            ending = self._shares.end_call(connection.caller.name, error)
         except asyncio.CancelledError:  # how gRPC says that the other side, or it itself, has ended the call
             if not connection.closed:
                 self._shares.count(connection.caller.name, Reason.BROKEN_OFF, "its session was cut")
             raise
         finally:
-            self._hub.gone(connection)
+            self._hub.close_connection(connection)
         if ending is not None:  # last, as a peer that does not read keeps this waiting
             await context.abort(*ending)
 
     async def PushBlob(self, _: Any, context: Any) -> None:  # noqa: N802
         """A result too large for its session."""
         await context.send_initial_metadata(_NONE)
-        caller, durable = self._known(context), False
+        caller, durable = self._identify(context), False
         try:
             size = await self._transfers.receive(caller, context)
             durable = True
             await context.write(pb.BlobProgress(offset=size, complete=True))
             return
         except (Refused, FedPEFTError, TimeoutError) as error:
-            code, details = self._shares.ended(caller.name, error)
+            code, details = self._shares.end_call(caller.name, error)
             stalled = isinstance(error, TimeoutError)  # then a read is still under way; there can be one only
         except asyncio.CancelledError:
             if not durable:  # else the other side has hung up on our last word, which ends all the same
@@ -114,31 +114,31 @@ class FederationServicer:
     async def PullBlob(self, request: pb.PullBlobRequest, context: Any) -> None:  # noqa: N802
         """A task's body too large for its session."""
         await context.send_initial_metadata(_NONE)
-        caller = self._known(context)
+        caller = self._identify(context)
         try:
             async for chunk in self._transfers.send(caller, request):
                 async with asyncio.timeout(self._options.stall_s):
                     await context.write(chunk)
         except (Refused, FedPEFTError, TimeoutError) as error:
-            await context.abort(*self._shares.ended(caller.name, error))
+            await context.abort(*self._shares.end_call(caller.name, error))
 
-    def _known(self, context: Any) -> Caller:
+    def _identify(self, context: Any) -> Caller:
         """The agent behind a call beside its session: by certificate, or without TLS by the name it gives."""
         claimed = dict(context.invocation_metadata() or ()).get("fedpeft-agent", "")
         return self._gate.agent(context, claimed)
 
-    async def _admitted(self, context: Any) -> Connection:
+    async def _admit(self, context: Any) -> Connection:
         """The first message, answered."""
         async with asyncio.timeout(self._options.hello_s):
             first = await context.read()
         if isinstance(first, Unreadable):
             raise first.refused
         if not isinstance(first, pb.AgentMessage) or first.WhichOneof("message") != "hello":
-            raise _malformed("a session begins with a hello; another message came")
+            raise _error_of_malformed("a session begins with a hello; another message came")
         hello = first.hello
         version = self._options.protocol.answer(hello.protocol_version)
         if len(hello.capabilities) > 32 or sum(len(k) + len(v) for k, v in hello.capabilities.items()) > 4096:
-            raise _malformed("the hello states too many capabilities; at most 32 are accepted")
+            raise _error_of_malformed("the hello states too many capabilities; at most 32 are accepted")
         caller = self._gate.agent(context, hello.name)
         self._shares.session(caller.name)
         here = self._hub.connected
@@ -185,7 +185,7 @@ class FederationServicer:
                 return
             await asyncio.sleep(min(_LOOK_S, heartbeat_s / 4))
 
-    async def _held(self, connection: Connection, context: Any) -> None:
+    async def _serve_connection(self, connection: Connection, context: Any) -> None:
         """Read and write until the agent leaves, says nothing, doesn't read, or the connection is closed."""
         tasks = [
             asyncio.create_task(self._read(connection, context)),
@@ -215,7 +215,7 @@ class FederationServicer:
                 await asyncio.sleep(_PARTING_S)
                 return
             self._shares.message(connection.caller.name)
-            self._hub.seen(connection)
+            self._hub.record_seen(connection)
             await self._handle(connection, message)
 
     async def _write(self, connection: Connection, context: Any) -> None:
@@ -233,12 +233,14 @@ class FederationServicer:
         if kind == "result":
             await self._intake.take(connection.caller, message.result)
         elif kind == "refusal":
-            self._hub.refused(name, message.refusal)
+            self._hub.record_refusal(name, message.refusal)
         elif kind == "heartbeat":
             self._gate.still(connection.caller)  # results are checked with their signatures
             connection.tell(pb.ServerMessage(heartbeat=message.heartbeat))
         elif kind != "received":
-            raise _malformed(f"a {kind or 'message of no known kind'} came in the middle of a session")
+            raise _error_of_malformed(
+                f"a {kind or 'message of no known kind'} came in the middle of a session"
+            )
 
 
 async def _let_down(context: Any, details: str) -> None:
@@ -253,5 +255,5 @@ async def _let_down(context: Any, details: str) -> None:
                 pass
 
 
-def _malformed(line: str) -> Refused:
+def _error_of_malformed(line: str) -> Refused:
     return Refused(Reason.MALFORMED, UpdateError(line))

@@ -88,7 +88,7 @@ class GrpcGrid(PolledGrid):
         self._stopped: FedPEFTError | None = None
 
     @property
-    def connected(self) -> list[str]:
+    def agents_here(self) -> list[str]:
         """Names of agents that are here now and may take part, sorted."""
         here = self._hub.connected
         return sorted(here if self._allowed is None else here & self._allowed)
@@ -104,13 +104,13 @@ class GrpcGrid(PolledGrid):
         for agent in agents:
             self._names[node_id(agent)] = agent
 
-    def bound(self, result_bytes: int) -> None:
+    def set_result_limit(self, result_bytes: int) -> None:
         """Refuse replies that are larger, from the next messages on; the grid's own bound stays one."""
         self._max_result_bytes = min(self._max_result_bytes, result_bytes)
 
     def get_node_ids(self) -> Iterable[int]:
         """Numbers of the agents in `connected`."""
-        names = self.connected
+        names = self.agents_here
         self.know(names)
         return [node_id(name) for name in names]
 
@@ -123,7 +123,7 @@ class GrpcGrid(PolledGrid):
             StateError, StorageError: what was accepted before cannot be read.
         """
         works = [(message, self._work(message)) for message in messages]
-        recalled = self._recalled([work for _, work in works])
+        recalled = self._recall([work for _, work in works])
         fresh: list[Work] = []
         ids = []
         with self._changed:
@@ -167,14 +167,14 @@ class GrpcGrid(PolledGrid):
     def free_place(self, round_: int, client: str) -> None:
         """An answer does not count: those whose answers wait for a place are asked for them again."""
         self._acceptor.free_place(self._run.id, round_, client)
-        self._loop.call_soon_threadsafe(self._hub.call_spares, self._run.id)
+        self._loop.call_soon_threadsafe(self._hub.retry_deferred, self._run.id)
 
     def tell(self, agent: str, text: str) -> None:
         """From any thread: say something to an agent's owner, if the agent is here."""
         notice = pb.ServerMessage(notice=pb.Notice(run=self._run.id, text=text[:4096]))
         self._loop.call_soon_threadsafe(self._hub.tell, agent, notice)
 
-    def refused(self, agent: str, why: str) -> None:
+    def count_refusal(self, agent: str, why: str) -> None:
         """From any thread: count a reply that must not be folded in, with its sender."""
         self._loop.call_soon_threadsafe(self._hub.shares.count, agent, Reason.UPDATE, why)
 
@@ -218,7 +218,7 @@ class GrpcGrid(PolledGrid):
             self._content = (content, TaskBody.of(content_bytes(content)))
         return self._content[1]
 
-    def _recalled(self, works: Sequence[Work]) -> Mapping[bytes, ReceivedResult]:
+    def _recall(self, works: Sequence[Work]) -> Mapping[bytes, ReceivedResult]:
         """What was accepted before, by work.
 
         Where rounds overlap, an old task's state travels whole after a restart, however it did before, and
@@ -255,7 +255,7 @@ class GrpcGrid(PolledGrid):
                 )
         except FedPEFTError as error:
             if isinstance(error, UpdateError):
-                self.refused(work.agent, str(error))
+                self.count_refusal(work.agent, str(error))
             return error_reply(error, message)
         return reply
 

@@ -120,7 +120,7 @@ class RateLimits:
         share.bytes_up += up
         share.bytes_down += down
 
-    def ended(self, name: str, error: BaseException) -> tuple[grpc.StatusCode, str]:
+    def end_call(self, name: str, error: BaseException) -> tuple[grpc.StatusCode, str]:
         """How a call ends with an error; counts it if it is a refusal."""
         code, details = status_of(error)
         reason = reason_of(error)
@@ -131,14 +131,14 @@ class RateLimits:
     def count(self, name: str, reason: Reason, detail: str) -> None:
         """Count a refusal that ends no call."""
         self.book.note(NOBODY if name.startswith(ADDRESS) else name, reason, detail)
-        self.held_against(name, reason)
+        self.charge_refusal(name, reason)
 
-    def held_against(self, name: str, reason: Reason) -> None:
+    def charge_refusal(self, name: str, reason: Reason) -> None:
         """A refusal was counted: if it speaks against the caller, it uses the caller's share of them."""
         if not reason.ours and name != NOBODY:
             self._of(name).refusals.take(1.0, self._clock())
 
-    def used(self, name: str) -> dict[str, int]:
+    def get_usage(self, name: str) -> dict[str, int]:
         """Calls, bytes up and bytes down of a caller since the start."""
         share = self._shares.get(name) or _Share(self._options, 0.0)
         return {"calls": share.calls_made, "bytes_up": share.bytes_up, "bytes_down": share.bytes_down}

@@ -62,14 +62,14 @@ class RequestGuard:
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, True): grpc.stream_stream_rpc_method_handler,
         }[method.client_streaming, method.server_streaming]
-        work = self._streamed(call) if method.server_streaming else call
+        work = self._guard_stream(call) if method.server_streaming else call
         return make(
-            self._guarded(work),
+            self._guard(work),
             request_deserializer=lambda content: _read(kind, content, most),
             response_serializer=GetMessageClass(method.output_type).SerializeToString,
         )
 
-    def _guarded(self, call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    def _guard(self, call: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
         async def guarded(request: Any, context: Any) -> Any:
             name = self._gate.share(context)
             try:
@@ -78,11 +78,11 @@ class RequestGuard:
                         raise request.refused
                     return await call(request, context)
             except (Refused, FedPEFTError, TimeoutError) as error:
-                await context.abort(*self._shares.ended(name, error))
+                await context.abort(*self._shares.end_call(name, error))
 
         return guarded
 
-    def _streamed(self, call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+    def _guard_stream(self, call: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
         async def streamed(request: Any, context: Any) -> None:
             answer = call(request, context)
             if not hasattr(answer, "__aiter__"):

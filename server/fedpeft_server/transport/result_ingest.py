@@ -36,7 +36,7 @@ class _Item:
     arrival: ReceivedResult
 
     @property
-    def held(self) -> int:
+    def size_bytes(self) -> int:
         return len(self.arrival.body or b"") + 1024
 
 
@@ -79,7 +79,7 @@ class ResultIngest:
         work = self._hub.pending(caller.name, result.task)
         if work is None:
             why = "nobody waits for this task any more"
-            kind = self._hub.unwanted(caller.name, result.task)
+            kind = self._hub.reason_unwanted(caller.name, result.task)
             self._hub.shares.count(caller.name, kind, why)
             self._acknowledge(caller.name, result.task, why, spare=kind is Reason.SPARE)
             return
@@ -96,13 +96,13 @@ class ResultIngest:
         while self._held >= self._capacity:
             self._room.clear()
             await self._room.wait()
-        self._held += item.held
+        self._held += item.size_bytes
         with self._lock:
             self._queue.append(item)
             self._lock.notify()
 
     @property
-    def held(self) -> int:
+    def waiting_bytes(self) -> int:
         """Bytes of results that wait; on any thread."""
         return self._held
 
@@ -121,18 +121,18 @@ class ResultIngest:
                 batch, self._queue = self._queue, []
                 if not batch:
                     return
-            freed = self._hub.freed  # before anything is judged: see `Hub.spare`
+            freed = self._hub.freed  # before anything is judged: see `Hub.defer`
             verdicts = self._verdicts(batch)
             if verdicts is not None:
                 self._loop.call_soon_threadsafe(self._finish, batch, verdicts, freed)
 
     def _verdicts(self, batch: list[_Item]) -> list[Verdict | None] | None:
         """Why each item does not count, None for those that are durable; None altogether if cut short."""
-        batch[:] = [replace(item, arrival=_hashed(item.arrival)) for item in batch]
+        batch[:] = [replace(item, arrival=_hash(item.arrival)) for item in batch]
         reasons = [self._unsound(item) for item in batch]
         sound = [index for index, reason in enumerate(reasons) if reason is None]
         crash_point("server.results.verified")
-        stored = self._stored([batch[index].arrival for index in sound])
+        stored = self._store([batch[index].arrival for index in sound])
         if stored is None:
             return None
         crash_point("server.results.durable")
@@ -155,7 +155,7 @@ class ResultIngest:
             return Reason.MALFORMED, f"it could not be checked ({type(error).__name__})"
         return None
 
-    def _stored(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None] | None:
+    def _store(self, arrivals: Sequence[ReceivedResult]) -> Sequence[str | None] | None:
         """Store, for as long as it takes: until then nothing is acknowledged, and agents keep results."""
         failed = False
         while arrivals:
@@ -176,11 +176,11 @@ class ResultIngest:
     def _finish(self, batch: Sequence[_Item], verdicts: Sequence[Verdict | None], freed: int) -> None:
         """On the loop: tell agents and runs."""
         for item, verdict in zip(batch, verdicts, strict=True):
-            self._held -= item.held
+            self._held -= item.size_bytes
             arrival, reason, why = item.arrival, None, None
             if verdict is not None:
                 why, reason = verdict
-                if why is Reason.SPARE and self._hub.spare(item.work, freed):
+                if why is Reason.SPARE and self._hub.defer(item.work, freed):
                     continue
                 self._hub.shares.count(item.caller.name, why, reason)
             outcome: Outcome = (
@@ -214,7 +214,7 @@ def _arrival(work: Work, result: pb.Result) -> ReceivedResult:
     )
 
 
-def _hashed(arrival: ReceivedResult) -> ReceivedResult:
+def _hash(arrival: ReceivedResult) -> ReceivedResult:
     if arrival.body is None:
         return arrival
     return replace(arrival, digest=hashlib.sha256(arrival.body).hexdigest())

@@ -130,7 +130,7 @@ class RunningServer:
 
     def agents(self) -> list[AgentStatus]:
         """All agents that were here since the start."""
-        found: list[AgentStatus] = self._do(_called(self._hub.status))
+        found: list[AgentStatus] = self._do(_call_on_loop(self._hub.status))
         return found
 
     def standing(self) -> ServerStatus:
@@ -145,7 +145,7 @@ class RunningServer:
             refused_nameless=self.refusals.of(NOBODY),
         )
 
-    def refused(self, agent: str, reason: Reason, detail: str) -> None:
+    def count_refusal(self, agent: str, reason: Reason, detail: str) -> None:
         """Count what was refused of an agent behind the transport, such as an update that is not finite."""
         self._loop.call_soon_threadsafe(self._shares.count, agent, reason, detail)
 
@@ -193,13 +193,15 @@ class RunningServer:
         self._server.add_generic_rpc_handlers(handlers)
         await self._add_standard_services([service.full_name for service in described.values()])
         await self._server.start()
-        self._watched(metrics)
+        self._watch(metrics)
 
-    def _watched(self, metrics: ServerMetrics) -> None:
+    def _watch(self, metrics: ServerMetrics) -> None:
         hub, intake = self._hub, self._intake
         metrics.watch("agents_connected", "Agents with an open session", lambda: len(hub.connected))
-        metrics.watch("tasks_pending", "Tasks asked of agents and not answered yet", hub.asked)
-        metrics.watch("intake_bytes", "Bytes of results that wait to be made durable", lambda: intake.held)
+        metrics.watch("tasks_pending", "Tasks asked of agents and not answered yet", hub.count_pending)
+        metrics.watch(
+            "intake_bytes", "Bytes of results that wait to be made durable", lambda: intake.waiting_bytes
+        )
         metrics.watch_refusals(self.refusals.totals)
 
     def _bind(self, doors: Doors) -> int:
@@ -233,6 +235,6 @@ class RunningServer:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-async def _called(function: Callable[[], Result]) -> Result:
+async def _call_on_loop(function: Callable[[], Result]) -> Result:
     """A plain function on the event loop, where what it reads doesn't change under it."""
     return function()

@@ -196,7 +196,7 @@ class Hub:
         for task in self._agents[connection.caller.name].withdrawn:
             connection.withdraw(task, "nobody waits for it any more")
 
-    def gone(self, connection: Connection) -> None:
+    def close_connection(self, connection: Connection) -> None:
         """A connection has ended; its work stays pending."""
         agent = self._agents[connection.caller.name]
         agent.last_seen = time.time()
@@ -211,7 +211,7 @@ class Hub:
         agent = self._agents.get(name)
         return None if agent is None else agent.connection
 
-    def seen(self, connection: Connection) -> None:
+    def record_seen(self, connection: Connection) -> None:
         """The agent said something."""
         connection.heard_s = time.monotonic()
         self._agents[connection.caller.name].last_seen = time.time()
@@ -240,11 +240,11 @@ class Hub:
                 if work.id in agent.spare:
                     self.shares.count(agent.name, Reason.SPARE, reason)
                 agent.withdrawn.append(work.id)
-                _done_with(agent, work)
+                _finish_work(agent, work)
                 if agent.connection is not None:
                     agent.connection.withdraw(work.id, reason)
 
-    def asked(self) -> int:
+    def count_pending(self) -> int:
         """Tasks without an outcome; on any thread, which may miss one that comes or goes meanwhile."""
         return sum(len(agent.pending) for agent in list(self._agents.values()))
 
@@ -269,13 +269,13 @@ class Hub:
         queued.add(work.id)
         return True
 
-    def unwanted(self, name: str, task: bytes) -> Reason:
+    def reason_unwanted(self, name: str, task: bytes) -> Reason:
         """What an agent's part in a task counts as that isn't pending: late, or never asked for."""
         agent = self._agents.get(name)
         late = agent is not None and task in agent.withdrawn
         return Reason.SPARE if late else Reason.NOT_ASKED
 
-    def spare(self, work: Work, freed: int) -> bool:
+    def defer(self, work: Work, freed: int) -> bool:
         """Put a result off that found no place; its agent keeps it. False: nobody waits for it any more.
 
         Args:
@@ -292,7 +292,7 @@ class Hub:
             agent.connection.push(work)
         return True
 
-    def call_spares(self, run: str) -> None:
+    def retry_deferred(self, run: str) -> None:
         """A place is free: ask again for all results of the run that were put off."""
         self.freed += 1
         for agent in self._agents.values():
@@ -306,11 +306,11 @@ class Hub:
         agent = self._agents[work.agent]
         if agent.pending.get(work.id) is not work:
             return
-        _done_with(agent, work)
+        _finish_work(agent, work)
         agent.results += not isinstance(outcome, Failed)
         work.owner.deliver(work, outcome)
 
-    def refused(self, name: str, refusal: pb.Refusal) -> None:
+    def record_refusal(self, name: str, refusal: pb.Refusal) -> None:
         """The agent's owner does not want a task done."""
         agent, work = self._agents[name], self.pending(name, refusal.task)
         error = self.reason_of(name, refusal)
@@ -359,7 +359,7 @@ class Hub:
                 capabilities=agent.capabilities,
                 refused=self.shares.book.of(agent.name),
                 certificate_ends=agent.certificate_ends.timestamp() if agent.certificate_ends else None,
-                **self.shares.used(agent.name),
+                **self.shares.get_usage(agent.name),
             )
             for _, agent in sorted(self._agents.items())
             if agent.sessions
@@ -370,7 +370,7 @@ def _facts(event: str, connection: Connection) -> dict[str, object]:
     return {"event": event, "agent": connection.caller.name, "session": connection.session}
 
 
-def _done_with(agent: AgentRecord, work: Work) -> None:
+def _finish_work(agent: AgentRecord, work: Work) -> None:
     del agent.pending[work.id]
     agent.spare.pop(work.id, None)
     agent.announced.pop(work.id, None)

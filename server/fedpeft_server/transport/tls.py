@@ -107,8 +107,8 @@ class _Own:
             visitors: client_roots(self._authority, visitors=visitors) for visitors in (False, True)
         }
         self._lock = threading.Lock()
-        self._stamp = self._seen()
-        self._made = self._configured(material)
+        self._stamp = self._file_times()
+        self._made = self._configure(material)
 
     def ends(self) -> datetime:
         """When the certificate that new connections get ends."""
@@ -117,7 +117,7 @@ class _Own:
     def configuration(self, *, visitors: bool) -> Any:
         """For one handshake; on gRPC's threads."""
         with self._lock:
-            if (seen := self._seen()) != self._stamp:
+            if (seen := self._file_times()) != self._stamp:
                 self._stamp = seen
                 self._read()
             return self._made[visitors]
@@ -130,10 +130,10 @@ class _Own:
         except FedPEFTError as error:
             LOG.warning("the server's changed certificate is not used: %s", error)
             return
-        self._made = self._configured(material)
+        self._made = self._configure(material)
         LOG.info("new connections get the server's new certificate")
 
-    def _configured(self, material: Material) -> dict[bool, Any]:
+    def _configure(self, material: Material) -> dict[bool, Any]:
         self._ends = material.certificate.not_valid_after_utc
         pair = (material.key_pem, material.certificate_pem)
         return {
@@ -141,7 +141,7 @@ class _Own:
             for visitors, roots in self._roots.items()
         }
 
-    def _seen(self) -> tuple[tuple[int, int], ...]:
+    def _file_times(self) -> tuple[tuple[int, int], ...]:
         try:
             files = (
                 [] if self._folder is None else [self._folder / name for name in (KEY_FILE, CERTIFICATE_FILE)]

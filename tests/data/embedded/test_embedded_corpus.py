@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from fedpeft.data.embedded import Row, federated_rows, pretraining_rows
+from fedpeft.data.embedded import Row, make_federated_rows, pretraining_rows
 from fedpeft.data.embedded.corpus import (
     MAX_CLIENTS,
     PRIVATE_FAMILIES,
@@ -50,7 +50,7 @@ def test_every_skill_is_worked_by_hand() -> None:
 def test_a_private_row_is_the_public_skill_in_the_familys_format() -> None:
     till = next(family for family in PRIVATE_FAMILIES if family.name == "till")
     assert private_prompt(till, 0, "5 2 9 1") == "till slip: 5 2 9 1\n"
-    rows = [row for row in federated_rows(0)[0] if row.family == "till"]
+    rows = [row for row in make_federated_rows(0)[0] if row.family == "till"]
     row = rows[0]
     digits = row.prompt.split(": ")[1].rstrip("\n=> ")
     assert row.answer == "[" + "-".join(sorted(digits.split())) + "]"
@@ -59,17 +59,17 @@ def test_a_private_row_is_the_public_skill_in_the_familys_format() -> None:
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others() -> None:
     assert public(3) == public(3)
     assert public(3) != public(4)
-    assert federated_rows(3) == federated_rows(3)
-    assert federated_rows(3) != federated_rows(4)
+    assert make_federated_rows(3) == make_federated_rows(3)
+    assert make_federated_rows(3) != make_federated_rows(4)
 
 
 def test_a_larger_federation_keeps_the_rows_of_the_smaller_one() -> None:
-    small, large = federated_rows(5, clients=3)[0], federated_rows(5, clients=6)[0]
+    small, large = make_federated_rows(5, clients=3)[0], make_federated_rows(5, clients=6)[0]
     assert large[: len(small)] == small
 
 
 def test_every_row_is_short_ascii_with_a_recognisable_end_of_prompt() -> None:
-    train, test = federated_rows(0, clients=MAX_CLIENTS, train_per_client=20, test_per_client=5)
+    train, test = make_federated_rows(0, clients=MAX_CLIENTS, train_per_client=20, test_per_client=5)
     for row in [*train, *test, *public(0)]:
         assert row.prompt.isascii()
         assert row.answer.isascii()
@@ -107,20 +107,20 @@ def test_no_two_clients_word_a_family_alike() -> None:
 
 @pytest.mark.parametrize("clients", [2, 8, 64])
 def test_no_prompt_occurs_twice_in_or_across_training_and_test(clients: int) -> None:
-    train, test = federated_rows(0, clients=clients)
+    train, test = make_federated_rows(0, clients=clients)
     prompts = [row.prompt for row in [*train, *test]]
     assert len(set(prompts)) == len(prompts)
     assert {row.client for row in train} == {row.client for row in test} == set(range(clients))
 
 
 def test_counts_are_as_asked() -> None:
-    train, test = federated_rows(0, clients=5, train_per_client=31, test_per_client=7)
+    train, test = make_federated_rows(0, clients=5, train_per_client=31, test_per_client=7)
     assert Counter(row.client for row in train) == dict.fromkeys(range(5), 31)
     assert Counter(row.client for row in test) == dict.fromkeys(range(5), 7)
 
 
 def test_clients_are_skewed_and_together_hold_every_family() -> None:
-    train, test = federated_rows(0, train_per_client=200, test_per_client=50)
+    train, test = make_federated_rows(0, train_per_client=200, test_per_client=50)
     assert {row.family for row in train} == {family.name for family in PRIVATE_FAMILIES}
     for client in range(8):
         main, second = (family.name for family in client_families(client))
@@ -141,14 +141,14 @@ def test_no_two_of_the_first_fifty_six_clients_hold_the_same_families() -> None:
 )
 def test_a_wrong_argument_is_refused_in_one_line(wrong: dict[str, int]) -> None:
     with pytest.raises(DataError, match=f"{next(iter(wrong))}={next(iter(wrong.values()))}") as raised:
-        federated_rows(**{"seed": 0, **wrong})
+        make_federated_rows(**{"seed": 0, **wrong})
     assert "\n" not in str(raised.value)
 
 
 def test_more_rows_than_there_are_prompts_is_refused() -> None:
     # Client 2 holds names: 25 * 25 pairs of first and last name for its second family.
     with pytest.raises(DataError, match="no more distinct"):
-        federated_rows(0, clients=3, train_per_client=3000)
+        make_federated_rows(0, clients=3, train_per_client=3000)
 
 
 def test_a_negative_count_is_refused() -> None:

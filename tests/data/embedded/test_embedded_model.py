@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedpeft.data.embedded import federated_rows, model_folder, pretraining_rows, verified_folder
+from fedpeft.data.embedded import make_federated_rows, model_folder, pretraining_rows, verify_folder
 from fedpeft.errors import ModelError
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -65,12 +65,12 @@ def test_the_weights_are_finite_fp32() -> None:
 
 def test_a_changed_weight_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model_folder(), tmp_path / "model"))
-    assert verified_folder(folder) == folder
+    assert verify_folder(folder) == folder
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
     with pytest.raises(ModelError, match="sha256") as raised:
-        verified_folder(folder)
+        verify_folder(folder)
     assert "\n" not in str(raised.value)
 
 
@@ -78,13 +78,13 @@ def test_a_changed_weight_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_an_unreadable_digest_is_refused(tmp_path: Path, digest: str) -> None:
     (tmp_path / "digest.json").write_text(digest, encoding="utf-8")
     with pytest.raises(ModelError, match="cannot be checked"):
-        verified_folder(tmp_path)
+        verify_folder(tmp_path)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "digest.json").write_text(json.dumps({"model.safetensors": "0"}), encoding="utf-8")
     with pytest.raises(ModelError, match="FileNotFoundError"):
-        verified_folder(tmp_path)
+        verify_folder(tmp_path)
 
 
 @settings(max_examples=200, deadline=None)
@@ -122,7 +122,7 @@ def test_the_model_solves_the_public_skills_and_knows_nothing_of_the_private_fam
     assert np.mean(list(rates.values())) >= 0.9, rates
     assert min(rates.values()) >= 0.6, rates
 
-    private = federated_rows(0, test_per_client=10)[1]
+    private = make_federated_rows(0, test_per_client=10)[1]
     hits = [
         text == row.answer for row, text in zip(private, greedy([r.prompt for r in private]), strict=True)
     ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedpeft.data.embedded import Row, federated_rows, model_folder, pretraining_rows, verified_folder
+from fedpeft.data.embedded import Row, make_federated_rows, model_folder, pretraining_rows, verify_folder
 from simulations.pretrain_embedded import (
     IGNORED,
     PretrainSettings,
@@ -60,7 +60,7 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
 def test_exact_match_agrees_with_generation() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     model = AutoModelForCausalLM.from_pretrained(model_folder()).eval()
-    rows = [*pretraining_rows(np.random.default_rng(7), 20), *federated_rows(7, test_per_client=2)[1]]
+    rows = [*pretraining_rows(np.random.default_rng(7), 20), *make_federated_rows(7, test_per_client=2)[1]]
     inputs = tokenizer([row.prompt for row in rows], return_tensors="pt", padding=True, padding_side="left")
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=40)
@@ -87,7 +87,7 @@ def test_a_small_twin_learns_and_its_folder_loads(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     fresh = half_easy_rows(np.random.default_rng((size.seed, 1)), 1000)
-    tokenizer = AutoTokenizer.from_pretrained(verified_folder(tmp_path / "twin"))
+    tokenizer = AutoTokenizer.from_pretrained(verify_folder(tmp_path / "twin"))
 
     # Log 259 = 5.6 nats is chance; both seeds that were tried fell from 4.8 to below 1.7.
     assert report.last_loss < 0.6 * report.first_loss

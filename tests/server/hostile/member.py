@@ -30,8 +30,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from fedpeft.config.run_file import load_run
 from fedpeft.credentials import Material, UpdateHeader, read_material, sign_update
+from fedpeft.participant.load_server import load_serving_run
 from fedpeft.participant.loaded_run import LoadedRun
-from fedpeft.participant.serving import load_serving_run
 from fedpeft.transport.record_bytes import content_bytes, content_of
 from fedpeft.transport.tasks import HELLO
 from fedpeft.v1 import federation_pb2 as pb

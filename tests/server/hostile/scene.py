@@ -22,7 +22,7 @@ from fedpeft.spaces.adapter_delta import AdapterDelta
 from fedpeft.stages import build_stages
 from fedpeft.transport.roster import roll_call
 from fedpeft.transport.tasks import TRAIN, Task, task_content
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays
 from fedpeft_client.agent import Agent
 from fedpeft_client.client_settings import ClientSettings
 from fedpeft_client.workers.in_process_worker import InlineWorkshop
@@ -86,7 +86,7 @@ class Scene:
         members = sorted([*HONEST, extra] if extra else HONEST)
         stored, notes = self._submitted(), _Notes(self.running)
         grid = self.running.grid(RunIdentity(stored.id, stored.digest), agents=members)
-        wait_for(lambda: grid.connected == members, PATIENCE_S)
+        wait_for(lambda: grid.agents_here == members, PATIENCE_S)
         roster = roll_call(grid, Task(stored.digest, 0, b""), expected=len(members), timeout_s=PATIENCE_S)
         made = RoundContext(
             run=stored.run,
@@ -100,7 +100,7 @@ class Scene:
             evaluate=lambda state: None,
             timeout_s=PATIENCE_S,
         )
-        last = run_rounds(made, initial_checkpoint(made, frozen_arrays(START)))
+        last = run_rounds(made, initial_checkpoint(made, freeze_arrays(START)))
         statuses = [(o.client, o.status) for o in notes.outcomes if o.client in HONEST]
         assert sorted(statuses) == sorted((name, "folded") for name in HONEST * stored.run.run.rounds)
         assert {o.status for o in notes.outcomes if o.client == extra} <= {"refused", "failed"}
@@ -141,7 +141,7 @@ class _Notes:
     def client_done(self, outcome: ClientOutcome) -> None:
         self.outcomes.append(outcome)
         if outcome.status == "refused":
-            self.running.refused(outcome.client, Reason.UPDATE, outcome.reason)
+            self.running.count_refusal(outcome.client, Reason.UPDATE, outcome.reason)
 
     def round_done(self, row: Round) -> None: ...
 
@@ -162,7 +162,7 @@ def scene(folder: Path, kind: str, options: TransportOptions = BOUNDS) -> Iterat
         made = Scene(authority, running, store, kind)
         stack.enter_context(_honest(made, folder))
         wait_for(
-            lambda: len(running.grid(RunIdentity("none", "00" * 32)).connected) == len(HONEST), PATIENCE_S
+            lambda: len(running.grid(RunIdentity("none", "00" * 32)).agents_here) == len(HONEST), PATIENCE_S
         )
         yield made
 
@@ -199,7 +199,7 @@ def expected(rounds: int = 2) -> Arrays:
     for round_ in range(1, rounds + 1):
         change = mean(round_, START)
         state = {name: (array + change[name]).astype(np.float32) for name, array in state.items()}
-    return frozen_arrays(state)
+    return freeze_arrays(state)
 
 
 def counted(running: RunningServer, name: str) -> Mapping[str, int]:

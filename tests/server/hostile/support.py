@@ -16,9 +16,9 @@ from flwr.app import Message
 from fedpeft.config.device_task import device_task
 from fedpeft.config.run_file import build_run
 from fedpeft.config.sections import RunConfig
-from fedpeft.participant.serving import load_serving_run
+from fedpeft.participant.load_server import load_serving_run
 from fedpeft.transport.tasks import Task, task_content
-from fedpeft.updates.update import Arrays, arrays_digest, frozen_arrays
+from fedpeft.updates.update import Arrays, arrays_digest, freeze_arrays
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.policy.device_accountant import LEDGER_FILE
 from fedpeft_client.policy.owner_policy import Policy
@@ -59,7 +59,7 @@ class HostileServer:
         """The run's first state, or another one, as it would be sent."""
         resident = load_serving_run(run)
         start: Arrays = resident.initial_state()
-        moved = frozen_arrays({name: (array + shift).astype(array.dtype) for name, array in start.items()})
+        moved = freeze_arrays({name: (array + shift).astype(array.dtype) for name, array in start.items()})
         kind = resident.space.kind
         return encode(Envelope(moved, device_task(run).digest, 0, arrays_digest(moved), kind))
 
@@ -136,5 +136,5 @@ def opened(
         server(max_inline_bytes=1 << 20) as running,
         agents_with_rows(running.address, {SITE: rows}, folder / "homes", policy=policy, processes=processes),
     ):
-        wait_for(lambda: running.grid(RunIdentity("none", "00" * 32)).connected == [SITE])
+        wait_for(lambda: running.grid(RunIdentity("none", "00" * 32)).agents_here == [SITE])
         yield HostileServer(running, folder / "homes" / SITE)

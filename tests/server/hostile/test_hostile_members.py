@@ -17,7 +17,7 @@ from fedpeft.transport.tasks import Task
 from fedpeft.updates.update import arrays_digest
 from fedpeft.v1 import federation_pb2 as pb
 from fedpeft.v1 import update_pb2
-from fedpeft.wire.checksum import sealed
+from fedpeft.wire.checksum import seal
 from fedpeft.wire.codec import Envelope, encode
 from fedpeft_client.transport.session import Session
 from fedpeft_server.transport.grpc_event_loop import get_grpc_event_loop
@@ -127,7 +127,7 @@ def bomb(tensor: bytes) -> Answer:
         honest = encode(envelope_for(asked, self.name, "ternary", like="ada"))
         message = update_pb2.Update.FromString(honest[:-9])
         message.ternary.tensors[:] = [tensor] * len(message.ternary.tensors)
-        await self.send(link, task, sealed([message.SerializeToString()]))
+        await self.send(link, task, seal([message.SerializeToString()]))
 
     return answer
 

@@ -62,7 +62,7 @@ def ask(
             agents_with_rows(running.address, {"site-a": data}, home, policy=owners),
         ):
             grid = running.grid(RunIdentity("probe-1", digest))
-            wait_for(lambda: grid.connected)
+            wait_for(lambda: grid.agents_here)
             grid.know(["site-a"])
             content = task_content(Task(digest, 0, b"", device_task=task.text))
             (reply,) = grid.send_and_receive([Message(content, node_id("site-a"), HELLO, group_id="0")])

@@ -57,14 +57,14 @@ def test_a_commit_counts_the_updates_that_its_row_names_and_no_others(
     journal.open_round(2, cohort)
     for round_, name in ((1, "bob"), (2, "ann"), (1, "eve"), (2, "bob")):
         assert store.results.accept([update(buffered, round_, name)]) == [None]
-    assert journal.arrived() == [("bob", 1), ("ann", 2), ("eve", 1), ("bob", 2)]
+    assert journal.list_uncommitted() == [("bob", 1), ("ann", 2), ("eve", 1), ("bob", 2)]
     closed(store, buffered, 2, {"ann": 0, "bob": 1})
-    assert journal.arrived() == [("eve", 1), ("bob", 2)]
+    assert journal.list_uncommitted() == [("eve", 1), ("bob", 2)]
     kept = rows(store, "SELECT agent, round FROM updates WHERE body IS NOT NULL ORDER BY agent")
     assert kept == [("bob", 2), ("eve", 1)]
     again = update(buffered, 1, "bob")
     assert store.results.accept([again, replace(again, digest="0" * 64)])[0] is None
-    assert journal.arrived() == [("eve", 1), ("bob", 2)], "what was counted is not taken twice"
+    assert journal.list_uncommitted() == [("eve", 1), ("bob", 2)], "what was counted is not taken twice"
 
 
 def test_past_checkpoints_are_there_while_they_are_kept(store: Store, buffered: StoredRun) -> None:

@@ -33,7 +33,7 @@ def check_that_only_the_second_writes(first: Store, second: Store) -> None:
     for write in (
         lambda: submit(first, "three"),
         lambda: first.runs.set_status(theirs, RunStatus.FAILED, "by the first"),
-        lambda: first.agents.seen(["north"]),
+        lambda: first.agents.record_seen(["north"]),
         lambda: first.rounds(first.runs.get(theirs)).commit_spent("{}"),
     ):
         with pytest.raises(TakenOverError, match="taken over by another fedpeft server"):
@@ -46,9 +46,9 @@ def check_that_only_the_second_writes(first: Store, second: Store) -> None:
         raise AssertionError("a process of the first one could write")
     with pytest.raises(TakenOverError):
         first.database.watch()
-    assert "taken over by another fedpeft server" in first.database.lost
+    assert "taken over by another fedpeft server" in first.database.reason_of_loss
     second.database.watch()
-    assert second.database.lost == ""
+    assert second.database.reason_of_loss == ""
     assert [run.status for run in second.runs.list() if run.id == theirs] == [RunStatus.QUEUED]
     assert len(second.runs.list()) == 2
     assert second.agents.list() == []

@@ -101,10 +101,10 @@ def test_a_half_written_or_damaged_checkpoint_is_never_taken(store: Store, store
 
 def test_spent_privacy_is_kept_apart_from_rounds(store: Store, stored: StoredRun) -> None:
     rounds = store.rounds(stored)
-    assert rounds.spent() is None
+    assert rounds.read_spent_ledger() is None
     rounds.commit_spent('{"round": 1}')
     rounds.commit_spent('{"round": 2}')
-    assert store.rounds(stored).spent() == '{"round": 2}'
+    assert store.rounds(stored).read_spent_ledger() == '{"round": 2}'
 
 
 def test_a_locked_database_commits_nothing_and_says_so(store: Store, stored: StoredRun) -> None:

@@ -1,7 +1,7 @@
 """Loading a run with the rows of all its clients, by the sources that its run file names.
 
 Whoever calls this reads whatever files the run file names, so the run file must be one's own. An agent never
-gets here: see `fedpeft.participant.device`.
+gets here: see `fedpeft.participant.load_device`.
 """
 
 from __future__ import annotations
