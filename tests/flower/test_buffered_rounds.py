@@ -127,7 +127,7 @@ class Deserted(PolledGrid):
     def get_node_ids(self) -> Iterable[int]:
         return self._inner.get_node_ids()
 
-    def given_up(self, nodes: Collection[int]) -> bool:
+    def has_given_up(self, nodes: Collection[int]) -> bool:
         return self._gone.issuperset(nodes)
 
     def is_gone(self, node: int) -> bool:
