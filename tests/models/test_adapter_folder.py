@@ -25,12 +25,12 @@ from pathlib import Path
 from fedpeft.config.sections import PeftSection
 from fedpeft.models.attach import attach
 from fedpeft.models.export import adapter_digest, export_adapter
-from fedpeft.models.trainable import frozen_digest
+from fedpeft.models.trainable import digest_frozen
 from tests.models.tiny import TASKS, tiny_base
 for name in sys.argv[2:]:
     model = attach(tiny_base("bert"), PeftSection(method=name), task=TASKS["bert"], seed=3)
     export_adapter(model, Path(sys.argv[1]) / name, base_name="x")
-    print(name, frozen_digest(model), adapter_digest(Path(sys.argv[1]) / name))
+    print(name, digest_frozen(model), adapter_digest(Path(sys.argv[1]) / name))
 """
 
 
