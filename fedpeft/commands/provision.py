@@ -33,6 +33,8 @@ from fedpeft.credentials.federation import (
     Issued,
     add_member,
     check_free,
+    check_hosts,
+    check_revocable,
     create_federation,
     invite_member,
     open_federation,
@@ -117,8 +119,8 @@ def _check(asked: ProvisionRequest) -> None:
 def _do(folder: Path, asked: ProvisionRequest, now: datetime) -> ProvisionResult:
     authority = folder / AUTHORITY
     if asked.revoke:
-        open_federation(folder)
         for name in asked.revoke:
+            check_revocable(folder, name, now)
             note_action(authority, "revoked", name, now)
             revoke_member(folder, name, now)
         return ProvisionResult(revoked=asked.revoke)
@@ -127,7 +129,7 @@ def _do(folder: Path, asked: ProvisionRequest, now: datetime) -> ProvisionResult
         create_federation(folder, asked.hosts, now)
         note_action(authority, "created", "", now)
     if asked.renew_server:
-        open_federation(folder)
+        check_hosts(folder, asked.hosts)
         note_action(authority, "renewed", SERVER, now, SERVER)
     renewed = renew_server(folder, asked.hosts, now) if asked.renew_server else ()
     for member in asked.members:  # all are checked before the first is made

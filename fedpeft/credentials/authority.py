@@ -158,9 +158,13 @@ class Authority:
             self._revoke(live, now)
             count = len(live) + self.tokens.withdraw(name)
         if not count:
-            known = ", ".join(sorted({identity_of(item).name for item in self.list_issued(now)})) or "nobody"
-            raise CredentialError(f"{name[:80]!r} has no certificate and no token; revocable: {known}")
+            raise self.refuse_unknown(name, now)
         return count
+
+    def refuse_unknown(self, name: str, now: datetime) -> CredentialError:
+        """The error that nobody of this name can be revoked, with the names that can."""
+        known = ", ".join(sorted({identity_of(item).name for item in self.list_issued(now)})) or "nobody"
+        return CredentialError(f"{name[:80]!r} has no certificate and no token; revocable: {known}")
 
     def holds(self, name: str, now: datetime) -> tuple[x509.Certificate, ...]:
         """The certificates of a name that are neither expired nor revoked, in the order of issue."""

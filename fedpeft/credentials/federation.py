@@ -166,6 +166,28 @@ def renew_server(folder: Path, hosts: Sequence[str], now: datetime) -> list[str]
     return kept
 
 
+def check_revocable(folder: Path, name: str, now: datetime) -> None:
+    """Refuse to revoke a name that has nothing, before anything is noted or changed.
+
+    Raises:
+        CredentialError: nobody has that name, or it cannot be used as one.
+    """
+    authority = open_federation(folder)
+    places = [member_folder(folder, Identity(check_name(name), role)) for role in Role]
+    if not is_held(authority, name, now) and not any(place.is_dir() for place in places):
+        raise authority.refuse_unknown(name, now)
+
+
+def check_hosts(folder: Path, hosts: Sequence[str]) -> None:
+    """Refuse hosts that a server's certificate cannot name, before anything is noted or changed.
+
+    Raises:
+        CredentialError: there is no federation or no server here, or a host cannot be used.
+    """
+    open_federation(folder)
+    host_names(list(hosts) or server_hosts(read_certificate(folder / SERVER / CERTIFICATE_FILE)))
+
+
 def revoke_member(folder: Path, name: str, now: datetime) -> int:
     """Revoke every certificate of a name and its tokens, and delete its folder here; how many of them.
 

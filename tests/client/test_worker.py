@@ -86,7 +86,7 @@ def test_it_trains_on_its_own_rows_under_its_own_name(rows: Path) -> None:
 def test_the_owner_says_how_its_files_are_written(rows: Path, tmp_path: Path) -> None:
     """What would be found out of these bytes is another separator, or another encoding."""
     path = tmp_path / "site-a.csv"
-    path.write_bytes("prompt|answer\nna\xefve, very;1 |2\nb, c;3 |4\n".encode("cp1250"))
+    path.write_bytes("prompt|answer\nna\xedve, very;1 |2\nb, c;3 |4\n".encode("cp1250"))
     files = {"encoding": "cp1250", "separator": "|", "quoting": "none"}
     answered = execute_order(order(path, files=files))
     assert answered.header["error"] is None
