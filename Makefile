@@ -14,8 +14,8 @@ ALL_EXTRAS := $(TEST_EXTRAS),bench
 
 PY := $(VENV)/bin/python
 
-# Tests run in so many processes; a test file stays in one.
-JOBS ?= 2
+# Tests run in so many processes, one more than two cores as many tests wait; a test file stays in one.
+JOBS ?= 3
 SPREAD = -n $(JOBS) --dist loadfile
 
 # Of `make test-portable`: the tests to run; empty: all.

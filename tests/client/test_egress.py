@@ -236,7 +236,7 @@ def test_nothing_is_sent_beside_the_ledger() -> None:
             called = re.findall(r"call\.write\(|stub\.(?:PullBlob|Enroll)\(", text)
             sends += [f"{path.stem}.{function.name}"] * bool(called)
             assert not called or "ledger.record(" in text, function.name
-    assert sorted(sends) == ["device_certificate._asked", "session._write", "session.pull"]
+    assert sorted(sends) == ["device_certificate._request_certificate", "session._write", "session.pull"]
 
 
 @pytest.mark.parametrize("name", ["cores", "memory-mib"])

@@ -117,6 +117,7 @@ def test_estimate_for_the_embedded_model(batch_size: int) -> None:
     check("demo", *items)
 
 
+@pytest.mark.exhaustive
 @needs_glibc
 @pytest.mark.slow
 def test_estimate_for_clipped_sums_of_gradients() -> None:

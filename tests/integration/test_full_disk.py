@@ -38,6 +38,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft calls it
 def test_a_run_waits_for_space_and_ends_with_the_right_bytes(site: Site) -> None:

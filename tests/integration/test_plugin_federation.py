@@ -14,6 +14,7 @@ SETTINGS = ("run.rounds=2", "training.steps=2", "evaluation.every=100", 'stages=
 PLUGIN = ("federation.strategy=slow-start",)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_run_with_a_plugin_by_a_server_with_agents_is_the_simulation(tmp_path: Path) -> None:

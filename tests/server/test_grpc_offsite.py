@@ -74,6 +74,7 @@ def plugged(resident: LoadedRun, state: Arrays, place: Path, name: str) -> str:
     return adapter_digest(out)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_agents_with_an_emulator_give_the_bytes_of_one_machine(place: Path) -> None:
     here = locally(run_of(place, place / "train"))

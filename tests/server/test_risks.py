@@ -109,6 +109,7 @@ def eventually(process: subprocess.Popen[Any], log: Path, is_so: Callable[[], bo
         time.sleep(0.01)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_daemon_that_crashes_over_a_model_says_so_at_its_next_start(tmp_path: Path) -> None:
     """A segmentation fault while it loads the model; `model_s = 0`, so that no other process does."""

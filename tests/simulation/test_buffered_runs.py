@@ -155,6 +155,7 @@ def test_a_run_of_a_real_model_goes_on_with_work_under_way(buffered: dict[str, A
     assert "Staleness of the updates" in (tmp_path / "whole" / "report.html").read_text()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_workers_and_kills_change_nothing(buffered: dict[str, Any], tmp_path: Path) -> None:
     simulated(buffered, tmp_path / "undisturbed", workers=1)
