@@ -15,6 +15,7 @@ import typer
 from fedpeft import __version__
 from fedpeft.cli_help import SectionedGroup, build_command
 from fedpeft.errors import FedPEFTError, RunFileError, StorageError, UsageError
+from fedpeft.runtime.child_environment import LIBRARY_DEFAULTS
 from fedpeft.runtime.console import (
     INTERRUPTED,
     clean_interrupts,
@@ -32,13 +33,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 # Before any library that would read them: telemetry and progress bars are off unless the user turned them on.
-for _name, _value in {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
-    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes asks for it at import, for 1.5 s, and no bit depends on it
-}.items():
+for _name, _value in LIBRARY_DEFAULTS.items():
     os.environ.setdefault(_name, _value)
 
 app = typer.Typer(

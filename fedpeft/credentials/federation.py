@@ -160,9 +160,8 @@ def renew_server(folder: Path, hosts: Sequence[str], now: datetime) -> list[str]
         CredentialError: there is no server here, or a host cannot be used.
         StorageError: it cannot be written.
     """
-    authority = open_federation(folder)
-    kept = list(hosts) or server_hosts(read_certificate(folder / SERVER / CERTIFICATE_FILE))
-    _new_server(authority, folder / SERVER, kept, now)
+    kept = check_hosts(folder, hosts)
+    _new_server(open_federation(folder), folder / SERVER, kept, now)
     return kept
 
 
@@ -173,19 +172,21 @@ def check_revocable(folder: Path, name: str, now: datetime) -> None:
         CredentialError: nobody has that name, or it cannot be used as one.
     """
     authority = open_federation(folder)
-    places = [member_folder(folder, Identity(check_name(name), role)) for role in Role]
+    places = _member_folders(folder, name)
     if not is_held(authority, name, now) and not any(place.is_dir() for place in places):
         raise authority.refuse_unknown(name, now)
 
 
-def check_hosts(folder: Path, hosts: Sequence[str]) -> None:
-    """Refuse hosts that a server's certificate cannot name, before anything is noted or changed.
+def check_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """Return the hosts that a renewed server has, these or its own, before anything is noted or changed.
 
     Raises:
         CredentialError: there is no federation or no server here, or a host cannot be used.
     """
     open_federation(folder)
-    host_names(list(hosts) or server_hosts(read_certificate(folder / SERVER / CERTIFICATE_FILE)))
+    kept = list(hosts) or server_hosts(read_certificate(folder / SERVER / CERTIFICATE_FILE))
+    host_names(kept)
+    return kept
 
 
 def revoke_member(folder: Path, name: str, now: datetime) -> int:
@@ -196,7 +197,7 @@ def revoke_member(folder: Path, name: str, now: datetime) -> int:
         StorageError: the list cannot be written.
     """
     authority = open_federation(folder)
-    places = [member_folder(folder, Identity(check_name(name), role)) for role in Role]
+    places = _member_folders(folder, name)
     left_over = any(place.is_dir() for place in places) and not is_held(authority, name, now)
     count = 0 if left_over else authority.revoke(name, now)
     if (folder / SERVER).is_dir():
@@ -212,6 +213,11 @@ def _remove_folder(place: Path) -> None:
             for file in place.iterdir():
                 file.unlink()
             place.rmdir()
+
+
+def _member_folders(folder: Path, name: str) -> list[Path]:
+    """Where the files of a name are, in whatever role."""
+    return [member_folder(folder, Identity(check_name(name), role)) for role in Role]
 
 
 def member_folder(folder: Path, identity: Identity) -> Path:

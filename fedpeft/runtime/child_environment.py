@@ -13,13 +13,23 @@ from collections.abc import Collection, Mapping
 
 from fedpeft.runtime.crash_points import ONCE, VARIABLE
 
+LIBRARY_DEFAULTS = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # worker processes are forked
+    "TORCHDYNAMO_DISABLE": "1",  # bitsandbytes asks for it at import, for 1.5 s, and no bit depends on it
+}
+"""What libraries read at their import; commands set it unless the user did, and children get it."""
+
 _NAMES = frozenset(
     {
+        *LIBRARY_DEFAULTS,
         *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "TZ", "LANG", "LANGUAGE", "XDG_CACHE_HOME"),
         *("LD_LIBRARY_PATH", "LD_PRELOAD", "GLIBC_TUNABLES"),
-        *("HF_HOME", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
-        *("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM"),
-        *("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "GRPC_VERBOSITY", VARIABLE, ONCE),
+        *("HF_HOME", "HF_HUB_CACHE", "HF_XET_CACHE", "HF_HUB_OFFLINE"),
+        *("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"),
+        *("GRPC_VERBOSITY", VARIABLE, ONCE),
     }
 )
 _BEGINNINGS = (

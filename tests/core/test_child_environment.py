@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedpeft.runtime.child_environment import child_environment
+from fedpeft.runtime.child_environment import LIBRARY_DEFAULTS, child_environment
 
 SECRETS = {
     "HF_TOKEN": "1",
@@ -44,3 +44,7 @@ def test_no_secret_is_passed_on_and_what_computes_needs_is() -> None:
 def test_what_is_asked_for_is_passed_on_and_no_more(allowed: dict[str, object], name: str) -> None:
     made = child_environment(environment=SECRETS | NEEDED, **allowed)  # type: ignore[arg-type]  # one of three
     assert made.keys() & SECRETS.keys() == {name}
+
+
+def test_what_commands_tell_libraries_reaches_their_children() -> None:
+    assert LIBRARY_DEFAULTS.items() <= child_environment(environment=LIBRARY_DEFAULTS).items()
